@@ -1,0 +1,6 @@
+"""Discovery: which indices of which parameters belong together."""
+
+from .tracer import TraceError, sources, traceable
+from .units import KINDS, CouplingGraph, Unit, layer_lists, trace
+
+__all__ = ["KINDS", "CouplingGraph", "TraceError", "Unit", "layer_lists", "sources", "trace", "traceable"]

@@ -1,0 +1,114 @@
+"""Operators that read or write at positions.
+
+What the positions point into decides: positions chosen by top-k along an axis (experts) tie the indexed
+axis to that one; token ids tie it to the vocabulary; anything else freezes it.
+"""
+
+from __future__ import annotations
+
+from ..axes import Dim, freeze, fresh, size_of, tag, unify
+from . import Call, Traced, rule
+from .pointwise import broadcast
+
+
+def point(dim: Dim, index: Traced) -> None:
+    """``dim`` is read at the values of ``index``."""
+    if index.index_of is None or size_of(index.index_of) != size_of(dim):
+        freeze(dim, "read at positions that no axis gives")
+    else:
+        unify(dim, index.index_of)
+        tag(dim, "indexed")
+
+
+@rule("embedding")
+def embedding(call: Call) -> None:
+    rows, columns = call.dims("weight")
+    index = call.get("indices")
+    point(rows, index)
+    if "vocabulary" in {t for atom in rows for t in _tags(atom)}:
+        tag(columns, "hidden")
+    call.set([*index.dims, columns])
+
+
+def _tags(atom: object) -> set[str]:
+    from ..axes import leaves
+
+    return set().union(*(leaf.tags for leaf in leaves((atom,))))  # type: ignore[arg-type]
+
+
+@rule("index_select")
+def index_select(call: Call) -> None:
+    dims, axis, index = list(call.dims("self")), call.dim(), call.get("index")
+    point(dims[axis], index)
+    dims[axis] = index.dims[0] if index.dims else ()
+    call.set(dims)
+
+
+@rule("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
+def index(call: Call) -> None:
+    """``x[i, :, j]`` and ``x[i, :, j] = v``: indexed dims are replaced by the common shape of the indices."""
+    dims = call.dims("self")
+    indices = [None if t is None else call.tracer.lookup(t) for t in call["indices"]]
+    indices += [None] * (len(dims) - len(indices))
+    used = [i for i, t in enumerate(indices) if t is not None]
+    writes = "values" in call.args
+    if any(t is not None and t.tensor.dtype.is_floating_point is False and t.tensor.dtype.itemsize == 1 and
+           str(t.tensor.dtype) in ("torch.bool", "torch.uint8") for t in indices):  # fmt: skip
+        for i in used:
+            freeze(dims[i], "selected by a mask")
+        reason = "selected by a mask"
+        call.set(dims if writes else [fresh(n, reason) for n in call.out.shape])
+        return
+    shapes = [indices[i].dims for i in used]  # type: ignore[union-attr]
+    common = broadcast(shapes, max(map(len, shapes)))
+    for i in used:
+        point(dims[i], indices[i])  # type: ignore[arg-type]
+    adjacent = used == list(range(used[0], used[-1] + 1))
+    at = used[0] if adjacent else 0
+    rest = [d for i, d in enumerate(dims) if i not in used]
+    picked = [*rest[:at], *common, *rest[at:]]
+    if writes:
+        broadcast([picked, call.dims("values")], len(picked))
+        call.set(dims)
+    else:
+        call.set(picked, role=call.get("self").role)  # weights picked by tokens are still weights
+
+
+@rule("gather")
+def gather(call: Call) -> None:
+    dims, axis, at = call.dims("self"), call.dim(), call.get("index")
+    point(dims[axis], at)
+    for i, (dim, other) in enumerate(zip(dims, at.dims, strict=True)):
+        if i != axis and size_of(dim) == size_of(other):
+            unify(dim, other)
+    call.set(at.dims)
+
+
+@rule("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_")
+def scatter(call: Call) -> None:
+    dims, axis, at = call.dims("self"), call.dim(), call.get("index")
+    point(dims[axis], at)
+    others = [at] + ([call.get("src")] if call["src"] is not None else [])
+    for other in others:
+        for i, (dim, theirs) in enumerate(zip(dims, other.dims, strict=True)):
+            if i != axis and size_of(dim) == size_of(theirs):
+                unify(dim, theirs)
+    call.set(dims)
+
+
+@rule("index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_")
+def index_add(call: Call) -> None:
+    dims, axis = call.dims("self"), call.dim()
+    point(dims[axis], call.get("index"))
+    if "source" in call.args:
+        for i, (dim, theirs) in enumerate(zip(dims, call.dims("source"), strict=True)):
+            if i != axis:
+                unify(dim, theirs)
+    call.set(dims)
+
+
+@rule("one_hot")
+def one_hot(call: Call) -> None:
+    at = call.get("self")
+    known = at.index_of is not None and size_of(at.index_of) == call.out.shape[-1]
+    call.set([*at.dims, at.index_of if known and at.index_of else fresh(call.out.shape[-1], "one-hot")])

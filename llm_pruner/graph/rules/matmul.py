@@ -1,0 +1,47 @@
+"""Contractions: the contracted axes are one, the batch axes are one, the others pass."""
+
+from __future__ import annotations
+
+from ..axes import Dim, tag, unify
+from . import Call, rule
+from .pointwise import broadcast
+
+
+def contract(call: Call, a: str, b: str) -> list[Dim]:
+    """``[..., m, k] @ [..., k, n] -> [..., m, n]``."""
+    left, right = call.get(a), call.get(b)
+    *batch, rows, inner = left.dims
+    *batch_right, inner_right, columns = right.dims
+    unify(inner, inner_right)
+    for x, y in zip(batch, batch_right, strict=True):
+        unify(x, y)
+    if left.role == right.role == "activation":  # tokens meet tokens: no plain projection
+        for dim in (rows, inner, columns, *batch):
+            tag(dim, "mixing")
+    return [*[x or y for x, y in zip(batch, batch_right, strict=True)], rows, columns]
+
+
+@rule("mm", "bmm")
+def matmul(call: Call) -> None:
+    call.set(contract(call, "self", "mat2"))
+
+
+@rule("addmm", "baddbmm")
+def matmul_with_bias(call: Call) -> None:
+    b = ("mat1", "mat2") if "mat1" in call.args else ("batch1", "batch2")
+    dims = contract(call, *b)
+    call.set(broadcast([dims, call.dims("self")], len(dims)))
+
+
+@rule("mv", "addmv")
+def matrix_times_vector(call: Call) -> None:
+    matrix, vector = ("mat", "vec") if "mat" in call.args else ("self", "vec")
+    rows, inner = call.dims(matrix)
+    unify(inner, call.dims(vector)[0])
+    call.set(broadcast([[rows], call.dims("self")], 1) if matrix == "mat" else [rows])
+
+
+@rule("dot", "vdot")
+def dot(call: Call) -> None:
+    unify(call.dims("self")[0], call.dims("tensor" if "tensor" in call.args else "other")[0])
+    call.set([])

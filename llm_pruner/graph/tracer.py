@@ -1,0 +1,231 @@
+"""Runs a model once and follows its axes through every operator.
+
+Read :mod:`llm_pruner.graph.axes` first. The model runs eagerly, on the meta device, so no weight is read
+and a 70B model traces in the memory of its shapes. Each parameter dim starts as one fresh atom; the rules
+of :mod:`llm_pruner.graph.rules` couple them; :mod:`llm_pruner.graph.units` reads the result.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import PrunerError
+from . import rules
+from .axes import Dim, freeze, fresh, size_of, tag, unify
+from .rules import Call, Traced, tensors_in
+
+BATCH, TOKENS = 2, 16  # long enough for every branch of a decoder to run, short enough to be free
+
+
+class TraceError(PrunerError):
+    """The model could not be run for tracing."""
+
+
+class Tracer(TorchDispatchMode):
+    """Follows axes through the operators that run while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Traced tensors are kept alive: the ids of dead ones would be reused.
+        self.traced: dict[int, Traced] = {}
+        self.order: dict[int, int] = {}  # when each tensor was first used
+        self.unknown: dict[str, str] = {}
+        self.modules: list[str] = []
+        self.rules = rules.load()
+
+    @property
+    def where(self) -> str:
+        return self.modules[-1] if self.modules else "the model"
+
+    def record(self, traced: Traced) -> None:
+        self.traced[id(traced.tensor)] = traced
+
+    def lookup(self, tensor: torch.Tensor) -> Traced:
+        """What is known of a tensor; one that no traced operator made is a constant."""
+        known = self.traced.get(id(tensor))
+        if known is None:
+            known = Traced(tensor, [fresh(n, "combined with a constant") for n in tensor.shape], "constant")
+            self.record(known)
+        return known
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name == "_local_scalar_dense" and args[0].device.type == "meta":
+            # There is no value to read. Models ask for "is nothing padded", whose answer here is yes.
+            return args[0].dtype is torch.bool
+        # Looked up before the call: in-place operators change shapes and strides under our feet.
+        inputs = [self.lookup(t) for t in tensors_in([*args, *kwargs.values()])]
+        for traced in inputs:
+            self.order.setdefault(id(traced.tensor), len(self.order))
+        out = func(*args, **kwargs)
+        outs = [t for t in tensors_in(out) if id(t) not in self.traced or any(t is a for a in args)]
+        if not outs:
+            return out
+        rule = self.rules.get(name)
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = self.rules["clone"]
+        if rule is None:
+            self._freeze_unknown(name, inputs, outs)
+            return out
+        names = [a.name for a in func._schema.arguments]
+        call = Call(self, func, dict(zip(names, args, strict=False)) | kwargs, out, inputs)
+        rule(call)
+        for tensor in outs:
+            self._check(name, tensor)
+        return out
+
+    def _freeze_unknown(self, name: str, inputs: list[Traced], outs: list[torch.Tensor]) -> None:
+        if all(t.role == "constant" for t in inputs):
+            return  # what it makes is met as a constant, which freezes soon enough
+        reason = f"no rule for operator {name} in {self.where}"
+        self.unknown.setdefault(name, self.where)
+        for traced in inputs:
+            for dim in traced.dims:
+                freeze(dim, reason)
+        for tensor in outs:
+            self.record(Traced(tensor, [fresh(n, reason) for n in tensor.shape]))
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        """A rule that disagrees with the shape it explains would be silently wrong: say so at once."""
+        known = self.traced.get(id(tensor))
+        if known is None:
+            return
+        sizes = [size_of(d) for d in known.dims]
+        if sizes != list(tensor.shape):
+            raise TraceError(f"rule {name} gives dims {sizes} for shape {list(tensor.shape)} in {self.where}")
+
+
+@contextmanager
+def module_names(model: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """Keep ``tracer.modules`` at the stack of modules being run, for messages."""
+    names = {id(m): n for n, m in model.named_modules()}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        tracer.modules.append(names.get(id(module), type(module).__name__))
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        tracer.modules.pop()
+
+    with ExitStack() as stack:
+        stack.callback(register_module_forward_pre_hook(enter).remove)
+        stack.callback(register_module_forward_hook(leave).remove)
+        yield
+
+
+@contextmanager
+def traceable(model: nn.Module) -> Iterator[None]:
+    """Run attention eagerly and experts batched, in eval mode; everything is put back afterwards.
+
+    Both choices show the axes that the fused implementations hide. Every module's own config is set, for
+    a layer may hold another than the model's.
+    """
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    saved: list[tuple[Any, str, Any]] = []
+    training = [m for m in model.modules() if m.training]
+    try:
+        model.eval()
+        for config in configs.values():
+            for name, value in (("_attn_implementation", "eager"), ("_experts_implementation", "batched_mm")):
+                slot = f"{name}_internal"
+                if hasattr(config, slot):
+                    saved.append((config, slot, config.__dict__.get(slot)))
+                    config.__dict__[slot] = value
+        yield
+    finally:
+        for config, slot, value in saved:
+            config.__dict__[slot] = value
+        for module in training:
+            module.training = True
+
+
+def sources(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor that a checkpoint holds, by its first name: parameters and persistent float buffers."""
+    out = dict(model.named_parameters())
+    transient = {f"{p}.{n}".lstrip(".") for p, m in model.named_modules() for n in m._non_persistent_buffers_set}
+    for name, buffer in model.named_buffers():
+        if name not in transient and buffer.is_floating_point():
+            out[name] = buffer
+    return out
+
+
+def _inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+    ids = torch.ones(BATCH, TOKENS, dtype=torch.long, device=device)
+    inputs = {"input_ids": ids}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = torch.ones(BATCH, TOKENS, dtype=torch.long, device=device)
+    return inputs
+
+
+def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
+    """Trace ``model``; returns the tracer and the dims of every source tensor by name.
+
+    The dims are in the order in which the model first uses their tensors: queries before keys, whatever the
+    order in which the layer lists them.
+
+    Raises :class:`TraceError` when the model cannot be run on the meta device with two rows of 16 tokens.
+    """
+    tracer = Tracer()
+    named = sources(model)
+    state: dict[str, torch.Tensor] = {}
+    twins: dict[int, torch.Tensor] = {}  # tied tensors stay one tensor
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        if id(tensor) not in twins:
+            twins[id(tensor)] = torch.empty_like(tensor, device="meta", requires_grad=False)
+        state[name] = twins[id(tensor)]
+    dims: dict[str, list[Dim]] = {}
+    for name, tensor in named.items():
+        dims[name] = [fresh(n) for n in tensor.shape]
+        tracer.record(Traced(twins[id(tensor)], dims[name], "weight"))
+    for name, buffer in model.named_buffers():
+        if name not in named:
+            tracer.record(Traced(twins[id(buffer)], [_buffer_dim(buffer, i) for i in range(buffer.ndim)], "constant"))
+
+    vocabulary = fresh(_vocabulary_size(model))
+    tag(vocabulary, "vocabulary")
+    inputs = _inputs(model, torch.device("meta"))
+    for ids in inputs.values():
+        tracer.record(Traced(ids, [fresh(n) for n in ids.shape], "activation", vocabulary))
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    try:
+        with torch.no_grad(), traceable(model), module_names(model, tracer), tracer:
+            output = torch.func.functional_call(model, state, args=(), kwargs={**inputs, **extra}, tie_weights=False)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} could not be run on the meta device, in {tracer.where}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    logits = output.logits if hasattr(output, "logits") else output[0]
+    *_, columns = tracer.lookup(logits).dims
+    if size_of(columns) == size_of(vocabulary):  # an id means the same token on both ends
+        unify(columns, vocabulary)
+    else:
+        freeze(columns, "the output of the model")
+        freeze(vocabulary, "the output has another size")
+    first_use = {name: tracer.order.get(id(twins[id(tensor)]), len(tracer.order)) for name, tensor in named.items()}
+    return tracer, {name: dims[name] for name in sorted(dims, key=first_use.__getitem__)}
+
+
+def _buffer_dim(buffer: torch.Tensor, axis: int) -> Dim:
+    """A constant freezes what it meets, unless it is the same at every index of the axis."""
+    if buffer.device.type != "meta" and buffer.shape[axis] > 1 and buffer.numel():
+        if bool((buffer == buffer.narrow(axis, 0, 1)).all()):
+            return fresh(buffer.shape[axis])
+    return fresh(buffer.shape[axis], "combined with a constant")
+
+
+def _vocabulary_size(model: nn.Module) -> int:
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if embedding is None or not hasattr(embedding, "weight"):
+        raise TraceError(f"{type(model).__name__} has no input embedding to feed tokens to")
+    return embedding.weight.shape[0]

@@ -1,0 +1,266 @@
+"""From axes to prunable units: which leaves are free, what they are called, what each index occupies."""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .axes import Atom, Dim, find, labels, leaves
+from .tracer import Tracer, run, sources
+
+KINDS = ("heads", "query_heads", "neurons", "experts", "hidden", "channels", "layers", "vocabulary")
+Slices = dict[str, dict[int, torch.Tensor]]
+
+
+@dataclass(eq=False)
+class Unit:
+    """One prunable axis. Index ``i`` of it is everything that must go together.
+
+    Attributes:
+        name: unique in its graph, such as ``model.layers.3.mlp.neurons``.
+        kind: one of :data:`KINDS`.
+        layer: index of the decoder layer it lies in, None where it spans several.
+        size: how many indices it has.
+        flags: ``norm`` where something normalises, averages or ranks over the axis: its indices can be
+            removed, but removing them is not the same as zeroing them.
+        frozen: why it must not be pruned, None where it may be.
+        minimum: the fewest indices it can keep (experts: as many as a token is sent to).
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    size: int
+    flags: frozenset[str] = frozenset()
+    frozen: str | None = None
+    minimum: int = 1
+    dims: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The parameters that the unit runs through, in the model's order."""
+        return list(dict.fromkeys(name for name, _ in self.dims))
+
+    @property
+    def width(self) -> int:
+        """Channels per index: 1 for a neuron, head_dim for a head (the keys', where heads are grouped)."""
+        return min(int((label >= 0).sum()) for label in self.dims.values()) // self.size
+
+    def slices(self, index: int | Iterable[int]) -> Slices:
+        """What an index (or several) occupies: ``{parameter name: {dim: LongTensor of positions}}``.
+
+        Raises:
+            IndexError: an index is not in ``range(size)``.
+        """
+        wanted = torch.tensor([index] if isinstance(index, int) else list(index), dtype=torch.long)
+        if wanted.numel() and not (0 <= int(wanted.min()) and int(wanted.max()) < self.size):
+            raise IndexError(f"unit {self.name} has indices 0 to {self.size - 1}, not {index}")
+        out: Slices = defaultdict(dict)
+        for (name, dim), label in self.dims.items():
+            out[name][dim] = torch.isin(label, wanted).nonzero().flatten()
+        return dict(out)
+
+    def positions(self, name: str, dim: int) -> torch.Tensor:
+        """The positions of a parameter dim ordered by index: LongTensor ``[size, positions per index]``."""
+        label = self.dims[name, dim]
+        order = torch.argsort(torch.where(label < 0, self.size, label), stable=True)
+        return order[: int((label >= 0).sum())].view(self.size, -1)
+
+
+class CouplingGraph:
+    """The units of a model, and what was found frozen.
+
+    Attributes:
+        units: the prunable units, layer by layer.
+        frozen: axes of at least two parameter dims that must not be pruned, each with its reason.
+        unknown_operators: operators without a rule, with the module that used them first.
+        shapes: shape of every tensor in the checkpoint, by name.
+    """
+
+    def __init__(self, units: list[Unit], frozen: list[Unit], unknown: dict[str, str], shapes: dict[str, tuple]):
+        self.units = units
+        self.frozen = frozen
+        self.unknown_operators = unknown
+        self.shapes = shapes
+        self._by_name = {unit.name: unit for unit in units}
+
+    def unit(self, name: str) -> Unit:
+        """The unit called ``name``.
+
+        Raises:
+            KeyError: there is none; the message names the nearest.
+        """
+        if name not in self._by_name:
+            import difflib
+
+            near = difflib.get_close_matches(name, self._by_name, n=3, cutoff=0.0)
+            raise KeyError(f"no unit is called {name!r}; the nearest are {', '.join(near)}")
+        return self._by_name[name]
+
+    def of_kind(self, *kinds: str) -> list[Unit]:
+        return [unit for unit in self.units if unit.kind in kinds]
+
+    def freeze(self, unit: Unit, reason: str) -> None:
+        """Take a unit out of the prunable ones, for a reason."""
+        unit.frozen = reason
+        self.units.remove(unit)
+        del self._by_name[unit.name]
+        self.frozen.append(unit)
+
+
+def trace(model: nn.Module) -> CouplingGraph:
+    """Find every prunable unit of a model.
+
+    Args:
+        model: a Hugging Face model, real or on the meta device. It is run once on meta tensors; its weights
+            are not read and its mode and attention implementation are as before afterwards.
+
+    Raises:
+        TraceError: the model cannot be run, with the module and the cause.
+    """
+    tracer, dims = run(model)
+    shapes = {name: tuple(t.shape) for name, t in sources(model).items()}
+    found = _occurrences(dims)
+    layer_of = _layer_finder(model)
+    units = [_unit(atom, where, layer_of, found) for atom, where in found]
+    units = [unit for unit in units if unit is not None]
+    units += _layer_units(model, shapes)
+    _name(units)
+    units.sort(key=lambda u: (u.layer is None, u.layer or 0, KINDS.index(u.kind)))
+    free = [unit for unit in units if unit.frozen is None]
+    frozen = [unit for unit in units if unit.frozen is not None]
+    return CouplingGraph(free, frozen, tracer.unknown, shapes)
+
+
+Occurrence = tuple[Atom, dict[tuple[str, int], torch.Tensor]]
+
+
+def _occurrences(dims: dict[str, list[Dim]]) -> list[Occurrence]:
+    """Every leaf with the parameter dims that it runs through."""
+    atoms: dict[int, Atom] = {}
+    where: dict[int, dict[tuple[str, int], torch.Tensor]] = defaultdict(dict)
+    for name, parameter in dims.items():
+        for axis, dim in enumerate(parameter):
+            by_leaf = labels(dim)
+            for leaf in leaves(dim):
+                atoms[id(leaf)] = leaf
+                label = by_leaf[id(leaf)]
+                if not label.numel():
+                    leaf.frozen = leaf.frozen or "it meets itself in one dimension"
+                where[id(leaf)][name, axis] = label
+    return [(atoms[key], where[key]) for key in atoms if atoms[key].size > 1]
+
+
+def _unit(atom: Atom, where: dict, layer_of: Layers, found: list[Occurrence]) -> Unit | None:
+    layers = {layer_of(name) for name, _ in where}
+    layer = layers.pop() if len(layers) == 1 else None
+    kind = _kind(atom, where, layer, found)
+    frozen = atom.frozen
+    if frozen is None and kind == "channels" and len(where) < 2:
+        frozen = "only one parameter has it"
+    if frozen is not None and len(where) < 2 and kind != "vocabulary":
+        return None  # the window of a convolution, a table of positions: nobody asks
+    return Unit("", kind, layer[1] if layer else None, atom.size, frozenset(atom.flags), frozen, _minimum(atom), where)
+
+
+def _minimum(atom: Atom) -> int:
+    return max([1, *(int(tag.removeprefix("top-k ")) for tag in atom.tags if tag.startswith("top-k "))])
+
+
+def _kind(atom: Atom, where: dict, layer: tuple[str, int] | None, found: list[Occurrence]) -> str:
+    tags = atom.tags
+    if "vocabulary" in tags:
+        return "vocabulary"
+    if "hidden" in tags or (layer is None and "mixing" not in tags):
+        return "hidden"
+    if "indexed" in tags:
+        return "experts"
+    if "attention" in tags:
+        return "query_heads" if _is_group_member(atom, where, found) else "heads"
+    if "activation" in tags and "mixing" not in tags and len(where) > 1:
+        return "neurons"
+    return "channels"
+
+
+def _is_group_member(atom: Atom, where: dict, found: list[Occurrence]) -> bool:
+    """Query heads of a group: wherever they are, another axis of heads is too, and that one elsewhere besides."""
+    return any(
+        other is not atom
+        and "attention" in other.tags
+        and where.keys() <= theirs.keys()
+        and all(bool((theirs[key][label >= 0] >= 0).all()) for key, label in where.items())
+        and sum(int((v >= 0).sum()) for v in theirs.values()) > sum(int((v >= 0).sum()) for v in where.values())
+        for other, theirs in found
+    )
+
+
+class Layers:
+    """Maps a parameter name to ``(path of the layer list, index)``."""
+
+    def __init__(self, paths: list[str]):
+        self.paths = paths
+
+    def __call__(self, name: str) -> tuple[str, int] | None:
+        for path in self.paths:
+            if match := re.match(rf"{re.escape(path)}\.(\d+)\.", name):
+                return path, int(match[1])
+        return None
+
+
+def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The stacks of decoder (or encoder) layers: outermost module lists of the model, by path.
+
+    A list whose members hold no parameters, or that has a single one, is no stack.
+    """
+    out: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{p}.") for p in out):
+            if len(module) and all(next(m.parameters(), None) is not None for m in module):
+                out[path] = module
+    return out
+
+
+def _layer_finder(model: nn.Module) -> Layers:
+    return Layers(list(layer_lists(model)))
+
+
+def _layer_units(model: nn.Module, shapes: dict[str, tuple]) -> list[Unit]:
+    """Whole layers as a unit: index i occupies every row of every tensor of layer i."""
+    units = []
+    for path, stack in layer_lists(model).items():
+        if len(stack) < 2:
+            continue
+        dims = {}
+        for i in range(len(stack)):
+            for name, shape in shapes.items():
+                if name.startswith(f"{path}.{i}.") and shape:
+                    dims[name, 0] = torch.full((shape[0],), i)
+        units.append(Unit(f"{path}.layers", "layers", None, len(stack), dims=dims))
+    return units
+
+
+def _name(units: list[Unit]) -> None:
+    """Name each unit after the module that holds all of it, and its kind."""
+    seen: dict[str, list[Unit]] = defaultdict(list)
+    for unit in units:
+        if not unit.name:
+            paths = [name.rpartition(".")[0].split(".") for name in unit.parameters]
+            prefix = os.path.commonprefix(paths)
+            unit.name = ".".join([*prefix, unit.kind])
+        seen[unit.name].append(unit)
+    for name, same in seen.items():
+        for i, unit in enumerate(same):
+            if len(same) > 1:
+                unit.name = f"{name}.{i}"
+
+
+def leaf_of(dim: Dim) -> Atom:
+    """The single leaf of an unrefined dim (for tests and debugging)."""
+    (leaf,) = leaves(dim)
+    return find(leaf)

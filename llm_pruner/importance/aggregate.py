@@ -1,0 +1,77 @@
+"""From numbers per channel of a weight to one score per index of a unit (LLM-Pruner, section 3.2).
+
+A *slice* is one weight dim that a unit runs through: the rows of ``q_proj``, the columns of ``down_proj``.
+Each slice gives one number per channel; the numbers of the slices are aggregated channel by channel, and
+the channels of one index (the head_dim channels of a head) are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..graph import Unit
+
+Salience = Mapping[tuple[str, int], torch.Tensor]  # (parameter, dim) -> [size of the dim]
+
+# ``first`` is the root of the group (q_proj, gate_proj), ``last`` what it ends in (o_proj, down_proj).
+AGGREGATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda slices: slices.sum(0),
+    "mean": lambda slices: slices.mean(0),
+    "max": lambda slices: slices.amax(0),
+    "prod": lambda slices: slices.prod(0),
+    "first": lambda slices: slices[0],
+    "last": lambda slices: slices[-1],
+}
+
+
+@dataclass
+class Scores:
+    """What each index of each unit is worth: ``values[unit.name]`` is a float64 tensor ``[unit.size]``."""
+
+    values: dict[str, torch.Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def scored_slices(unit: Unit, ranks: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The slices that count: all but the biases of weights that count already, as in LLM-Pruner."""
+    owners = {name.rpartition(".")[0] for name, _ in unit.dims if ranks[name] > 1}
+    return [(name, dim) for name, dim in unit.dims if ranks[name] > 1 or name.rpartition(".")[0] not in owners]
+
+
+def slices_of(units: Iterable[Unit], ranks: Mapping[str, int]) -> dict[str, list[int]]:
+    """The dims of every parameter that some unit needs a number for."""
+    out: dict[str, list[int]] = {}
+    for unit in units:
+        for name, dim in scored_slices(unit, ranks):
+            if dim not in out.setdefault(name, []):
+                out[name].append(dim)
+    return out
+
+
+def aggregate(unit: Unit, salience: Salience, ranks: Mapping[str, int], aggregation: str) -> torch.Tensor:
+    """Scores ``[unit.size]`` from the per-channel numbers of the unit's slices.
+
+    Where slices have different widths (a key-value group has more query than key channels), the query heads
+    of a group are summed onto it, channel by channel.
+    """
+    if unit.kind == "layers":  # every slice belongs to one index: there is nothing to aggregate over
+        out = torch.zeros(unit.size, dtype=torch.float64)
+        for key in scored_slices(unit, ranks):
+            out.index_add_(0, unit.dims[key], salience[key].double())
+        return out
+    slices = [salience[key].double()[unit.positions(*key)] for key in scored_slices(unit, ranks)]
+    width = min(s.shape[1] for s in slices)
+    if any(s.shape[1] % width for s in slices):
+        width = 1
+    folded = torch.stack([s.view(unit.size, -1, width).sum(1) for s in slices])
+    return AGGREGATIONS[aggregation](folded).sum(-1)
+
+
+def reduce_to(dim: int, value: torch.Tensor) -> torch.Tensor:
+    """Sum a weight-shaped tensor over all dims but one: ``[size of that dim]``."""
+    others = [d for d in range(value.ndim) if d != dim]
+    return value.sum(others) if others else value

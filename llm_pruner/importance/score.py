@@ -1,0 +1,106 @@
+"""One door to every criterion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import PrunerError
+from ..graph import CouplingGraph, Unit
+from .aggregate import AGGREGATIONS, Salience, Scores, aggregate, slices_of
+from .magnitude import magnitude
+from .taylor import VARIANTS, taylor
+
+
+@dataclass
+class Request:
+    """What a criterion is asked for: the dims of each parameter to give a number per channel."""
+
+    model: nn.Module
+    slices: dict[str, list[int]]
+    calibration: torch.Tensor | None
+    taylor: str
+
+
+# A criterion returns numbers per channel; ``random`` needs none.
+CRITERIA: dict[str, Callable[[Request], Salience] | None] = {
+    "random": None,
+    "l1": lambda r: magnitude(r.model, r.slices, power=1),
+    "l2": lambda r: magnitude(r.model, r.slices, power=2),
+    "taylor": lambda r: taylor(r.model, r.slices, checked(r.model, r.calibration), r.taylor),
+}
+NEED_CALIBRATION = ("taylor",)
+
+
+def score(
+    model: nn.Module,
+    graph: CouplingGraph,
+    calibration: torch.Tensor | None = None,
+    criterion: str = "taylor",
+    taylor: str = "param_first",
+    aggregation: str = "sum",
+    kinds: Iterable[str] | None = None,
+    seed: int = 0,
+) -> Scores:
+    """Score every index of every unit of the graph; higher is worth more.
+
+    Args:
+        model: the model that ``graph`` was traced from, with real weights. It is not changed.
+        calibration: LongTensor ``[samples, tokens]`` of token ids; only the taylor criterion reads it.
+        criterion: ``random``, ``l1``, ``l2`` or ``taylor``.
+        taylor: ``vectorize``, ``param_first``, ``param_second`` or ``param_mix``; see
+            :mod:`llm_pruner.importance.taylor`.
+        aggregation: over the slices of a group: ``sum``, ``mean``, ``max``, ``prod``, ``first`` or ``last``.
+        kinds: score only units of these kinds (None: all). Fewer kinds need fewer gradients.
+        seed: of the ``random`` criterion.
+
+    Raises:
+        PrunerError: an unknown name, an unusable calibration set, or a gradient that is not finite.
+    """
+    for value, allowed, what in (
+        (criterion, CRITERIA, "criterion"),
+        (taylor, VARIANTS, "taylor variant"),
+        (aggregation, AGGREGATIONS, "aggregation"),
+    ):
+        if value not in allowed:
+            raise PrunerError(f"unknown {what} {value!r}; choose from {', '.join(allowed)}")
+    units: list[Unit] = graph.units if kinds is None else graph.of_kind(*kinds)
+    settings = {"criterion": criterion, "aggregation": aggregation, "seed": seed}
+    compute = CRITERIA[criterion]
+    if compute is None:
+        generator = torch.Generator().manual_seed(seed)
+        values = {u.name: torch.rand(u.size, generator=generator, dtype=torch.float64) for u in units}
+        return Scores(values, settings)
+    if criterion == "taylor":
+        settings["taylor"] = taylor
+    ranks = {name: len(shape) for name, shape in graph.shapes.items()}
+    salience = compute(Request(model, slices_of(units, ranks), calibration, taylor))
+    values = {unit.name: aggregate(unit, salience, ranks, aggregation) for unit in units}
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            raise PrunerError(f"the scores of {name} are not finite; load the model with --dtype float32 or bfloat16")
+    return Scores(values, settings)
+
+
+def checked(model: nn.Module, calibration: torch.Tensor | None) -> torch.Tensor:
+    """The calibration set on the model's device, if it is one that the model can read."""
+    if calibration is None:
+        raise PrunerError("this criterion needs a calibration set: a LongTensor [samples, tokens]")
+    if calibration.ndim != 2 or calibration.is_floating_point() or calibration.shape[0] < 1 or calibration.shape[1] < 2:
+        raise PrunerError(
+            f"calibration must be a LongTensor [samples >= 1, tokens >= 2], not {calibration.dtype} "
+            f"{list(calibration.shape)}"
+        )
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    if int(calibration.max()) >= weight.shape[0] or int(calibration.min()) < 0:
+        raise PrunerError(
+            f"calibration has token id {int(calibration.max())}, the model a vocabulary of {weight.shape[0]}: "
+            "it was made with another tokenizer"
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and calibration.shape[1] > longest:
+        raise PrunerError(f"calibration samples have {calibration.shape[1]} tokens, the model reads at most {longest}")
+    return calibration.to(weight.device)

@@ -1,0 +1,179 @@
+"""The pruning plan: what stays, as data.
+
+A plan names, for every parameter that it touches, which positions of which dims are kept. It needs neither
+the model nor the graph to be read, printed, put under version control or applied elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import PrunerError
+from ..graph import Unit
+
+FORMAT, VERSION = "llm-pruner plan", 1
+Kept = dict[str, dict[int, torch.Tensor]]
+
+
+@dataclass
+class Choice:
+    """What happens to one unit: ``kept`` is a sorted LongTensor of the indices (of ``size``) that stay."""
+
+    kind: str
+    layer: int | None
+    size: int
+    kept: torch.Tensor
+
+
+@dataclass
+class PruningPlan:
+    """What stays of a model.
+
+    Attributes:
+        kept: ``{parameter: {dim: sorted LongTensor of kept positions}}`` for every parameter that is touched.
+        units: the choice for every unit that loses something, by unit name.
+        shapes: shape of every touched parameter before pruning; a plan fits only a model that has them.
+        settings: how the plan was made, for the record.
+        notes: what the reader should know, such as units too small to lose anything.
+    """
+
+    kept: Kept = field(default_factory=dict)
+    units: dict[str, Choice] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def layers(self) -> dict[str, torch.Tensor]:
+        """Kept layers by path of their stack, for the stacks that lose some."""
+        return {name.rpartition(".")[0]: c.kept for name, c in self.units.items() if c.kind == "layers"}
+
+    def keep(self, unit: Unit, indices: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Keep only ``indices`` of a unit. Several units may cut the same parameter dim."""
+        indices = indices.sort().values
+        self.units[unit.name] = Choice(unit.kind, unit.layer, unit.size, indices)
+        for (name, dim), label in unit.dims.items():
+            stays = (label < 0) | torch.isin(label, indices)
+            if bool(stays.all()):
+                continue
+            positions = stays.nonzero().flatten()
+            before = self.kept.setdefault(name, {}).get(dim)
+            if before is not None:
+                positions = before[torch.isin(before, positions)]
+            self.kept[name][dim] = positions
+            self.shapes[name] = tuple(shapes[name])
+
+    def then(self, later: PruningPlan) -> PruningPlan:
+        """The one plan that does what this plan and then ``later``, made on its result, do."""
+        if self.layers or later.layers:
+            raise PrunerError("plans that drop layers cannot be chained: make one plan for the original model")
+        out = PruningPlan(settings=later.settings, notes=[*self.notes, *later.notes])
+        out.shapes = {**later.shapes, **self.shapes}
+        for name in self.kept.keys() | later.kept.keys():
+            first, second = self.kept.get(name, {}), later.kept.get(name, {})
+            out.kept[name] = {
+                dim: first[dim][second[dim]] if dim in first and dim in second else first.get(dim, second.get(dim))  # type: ignore[misc]
+                for dim in sorted(first.keys() | second.keys())
+            }
+            if name not in self.shapes:
+                out.shapes[name] = later.shapes[name]
+        out.units = dict(self.units)
+        for name, choice in later.units.items():
+            earlier = self.units.get(name)
+            out.units[name] = (
+                Choice(choice.kind, choice.layer, earlier.size, earlier.kept[choice.kept]) if earlier else choice
+            )
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON. Position lists shared by several parameters are written once."""
+        sets: dict[str, int] = {}
+        parameters = {}
+        for name in sorted(self.kept):
+            kept = {str(d): sets.setdefault(_ranges(k), len(sets)) for d, k in sorted(self.kept[name].items())}
+            parameters[name] = {"shape": list(self.shapes[name]), "kept": kept}
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": self.settings,
+            "notes": self.notes,
+            "units": {
+                name: {"kind": c.kind, "layer": c.layer, "size": c.size, "kept": _ranges(c.kept)}
+                for name, c in self.units.items()
+            },
+            "positions": list(sets),
+            "parameters": parameters,
+        }
+        Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Read a plan written by :meth:`save`.
+
+        Raises:
+            PrunerError: the file is missing, no plan, or names positions outside the shapes it states.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PrunerError(f"cannot read the plan {path}: {error}") from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise PrunerError(f"{path} is not a pruning plan (no format {FORMAT!r})")
+        if document.get("version") != VERSION:
+            raise PrunerError(f"{path} has plan version {document.get('version')}; this program reads {VERSION}")
+        try:
+            plan = cls(settings=document["settings"], notes=list(document["notes"]))
+            sets = [_positions(text) for text in document["positions"]]
+            for name, entry in document["parameters"].items():
+                plan.shapes[name] = tuple(entry["shape"])
+                plan.kept[name] = {int(dim): sets[i] for dim, i in entry["kept"].items()}
+            for name, entry in document["units"].items():
+                kept = _positions(entry["kept"])
+                plan.units[name] = Choice(entry["kind"], entry["layer"], entry["size"], kept)
+            for name, dims in plan.kept.items():
+                for dim, kept in dims.items():
+                    if kept.numel() and int(kept[-1]) >= plan.shapes[name][dim]:
+                        raise ValueError(f"{name} keeps position {int(kept[-1])} of {plan.shapes[name][dim]}")
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise PrunerError(f"the plan {path} is damaged: {error}") from error
+        return plan
+
+    def summary(self) -> str:
+        """One line a kind: how many units lose how much."""
+        lines = []
+        for kind in dict.fromkeys(c.kind for c in self.units.values()):
+            chosen = [c for c in self.units.values() if c.kind == kind]
+            kept, total = sum(c.kept.numel() for c in chosen), sum(c.size for c in chosen)
+            lines.append(f"{kind}: {kept} of {total} kept in {len(chosen)} unit{'s' * (len(chosen) > 1)}")
+        return "\n".join([*lines, *self.notes])
+
+
+def _ranges(positions: torch.Tensor) -> str:
+    """``[0, 1, 2, 7]`` as ``"0-2,7"``."""
+    out: list[str] = []
+    values: Iterable[int] = positions.tolist()
+    start = last = None
+    for value in [*values, None]:
+        if last is not None and value == last + 1:
+            last = value
+            continue
+        if last is not None:
+            out.append(f"{start}" if start == last else f"{start}-{last}")
+        start = last = value
+    return ",".join(out)
+
+
+def _positions(text: str) -> torch.Tensor:
+    values: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        values.extend(range(int(first), int(last or first) + 1))
+    if any(b <= a for a, b in zip(values, values[1:], strict=False)) or (values and values[0] < 0):
+        raise ValueError(f"positions out of order: {text[:60]}")
+    return torch.tensor(values, dtype=torch.long)

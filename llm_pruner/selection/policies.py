@@ -1,0 +1,161 @@
+"""From scores to a plan: how many indices each unit loses, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from ..errors import PrunerError
+from ..graph import KINDS, CouplingGraph, Unit
+from ..importance import Scores
+from .plan import PruningPlan
+
+LayerChoice = Iterable[int] | Mapping[str, Iterable[int]] | None
+
+
+def select(
+    graph: CouplingGraph,
+    scores: Scores,
+    ratio: float = 0.25,
+    kinds: Iterable[str] = ("heads", "neurons"),
+    layers: LayerChoice = None,
+    scope: str = "local",
+    round_to: int = 1,
+) -> PruningPlan:
+    """Choose which indices of which units stay: those with the highest scores.
+
+    Args:
+        graph: from :func:`llm_pruner.trace`.
+        scores: from :func:`llm_pruner.score`; ``scores.values[unit.name]`` is a tensor ``[unit.size]``.
+        ratio: share of a unit's indices to remove, strictly between 0 and 1. As LLM-Pruner counts: a unit
+            of n channels loses ``n - int(n * (1 - ratio))``, in whole indices, rounded down. None is a valid
+            outcome for a unit with few heads, and the plan's notes say so.
+        kinds: kinds of units to prune.
+        layers: layer indices to prune in, None for all; or a mapping from kind to layer indices. Units that
+            span layers (``hidden``, ``vocabulary``) do not ask.
+        scope: ``local`` takes the ratio from every unit, ``global`` from all units of a kind together,
+            lowest scores first.
+        round_to: kept counts become multiples of this, rounded up.
+
+    Raises:
+        PrunerError: an argument is out of range, or there is nothing to prune.
+    """
+    kinds = tuple(kinds)
+    _check(graph, ratio, kinds, layers, scope, round_to)
+    chosen = [unit for unit in graph.of_kind(*kinds) if _in_layers(unit, layers)]
+    if not chosen:
+        raise PrunerError(_nothing(graph, kinds, layers))
+    plan = PruningPlan(
+        settings={"ratio": ratio, "kinds": list(kinds), "scope": scope, "round_to": round_to, **scores.settings}
+    )
+    for kind in kinds:
+        units = [unit for unit in chosen if unit.kind == kind]
+        removals = (_local if scope == "local" else _global)(units, scores, ratio, round_to)
+        idle = 0
+        for unit, removed in zip(units, removals, strict=True):
+            if removed.numel():
+                stays = torch.ones(unit.size, dtype=torch.bool)
+                stays[removed] = False
+                plan.keep(unit, stays.nonzero().flatten(), graph.shapes)
+            else:
+                idle += 1
+        if idle:
+            plan.notes.append(
+                f"{kind}: {idle} of {len(units)} units lose nothing at ratio {ratio} "
+                f"({units[0].size} indices in the first)"
+            )
+    if not plan.units:
+        sizes = sorted({unit.size for unit in chosen})
+        raise PrunerError(
+            f"ratio {ratio} removes nothing: the units have {', '.join(map(str, sizes))} indices, which go whole; "
+            "raise the ratio"
+        )
+    return plan
+
+
+def removable(unit: Unit, ratio: float, round_to: int = 1) -> int:
+    """How many of a unit's indices a ratio removes (LLM-Pruner's count), leaving at least the minimum."""
+    channels = unit.size * unit.width
+    removed = (channels - int(channels * (1 - ratio))) // unit.width
+    return unit.size - _rounded(unit, unit.size - removed, round_to)
+
+
+def _rounded(unit: Unit, kept: int, round_to: int) -> int:
+    """A kept count as a multiple of ``round_to``, at least the unit's minimum and at most all of it."""
+    return min(-(-max(kept, unit.minimum) // round_to) * round_to, unit.size)
+
+
+def _local(units: list[Unit], scores: Scores, ratio: float, round_to: int) -> list[torch.Tensor]:
+    return [
+        torch.argsort(scores.values[unit.name], stable=True)[: removable(unit, ratio, round_to)] for unit in units
+    ]
+
+
+def _global(units: list[Unit], scores: Scores, ratio: float, round_to: int) -> list[torch.Tensor]:
+    """Remove the lowest-scored indices of all units together; every unit keeps its minimum."""
+    if not units:
+        return []
+    budget = sum(removable(unit, ratio) for unit in units)
+    owner = torch.cat([torch.full((unit.size,), i) for i, unit in enumerate(units)])
+    index = torch.cat([torch.arange(unit.size) for unit in units])
+    order = torch.argsort(torch.cat([scores.values[unit.name] for unit in units]), stable=True)
+    removed: list[list[int]] = [[] for _ in units]
+    for position in order.tolist():
+        i = int(owner[position])
+        if budget and len(removed[i]) < units[i].size - units[i].minimum:
+            removed[i].append(int(index[position]))
+            budget -= 1
+    out = []
+    for unit, gone in zip(units, removed, strict=True):
+        kept = _rounded(unit, unit.size - len(gone), round_to)
+        out.append(torch.tensor(gone[: unit.size - kept], dtype=torch.long))
+    return out
+
+
+def _in_layers(unit: Unit, layers: LayerChoice) -> bool:
+    wanted = layers.get(unit.kind) if isinstance(layers, Mapping) else layers
+    return wanted is None or unit.layer is None or unit.layer in set(wanted)
+
+
+def _check(
+    graph: CouplingGraph, ratio: float, kinds: tuple[str, ...], layers: LayerChoice, scope: str, round_to: int
+) -> None:
+    if not 0 < ratio < 1:
+        raise PrunerError(f"ratio {ratio} is out of range: give a share between 0 and 1, both excluded")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise PrunerError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
+    if scope not in ("local", "global"):
+        raise PrunerError(f"unknown scope {scope!r}; choose local or global")
+    if round_to < 1:
+        raise PrunerError(f"round_to {round_to} is out of range: give 1 or more")
+    present = {unit.layer for unit in graph.units if unit.layer is not None}
+    wanted = [i for v in layers.values() for i in v] if isinstance(layers, Mapping) else list(layers or ())
+    missing = sorted(set(wanted) - present)
+    if missing:
+        top = f"layers 0 to {max(present)}" if present else "no layers"
+        raise PrunerError(f"layer {', '.join(map(str, missing))} out of range: the model has {top} that can be pruned")
+
+
+def _nothing(graph: CouplingGraph, kinds: tuple[str, ...], layers: LayerChoice) -> str:
+    there = ", ".join(sorted({unit.kind for unit in graph.units})) or "none"
+    where = "" if layers is None else " in the layers given"
+    return f"nothing to prune: no unit of kind {', '.join(kinds)}{where} (kinds found: {there})"
+
+
+def first_layers(graph: CouplingGraph, count: int) -> PruningPlan:
+    """Keep the first ``count`` layers of the model's stack (LLM-Pruner's ``--layer_wise``).
+
+    Raises:
+        PrunerError: the model has no single stack, or ``count`` is not in 1 .. size - 1.
+    """
+    stacks = graph.of_kind("layers")
+    if len(stacks) != 1:
+        raise PrunerError(f"the model has {len(stacks)} stacks of layers; which one to cut is not decided")
+    (unit,) = stacks
+    if not 0 < count < unit.size:
+        raise PrunerError(f"cannot keep the first {count} layers of {unit.size}: give 1 to {unit.size - 1}")
+    plan = PruningPlan(settings={"layers_kept": count})
+    plan.keep(unit, torch.arange(count), graph.shapes)
+    return plan
