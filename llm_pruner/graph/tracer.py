@@ -46,6 +46,7 @@ class Tracer(TorchDispatchMode):
         return self.modules[-1] if self.modules else "the model"
 
     def record(self, traced: Traced) -> None:
+        traced.dims = [() if size_of(dim) == 1 else dim for dim in traced.dims]
         self.traced[id(traced.tensor)] = traced
 
     def lookup(self, tensor: torch.Tensor) -> Traced:

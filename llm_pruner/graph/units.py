@@ -78,7 +78,7 @@ class CouplingGraph:
 
     Attributes:
         units: the prunable units, layer by layer.
-        frozen: axes of at least two parameter dims that must not be pruned, each with its reason.
+        frozen: the axes that must not be pruned, each with its reason.
         unknown_operators: operators without a rule, with the module that used them first.
         shapes: shape of every tensor in the checkpoint, by name.
     """
@@ -129,7 +129,6 @@ def trace(model: nn.Module) -> CouplingGraph:
     found = _occurrences(dims)
     layer_of = _layer_finder(model)
     units = [_unit(atom, where, layer_of, found) for atom, where in found]
-    units = [unit for unit in units if unit is not None]
     units += _layer_units(model, shapes)
     _name(units)
     units.sort(key=lambda u: (u.layer is None, u.layer or 0, KINDS.index(u.kind)))
@@ -157,15 +156,13 @@ def _occurrences(dims: dict[str, list[Dim]]) -> list[Occurrence]:
     return [(atoms[key], where[key]) for key in atoms if atoms[key].size > 1]
 
 
-def _unit(atom: Atom, where: dict, layer_of: Layers, found: list[Occurrence]) -> Unit | None:
+def _unit(atom: Atom, where: dict, layer_of: Layers, found: list[Occurrence]) -> Unit:
     layers = {layer_of(name) for name, _ in where}
     layer = layers.pop() if len(layers) == 1 else None
     kind = _kind(atom, where, layer, found)
     frozen = atom.frozen
     if frozen is None and kind == "channels" and len(where) < 2:
         frozen = "only one parameter has it"
-    if frozen is not None and len(where) < 2 and kind != "vocabulary":
-        return None  # the window of a convolution, a table of positions: nobody asks
     return Unit("", kind, layer[1] if layer else None, atom.size, frozenset(atom.flags), frozen, _minimum(atom), where)
 
 

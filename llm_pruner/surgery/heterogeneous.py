@@ -1,0 +1,174 @@
+"""Models whose layers differ: the modelling half of transformers' ``per_layer_config``.
+
+transformers 5 can write and read a config whose layers have their own values, but does not build a model
+from it yet. This module does, for any architecture, with one idea: every layer can be built by its own
+constructor from its own config. When a model with such a config has been built, each layer that differs is
+built again and put in place of the first one, before any weight is loaded.
+
+Some blocks cannot be written down even so. GPT-2 derives the width of its attention from the hidden size, so
+no config has fewer heads. For those the config carries ``per_layer_submodules``::
+
+    {"3": {"attn": {"config": {"n_embd": 512, "n_head": 8}, "shapes": {"c_attn.weight": [768, 1536], ...}}}}
+
+that is, build that one block as if the model were narrower (which sets its head count, split sizes and scales
+right), then give its leaves that face the hidden size the shapes stated.
+
+Importing :mod:`llm_pruner` installs this in transformers, so ``AutoModelForCausalLM.from_pretrained`` works.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import PrunerError
+from ..graph import layer_lists
+
+SUBMODULES = "per_layer_submodules"
+Overrides = dict[str, Any]
+
+
+def install() -> None:
+    """Teach transformers to build models from per-layer configs; does nothing the second time."""
+    if getattr(PreTrainedModel, "_llm_pruner_installed", False):
+        return
+    init, post_init = PreTrainedModel.__init__, PreTrainedModel.post_init
+
+    @functools.wraps(init)
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        if _differs(config):
+            record_constructors(type(self))
+        init(self, config, *args, **kwargs)
+
+    @functools.wraps(post_init)
+    def with_layers(self: PreTrainedModel) -> None:
+        if _differs(self.config):
+            _rebuild_layers(self)
+        post_init(self)
+
+    PreTrainedModel.__init__ = __init__  # type: ignore[method-assign]
+    PreTrainedModel.post_init = with_layers  # type: ignore[method-assign]
+    PreTrainedModel._llm_pruner_installed = True  # type: ignore[attr-defined]
+
+
+def _differs(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config, "is_heterogeneous", False) or getattr(config, SUBMODULES, None))
+
+
+def record_constructors(model_class: type) -> None:
+    """Make the modules of a modelling file remember what they were constructed with.
+
+    A module's constructor is the only thing that knows how to make it right; its arguments are needed to ask
+    it again with another config.
+    """
+    for module_class in vars(sys.modules[model_class.__module__]).values():
+        if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+            continue
+        original = module_class.__dict__.get("__init__")
+        if original is None or hasattr(original, "_records") or issubclass(module_class, PreTrainedModel):
+            continue
+        module_class.__init__ = _recording(original)  # type: ignore[misc]
+
+
+def _recording(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.__dict__["_constructed_with"] = (type(self), args, kwargs)
+
+    __init__._records = True  # type: ignore[attr-defined]
+    return __init__
+
+
+def rebuilt(module: nn.Module, overrides: Overrides | PreTrainedConfig) -> nn.Module:
+    """The module as its constructor makes it from another config (or the same one with other values).
+
+    Raises whatever the constructor raises for a config that makes no sense, and PrunerError for a module that
+    is not made from a config.
+    """
+    module_class, args, kwargs = module.__dict__.get("_constructed_with", (None, (), {}))
+    if not any(isinstance(a, PreTrainedConfig) for a in (*args, *kwargs.values())):
+        raise PrunerError(f"{type(module).__name__} is not built from a config")
+
+    def swap(value: Any) -> Any:
+        if not isinstance(value, PreTrainedConfig):
+            return value
+        return overrides if isinstance(overrides, PreTrainedConfig) else with_values(global_config(value), overrides)
+
+    return module_class(*map(swap, args), **{k: swap(v) for k, v in kwargs.items()})
+
+
+def with_values(config: PreTrainedConfig, values: Overrides) -> PreTrainedConfig:
+    """A copy of a config with some fields changed and nothing derived anew."""
+    out = copy.copy(config)
+    for name, value in values.items():
+        setattr(out, name, value)
+    return out
+
+
+def global_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy without per-layer values."""
+    out = copy.copy(config)
+    out.__dict__.pop("_heterogeneity_spec", None)
+    return out
+
+
+def stack_of(model: nn.Module, layers: int) -> nn.ModuleList | None:
+    """The model's own list of decoder layers (not that of a model inside it that has its own config)."""
+    for path, stack in layer_lists(model).items():
+        parents = [model.get_submodule(p) for p in _ancestors(path)]
+        if len(stack) == layers and not any(isinstance(p, PreTrainedModel) and p is not model for p in parents):
+            return stack
+    return None
+
+
+def _ancestors(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _rebuild_layers(model: PreTrainedModel) -> None:
+    config = model.config
+    stack = stack_of(model, config.num_hidden_layers)
+    if stack is None:  # the layers belong to a model inside this one, which has built them already
+        return
+    submodules: Mapping[str, Any] = getattr(config, SUBMODULES, None) or {}
+    for i in range(len(stack)):
+        if config.is_heterogeneous and config._heterogeneity_spec.per_layer_overrides.get(i):
+            stack[i] = rebuilt(stack[i], config.per_layer_config[i])
+        for path, recipe in submodules.get(str(i), {}).items():
+            replace_submodule(stack[i], path, recipe["config"], recipe["shapes"])
+
+def replace_submodule(layer: nn.Module, path: str, overrides: Overrides, shapes: Mapping[str, Any]) -> None:
+    """Build one block of a layer from other values, then give its leaves the shapes stated."""
+    block = rebuilt(layer.get_submodule(path), overrides)
+    for name, shape in shapes.items():
+        _resize(block, name, tuple(shape))
+    layer.set_submodule(path, block)
+
+
+def _resize(block: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    """Give a leaf's parameter another shape, and the leaf the attributes that say so."""
+    path, _, attribute = name.rpartition(".")
+    leaf = block.get_submodule(path)
+    old = getattr(leaf, attribute)
+    if tuple(old.shape) == shape:
+        return
+    if isinstance(leaf, nn.Linear) and attribute == "weight":
+        leaf.out_features, leaf.in_features = shape
+    elif isinstance(leaf, Conv1D) and attribute == "weight":
+        leaf.nx, leaf.nf = shape
+    elif isinstance(leaf, nn.LayerNorm):
+        leaf.normalized_shape = shape
+    elif not isinstance(leaf, (nn.Linear, Conv1D)) and hasattr(leaf, "forward") and len(shape) != 1:
+        raise PrunerError(f"{type(leaf).__name__}.{attribute} cannot be given the shape {list(shape)}")
+    new = torch.empty(shape, dtype=old.dtype, device=old.device)
+    setattr(leaf, attribute, nn.Parameter(new, requires_grad=old.requires_grad))

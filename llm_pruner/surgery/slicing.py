@@ -1,0 +1,56 @@
+"""Cutting tensors to a plan. Pure: names and tensors in, names and tensors out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import PrunerError
+from ..selection import PruningPlan
+
+
+def renamed(name: str, plan: PruningPlan) -> str | None:
+    """The name of a tensor after layers are dropped; None when its layer is."""
+    for path, kept in plan.layers.items():
+        if match := re.match(rf"({re.escape(path)}\.)(\d+)(\..*)", name):
+            index = (kept == int(match[2])).nonzero().flatten()
+            return f"{match[1]}{int(index)}{match[3]}" if index.numel() else None
+    return name
+
+
+def cut_shape(name: str, shape: tuple[int, ...], plan: PruningPlan) -> tuple[int, ...]:
+    """The shape of a tensor after the plan."""
+    return tuple(len(plan.kept.get(name, {}).get(dim, range(size))) for dim, size in enumerate(shape))
+
+
+def cut(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
+    """The kept part of a tensor, always a new one."""
+    kept = plan.kept.get(name, {})
+    if not kept:
+        return tensor.clone()
+    for dim, positions in kept.items():
+        tensor = tensor.index_select(dim, positions.to(tensor.device))
+    return tensor.contiguous()
+
+
+def masked(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
+    """The tensor with everything that the plan removes set to zero, at its full shape."""
+    out = tensor.clone()
+    for dim, positions in plan.kept.get(name, {}).items():
+        gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        gone[positions] = False
+        out.index_fill_(dim, gone.nonzero().flatten().to(tensor.device), 0)
+    return out
+
+
+def check_fits(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan) -> None:
+    """Refuse a plan that was made for another model."""
+    for name, shape in plan.shapes.items():
+        found = shapes.get(name)
+        if found is None or tuple(found) != tuple(shape):
+            raise PrunerError(
+                f"the plan was made for another model: {name} is {list(shape)} in the plan, "
+                f"{'absent' if found is None else list(found)} in the model"
+            )
