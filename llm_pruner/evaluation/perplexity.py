@@ -1,0 +1,68 @@
+"""Perplexity by LLM-Pruner's protocol: windows of ``seq_len`` tokens side by side, mean over all tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import PrunerError
+
+
+@dataclass
+class Perplexity:
+    """``perplexity`` is ``exp(loss)``, ``loss`` the mean over ``tokens`` predicted tokens, in nats."""
+
+    perplexity: float
+    loss: float
+    tokens: int
+    windows: int
+    seq_len: int
+
+
+def windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, seq_len: int, max_windows: int | None = None
+) -> torch.Tensor:
+    """A text as LongTensor ``[windows, seq_len]``; the rest that fills no window is left out.
+
+    Raises:
+        PrunerError: the text is shorter than one window.
+    """
+    if seq_len < 2:
+        raise PrunerError(f"seq_len {seq_len} is out of range: a window needs at least 2 tokens")
+    ids = torch.tensor(tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=torch.long)
+    count = len(ids) // seq_len
+    if count == 0:
+        raise PrunerError(f"the text has {len(ids)} tokens, less than one window of {seq_len}: lower --seq_len")
+    return ids[: count * seq_len].view(count, seq_len)[:max_windows]
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int = 8) -> Perplexity:
+    """Perplexity of a causal model on windows ``[windows, seq_len]``.
+
+    Each window predicts its tokens 1 .. seq_len - 1 from those before them in the same window.
+    """
+    training = model.training
+    model.eval()
+    total = 0.0
+    try:
+        for batch in ids.split(batch_size):
+            batch = batch.to(model.device)
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+            for row, target in zip(logits, batch[:, 1:], strict=True):  # one window in fp32 at a time
+                total += cross_entropy(row.float(), target, reduction="sum").item()
+    finally:
+        model.train(training)
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    loss = total / tokens
+    return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, tokens, ids.shape[0], ids.shape[1])
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
