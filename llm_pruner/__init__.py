@@ -14,9 +14,11 @@ from .graph import CouplingGraph, Unit, trace
 from .importance import Scores, score
 from .selection import PruningPlan, select
 from .surgery import apply, install, verify
+from .version import __version__
 
-__version__ = "0.1.0"
+
 __all__ = [
+    "__version__",
     "CouplingGraph",
     "PrunerError",
     "PruningPlan",

@@ -1,7 +1,7 @@
 """The only part that touches model files."""
 
 from .load import DEFAULT_MODEL, DTYPES, EMBEDDED, load, load_config, locate, meta_model
-from .save import PLAN_FILE, complete_folder, save
+from .save import PLAN_FILE, complete_folder, save, write_checkpoint
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -14,4 +14,5 @@ __all__ = [
     "locate",
     "meta_model",
     "save",
+    "write_checkpoint",
 ]

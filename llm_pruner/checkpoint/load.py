@@ -63,8 +63,8 @@ def load(
             kwargs["use_safetensors"] = True
         else:
             kwargs["quantization_config"] = GgufConfig(dequantize=True)
-        model = _auto_class(config).from_pretrained(path, **common, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+        model = _auto_class(config).from_pretrained(path, config=config, **common, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config, **common)
     except PrunerError:
         raise
     except Exception as error:  # transformers raises whatever its loaders raise; the user needs one line

@@ -32,12 +32,22 @@ def save(
         PrunerError: the folder cannot be written or holds something else than a checkpoint.
     """
     with complete_folder(folder, owned_if="config.json") as temporary:
-        model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        if plan is not None:
-            plan.save(temporary / PLAN_FILE)
+        write_checkpoint(model, tokenizer, temporary, plan)
     return Path(folder)
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    plan: PruningPlan | None = None,
+) -> None:
+    """Write the files of a checkpoint into a folder that somebody else completes."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if plan is not None:
+        plan.save(folder / PLAN_FILE)
 
 
 @contextmanager

@@ -14,14 +14,20 @@ is freed, so gradients never live all at once. Parameters that no unit needs get
 
 from __future__ import annotations
 
-from collections import defaultdict
+import contextlib
+import ctypes
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import PrunerError
+from ..graph import layer_lists
 from .aggregate import reduce_to
 
 VARIANTS = ("vectorize", "param_first", "param_second", "param_mix")
@@ -40,34 +46,39 @@ def taylor(model: nn.Module, slices: Slices, calibration: torch.Tensor, variant:
     Raises:
         PrunerError: a gradient is not finite; the message names the parameter.
     """
-    salience: Salience = defaultdict(lambda: torch.zeros(()))
+    salience: Salience = {}
     hessian: dict[str, torch.Tensor] = {}
     samples = len(calibration)
 
-    def per_sample(name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        squared = gradient.square() / samples
-        if variant == "param_mix":  # |a - b| needs both per weight
-            hessian[name] = hessian[name].add_(squared) if name in hessian else squared
-            return
-        value = weight.square() * squared  # W H W is a sum over samples, so channels are enough
+    def add(name: str, value: torch.Tensor, signed: bool = False) -> None:
         for dim in slices[name]:
-            salience[name, dim] = salience[name, dim] + reduce_to(dim, value).cpu()
+            channels = reduce_to(dim, value).cpu()
+            if not torch.isfinite(channels).all():
+                raise PrunerError(
+                    f"the gradient of {name} is not finite; load the model with --dtype float32 or bfloat16"
+                )
+            key = name, dim
+            salience[key] = salience.get(key, 0) + (channels.abs() if signed else channels)
+
+    def per_sample(name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        if variant == "param_mix":  # |a - b| needs both per weight
+            squared = gradient.square().div_(samples)
+            hessian[name] = hessian[name].add_(squared) if name in hessian else squared
+        else:  # W H W is a sum over samples of non-negative terms, so channels are enough
+            add(name, (weight * gradient).square_().div_(samples))
 
     def whole_batch(name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         value = weight * gradient
         if variant == "param_mix":
             value -= 0.5 * weight.square() * hessian.pop(name)
-        for dim in slices[name]:
-            salience[name, dim] = (
-                reduce_to(dim, value).abs() if variant == "vectorize" else reduce_to(dim, value.abs())
-            ).cpu()
+        add(name, value if variant == "vectorize" else value.abs_(), signed=variant == "vectorize")
 
     if variant in ("param_second", "param_mix"):
         for sample in calibration:
             backward(model, slices, sample[None], per_sample)
     if variant != "param_second":
         backward(model, slices, calibration, whole_batch)
-    return dict(salience)
+    return salience
 
 
 Visit = Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -79,13 +90,72 @@ def backward(model: nn.Module, wanted: Slices, ids: torch.Tensor, visit: Visit) 
     Returns the loss. Gradients are freed as they are visited; the model's own ``requires_grad`` flags, mode
     and gradients are as before afterwards.
     """
-    with _only(model, wanted, visit), torch.enable_grad():
-        inputs = {"input_ids": ids, "labels": ids}
-        loss = model(**inputs, use_cache=False).loss
+    inputs = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    with _only(model, wanted, visit), recomputing(model), torch.enable_grad():
+        loss, _ = NextTokenLoss.apply(model(**inputs, use_cache=False).logits, ids)
         if not torch.isfinite(loss):
             raise PrunerError(f"the calibration loss is {loss.item()}; load the model with --dtype float32 or bfloat16")
         loss.backward()
     return loss.item()
+
+
+class NextTokenLoss(torch.autograd.Function):
+    """Mean cross entropy of tokens 1.. given those before them, in the memory of the logits.
+
+    With a large vocabulary the logits are the largest tensor of the whole pass, and a plain cross entropy
+    keeps three of them. Here their gradient, (softmax - onehot) / tokens, is written over them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = ids.shape[0] * (ids.shape[1] - 1)
+        total = torch.zeros((), dtype=torch.float64)
+        for row, target in zip(logits, ids[:, 1:].to(logits.device), strict=True):  # one sample at a time in fp32
+            log_probabilities = row[:-1].float().log_softmax(-1)
+            total -= log_probabilities.gather(-1, target[:, None]).sum().double().cpu()
+            gradient = log_probabilities.exp_()
+            gradient.scatter_add_(-1, target[:, None], torch.full_like(gradient[:, :1], -1.0).expand(-1, 1))
+            row[:-1] = gradient / tokens
+            row[-1] = 0
+        ctx.mark_dirty(logits)
+        ctx.save_for_backward(logits)
+        return (total / tokens).to(logits.device, torch.float32), logits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (logits_gradient,) = ctx.saved_tensors
+        return logits_gradient.mul_(gradients[0].to(logits_gradient.dtype)), None  # used once: nobody sees it again
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Recompute the activations of each decoder layer in the backward pass instead of keeping them.
+
+    That costs the layers' forward pass once more. What is saved elsewhere, the gradients of embeddings and head,
+    nearly makes up for it; ``benchmarks/scoring.py`` measures both.
+    """
+    layers = [layer for stack in layer_lists(model).values() for layer in stack]
+    try:
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        _return_freed_memory()
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)  # the class's own shows again
+
+
+def _return_freed_memory(threshold: int = 8 << 20) -> None:
+    """Make glibc hand large freed tensors back to the system instead of keeping them for later.
+
+    Left to itself it raises this threshold to the largest tensor freed so far, and the heap grows by the
+    fragments: a quarter of a GiB here.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").mallopt(-3, threshold)  # -3 is M_MMAP_THRESHOLD
 
 
 @contextmanager
@@ -95,10 +165,6 @@ def _only(model: nn.Module, wanted: Slices, visit: Visit) -> Iterator[None]:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
             with torch.no_grad():
-                if not torch.isfinite(gradient).all():
-                    raise PrunerError(
-                        f"the gradient of {name} is not finite; load the model with --dtype float32 or bfloat16"
-                    )
                 visit(name, parameter.detach().float(), gradient.float())
 
         return ready

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import PrunerError
-from ..graph import CouplingGraph, Unit
+from ..graph import Unit
 
 FORMAT, VERSION = "llm-pruner plan", 1
 Kept = dict[str, dict[int, torch.Tensor]]
@@ -68,29 +68,6 @@ class PruningPlan:
                 positions = before[torch.isin(before, positions)]
             self.kept[name][dim] = positions
             self.shapes[name] = tuple(shapes[name])
-
-    def then(self, later: PruningPlan, graph: CouplingGraph) -> PruningPlan:
-        """The one plan that does what this plan and then ``later``, made on its result, do.
-
-        Args:
-            graph: of the original model, in whose units the combined plan is written.
-        """
-        if self.layers or later.layers:
-            raise PrunerError("plans that drop layers cannot be chained: make one plan for the original model")
-        out = PruningPlan(settings=later.settings, notes=later.notes)
-        for name in self.kept.keys() | later.kept.keys():
-            first, second = self.kept.get(name, {}), later.kept.get(name, {})
-            out.shapes[name] = tuple(graph.shapes[name])
-            out.kept[name] = {
-                dim: first[dim][second[dim]] if dim in first and dim in second else (first.get(dim, second.get(dim)))  # type: ignore[misc]
-                for dim in sorted(first.keys() | second.keys())
-            }
-        for unit in graph.units:
-            cut = [label[out.kept[n][d]] for (n, d), label in unit.dims.items() if d in out.kept.get(n, {})]
-            kept = cut[0][cut[0] >= 0].unique() if cut else torch.arange(unit.size)
-            if len(kept) < unit.size:
-                out.units[unit.name] = Choice(unit.kind, unit.layer, unit.size, kept)
-        return out
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON. Position lists shared by several parameters are written once."""

@@ -159,3 +159,25 @@ def first_layers(graph: CouplingGraph, count: int) -> PruningPlan:
     plan = PruningPlan(settings={"layers_kept": count})
     plan.keep(unit, torch.arange(count), graph.shapes)
     return plan
+
+
+def lifted(scores: Scores, graph: CouplingGraph, plan: PruningPlan) -> Scores:
+    """Scores of a pruned model as scores of the original: what is gone scores lowest, so it goes again.
+
+    Args:
+        scores: of the model that ``plan`` left.
+        graph: of the original model.
+    """
+    values = {}
+    for unit in graph.units:
+        found = scores.values.get(unit.name)
+        if unit.name not in plan.units:
+            if found is not None:
+                values[unit.name] = found
+            continue
+        kept = plan.units[unit.name].kept
+        value = torch.full((unit.size,), -torch.inf, dtype=torch.float64)
+        # An axis with one index left is no unit any more, and that index stays.
+        value[kept] = found if found is not None and len(found) == len(kept) else torch.inf
+        values[unit.name] = value
+    return Scores(values, scores.settings)

@@ -1,0 +1,179 @@
+"""The arguments of the commands, as dataclasses; ``HfArgumentParser`` turns them into flags.
+
+The pruning flags are LLM-Pruner's, with its names and meanings; those below the line are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .checkpoint import DEFAULT_MODEL, DTYPES
+from .data import EMBEDDED_TEXT
+from .errors import PrunerError
+from .graph import CouplingGraph
+from .importance import AGGREGATIONS, CRITERIA, VARIANTS
+
+
+def flag(default: Any, help: str) -> Any:
+    """A dataclass field that knows its ``--help`` text."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PruneArguments:
+    """Prune a model and measure it before and after."""
+
+    base_model: str = flag(DEFAULT_MODEL, "alias of the embedded model, hub id, folder, or .gguf file")
+    save_ckpt_log_name: str = flag("llama_prune", "name of the run; its folder is prune_log/<name>")
+    pruning_ratio: float = flag(0.5, "share of every unit's indices to remove, between 0 and 1")
+    pruner_type: str = flag("taylor", "importance criterion: " + ", ".join(CRITERIA))
+    taylor: str = flag("param_first", "taylor variant: " + ", ".join(VARIANTS))
+    grouping_strategy: str = flag("sum", "aggregation over the slices of a group: " + ", ".join(AGGREGATIONS))
+    num_examples: int = flag(10, "samples in the calibration set")
+
+    temperature: float = flag(1.0, "sampling temperature of the test generations")
+    top_p: float = flag(0.95, "nucleus of the test generations")
+    max_seq_len: int = flag(128, "length of the test generations and of a perplexity window, in tokens")
+
+    block_wise: bool = flag(False, "prune attention heads and MLP neurons of a range of layers (the default)")
+    channel_wise: bool = flag(False, "prune hidden channels through the whole model")
+    layer_wise: bool = flag(False, "keep only the first --layer layers")
+    layer: int = flag(12, "layers to keep with --layer_wise")
+    block_attention_layer_start: int | None = flag(None, "first layer whose heads are pruned (default: 3)")
+    block_attention_layer_end: int | None = flag(None, "layer to stop before (default: the last but one)")
+    block_mlp_layer_start: int | None = flag(None, "first layer whose neurons are pruned (default: 3)")
+    block_mlp_layer_end: int | None = flag(None, "layer to stop before (default: the last but one)")
+    iterative_steps: int = flag(1, "prune in this many steps, scored anew at each")
+    global_pruning: bool = flag(False, "rank across layers instead of within each")
+
+    device: str = flag("auto", "device to prune on: auto, cpu, cuda, cuda:1, ...")
+    eval_device: str = flag("auto", "device to evaluate on")
+    test_before_train: bool = flag(False, "generate before pruning (perplexity is always measured)")
+    test_after_train: bool = flag(False, "generate after pruning (perplexity is always measured)")
+    seed: int = flag(42, "seed of everything that is random")
+    save_model: bool = flag(False, "write the checkpoint")
+
+    # Ours.
+    calib_dataset: str = flag(
+        EMBEDDED_TEXT, "calibration text: python-docs, bookcorpus, c4, wikitext2, ptb, or a .txt, .json or .jsonl file"
+    )
+    calib_seq_len: int = flag(64, "tokens in a calibration sample")
+    calib_seed: int | None = flag(None, "draw calibration samples at random with this seed (default: the first ones)")
+    eval_datasets: str = flag(EMBEDDED_TEXT, "texts to measure perplexity on, by comma ('' for none)")
+    max_windows: int = flag(0, "use only the first N windows of each text (0: all)")
+    round_to: int = flag(1, "keep multiples of this many indices")
+    dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES) + " (auto: float32 on cpu)")
+    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+    output_root: str = flag("prune_log", "folder of the runs")
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything is loaded, and resolve ``auto`` devices.
+
+        Raises:
+            PrunerError: with the one line that the user reads.
+        """
+        self.pruner_type = self.pruner_type.lower()
+        for name, allowed in (
+            ("pruner_type", CRITERIA),
+            ("taylor", VARIANTS),
+            ("grouping_strategy", AGGREGATIONS),
+            ("dtype", DTYPES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise PrunerError(f"unknown --{name} {getattr(self, name)!r}; choose from {', '.join(allowed)}")
+        modes = [m for m in ("block_wise", "channel_wise", "layer_wise") if getattr(self, m)]
+        if len(modes) > 1:
+            raise PrunerError(f"--{' and --'.join(modes)} exclude each other: give one")
+        if not self.layer_wise and not 0 < self.pruning_ratio < 1:
+            raise PrunerError(f"--pruning_ratio {self.pruning_ratio} is out of range: give a share between 0 and 1")
+        for name in ("num_examples", "iterative_steps", "round_to", "layer"):
+            if getattr(self, name) < 1:
+                raise PrunerError(f"--{name} {getattr(self, name)} is out of range: give 1 or more")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise PrunerError(f"--temperature {self.temperature} --top_p {self.top_p}: give above 0, and within 0 to 1")
+        if self.max_seq_len < 2 or self.calib_seq_len < 2 or self.max_windows < 0:
+            raise PrunerError("--max_seq_len and --calib_seq_len are at least 2 tokens, --max_windows at least 0")
+        if self.layer_wise and (self.global_pruning or self.iterative_steps > 1):
+            raise PrunerError("--layer_wise drops layers by position: --global_pruning and --iterative_steps mean nothing")
+        name = self.save_ckpt_log_name
+        if not name or name in (".", "..") or "/" in name:
+            raise PrunerError(f"--save_ckpt_log_name {name!r} must be a plain folder name")
+        self.device, self.eval_device = _device("device", self.device), _device("eval_device", self.eval_device)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("hidden",) if self.channel_wise else ("heads", "neurons")
+
+    def layers(self, graph: CouplingGraph) -> dict[str, range] | None:
+        """The layers of each kind that the ``--block_*`` flags name, for a given model.
+
+        Raises:
+            PrunerError: the range lies outside the model.
+        """
+        if self.channel_wise:
+            return None
+        numbers = [unit.layer for unit in graph.units if unit.layer is not None]
+        if not numbers:
+            raise PrunerError("the architecture has no layers in which anything can be pruned")
+        count = max(numbers) + 1
+        out = {}
+        for kind, what in (("heads", "attention"), ("neurons", "mlp")):
+            start, end = getattr(self, f"block_{what}_layer_start"), getattr(self, f"block_{what}_layer_end")
+            start = min(3, count - 1) if start is None else start
+            end = max(count - 1, start + 1) if end is None else end
+            if not 0 <= start < end <= count:
+                raise PrunerError(
+                    f"--block_{what}_layer_start {start} --block_{what}_layer_end {end} is out of range: the model has "
+                    f"layers 0 to {count - 1}, and the end is not included"
+                )
+            out[kind] = range(start, end)
+        return out
+
+
+def _device(flag_name: str, value: str) -> str:
+    if value == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(value)
+    except RuntimeError as error:
+        raise PrunerError(f"--{flag_name} {value!r} is no device; give cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PrunerError(f"--{flag_name} {value}: there is no CUDA device here; give --{flag_name} cpu")
+    return value
+
+
+@dataclass
+class PerplexityArguments:
+    """Measure perplexity."""
+
+    model: str = flag(DEFAULT_MODEL, "alias of the embedded model, hub id, folder, or .gguf file")
+    dataset: str = flag(EMBEDDED_TEXT, "wikitext2, ptb, c4, python-docs, or a .txt, .json or .jsonl file")
+    seq_len: int = flag(128, "tokens in a window; windows lie side by side")
+    max_windows: int = flag(0, "use only the first N windows (0: all)")
+    batch_size: int = flag(8, "windows in a batch")
+    device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, ...")
+    dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES))
+    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+    output: str | None = flag(None, "write the result to this JSON file")
+
+
+@dataclass
+class InspectArguments:
+    """Print the units of a model, what is frozen and why."""
+
+    model: str = flag(DEFAULT_MODEL, "alias, hub id, folder, .gguf file, or a config.json; no weights are read")
+    layer: int | None = flag(0, "show units of this layer (and those of the whole model); -1 for all")
+    verify: bool = flag(False, "load the weights and put every unit to the permutation test")
+    json: bool = flag(False, "print JSON")
+    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+
+
+@dataclass
+class DemoArguments:
+    """Prune the embedded model and show what it does to it."""
+
+    output_root: str = flag("prune_log", "folder of the run")
+    pruning_ratio: float = flag(0.25, "share of the MLP neurons and heads to remove")

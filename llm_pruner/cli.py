@@ -1,0 +1,143 @@
+"""The command ``llm-pruner`` and the scripts at the root: thin doors to the same functions."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
+
+from .arguments import DemoArguments, InspectArguments, PerplexityArguments, PruneArguments
+from .errors import PrunerError
+
+T = TypeVar("T")
+
+
+def parse(arguments_class: type[T], argv: Sequence[str], program: str) -> T:
+    """Flags as a dataclass. An unknown flag is refused with the nearest known one."""
+    parser = HfArgumentParser(arguments_class, prog=program, description=arguments_class.__doc__, allow_abbrev=False)  # type: ignore[arg-type]
+    known, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0], flags, n=1)
+        raise PrunerError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    return arguments_class(**vars(known))
+
+
+def run(arguments_class: type[T], action: Callable[[T], Any], argv: Sequence[str] | None = None, program: str = "") -> int:
+    """Parse, run, and turn what the user can mend into one line on stderr and exit code 2."""
+    transformers_logging.set_verbosity_error()
+    try:
+        action(parse(arguments_class, sys.argv[1:] if argv is None else argv, program or Path(sys.argv[0]).name))
+    except PrunerError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("error: out of memory; use --device cuda, a smaller --num_examples or --dtype bfloat16", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+            traceback.print_exc()
+            return 1
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def prune(args: PruneArguments) -> None:
+    from .pipeline import prune
+
+    prune(args)
+
+
+def evaluate_perplexity(args: PerplexityArguments) -> None:
+    """Print perplexity, and write it to ``--output``."""
+    from .arguments import _device
+    from .checkpoint import load
+    from .data import text
+    from .evaluation import perplexity, windows
+
+    if args.batch_size < 1 or args.max_windows < 0:
+        raise PrunerError("--batch_size is at least 1, --max_windows at least 0")
+    content = text(args.dataset, "test")
+    model, tokenizer = load(args.model, args.dtype, _device("device", args.device), args.trust_remote_code)
+    result = perplexity(
+        model, windows(tokenizer, content, args.seq_len, args.max_windows or None), args.batch_size
+    )
+    record = {"model": args.model, "dataset": args.dataset, **asdict(result)}
+    print(f"{args.model} on {args.dataset}: perplexity {result.perplexity:.4f} ({result.tokens} tokens)")
+    if args.output:
+        write_text(Path(args.output), json.dumps(record, indent=1) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def inspect(args: InspectArguments) -> None:
+    from .inspect import inspect
+
+    inspect(args)
+
+
+def demo(args: DemoArguments) -> None:
+    from .demo import demo
+
+    demo(args)
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "prune": (PruneArguments, prune),
+    "evaluate": (PerplexityArguments, evaluate_perplexity),
+    "inspect": (InspectArguments, inspect),
+    "demo": (DemoArguments, demo),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``llm-pruner`` and ``python -m llm_pruner``."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: llm-pruner COMMAND [flags]\n")
+        for name, (arguments_class, _) in COMMANDS.items():
+            print(f"  {name:<10} {arguments_class.__doc__}")
+        print("\nllm-pruner COMMAND --help lists the flags of a command.")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from .version import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] == "inspect" and len(argv) > 1 and not argv[1].startswith("-"):  # inspect MODEL
+        argv[1:2] = ["--model", argv[1]]
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        print(
+            f"error: unknown command {argv[0]!r}" + (f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(COMMANDS)}"),
+            file=sys.stderr,
+        )
+        return 2
+    arguments_class, action = COMMANDS[argv[0]]
+    return run(arguments_class, action, argv[1:], f"llm-pruner {argv[0]}")

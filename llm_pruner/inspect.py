@@ -1,0 +1,86 @@
+"""``llm-pruner inspect``: what can be pruned in a model, what cannot, and why."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .arguments import InspectArguments
+from .checkpoint import load, load_config, meta_model
+from .graph import CouplingGraph, Unit, trace
+from .graph.verify import PermutationReport, verify_units
+
+
+def inspect(args: InspectArguments) -> None:
+    """Print the units of a model; its weights are read only with ``--verify``."""
+    reports: list[PermutationReport] = []
+    if args.verify:
+        model, _ = load(args.model, "float32", "cpu", args.trust_remote_code)
+        graph = trace(model)
+        reports = verify_units(model, graph)
+    else:
+        graph = trace(meta_model(load_config(args.model, args.trust_remote_code), args.trust_remote_code))
+    if args.json:
+        print(json.dumps(as_json(graph, reports), indent=1))
+        return
+    _print(graph, args, reports)
+
+
+def as_json(graph: CouplingGraph, reports: list[PermutationReport]) -> dict[str, Any]:
+    checked = {r.unit.name: r.difference for r in reports}
+
+    def row(unit: Unit) -> dict[str, Any]:
+        return {
+            "name": unit.name,
+            "kind": unit.kind,
+            "layer": unit.layer,
+            "size": unit.size,
+            "flags": sorted(unit.flags),
+            "parameters": unit.parameters,
+            **({"frozen": unit.frozen} if unit.frozen else {}),
+            **({"permutation_difference": checked[unit.name]} if unit.name in checked else {}),
+        }
+
+    return {
+        "units": [row(u) for u in graph.units],
+        "frozen": [row(u) for u in graph.frozen],
+        "unknown_operators": graph.unknown_operators,
+    }
+
+
+def _print(graph: CouplingGraph, args: InspectArguments, reports: list[PermutationReport]) -> None:
+    console = Console()
+    wanted = [u for u in graph.units if args.layer in (None, -1) or u.layer in (None, args.layer)]
+    table = Table("unit", "kind", "size", "flags", "parameters", title="prunable units")
+    for unit in wanted:
+        table.add_row(unit.name, unit.kind, str(unit.size), " ".join(sorted(unit.flags)), _parameters(unit))
+    console.print(table)
+    frozen = [
+        u for u in graph.frozen if len(u.dims) > 1 and (args.layer in (None, -1) or u.layer in (None, args.layer))
+    ]
+    if frozen:
+        table = Table("axis", "size", "why", "parameters", title="frozen axes")
+        for unit in frozen:
+            table.add_row(unit.name, str(unit.size), unit.frozen or "", _parameters(unit))
+        console.print(table)
+    kinds: dict[str, int] = {}
+    for unit in graph.units:
+        kinds[unit.kind] = kinds.get(unit.kind, 0) + 1
+    console.print(f"{len(graph.units)} units: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+    if len(wanted) < len(graph.units):
+        console.print(f"(shown: layer {args.layer} and what spans layers; --layer -1 shows all)")
+    for name, where in graph.unknown_operators.items():
+        console.print(f"no rule for operator {name} (first used in {where}): every axis that enters it is frozen")
+    if reports:
+        failed = [r for r in reports if not r.passed]
+        console.print(f"permutation test: {len(reports) - len(failed)} of {len(reports)} units pass")
+        for report in failed:
+            console.print(f"  {report.unit.name}: {report.unit.frozen}")
+
+
+def _parameters(unit: Unit) -> str:
+    names = [f"{name}[{dim}]" for name, dim in unit.dims]
+    return "\n".join(names if len(names) <= 8 else [*names[:7], f"... and {len(names) - 7} more"])

@@ -1,0 +1,248 @@
+"""The pruning run behind ``hf_prune.py`` and ``llm-pruner prune``: load, prune, measure, save."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from .arguments import PruneArguments
+from .checkpoint import PLAN_FILE, complete_folder, load, write_checkpoint
+from .data import calibration, text
+from .errors import PrunerError
+from .evaluation import parameter_count, perplexity, windows
+from .graph import CouplingGraph, trace
+from .importance import NEED_CALIBRATION, score
+from .selection import PruningPlan, first_layers, lifted, select
+from .surgery import apply, verify
+from .version import __version__
+
+log = logging.getLogger("llm_pruner")
+PROMPTS = (
+    "I believe the meaning of life is",
+    "Simply put, the theory of relativity states that",
+    "Building a website can be done in 10 simple steps:\n",
+)
+LOG_FILE, METRICS_FILE = "prune.log", "metrics.json"
+
+
+class Stopwatch:
+    """Seconds of each named stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
+
+
+def prune(args: PruneArguments) -> Path:
+    """Run what the arguments say; returns the run's folder, ``prune_log/<name>``.
+
+    The folder holds the checkpoint (with ``--save_model``), the plan, ``metrics.json`` and the log. It appears
+    complete or not at all.
+
+    Raises:
+        PrunerError: bad arguments or anything else that the user can mend.
+    """
+    args.check()
+    folder = Path(args.output_root) / args.save_ckpt_log_name
+    with complete_folder(folder, owned_if=METRICS_FILE) as temporary, _logging_to(temporary / LOG_FILE):
+        log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
+        metrics = _run(args, temporary)
+        (temporary / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    log.info("run folder: %s", folder)
+    return folder
+
+
+def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
+    set_seed(args.seed)
+    clock = Stopwatch()
+    with clock("load"):
+        dtype = ("float32" if args.device == "cpu" else "auto") if args.dtype == "auto" else args.dtype
+        model, tokenizer = load(args.base_model, dtype, args.device, args.trust_remote_code)
+    log.info("loaded %s: %s parameters", args.base_model, f"{parameter_count(model):,}")
+    metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
+    evaluation = _evaluation_windows(args, tokenizer)
+    metrics["before"] = _test("before pruning", args.test_before_train, model, tokenizer, args, evaluation, clock)
+    model.to(args.device)
+
+    plan, pruned, graph = make_plan(args, model, tokenizer, clock)
+    for line in plan.summary().splitlines():
+        log.info("%s", line)
+    normed = {u.kind for u in graph.units if u.name in plan.units and "norm" in u.flags}
+    if normed:
+        log.info("mask equivalence does not apply: %s are normalised over", ", ".join(sorted(normed)))
+    else:
+        with clock("verify"):
+            report = verify(model, pruned, plan)
+        metrics["mask_equivalence"] = {"relative": report.relative, "tolerance": report.tolerance}
+        if not report.equivalent:
+            raise PrunerError(
+                f"the pruned model differs from the masked original by {report.relative:.1e} (relative; "
+                f"{report.tolerance:.0e} is rounding): please report the architecture {type(model).__name__}"
+            )
+        log.info("pruned model equals the masked original (relative difference %.1e)", report.relative)
+    metrics["parameters_after"] = parameter_count(pruned)
+    metrics["parameters_ratio"] = metrics["parameters_after"] / metrics["parameters_before"]
+    log.info(
+        "parameters: %s -> %s (%.4f)",
+        f"{metrics['parameters_before']:,}",
+        f"{metrics['parameters_after']:,}",
+        metrics["parameters_ratio"],
+    )
+    plan.settings |= {"base_model": args.base_model, "command": shlex.join(sys.argv)}
+    plan.save(folder / PLAN_FILE)
+    del model
+    if args.save_model:
+        with clock("save"):
+            write_checkpoint(pruned, tokenizer, folder, plan)
+    metrics["after"] = _test("after pruning", args.test_after_train, pruned, tokenizer, args, evaluation, clock)
+    return metrics | {
+        "seconds": clock.seconds,
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "peak_cuda_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if torch.cuda.is_available() else None,
+        "seed": args.seed,
+        "command": shlex.join(sys.argv),
+        "arguments": asdict(args),
+        "versions": {
+            "llm_pruner": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def make_plan(
+    args: PruneArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, clock: Stopwatch
+) -> tuple[PruningPlan, PreTrainedModel, CouplingGraph]:
+    """The plan, the pruned model and the original's graph.
+
+    With several iterative steps, each step scores the last step's model and plans anew for the original, in
+    which what is gone already scores lowest.
+    """
+    with clock("trace"):
+        graph = trace(model)
+    if args.layer_wise:
+        plan = first_layers(graph, args.layer)
+        with clock("apply"):
+            return plan, apply(model, plan), graph
+    layers = args.layers(graph)
+    scope = "global" if args.global_pruning else "local"
+    ids = None
+    if args.pruner_type in NEED_CALIBRATION:
+        with clock("calibration"):
+            ids = calibration(args.calib_dataset, tokenizer, args.num_examples, args.calib_seq_len, args.calib_seed)
+    plan, pruned, current = PruningPlan(), model, graph
+    for step in range(1, args.iterative_steps + 1):
+        with clock("score"):
+            scores = score(
+                pruned, current, ids, args.pruner_type, args.taylor, args.grouping_strategy, args.kinds, args.seed
+            )
+            scores = lifted(scores, graph, plan)
+        ratio = args.pruning_ratio * step / args.iterative_steps
+        try:
+            with clock("select"):
+                plan = select(graph, scores, ratio, args.kinds, layers, scope, args.round_to)
+        except PrunerError as error:
+            if step == args.iterative_steps:
+                raise
+            log.info("step %d of %d: %s", step, args.iterative_steps, error)
+            continue
+        with clock("apply"):
+            pruned = apply(model, plan)
+        if step < args.iterative_steps:
+            log.info("step %d of %d: %s parameters", step, args.iterative_steps, f"{parameter_count(pruned):,}")
+            with clock("trace"):
+                current = trace(pruned)
+    plan.settings["iterative_steps"] = args.iterative_steps
+    return plan, pruned, graph
+
+
+def _evaluation_windows(args: PruneArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """Every evaluation text cut into windows, before any work is done: a missing text is found out at once."""
+    names = [name for name in args.eval_datasets.split(",") if name]
+    return {
+        name: windows(tokenizer, text(name, "test"), args.max_seq_len, args.max_windows or None) for name in names
+    }
+
+
+def _test(
+    when: str,
+    samples: bool,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PruneArguments,
+    evaluation: dict[str, torch.Tensor],
+    clock: Stopwatch,
+) -> dict[str, Any]:
+    """Perplexity on every text, and if asked continuations of LLM-Pruner's kind of prompts."""
+    model.to(args.eval_device)
+    metrics: dict[str, Any] = {"perplexity": {}}
+    if samples:
+        with clock("generate"):
+            metrics["samples"] = [generate(model, tokenizer, prompt, args) for prompt in PROMPTS]
+        for sample in metrics["samples"]:
+            log.info("%s: %s", when, sample)
+    for name, ids in evaluation.items():
+        with clock("perplexity"):
+            result = perplexity(model, ids)
+        metrics["perplexity"][name] = asdict(result)
+        log.info("perplexity %s on %s: %.4f (%d tokens)", when, name, result.perplexity, result.tokens)
+    return metrics
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, args: PruneArguments
+) -> str:
+    """One sampled continuation, up to ``max_seq_len`` tokens in all; seeded, so both models draw alike."""
+    set_seed(args.seed)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    out = model.generate(
+        **inputs,
+        do_sample=True,
+        top_k=50,
+        top_p=args.top_p,
+        temperature=args.temperature,
+        max_length=max(args.max_seq_len, inputs["input_ids"].shape[1] + 1),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Send the log to the terminal and to a file."""
+    handlers: list[logging.Handler] = [
+        logging.StreamHandler(sys.stderr),
+        logging.FileHandler(path, encoding="utf-8"),
+    ]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
