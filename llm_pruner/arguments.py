@@ -97,11 +97,13 @@ class PruneArguments:
         if self.max_seq_len < 2 or self.calib_seq_len < 2 or self.max_windows < 0:
             raise PrunerError("--max_seq_len and --calib_seq_len are at least 2 tokens, --max_windows at least 0")
         if self.layer_wise and (self.global_pruning or self.iterative_steps > 1):
-            raise PrunerError("--layer_wise drops layers by position: --global_pruning and --iterative_steps mean nothing")
+            raise PrunerError(
+                "--layer_wise drops layers by position: --global_pruning and --iterative_steps mean nothing"
+            )
         name = self.save_ckpt_log_name
         if not name or name in (".", "..") or "/" in name:
             raise PrunerError(f"--save_ckpt_log_name {name!r} must be a plain folder name")
-        self.device, self.eval_device = _device("device", self.device), _device("eval_device", self.eval_device)
+        self.device, self.eval_device = device_of("device", self.device), device_of("eval_device", self.eval_device)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -133,7 +135,7 @@ class PruneArguments:
         return out
 
 
-def _device(flag_name: str, value: str) -> str:
+def device_of(flag_name: str, value: str) -> str:
     if value == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -153,7 +155,7 @@ class PerplexityArguments:
     dataset: str = flag(EMBEDDED_TEXT, "wikitext2, ptb, c4, python-docs, or a .txt, .json or .jsonl file")
     seq_len: int = flag(128, "tokens in a window; windows lie side by side")
     max_windows: int = flag(0, "use only the first N windows (0: all)")
-    batch_size: int = flag(8, "windows in a batch")
+    batch_size: int = flag(4, "windows in a batch")
     device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, ...")
     dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES))
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")

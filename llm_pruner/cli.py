@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from .arguments import DemoArguments, InspectArguments, PerplexityArguments, PruneArguments
+from .arguments import DemoArguments, InspectArguments, PerplexityArguments, PruneArguments, device_of
 from .errors import PrunerError
 
 T = TypeVar("T")
@@ -32,7 +32,9 @@ def parse(arguments_class: type[T], argv: Sequence[str], program: str) -> T:
     return arguments_class(**vars(known))
 
 
-def run(arguments_class: type[T], action: Callable[[T], Any], argv: Sequence[str] | None = None, program: str = "") -> int:
+def run(
+    arguments_class: type[T], action: Callable[[T], Any], argv: Sequence[str] | None = None, program: str = ""
+) -> int:
     """Parse, run, and turn what the user can mend into one line on stderr and exit code 2."""
     transformers_logging.set_verbosity_error()
     try:
@@ -66,7 +68,6 @@ def prune(args: PruneArguments) -> None:
 
 def evaluate_perplexity(args: PerplexityArguments) -> None:
     """Print perplexity, and write it to ``--output``."""
-    from .arguments import _device
     from .checkpoint import load
     from .data import text
     from .evaluation import perplexity, windows
@@ -74,10 +75,8 @@ def evaluate_perplexity(args: PerplexityArguments) -> None:
     if args.batch_size < 1 or args.max_windows < 0:
         raise PrunerError("--batch_size is at least 1, --max_windows at least 0")
     content = text(args.dataset, "test")
-    model, tokenizer = load(args.model, args.dtype, _device("device", args.device), args.trust_remote_code)
-    result = perplexity(
-        model, windows(tokenizer, content, args.seq_len, args.max_windows or None), args.batch_size
-    )
+    model, tokenizer = load(args.model, args.dtype, device_of("device", args.device), args.trust_remote_code)
+    result = perplexity(model, windows(tokenizer, content, args.seq_len, args.max_windows or None), args.batch_size)
     record = {"model": args.model, "dataset": args.dataset, **asdict(result)}
     print(f"{args.model} on {args.dataset}: perplexity {result.perplexity:.4f} ({result.tokens} tokens)")
     if args.output:
@@ -135,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         print(
-            f"error: unknown command {argv[0]!r}" + (f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(COMMANDS)}"),
+            f"error: unknown command {argv[0]!r}"
+            + (f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(COMMANDS)}"),
             file=sys.stderr,
         )
         return 2

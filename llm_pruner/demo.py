@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -66,7 +66,9 @@ def demo(args: DemoArguments) -> None:
     console.print(table)
     console.print(f"original: {before['text']}")
     console.print(f"pruned:   {after['text']}")
-    console.print(f"the pruned checkpoint is in [bold]{target}[/]: AutoModelForCausalLM reads it after import llm_pruner")
+    console.print(
+        f"the pruned checkpoint is in [bold]{target}[/]: AutoModelForCausalLM reads it after import llm_pruner"
+    )
 
 
 @torch.no_grad()
@@ -76,9 +78,9 @@ def measure(
     """One column of the table."""
     inputs = tokenizer(PROMPT, return_tensors="pt")
     generate = {"do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24, "pad_token_id": tokenizer.eos_token_id}
-    model.generate(**inputs, **{**generate, "max_new_tokens": 2, "min_new_tokens": 2})  # warm up
+    cast(Any, model).generate(**inputs, **{**generate, "max_new_tokens": 2, "min_new_tokens": 2})  # warm up
     start = time.perf_counter()
-    out = model.generate(**inputs, **generate)
+    out = cast(Any, model).generate(**inputs, **generate)
     decode = 24 / (time.perf_counter() - start)
     start = time.perf_counter()
     result = perplexity(model, held_out)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from .arguments import InspectArguments
 from .checkpoint import load, load_config, meta_model
@@ -52,9 +52,9 @@ def as_json(graph: CouplingGraph, reports: list[PermutationReport]) -> dict[str,
 
 
 def _print(graph: CouplingGraph, args: InspectArguments, reports: list[PermutationReport]) -> None:
-    console = Console()
+    console = Console(soft_wrap=False)
     wanted = [u for u in graph.units if args.layer in (None, -1) or u.layer in (None, args.layer)]
-    table = Table("unit", "kind", "size", "flags", "parameters", title="prunable units")
+    table = Table(*_columns("unit", "kind", "size", "flags", "parameter[dim]"), title="prunable units")
     for unit in wanted:
         table.add_row(unit.name, unit.kind, str(unit.size), " ".join(sorted(unit.flags)), _parameters(unit))
     console.print(table)
@@ -62,7 +62,7 @@ def _print(graph: CouplingGraph, args: InspectArguments, reports: list[Permutati
         u for u in graph.frozen if len(u.dims) > 1 and (args.layer in (None, -1) or u.layer in (None, args.layer))
     ]
     if frozen:
-        table = Table("axis", "size", "why", "parameters", title="frozen axes")
+        table = Table(*_columns("axis", "size", "why", "parameter[dim]"), title="frozen axes")
         for unit in frozen:
             table.add_row(unit.name, str(unit.size), unit.frozen or "", _parameters(unit))
         console.print(table)
@@ -81,6 +81,12 @@ def _print(graph: CouplingGraph, args: InspectArguments, reports: list[Permutati
             console.print(f"  {report.unit.name}: {report.unit.frozen}")
 
 
+def _columns(*names: str) -> list[Column]:
+    return [Column(name, overflow="fold", no_wrap=name in ("kind", "size", "flags")) for name in names]
+
+
 def _parameters(unit: Unit) -> str:
-    names = [f"{name}[{dim}]" for name, dim in unit.dims]
-    return "\n".join(names if len(names) <= 8 else [*names[:7], f"... and {len(names) - 7} more"])
+    """The unit's parameter dims, without the path that its own name says already."""
+    path = unit.name.rpartition(f".{unit.kind}")[0]
+    names = [f"{name.removeprefix(f'{path}.')}[{dim}]" for name, dim in unit.dims]
+    return "\n".join(names if len(names) <= 8 else [*names[:4], f"... and {len(names) - 4} more"])

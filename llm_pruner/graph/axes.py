@@ -27,7 +27,7 @@ import torch
 class Atom:
     """One segment of an axis. Compare with ``is`` after :func:`find`; ``size`` never changes."""
 
-    __slots__ = ("size", "parent", "parts", "concatenated", "frozen", "flags", "tags")
+    __slots__ = ("concatenated", "flags", "frozen", "parent", "parts", "size", "tags")
 
     def __init__(self, size: int, frozen: str | None = None):
         self.size = size

@@ -150,7 +150,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
 
 def sources(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every tensor that a checkpoint holds, by its first name: parameters and persistent float buffers."""
-    out = dict(model.named_parameters())
+    out: dict[str, torch.Tensor] = dict(model.named_parameters())
     transient = {f"{p}.{n}".lstrip(".") for p, m in model.named_modules() for n in m._non_persistent_buffers_set}
     for name, buffer in model.named_buffers():
         if name not in transient and buffer.is_floating_point():

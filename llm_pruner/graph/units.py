@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import nn
 
-from .axes import Atom, Dim, find, labels, leaves
-from .tracer import Tracer, run, sources
+from .axes import Atom, Dim, labels, leaves
+from .tracer import run, sources
 
 KINDS = ("heads", "query_heads", "neurons", "experts", "hidden", "channels", "layers", "vocabulary")
 Slices = dict[str, dict[int, torch.Tensor]]
@@ -59,7 +59,7 @@ class Unit:
             IndexError: an index is not in ``range(size)``.
         """
         wanted = torch.tensor([index] if isinstance(index, int) else list(index), dtype=torch.long)
-        if wanted.numel() and not (0 <= int(wanted.min()) and int(wanted.max()) < self.size):
+        if wanted.numel() and not (int(wanted.min()) >= 0 and int(wanted.max()) < self.size):
             raise IndexError(f"unit {self.name} has indices 0 to {self.size - 1}, not {index}")
         out: Slices = defaultdict(dict)
         for (name, dim), label in self.dims.items():
@@ -242,22 +242,20 @@ def _layer_units(model: nn.Module, shapes: dict[str, tuple]) -> list[Unit]:
     return units
 
 
+def common_path(names: Iterable[str]) -> str:
+    """The path of the smallest module that holds all of these parameters."""
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
+
+
 def _name(units: list[Unit]) -> None:
     """Name each unit after the module that holds all of it, and its kind."""
     seen: dict[str, list[Unit]] = defaultdict(list)
     for unit in units:
         if not unit.name:
-            paths = [name.rpartition(".")[0].split(".") for name in unit.parameters]
-            prefix = os.path.commonprefix(paths)
-            unit.name = ".".join([*prefix, unit.kind])
+            unit.name = f"{common_path(unit.parameters)}.{unit.kind}".lstrip(".")
         seen[unit.name].append(unit)
     for name, same in seen.items():
         for i, unit in enumerate(same):
             if len(same) > 1:
                 unit.name = f"{name}.{i}"
-
-
-def leaf_of(dim: Dim) -> Atom:
-    """The single leaf of an unrefined dim (for tests and debugging)."""
-    (leaf,) = leaves(dim)
-    return find(leaf)

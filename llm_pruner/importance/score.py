@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import PrunerError
 from ..graph import CouplingGraph, Unit
@@ -19,7 +20,7 @@ from .taylor import VARIANTS, taylor
 class Request:
     """What a criterion is asked for: the dims of each parameter to give a number per channel."""
 
-    model: nn.Module
+    model: PreTrainedModel
     slices: dict[str, list[int]]
     calibration: torch.Tensor | None
     taylor: str
@@ -36,7 +37,7 @@ NEED_CALIBRATION = ("taylor",)
 
 
 def score(
-    model: nn.Module,
+    model: PreTrainedModel,
     graph: CouplingGraph,
     calibration: torch.Tensor | None = None,
     criterion: str = "taylor",
@@ -79,13 +80,13 @@ def score(
     ranks = {name: len(shape) for name, shape in graph.shapes.items()}
     salience = compute(Request(model, slices_of(units, ranks), calibration, taylor))
     values = {unit.name: aggregate(unit, salience, ranks, aggregation) for unit in units}
-    for name, value in values.items():
-        if not torch.isfinite(value).all():
+    for name, scored in values.items():
+        if not torch.isfinite(scored).all():
             raise PrunerError(f"the scores of {name} are not finite; load the model with --dtype float32 or bfloat16")
     return Scores(values, settings)
 
 
-def checked(model: nn.Module, calibration: torch.Tensor | None) -> torch.Tensor:
+def checked(model: PreTrainedModel, calibration: torch.Tensor | None) -> torch.Tensor:
     """The calibration set on the model's device, if it is one that the model can read."""
     if calibration is None:
         raise PrunerError("this criterion needs a calibration set: a LongTensor [samples, tokens]")
@@ -94,7 +95,7 @@ def checked(model: nn.Module, calibration: torch.Tensor | None) -> torch.Tensor:
             f"calibration must be a LongTensor [samples >= 1, tokens >= 2], not {calibration.dtype} "
             f"{list(calibration.shape)}"
         )
-    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    weight = cast(torch.Tensor, model.get_input_embeddings().weight)
     if int(calibration.max()) >= weight.shape[0] or int(calibration.min()) < 0:
         raise PrunerError(
             f"calibration has token id {int(calibration.max())}, the model a vocabulary of {weight.shape[0]}: "

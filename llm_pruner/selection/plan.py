@@ -6,6 +6,7 @@ the model nor the graph to be read, printed, put under version control or applie
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -152,6 +153,6 @@ def _positions(text: str) -> torch.Tensor:
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
         values.extend(range(int(first), int(last or first) + 1))
-    if any(b <= a for a, b in zip(values, values[1:], strict=False)) or (values and values[0] < 0):
+    if any(b <= a for a, b in itertools.pairwise(values)) or (values and values[0] < 0):
         raise ValueError(f"positions out of order: {text[:60]}")
     return torch.tensor(values, dtype=torch.long)

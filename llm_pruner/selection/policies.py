@@ -87,9 +87,7 @@ def _rounded(unit: Unit, kept: int, round_to: int) -> int:
 
 
 def _local(units: list[Unit], scores: Scores, ratio: float, round_to: int) -> list[torch.Tensor]:
-    return [
-        torch.argsort(scores.values[unit.name], stable=True)[: removable(unit, ratio, round_to)] for unit in units
-    ]
+    return [torch.argsort(scores.values[unit.name], stable=True)[: removable(unit, ratio, round_to)] for unit in units]
 
 
 def _global(units: list[Unit], scores: Scores, ratio: float, round_to: int) -> list[torch.Tensor]:

@@ -119,7 +119,11 @@ class EquivalenceReport:
 
 @torch.no_grad()
 def verify(
-    model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, tokens: torch.Tensor | None = None, seed: int = 0
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    plan: PruningPlan,
+    tokens: torch.Tensor | None = None,
+    seed: int = 0,
 ) -> EquivalenceReport:
     """Mask equivalence: do the pruned model's logits equal the original's with the removed slices zeroed?
 
@@ -136,9 +140,7 @@ def verify(
     tolerance = 1e-5 if model.dtype in (torch.float32, torch.float64) else 3 * torch.finfo(model.dtype).eps
     if any(choice.kind == "vocabulary" for choice in plan.units.values()):
         raise PrunerError("mask equivalence is not defined for a plan that cuts the vocabulary: token ids move")
-    return EquivalenceReport(
-        (found - expected).abs().max().item(), relative_difference(found, expected), tolerance
-    )
+    return EquivalenceReport((found - expected).abs().max().item(), relative_difference(found, expected), tolerance)
 
 
 class _swapped:

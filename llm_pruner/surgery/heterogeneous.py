@@ -75,7 +75,7 @@ def record_constructors(model_class: type) -> None:
         original = module_class.__dict__.get("__init__")
         if original is None or hasattr(original, "_records") or issubclass(module_class, PreTrainedModel):
             continue
-        module_class.__init__ = _recording(original)  # type: ignore[misc]
+        module_class.__init__ = _recording(original)  # type: ignore[method-assign,misc]
 
 
 def _recording(original: Callable[..., None]) -> Callable[..., None]:
@@ -146,6 +146,7 @@ def _rebuild_layers(model: PreTrainedModel) -> None:
             stack[i] = rebuilt(stack[i], config.per_layer_config[i])
         for path, recipe in submodules.get(str(i), {}).items():
             replace_submodule(stack[i], path, recipe["config"], recipe["shapes"])
+
 
 def replace_submodule(layer: nn.Module, path: str, overrides: Overrides, shapes: Mapping[str, Any]) -> None:
     """Build one block of a layer from other values, then give its leaves the shapes stated."""
