@@ -133,7 +133,7 @@ def split_product(atom: Atom, outer: int) -> tuple[Dim, Dim]:
     else:
         form = Atom(atom.size)
         first, second = _refine(form, sizes, concatenated=False)
-        unify((atom,), (form,))
+        _merge(atom, form)
     return (first,), (second,)
 
 

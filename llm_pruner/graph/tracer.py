@@ -219,9 +219,9 @@ def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
 
 def _buffer_dim(buffer: torch.Tensor, axis: int) -> Dim:
     """A constant freezes what it meets, unless it is the same at every index of the axis."""
-    if buffer.device.type != "meta" and buffer.shape[axis] > 1 and buffer.numel():
-        if bool((buffer == buffer.narrow(axis, 0, 1)).all()):
-            return fresh(buffer.shape[axis])
+    known = buffer.device.type != "meta" and buffer.numel() > 0
+    if known and bool((buffer == buffer.narrow(axis, 0, 1)).all()):
+        return fresh(buffer.shape[axis])
     return fresh(buffer.shape[axis], "combined with a constant")
 
 

@@ -217,9 +217,11 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """
     out: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{p}.") for p in out):
-            if len(module) and all(next(m.parameters(), None) is not None for m in module):
-                out[path] = module
+        nested = any(path.startswith(f"{outer}.") for outer in out)
+        if isinstance(module, nn.ModuleList) and len(module) and not nested:
+            if any(next(member.parameters(), None) is None for member in module):
+                continue
+            out[path] = module
     return out
 
 

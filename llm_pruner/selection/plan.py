@@ -152,7 +152,10 @@ def _positions(text: str) -> torch.Tensor:
     values: list[int] = []
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
-        values.extend(range(int(first), int(last or first) + 1))
+        run = range(int(first), int(last or first) + 1)
+        if not run:
+            raise ValueError(f"empty range {part}")
+        values.extend(run)
     if any(b <= a for a, b in itertools.pairwise(values)) or (values and values[0] < 0):
         raise ValueError(f"positions out of order: {text[:60]}")
     return torch.tensor(values, dtype=torch.long)

@@ -92,7 +92,7 @@ def _fill(model: PreTrainedModel, plan: PruningPlan, config: PreTrainedConfig) -
     pruned.tie_weights()
     if model.can_generate():
         pruned.generation_config = copy.deepcopy(model.generation_config)
-    for module in pruned.modules():  # buffers that no checkpoint holds
+    for module in pruned.modules():  # buffers that no checkpoint holds stay as constructed, as after a reload
         for key, buffer in module.named_buffers(recurse=False):
             setattr(module, key, buffer.to(model.device))
     return pruned.train(model.training)

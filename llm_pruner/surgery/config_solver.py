@@ -25,7 +25,7 @@ from .heterogeneous import SUBMODULES, Overrides, record_constructors, stack_of,
 from .layer_solver import Cut, LayerSolver, Recipe, Shapes, Solution, candidates, shapes_of
 from .slicing import cut_shape, renamed
 
-MAX_ATTEMPTS = 6
+MAX_ATTEMPTS = 32
 
 
 def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

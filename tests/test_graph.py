@@ -1,0 +1,172 @@
+"""Discovery: the units of the main families, each put to the permutation oracle."""
+
+import resource
+
+import pytest
+import torch
+from conftest import BASE, build
+from torch import nn
+from transformers import AutoConfig
+
+from llm_pruner.checkpoint import meta_model
+from llm_pruner.graph import TraceError, trace
+from llm_pruner.graph.verify import check_permutation, verify_units
+
+
+def test_every_unit_passes_the_permutation_oracle(architecture):
+    model = build(architecture)
+    graph = trace(model)
+    reports = verify_units(model, graph)
+    assert not [(r.unit.name, r.difference, r.effect) for r in reports if not r.passed]
+    assert {"heads", "neurons", "hidden"} <= {r.unit.kind for r in reports}
+    assert len(graph.of_kind("heads")) == len(graph.of_kind("neurons")) == 3
+    assert len(graph.of_kind("layers")) == len(graph.of_kind("vocabulary")) == 1
+
+
+def test_the_oracle_can_fail():
+    """A graph that forgets a slice, or couples the wrong rows, is found out."""
+    model = build("llama")
+    unit = trace(model).of_kind("neurons")[0]
+    key = next(k for k in unit.dims if k[0].endswith("down_proj.weight"))
+    forgotten = unit.dims.pop(key)
+    assert not check_permutation(model, unit).passed
+    unit.dims[key] = forgotten.flip(0)
+    assert not check_permutation(model, unit).passed
+    unit.dims[key] = forgotten
+    assert check_permutation(model, unit).passed
+
+
+def test_tracing_leaves_the_model_as_it_was():
+    model = build("llama_grouped").train()
+    model.set_attn_implementation("sdpa")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trace(model)
+    assert model.training and model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(before[name], p) and p.device.type == "cpu" for name, p in model.named_parameters())
+
+
+def test_a_real_and_a_meta_model_have_the_same_units(architecture):
+    real = build(architecture)
+    meta = meta_model(real.config)
+    assert [(u.name, u.size, list(u.dims)) for u in trace(real).units] == [
+        (u.name, u.size, list(u.dims)) for u in trace(meta).units
+    ]
+
+
+def test_heads_are_groups_where_attention_is_grouped():
+    graph = trace(build("llama_grouped"))
+    heads = graph.unit("model.layers.0.self_attn.heads")
+    members = graph.unit("model.layers.0.self_attn.query_heads")
+    assert (heads.size, members.size, heads.width) == (2, 2, 8)
+    occupied = heads.slices(1)
+    assert occupied["model.layers.0.self_attn.q_proj.weight"][0].tolist() == list(range(16, 32))
+    assert occupied["model.layers.0.self_attn.k_proj.weight"][0].tolist() == list(range(8, 16))
+    assert occupied["model.layers.0.self_attn.o_proj.weight"][1].tolist() == list(range(16, 32))
+    assert members.slices(0)["model.layers.0.self_attn.q_proj.weight"][0].tolist() == [*range(8), *range(16, 24)]
+
+
+def test_fused_projections_are_seen_through():
+    neurons = trace(build("phi3")).unit("model.layers.0.mlp.neurons")
+    assert neurons.slices(5)["model.layers.0.mlp.gate_up_proj.weight"][0].tolist() == [5, 53]
+    heads = trace(build("gpt_neox")).unit("gpt_neox.layers.0.attention.heads")
+    assert heads.slices(1)["gpt_neox.layers.0.attention.query_key_value.weight"][0].tolist() == list(range(24, 48))
+
+
+def test_experts_and_their_neurons():
+    graph = trace(build("mixtral"))
+    experts = graph.unit("model.layers.0.mlp.experts")
+    assert experts.size == 4 and experts.minimum == 2 and "norm" in experts.flags
+    assert set(experts.parameters) == {
+        "model.layers.0.mlp.gate.weight",
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+    }
+
+
+def test_rotary_freezes_the_head_dim_and_says_so():
+    graph = trace(build("llama"))
+    assert any("constant" in u.frozen and any("q_proj" in n for n in u.parameters) for u in graph.frozen)
+    assert not any("q_proj.weight" in u.parameters[0] and u.kind == "channels" for u in graph.units)
+
+
+def test_unknown_units_name_the_nearest():
+    with pytest.raises(KeyError, match=r"model\.layers\.0\.mlp\.neurons"):
+        trace(build("llama")).unit("model.layers.0.mlp.neuron")
+    with pytest.raises(IndexError):
+        trace(build("llama")).units[0].slices(99)
+
+
+class Odd(nn.Module):
+    """A block with an operator that no rule knows."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + torch.linalg.qr(x)[0].mean() * 0
+
+
+def test_an_unknown_operator_freezes_what_enters_it():
+    model = build("llama")
+    model.model.layers[1].mlp = Odd(model.model.layers[1].mlp)
+    graph = trace(model)
+    assert list(graph.unknown_operators) == ["linalg_qr"]
+    assert not graph.of_kind("hidden")
+    hidden = next(u for u in graph.frozen if u.kind == "hidden")
+    assert "linalg_qr" in hidden.frozen and "layers.1.mlp" in hidden.frozen
+    assert len(graph.of_kind("neurons")) == 3
+
+
+def test_a_model_that_cannot_run_says_where():
+    model = build("llama")
+    model.model.layers[1].mlp.down_proj = nn.Linear(7, 32)
+    with pytest.raises(TraceError, match=r"layers\.1\.mlp\.down_proj"):
+        trace(model)
+
+
+def test_a_70b_shape_traces_without_weights():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    config = AutoConfig.for_model(
+        "llama",
+        **BASE
+        | {
+            "vocab_size": 128256,
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+        },
+    )
+    graph = trace(meta_model(config))
+    assert len(graph.of_kind("heads")) == len(graph.of_kind("neurons")) == 80
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # 1 GiB
+
+
+def test_torch_pruning_finds_the_same_groups():
+    """An independent tracer, on multi-head attention (on grouped attention it does not return)."""
+    tp = pytest.importorskip("torch_pruning")
+    model = build("llama")
+    names = {id(p): n for n, p in model.named_parameters()}
+    graph = trace(model)
+    model.config.use_cache = False
+    built = tp.DependencyGraph().build_dependency(model, example_inputs={"input_ids": torch.ones(1, 8, dtype=torch.long)})
+    for unit, root, indices in (
+        ("mlp.neurons", "mlp.gate_proj", [7]),
+        ("self_attn.heads", "self_attn.v_proj", list(range(8, 16))),
+    ):
+        for layer in range(3):
+            module = model.get_submodule(f"model.layers.{layer}.{root}")
+            group = built.get_pruning_group(module, tp.prune_linear_out_channels, idxs=indices)
+            theirs = set()
+            for dependency, positions in group:
+                target = dependency.target.module
+                if isinstance(target, nn.Linear):
+                    dim = 0 if dependency.handler.__name__.endswith("out_channels") else 1
+                    theirs.add((names[id(target.weight)], dim, tuple(sorted(positions))))
+            ours = graph.unit(f"model.layers.{layer}.{unit}")
+            index = 7 if "neurons" in unit else 1
+            mine = {(n, d, tuple(p.tolist())) for n, dims in ours.slices(index).items() for d, p in dims.items()}
+            assert theirs <= mine
+            assert len(theirs) >= 2

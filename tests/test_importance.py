@@ -1,0 +1,191 @@
+"""Scores against straight, independent computations and against LLM-Pruner's own choices."""
+
+import json
+
+import pytest
+import torch
+from conftest import build, tokens
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import llm_pruner as lp
+from llm_pruner.importance import AGGREGATIONS, VARIANTS
+from llm_pruner.importance.taylor import backward
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def element(model, ids, variant):
+    """The paper's formulas, weight by weight, with every gradient in memory."""
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    g = gradients(model, ids)
+    h = {n: 0 for n in weights}
+    for row in ids:
+        for n, value in gradients(model, row[None]).items():
+            h[n] = h[n] + value**2 / len(ids)
+    model.zero_grad()
+    terms = {
+        "vectorize": lambda n: weights[n] * g[n],
+        "param_first": lambda n: (weights[n] * g[n]).abs(),
+        "param_second": lambda n: weights[n] ** 2 * h[n],
+        "param_mix": lambda n: (weights[n] * g[n] - 0.5 * weights[n] ** 2 * h[n]).abs(),
+    }
+    return {n: terms[variant](n) for n in weights}
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_taylor_is_the_papers_formula(variant, aggregation):
+    model, ids = build("llama"), tokens(3, 10)
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, ids, taylor=variant, aggregation=aggregation)
+    values = element(model, ids, variant)
+    path = "model.layers.1."
+    combine = {
+        "sum": sum,
+        "mean": lambda parts: sum(parts) / len(parts),
+        "max": lambda parts: torch.stack(parts).amax(0),
+        "prod": lambda parts: torch.stack(parts).prod(0),
+        "first": lambda parts: parts[0],
+        "last": lambda parts: parts[-1],
+    }[aggregation]
+    for unit, slices, width in (
+        ("mlp.neurons", [("mlp.gate_proj", 1), ("mlp.up_proj", 1), ("mlp.down_proj", 0)], 1),
+        (
+            "self_attn.heads",
+            [("self_attn.q_proj", 1), ("self_attn.k_proj", 1), ("self_attn.v_proj", 1), ("self_attn.o_proj", 0)],
+            8,
+        ),
+    ):
+        channels = [values[f"{path}{name}.weight"].sum(dim).abs().double() for name, dim in slices]
+        expected = combine(channels).view(-1, width).sum(1)
+        torch.testing.assert_close(scores.values[path + unit], expected, rtol=1e-3, atol=0)
+
+
+def test_grouped_heads_collect_all_their_query_heads():
+    """The score of a key-value group with aggregation sum is the sum over everything that goes with it."""
+    model, ids = build("llama_grouped"), tokens(3, 10)
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, ids, taylor="param_first")
+    values = element(model, ids, "param_first")
+    unit = graph.unit("model.layers.2.self_attn.heads")
+    for index in range(unit.size):
+        expected = sum(
+            values[name].index_select(dim, positions).sum()
+            for name, dims in unit.slices(index).items()
+            for dim, positions in dims.items()
+        )
+        assert scores.values[unit.name][index].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("criterion", "power"), [("l1", 1), ("l2", 2)])
+def test_magnitude_has_no_root(criterion, power):
+    model = build("gpt2")
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, criterion=criterion)
+    mlp = model.transformer.h[0].mlp
+    expected = mlp.c_fc.weight.abs().pow(power).sum(0) + mlp.c_proj.weight.abs().pow(power).sum(1)
+    torch.testing.assert_close(scores.values["transformer.h.0.mlp.neurons"], expected.detach().double())
+
+
+def test_scoring_leaves_the_model_as_it_was():
+    model = build("llama").train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    kept = torch.ones_like(model.lm_head.weight)
+    model.lm_head.weight.grad = kept
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    lp.score(model, lp.trace(model), tokens(), taylor="param_mix")
+    assert model.training and not model.model.embed_tokens.weight.requires_grad
+    assert model.lm_head.weight.grad is kept and model.model.norm.weight.grad is None
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert "forward" not in vars(model.model.layers[0])
+
+
+def test_the_loss_and_its_gradient_are_those_of_cross_entropy():
+    model, ids = build("gemma3_text", final_logit_softcapping=5.0), tokens(3, 10)
+    expected = gradients(model, ids)
+    model.zero_grad()
+    seen = {}
+    loss = backward(model, {n: [0] for n in expected}, ids, lambda n, w, g: seen.update({n: g.clone()}))
+    with torch.no_grad():
+        logits = model(ids).logits
+    assert loss == pytest.approx(cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item(), rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_random_scores_are_seeded():
+    model = build("llama")
+    graph = lp.trace(model)
+    a, b, c = (lp.score(model, graph, criterion="random", seed=s).values for s in (1, 1, 2))
+    assert all(torch.equal(a[n], b[n]) for n in a) and any(not torch.equal(a[n], c[n]) for n in a)
+
+
+def test_parity_with_llm_pruner(shared):
+    """The indices that LLM-Pruner kept of a tiny Llama, all six criteria, exactly."""
+    fixture = json.loads((shared / "parity" / "llm_pruner_kept.json").read_text())
+    model = LlamaForCausalLM(LlamaConfig(**fixture["config"])).eval()
+    model.load_state_dict(load_file(shared / "parity" / "tiny_llama.safetensors"))
+    graph = lp.trace(model)
+    assert len(fixture["kept"]) == 6
+    for key, kept in fixture["kept"].items():
+        *criterion, aggregation = key.split("/")
+        options = {"criterion": criterion[0]} | ({"taylor": criterion[1]} if len(criterion) > 1 else {})
+        scores = lp.score(model, graph, torch.tensor(fixture["calibration"]), aggregation=aggregation, **options)
+        plan = lp.select(graph, scores, fixture["ratio"], layers=fixture["pruned_layers"])
+        for group, indices in kept.items():
+            kind, layer = group.split(".")
+            name = f"model.layers.{layer}." + {"mlp": "mlp.neurons", "attn": "self_attn.heads"}[kind]
+            assert plan.units[name].kept.tolist() == indices, (key, group)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (None, "needs a calibration set"),
+        (torch.zeros(2, 8), "LongTensor"),
+        (torch.zeros(2, 1, dtype=torch.long), "LongTensor"),
+        (torch.full((2, 8), 96), "another tokenizer"),
+        (torch.zeros(2, 65, dtype=torch.long), "at most 64"),
+    ],
+)
+def test_unusable_calibration_is_refused(calibration, message):
+    model = build("llama")
+    with pytest.raises(lp.PrunerError, match=message):
+        lp.score(model, lp.trace(model), calibration)
+
+
+def test_bad_gradients_name_their_parameter():
+    model = build("llama")
+    graph = lp.trace(model)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(lp.PrunerError, match="loss is nan.*--dtype"):
+        lp.score(model, graph, tokens())
+
+    class Explode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * float("inf")
+
+    model = build("llama")
+    model.model.layers[2].mlp.down_proj.register_forward_hook(lambda m, i, o: Explode.apply(o))
+    with pytest.raises(lp.PrunerError, match=r"model\.layers\.2\.mlp\.down_proj\.weight is not finite.*--dtype"):
+        lp.score(model, graph, tokens())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("bad", [{"criterion": "l3"}, {"taylor": "third"}, {"aggregation": "median"}])
+def test_unknown_names_list_the_known(bad):
+    model = build("llama")
+    with pytest.raises(lp.PrunerError, match="choose from"):
+        lp.score(model, lp.trace(model), tokens(), **bad)

@@ -1,0 +1,138 @@
+"""From scores to plans, and plans as files."""
+
+import json
+
+import pytest
+import torch
+from conftest import build
+
+import llm_pruner as lp
+from llm_pruner.selection import first_layers, lifted, removable
+
+
+@pytest.fixture(scope="module")
+def setting():
+    model = build("llama_grouped")
+    graph = lp.trace(model)
+    return graph, lp.score(model, graph, criterion="random", seed=3)
+
+
+def test_a_unit_loses_what_llm_pruner_would_take(setting):
+    graph, _ = setting
+    neurons, heads = graph.unit("model.layers.0.mlp.neurons"), graph.unit("model.layers.0.self_attn.heads")
+    assert [removable(neurons, r) for r in (0.1, 0.25, 0.34, 0.5)] == [48 - int(48 * (1 - r)) for r in (0.1, 0.25, 0.34, 0.5)]
+    assert [removable(heads, r) for r in (0.25, 0.43, 0.5, 0.99)] == [0, 0, 1, 1]
+
+
+def test_the_lowest_scores_go_and_layers_are_respected(setting):
+    graph, scores = setting
+    plan = lp.select(graph, scores, 0.5, layers=[1])
+    assert set(plan.units) == {"model.layers.1.mlp.neurons", "model.layers.1.self_attn.heads"}
+    kept = plan.units["model.layers.1.mlp.neurons"].kept
+    values = scores.values["model.layers.1.mlp.neurons"]
+    assert kept.tolist() == sorted(values.argsort()[24:].tolist())
+    assert plan.kept["model.layers.1.mlp.down_proj.weight"][1].tolist() == kept.tolist()
+    by_kind = lp.select(graph, scores, 0.5, layers={"neurons": [0], "heads": [2]})
+    assert set(by_kind.units) == {"model.layers.0.mlp.neurons", "model.layers.2.self_attn.heads"}
+
+
+def test_global_scope_ranks_across_layers(setting):
+    graph, scores = setting
+    plan = lp.select(graph, scores, 0.5, kinds=["neurons"], scope="global")
+    removed = sum(c.size - c.kept.numel() for c in plan.units.values())
+    assert removed == 3 * 24
+    cut = torch.cat([scores.values[u.name] for u in graph.of_kind("neurons")]).sort().values[removed]
+    for name, choice in plan.units.items():
+        assert bool((scores.values[name][choice.kept] >= cut).all())
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_round_to_keeps_multiples(setting, scope):
+    graph, scores = setting
+    plan = lp.select(graph, scores, 0.4, kinds=["neurons"], scope=scope, round_to=8)
+    assert all(c.kept.numel() % 8 == 0 for c in plan.units.values())
+
+
+def test_units_too_small_to_lose_anything_are_said(setting):
+    graph, scores = setting
+    plan = lp.select(graph, scores, 0.25)
+    assert any("heads: 3 of 3 units lose nothing" in note for note in plan.notes)
+    with pytest.raises(lp.PrunerError, match="removes nothing"):
+        lp.select(graph, scores, 0.25, kinds=["heads"])
+
+
+def test_experts_keep_what_a_token_needs():
+    model = build("mixtral")
+    graph = lp.trace(model)
+    plan = lp.select(graph, lp.score(model, graph, criterion="l1"), 0.99, kinds=["experts"])
+    assert {c.kept.numel() for c in plan.units.values()} == {2}
+
+
+def test_the_same_inputs_give_the_same_plan_file(setting, tmp_path):
+    graph, scores = setting
+    for name in ("a", "b"):
+        lp.select(graph, scores, 0.5).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_plan_comes_back_from_its_file(setting, tmp_path):
+    graph, scores = setting
+    plan = lp.select(graph, scores, 0.5, kinds=["heads", "neurons", "query_heads", "hidden"])
+    plan.save(tmp_path / "plan.json")
+    back = lp.PruningPlan.load(tmp_path / "plan.json")
+    assert back.settings == plan.settings and back.notes == plan.notes and back.shapes == plan.shapes
+    assert back.kept.keys() == plan.kept.keys()
+    for name, dims in plan.kept.items():
+        assert all(torch.equal(kept, back.kept[name][dim]) for dim, kept in dims.items())
+        assert all(torch.equal(kept, kept.sort().values) for kept in dims.values())
+    assert all(torch.equal(c.kept, back.units[n].kept) for n, c in plan.units.items())
+
+
+def test_what_is_gone_scores_lowest_in_the_next_step(setting):
+    graph, scores = setting
+    plan = lp.select(graph, scores, 0.25, kinds=["neurons"])
+    name, choice = next(iter(plan.units.items()))
+    again = lifted(lp.Scores({name: torch.arange(36.0).double()}), graph, plan).values[name]
+    assert torch.isinf(again).sum() == 12 and torch.equal(again[choice.kept], torch.arange(36.0).double())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"ratio": 0}, "out of range"),
+        ({"ratio": 1.0}, "out of range"),
+        ({"ratio": -0.1}, "out of range"),
+        ({"ratio": float("nan")}, "out of range"),
+        ({"kinds": ["head"]}, "choose from"),
+        ({"scope": "both"}, "local or global"),
+        ({"round_to": 0}, "1 or more"),
+        ({"layers": [3]}, "layers 0 to 2"),
+        ({"kinds": ["experts"]}, "nothing to prune"),
+    ],
+)
+def test_bad_arguments(setting, bad, message):
+    with pytest.raises(lp.PrunerError, match=message):
+        lp.select(*setting, **({"ratio": 0.5} | bad))
+    with pytest.raises(lp.PrunerError, match="give 1 to 2"):
+        first_layers(setting[0], 3)
+
+
+def test_damaged_plans_are_refused(setting, tmp_path):
+    path = tmp_path / "plan.json"
+    lp.select(*setting, 0.5).save(path)
+    good = json.loads(path.read_text())
+    for change, message in (
+        ({"format": "other"}, "not a pruning plan"),
+        ({"version": 9}, "version 9"),
+        ({"positions": ["5-3,1"] * 9}, "damaged"),
+        ({"positions": ["0-99999"] * 9}, "damaged"),
+        ({"parameters": {"x": {"shape": [3]}}}, "damaged"),
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(lp.PrunerError, match=message):
+            lp.PruningPlan.load(path)
+    path.write_text("{")
+    with pytest.raises(lp.PrunerError, match="cannot read"):
+        lp.PruningPlan.load(path)
+    with pytest.raises(lp.PrunerError, match="cannot read"):
+        lp.PruningPlan.load(tmp_path / "none.json")
