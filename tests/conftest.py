@@ -24,7 +24,15 @@ BASE = {
     "pad_token_id": 0,
 }
 GROUPED = BASE | {"num_key_value_heads": 2}
-GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 1}
+GPT2 = {
+    "vocab_size": 96,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 OPT = BASE | {"ffn_dim": 48, "word_embed_proj_dim": 32}
 ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", BASE),

@@ -151,7 +151,9 @@ def test_torch_pruning_finds_the_same_groups():
     names = {id(p): n for n, p in model.named_parameters()}
     graph = trace(model)
     model.config.use_cache = False
-    built = tp.DependencyGraph().build_dependency(model, example_inputs={"input_ids": torch.ones(1, 8, dtype=torch.long)})
+    built = tp.DependencyGraph().build_dependency(
+        model, example_inputs={"input_ids": torch.ones(1, 8, dtype=torch.long)}
+    )
     for unit, root, indices in (
         ("mlp.neurons", "mlp.gate_proj", [7]),
         ("self_attn.heads", "self_attn.v_proj", list(range(8, 16))),

@@ -20,7 +20,9 @@ def setting():
 def test_a_unit_loses_what_llm_pruner_would_take(setting):
     graph, _ = setting
     neurons, heads = graph.unit("model.layers.0.mlp.neurons"), graph.unit("model.layers.0.self_attn.heads")
-    assert [removable(neurons, r) for r in (0.1, 0.25, 0.34, 0.5)] == [48 - int(48 * (1 - r)) for r in (0.1, 0.25, 0.34, 0.5)]
+    assert [removable(neurons, r) for r in (0.1, 0.25, 0.34, 0.5)] == [
+        48 - int(48 * (1 - r)) for r in (0.1, 0.25, 0.34, 0.5)
+    ]
     assert [removable(heads, r) for r in (0.25, 0.43, 0.5, 0.99)] == [0, 0, 1, 1]
 
 

@@ -1,0 +1,131 @@
+"""Loading and saving: complete or absent, nothing unpickled, one clear line for what cannot be."""
+
+import os
+import stat
+
+import pytest
+import torch
+from conftest import build, tokens
+
+import llm_pruner as lp
+from llm_pruner.checkpoint import complete_folder, load_config, locate
+
+
+def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
+    model = build("llama_grouped")
+    graph = lp.trace(model)
+    plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.5, layers=[0])
+    pruned = lp.apply(model, plan)
+    lp.save(pruned, None, tmp_path / "a", plan=plan)
+    assert (tmp_path / "a" / "pruning_plan.json").is_file()
+    assert not [f for f in (tmp_path / "a").iterdir() if f.suffix in (".bin", ".pt")]
+    assert stat.S_IMODE(os.stat(tmp_path / "a" / "model.safetensors").st_mode) & stat.S_IROTH
+    again = lp.apply(model, lp.PruningPlan.load(tmp_path / "a" / "pruning_plan.json"))
+    ids = tokens()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, pruned(ids).logits)
+
+
+def test_a_checkpoint_is_replaced_and_other_folders_are_not(tmp_path):
+    model = build("llama")
+    lp.save(model, None, tmp_path / "a")
+    lp.save(model, None, tmp_path / "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(lp.PrunerError, match="not ours to replace"):
+        lp.save(model, None, tmp_path / "mine")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(lp.PrunerError, match="is a file"):
+        lp.save(model, None, tmp_path / "file")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="crash"), complete_folder(tmp_path / "a", "x") as folder:
+        (folder / "half").write_text("half")
+        raise RuntimeError("crash")
+    with pytest.raises(lp.PrunerError, match="cannot write"), complete_folder(tmp_path / "a", "x"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(lp.PrunerError, match="cannot write"):
+        lp.save(build("llama"), None, "/proc/nowhere/a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_original_survives_a_failed_replacement(tmp_path):
+    model = build("llama")
+    lp.save(model, None, tmp_path / "a")
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    with pytest.raises(lp.PrunerError), complete_folder(tmp_path / "a", "config.json"):
+        raise OSError("disk")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    (tmp_path / "empty").mkdir()
+    pickle = tmp_path / "pytorch_model.bin"
+    pickle.write_bytes(b"")
+    cases = {
+        str(tmp_path / "none"): "no model folder",
+        str(tmp_path / "empty"): "no config.json",
+        str(pickle): "pickle",
+        str(tmp_path / "x.gguf"): "no file",
+        "no-such-model-here": "no alias",
+    }
+    for name, message in cases.items():
+        with pytest.raises(lp.PrunerError, match=message):
+            lp.load(name)
+    with pytest.raises(lp.PrunerError, match="choose from"):
+        lp.load("smollm2-135m", dtype="int3")
+
+
+def test_weights_in_pickles_are_never_read(tmp_path):
+    model = build("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(lp.PrunerError, match="safetensors"):
+        lp.load(str(tmp_path))
+
+
+def test_quantized_models_are_refused(tmp_path):
+    config = build("llama").config
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(lp.PrunerError, match="quantized"):
+        lp.load(str(tmp_path))
+
+
+def test_a_config_alone_is_enough_to_look(tmp_path):
+    config = build("llama").config
+    config.save_pretrained(tmp_path)
+    assert load_config(str(tmp_path / "config.json")).hidden_size == 32
+    assert locate("org/model") == ("org/model", None)
+
+
+def test_the_embedded_model_is_pruned_saved_and_loaded(smollm2, tmp_path):
+    """The whole line on a real model: uniform and per-layer, logits equal to the bit after loading."""
+    model, tokenizer = smollm2
+    graph = lp.trace(model)
+    assert len(graph.of_kind("heads")) == 30 and graph.of_kind("heads")[0].size == 3
+    scores = lp.score(model, graph, criterion="l2", kinds=("heads", "neurons"))
+    ids = tokenizer("The quick brown fox jumps over the lazy dog", return_tensors="pt").input_ids
+    for ratio, layers in ((0.34, None), (0.34, range(4, 28))):
+        plan = lp.select(graph, scores, ratio, layers=layers)
+        pruned = lp.apply(model, plan)
+        assert lp.verify(model, pruned, plan).equivalent
+        lp.save(pruned, tokenizer, tmp_path / "a", plan=plan)
+        loaded, again = lp.load(str(tmp_path / "a"))
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).logits, pruned(ids).logits)
+        assert again("hello").input_ids == tokenizer("hello").input_ids
+        assert again.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+def test_mask_equivalence_of_the_embedded_model(smollm2, ratio):
+    model, tokenizer = smollm2
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, criterion="random")
+    plan = lp.select(graph, scores, ratio, kinds=("heads", "query_heads", "neurons"))
+    assert lp.verify(model, lp.apply(model, plan), plan).equivalent

@@ -1,0 +1,191 @@
+"""The commands as a user runs them: flags, outputs, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import llm_pruner as lp
+from llm_pruner.arguments import PruneArguments
+from llm_pruner.cli import main, prune, run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny checkpoint with a tokenizer, and some text."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 96)}, unk_token="w2"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    lp.save(build("llama"), tokenizer, tmp_path / "model")
+    lines = "\n\n".join(" ".join(f"w{2 + (i * j) % 94}" for j in range(40)) for i in range(1, 21))
+    (tmp_path / "text.txt").write_text(lines)
+    return tmp_path
+
+
+def flags(folder, *extra):
+    return [
+        *("--base_model", str(folder / "model"), "--output_root", str(folder / "runs")),
+        *("--calib_dataset", str(folder / "text.txt"), "--eval_datasets", str(folder / "text.txt")),
+        *("--calib_seq_len", "16", "--max_seq_len", "16", "--device", "cpu", "--eval_device", "cpu", *extra),
+    ]
+
+
+def hf_prune(folder, *extra):
+    return run(PruneArguments, prune, flags(folder, *extra), "hf_prune.py")
+
+
+DOCUMENTED = ["--pruning_ratio", "0.25", "--block_wise", "--block_mlp_layer_start", "1", "--block_mlp_layer_end", "3", "--block_attention_layer_start", "1", "--block_attention_layer_end", "3", "--save_ckpt_log_name", "llama_prune", "--pruner_type", "taylor", "--taylor", "param_first", "--test_after_train", "--save_model"]
+
+
+def test_the_documented_command(folder):
+    assert hf_prune(folder, *DOCUMENTED) == 0
+    out = folder / "runs" / "llama_prune"
+    metrics = json.loads((out / "metrics.json").read_text())
+    plan = lp.PruningPlan.load(out / "pruning_plan.json")
+    assert {c.layer for c in plan.units.values()} == {1, 2}
+    assert metrics["parameters_after"] < metrics["parameters_before"]
+    assert metrics["mask_equivalence"]["relative"] < 1e-5
+    name = str(folder / "text.txt")
+    assert metrics["before"]["perplexity"][name]["perplexity"] != metrics["after"]["perplexity"][name]["perplexity"]
+    assert len(metrics["after"]["samples"]) == 3 and metrics["seed"] == 42 and metrics["peak_rss_gib"] > 0
+    assert {"load", "trace", "score", "select", "apply", "save"} <= metrics["seconds"].keys()
+    assert {"torch", "transformers", "llm_pruner", "python"} <= metrics["versions"].keys()
+    assert "perplexity after pruning" in (out / "prune.log").read_text()
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert sum(p.numel() for p in model.parameters()) == metrics["parameters_after"]
+    assert hf_prune(folder, *DOCUMENTED) == 0, "the same run again replaces the folder"
+    assert [p.name for p in (folder / "runs").iterdir()] == ["llama_prune"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "check"),
+    [
+        ("--channel_wise", lambda c: c.hidden_size == 16),
+        ("--layer_wise --layer 2", lambda c: c.num_hidden_layers == 2),
+        ("--block_mlp_layer_start 0 --block_mlp_layer_end 3 --iterative_steps 3", lambda c: c.intermediate_size == 24),
+        ("--pruner_type l1 --grouping_strategy max --round_to 16", lambda c: _neurons(c) == 32),
+        ("--pruner_type random --seed 7 --global_pruning", lambda c: True),
+        ("--taylor vectorize --grouping_strategy prod --calib_seed 3 --num_examples 4", lambda c: True),
+        ("--taylor param_mix --test_before_train --temperature 0.7 --top_p 0.9", lambda c: True),
+        ("--taylor param_second --dtype bfloat16", lambda c: c.dtype == torch.bfloat16),
+    ],
+)
+def test_every_mode(folder, extra, check):
+    assert hf_prune(folder, *extra.split(), "--save_model", "--save_ckpt_log_name", "run") == 0
+    model = AutoModelForCausalLM.from_pretrained(folder / "runs" / "run")
+    assert check(model.config)
+    metrics = json.loads((folder / "runs" / "run" / "metrics.json").read_text())
+    assert metrics["parameters_after"] < metrics["parameters_before"]
+    assert ("samples" in metrics["before"]) == ("--test_before_train" in extra)
+
+
+def _neurons(config):
+    return min(layer.intermediate_size for layer in config.per_layer_config)
+
+
+def test_iterative_steps_score_anew(folder):
+    plans = {}
+    for steps in ("1", "3"):
+        name = f"steps{steps}"
+        assert hf_prune(folder, "--iterative_steps", steps, "--save_ckpt_log_name", name) == 0
+        plans[steps] = lp.PruningPlan.load(folder / "runs" / name / "pruning_plan.json")
+    one, three = (
+        {n: c.kept.tolist() for n, c in p.units.items() if c.kind == "neurons"} for p in (plans["1"], plans["3"])
+    )
+    assert {n: len(k) for n, k in one.items()} == {n: len(k) for n, k in three.items()}
+    assert one != three
+
+
+def test_the_same_run_gives_the_same_bits(folder):
+    for name in ("a", "b"):
+        assert hf_prune(folder, "--save_model", "--save_ckpt_log_name", name) == 0
+    a, b = (folder / "runs" / n / "model.safetensors" for n in ("a", "b"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--pruning_ratio 1.5", "out of range"),
+        ("--pruning_ratio 0", "out of range"),
+        ("--pruner_type magic", "choose from random, l1, l2, taylor"),
+        ("--taylor third", "choose from"),
+        ("--grouping_strategy median", "choose from"),
+        ("--base_model /no/such/folder", "no model folder"),
+        ("--calib_dataset nothing.txt", "no data set"),
+        ("--eval_datasets nothing.txt", "no data set"),
+        ("--calib_seq_len 63", "longest has 40"),
+        ("--block_mlp_layer_start 2 --block_mlp_layer_end 30", "layers 0 to 2"),
+        ("--block_attention_layer_start 3 --block_attention_layer_end 3", "out of range"),
+        ("--block_wise --channel_wise", "exclude each other"),
+        ("--layer_wise --layer 3", "give 1 to 2"),
+        ("--layer_wise --iterative_steps 2", "mean nothing"),
+        ("--num_examples 0", "1 or more"),
+        ("--device cuda:99", "no CUDA device" if not torch.cuda.is_available() else "cuda"),
+        ("--device toaster", "is no device"),
+        ("--save_ckpt_log_name ../up", "plain folder name"),
+        ("--prunning_ratio 0.5", "did you mean --pruning_ratio"),
+        ("--output_root /proc/nowhere", "cannot write"),
+        ("--dtype int4", "choose from"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(folder, capsys, extra, message):
+    assert hf_prune(folder, *extra.split()) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error, error
+    assert not (folder / "runs").exists() or list((folder / "runs").iterdir()) == []
+
+
+def test_scripts_and_module_are_the_same_door(folder):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "hf_prune.py"), *flags(folder, "--pruning_ratio", "2")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: --pruning_ratio 2.0")
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_pruner", "--help"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0 and all(c in done.stdout for c in ("prune", "inspect", "evaluate", "demo"))
+
+
+def test_evaluate_perplexity(folder, capsys):
+    out = folder / "p.json"
+    arguments = ["--model", str(folder / "model"), "--dataset", str(folder / "text.txt"), "--seq_len", "16"]
+    assert main(["evaluate", *arguments, "--max_windows", "4", "--output", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert (
+        record["windows"] == 4 and record["tokens"] == 60 and f"{record['perplexity']:.4f}" in capsys.readouterr().out
+    )
+    assert main(["evaluate", *arguments[:-1], "4000"]) == 2
+    assert "less than one window" in capsys.readouterr().err
+    script = [sys.executable, str(ROOT / "evaluate" / "perplexity.py"), *arguments, "--max_windows", "4"]
+    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and f"{record['perplexity']:.4f}" in done.stdout
+
+
+def test_inspect(folder, capsys):
+    assert main(["inspect", str(folder / "model")]) == 0
+    out = capsys.readouterr().out
+    assert "neurons" in out and "combined with a" in out
+    assert main(["inspect", str(folder / "model" / "config.json"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {u["kind"] for u in found["units"]} >= {"heads", "neurons", "hidden", "layers", "vocabulary"}
+    assert all(u["frozen"] for u in found["frozen"])
+    assert main(["inspect", str(folder / "model"), "--verify"]) == 0
+    assert "units pass" in capsys.readouterr().out
+    assert main(["inspect", "/nowhere/at/all"]) == 2
+    assert main(["inspekt"]) == 2 and "did you mean inspect" in capsys.readouterr().err
+
+
+def test_evaluate_is_no_package():
+    """lm-eval imports a package of this name from site-packages; ours must not be in its way."""
+    assert not (ROOT / "evaluate" / "__init__.py").exists()
+

@@ -1,0 +1,108 @@
+"""Texts and calibration sets."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from llm_pruner.data import calibration, documents, text
+from llm_pruner.errors import PrunerError
+
+
+@pytest.fixture
+def tokenizer():
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(100)} | {"?": 100}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+def numbers(start, count):
+    return " ".join(str(i % 100) for i in range(start, start + count))
+
+
+def test_the_embedded_text_is_split_by_topic():
+    train, test = list(documents("python-docs", "train")), list(documents("python-docs", "test"))
+    assert len(train) > 3 * len(test) > 0 and not set(train) & set(test)
+    assert text("python-docs").startswith(test[0])
+
+
+def test_local_files(tmp_path):
+    rows = ["first", "second"]
+    (tmp_path / "a.txt").write_text("first\n\nsecond\n")
+    (tmp_path / "a.json").write_text(json.dumps([{"text": r} for r in rows]))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"sentence": r}) + "\n" for r in rows))
+    for suffix in ("txt", "json", "jsonl"):
+        assert [d.strip() for d in documents(str(tmp_path / f"a.{suffix}"))] == rows
+    assert text(str(tmp_path / "a.txt")) == "first\n\nsecond\n"
+    assert text(str(tmp_path / "a.json")) == "first\n\nsecond"
+
+
+def test_the_first_long_enough_documents_are_cut(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join([numbers(0, 5), numbers(10, 12), numbers(30, 8)]))
+    assert calibration(str(path), tokenizer, 2, 8).tolist() == [list(range(10, 18)), list(range(30, 38))]
+
+
+def test_random_samples_are_seeded(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(numbers(i, 40) for i in range(20)))
+    a, b, c = (calibration(str(path), tokenizer, 4, 8, seed=s).tolist() for s in (1, 1, 2))
+    assert a == b != c
+    assert all(row == [(row[0] + i) % 100 for i in range(8)] for row in a)
+
+
+def test_too_little_text_says_what_there_is(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text(numbers(0, 9))
+    with pytest.raises(PrunerError, match=r"1 documents of at least 8 tokens .*longest has 9.* 2 are needed"):
+        calibration(str(path), tokenizer, 2, 8)
+    with pytest.raises(PrunerError, match="at least 1 sample"):
+        calibration(str(path), tokenizer, 0, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "[", "no valid json"),
+        ("a.json", '[{"body": "x"}]', "it has body"),
+        ("a.json", "[]", "no rows"),
+        ("a.json", "[3]", "must hold texts"),
+        ("a.csv", "x", "cannot read"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PrunerError, match=message):
+        list(documents(str(tmp_path / name)))
+    with pytest.raises(PrunerError, match="no data set"):
+        documents("wikitext3")
+
+
+def test_the_hub_out_of_reach_says_what_to_do(monkeypatch):
+    import datasets
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    for name in ("wikitext2", "ptb", "c4", "bookcorpus"):
+        with pytest.raises(PrunerError, match=f"{name} could not be fetched.*local"):
+            list(documents(name))
+
+
+def test_hub_data_sets_need_no_script(monkeypatch):
+    """Every hub data set is asked for as plain files, in the split asked for."""
+    import datasets
+
+    seen = []
+
+    def stub(loader, config=None, data_files=None, split=None, streaming=None):
+        seen.append((loader, config, data_files, split))
+        return [{"text": "t", "sentence": "t"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", stub)
+    assert [list(documents(n, "test")) for n in ("wikitext2", "ptb", "c4")] == [["t"]] * 3
+    assert seen[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test")
+    assert seen[1][0] == "parquet" and "test/0000.parquet" in seen[1][2]
+    assert seen[2][0] == "json" and "c4-validation" in seen[2][2]
