@@ -124,7 +124,7 @@ def test_the_embedded_model_is_pruned_saved_and_loaded(smollm2, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
 def test_mask_equivalence_of_the_embedded_model(smollm2, ratio):
-    model, tokenizer = smollm2
+    model, _ = smollm2
     graph = lp.trace(model)
     scores = lp.score(model, graph, criterion="random")
     plan = lp.select(graph, scores, ratio, kinds=("heads", "query_heads", "neurons"))

@@ -43,7 +43,12 @@ def hf_prune(folder, *extra):
     return run(PruneArguments, prune, flags(folder, *extra), "hf_prune.py")
 
 
-DOCUMENTED = ["--pruning_ratio", "0.25", "--block_wise", "--block_mlp_layer_start", "1", "--block_mlp_layer_end", "3", "--block_attention_layer_start", "1", "--block_attention_layer_end", "3", "--save_ckpt_log_name", "llama_prune", "--pruner_type", "taylor", "--taylor", "param_first", "--test_after_train", "--save_model"]
+DOCUMENTED = [
+    *("--pruning_ratio", "0.25", "--block_wise", "--pruner_type", "taylor", "--taylor", "param_first"),
+    *("--block_mlp_layer_start", "1", "--block_mlp_layer_end", "3"),
+    *("--block_attention_layer_start", "1", "--block_attention_layer_end", "3"),
+    *("--save_ckpt_log_name", "llama_prune", "--test_after_train", "--save_model"),
+]
 
 
 def test_the_documented_command(folder):
@@ -188,4 +193,3 @@ def test_inspect(folder, capsys):
 def test_evaluate_is_no_package():
     """lm-eval imports a package of this name from site-packages; ours must not be in its way."""
     assert not (ROOT / "evaluate" / "__init__.py").exists()
-

@@ -1,0 +1,124 @@
+"""Time and memory of the engine on the embedded model, against a plain training step in the same run.
+
+    python benchmarks/scoring.py [--calibration FILE] [--output FILE.json]
+
+Two fresh processes, so that their peaks are their own: one loads, traces, scores, selects and applies once and
+reports its peak memory; the other times Taylor scoring and a plain forward and backward pass in turn, and
+reports the medians and the ratio pair by pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import llm_pruner as lp
+from llm_pruner.data import calibration
+
+KINDS = ("heads", "neurons")
+SAMPLES, TOKENS, RATIO = 10, 64, 0.34
+
+
+def peak_gib() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+
+
+def memory(text: str) -> dict:
+    out: dict = {"peak_gib": {"imports": peak_gib()}, "seconds": {}}
+    clock = time.perf_counter()
+
+    def done(stage: str) -> None:
+        nonlocal clock
+        out["seconds"][stage] = round(time.perf_counter() - clock, 3)
+        out["peak_gib"][stage] = peak_gib()
+        clock = time.perf_counter()
+
+    model, tokenizer = lp.load("smollm2-135m")
+    done("load")
+    ids = calibration(text, tokenizer, SAMPLES, TOKENS)
+    done("calibration")
+    graph = lp.trace(model)
+    done("trace")
+    scores = lp.score(model, graph, ids, kinds=KINDS)
+    done("score")
+    plan = lp.select(graph, scores, RATIO, KINDS, range(4, 28))
+    done("select")
+    lp.apply(model, plan)
+    done("apply")
+    return out
+
+
+def timing(text: str, pairs: int) -> dict:
+    model, tokenizer = lp.load("smollm2-135m")
+    ids = calibration(text, tokenizer, SAMPLES, TOKENS)
+    graph = lp.trace(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+    def plain() -> float:
+        start = time.perf_counter()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        seconds = time.perf_counter() - start
+        model.zero_grad(set_to_none=True)
+        return seconds
+
+    def score() -> float:
+        start = time.perf_counter()
+        lp.score(model, graph, ids, kinds=KINDS)
+        return time.perf_counter() - start
+
+    plain(), score()  # warm up
+    rows = [(score(), plain()) for _ in range(pairs)]
+    return {
+        "score_seconds": round(statistics.median(a for a, _ in rows), 3),
+        "plain_step_seconds": round(statistics.median(b for _, b in rows), 3),
+        "ratio": {
+            "min": round(min(a / b for a, b in rows), 3),
+            "median": round(statistics.median(a / b for a, b in rows), 3),
+            "max": round(max(a / b for a, b in rows), 3),
+        },
+        "pairs": pairs,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration", default="python-docs")
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--part", choices=("memory", "timing"))
+    args = parser.parse_args()
+    if args.part:
+        part = memory(args.calibration) if args.part == "memory" else timing(args.calibration, args.pairs)
+        print(json.dumps(part))
+        return
+    results: dict = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "model": "smollm2-135m, float32",
+        "calibration": f"{SAMPLES} x {TOKENS} tokens",
+    }
+    for part in ("memory", "timing"):
+        command = [sys.executable, __file__, "--part", part, "--calibration", args.calibration]
+        done = subprocess.run(
+            [*command, "--pairs", str(args.pairs)], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        results |= json.loads(done.stdout)
+    seconds = results["seconds"]
+    results["trace_select_apply_seconds"] = round(seconds["trace"] + seconds["select"] + seconds["apply"], 3)
+    print(json.dumps(results, indent=1))
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
