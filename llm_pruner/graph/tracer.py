@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import PrunerError
 from . import rules
-from .axes import Dim, freeze, fresh, size_of, tag, unify
-from .rules import Call, Traced, tensors_in
+from .axes import Dim, freeze, fresh, leaves, size_of, tag, unify
+from .rules import Call, Traced, indexing, tensors_in
 
 BATCH, TOKENS = 2, 16  # long enough for every branch of a decoder to run, short enough to be free
 
@@ -77,12 +77,23 @@ class Tracer(TorchDispatchMode):
         if rule is None:
             self._freeze_unknown(name, inputs, outs)
             return out
-        names = [a.name for a in func._schema.arguments]
-        call = Call(self, func, dict(zip(names, args, strict=False)) | kwargs, out, inputs)
+        schema = func._schema.arguments
+        given = {a.name: a.default_value for a in schema if a.has_default_value()}
+        given |= dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+        call = Call(self, func, given, out, inputs)
         rule(call)
+        self._check_indices(name, inputs, outs)
         for tensor in outs:
             self._check(name, tensor)
         return out
+
+    def _check_indices(self, name: str, inputs: list[Traced], outs: list[torch.Tensor]) -> None:
+        """Freeze an axis whose indices are used as mere numbers: their order matters in a way no rule follows."""
+        if name in indexing.CONSUMERS or any(self.lookup(t).index_of for t in outs):
+            return
+        for traced in inputs:
+            if traced.index_of and not any("vocabulary" in leaf.tags for leaf in leaves(traced.index_of)):
+                freeze(traced.index_of, f"its indices are used as numbers by {name} in {self.where}")
 
     def _freeze_unknown(self, name: str, inputs: list[Traced], outs: list[torch.Tensor]) -> None:
         if all(t.role == "constant" for t in inputs):

@@ -161,7 +161,7 @@ def _unit(atom: Atom, where: dict, layer_of: Layers, found: list[Occurrence]) ->
     layer = layers.pop() if len(layers) == 1 else None
     kind = _kind(atom, where, layer, found)
     frozen = atom.frozen
-    if frozen is None and kind == "channels" and len(where) < 2:
+    if frozen is None and kind != "vocabulary" and len(where) < 2:
         frozen = "only one parameter has it"
     return Unit("", kind, layer[1] if layer else None, atom.size, frozenset(atom.flags), frozen, _minimum(atom), where)
 

@@ -172,8 +172,8 @@ def _assemble(
     known: dict[str, dict[str, Recipe]] = copy.deepcopy(getattr(text, SUBMODULES, None) or {})
     for i, solution in enumerate(solutions):
         for path, recipe in solution.blocks.items():
-            before = known.setdefault(str(i), {}).get(path, {"config": {}})
-            known[str(i)][path] = {"config": before["config"] | recipe["config"], "shapes": recipe["shapes"]}
+            before = known.setdefault(str(i), {}).get(path, {"values": {}})
+            known[str(i)][path] = {"values": before["values"] | recipe["values"], "shapes": recipe["shapes"]}
     if known:
         setattr(text, SUBMODULES, known)
     return config
@@ -189,7 +189,7 @@ def _checked(
     cuts = [Cut(c.size, c.kept.numel(), set(), False, {c.size}) for c in plan.units.values() if c.layer is None]
     problem = ""
     for config in variants:
-        extra = [dict([item]) for item, counts in candidates(config, cuts).items() if counts]
+        extra = [dict([item]) for item, counts in candidates(vars(config), cuts).items() if counts]
         for fields in [{}, *extra]:
             tried = with_values(config, fields) if fields else config
             try:

@@ -8,7 +8,7 @@ built again and put in place of the first one, before any weight is loaded.
 Some blocks cannot be written down even so. GPT-2 derives the width of its attention from the hidden size, so
 no config has fewer heads. For those the config carries ``per_layer_submodules``::
 
-    {"3": {"attn": {"config": {"n_embd": 512, "n_head": 8}, "shapes": {"c_attn.weight": [768, 1536], ...}}}}
+    {"3": {"attn": {"values": {"n_embd": 512, "n_head": 8}, "shapes": {"c_attn.weight": [768, 1536], ...}}}}
 
 that is, build that one block as if the model were narrower (which sets its head count, split sizes and scales
 right), then give its leaves that face the hidden size the shapes stated.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -88,22 +89,42 @@ def _recording(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def rebuilt(module: nn.Module, overrides: Overrides | PreTrainedConfig) -> nn.Module:
-    """The module as its constructor makes it from another config (or the same one with other values).
+def constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
+    """What a module was constructed with, by parameter name; None where that was not recorded."""
+    if "_constructed_with" not in module.__dict__:
+        return None
+    module_class, args, kwargs = module.__dict__["_constructed_with"]
+    bound = inspect.signature(module_class.__init__).bind(None, *args, **kwargs)
+    return dict(list(bound.arguments.items())[1:])
 
-    Raises whatever the constructor raises for a config that makes no sense, and PrunerError for a module that
+
+def config_of(module: nn.Module) -> PreTrainedConfig | None:
+    """The config that a module was constructed from, if any."""
+    values = (constructor_arguments(module) or {}).values()
+    return next((v for v in values if isinstance(v, PreTrainedConfig)), None)
+
+
+def rebuilt(module: nn.Module, overrides: Overrides | PreTrainedConfig) -> nn.Module:
+    """The module as its constructor makes it from another config, or from the same one with other values.
+
+    A value that is also an argument of the constructor itself (some blocks are given ``num_heads``) is passed as
+    that. Raises whatever the constructor raises for values that make no sense, and PrunerError for a module that
     is not made from a config.
     """
-    module_class, args, kwargs = module.__dict__.get("_constructed_with", (None, (), {}))
-    if not any(isinstance(a, PreTrainedConfig) for a in (*args, *kwargs.values())):
+    if config_of(module) is None:
         raise PrunerError(f"{type(module).__name__} is not built from a config")
+    module_class, args, kwargs = module.__dict__["_constructed_with"]
+    names = list(inspect.signature(module_class.__init__).parameters)[1:]
 
-    def swap(value: Any) -> Any:
-        if not isinstance(value, PreTrainedConfig):
-            return value
-        return overrides if isinstance(overrides, PreTrainedConfig) else with_values(global_config(value), overrides)
+    def swap(name: str, value: Any) -> Any:
+        if isinstance(overrides, PreTrainedConfig):
+            return overrides if isinstance(value, PreTrainedConfig) else value
+        if isinstance(value, PreTrainedConfig):
+            return with_values(global_config(value), overrides)
+        return overrides.get(name, value)
 
-    return module_class(*map(swap, args), **{k: swap(v) for k, v in kwargs.items()})
+    positional = [swap(name, value) for name, value in zip(names, args, strict=False)]
+    return module_class(*positional, **{name: swap(name, value) for name, value in kwargs.items()})
 
 
 def with_values(config: PreTrainedConfig, values: Overrides) -> PreTrainedConfig:
@@ -145,7 +166,7 @@ def _rebuild_layers(model: PreTrainedModel) -> None:
         if config.is_heterogeneous and config._heterogeneity_spec.per_layer_overrides.get(i):
             stack[i] = rebuilt(stack[i], config.per_layer_config[i])
         for path, recipe in submodules.get(str(i), {}).items():
-            replace_submodule(stack[i], path, recipe["config"], recipe["shapes"])
+            replace_submodule(stack[i], path, recipe["values"], recipe["shapes"])
 
 
 def replace_submodule(layer: nn.Module, path: str, overrides: Overrides, shapes: Mapping[str, Any]) -> None:

@@ -6,9 +6,9 @@ a multiple of a unit's size; they are tried on the meta device by the layer's ow
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, combinations, islice, product
+from itertools import combinations, islice, product
 from math import prod
 from typing import Any
 
@@ -19,10 +19,10 @@ from transformers.initialization import no_init_weights
 
 from ..errors import PrunerError
 from ..graph import common_path, sources
-from .heterogeneous import Overrides, global_config, rebuilt, with_values
+from .heterogeneous import Overrides, config_of, constructor_arguments, rebuilt
 
 Shapes = dict[str, tuple[int, ...]]
-Recipe = dict[str, Any]  # {"config": overrides, "shapes": {parameter: shape}}
+Recipe = dict[str, Any]  # {"values": overrides, "shapes": {parameter: shape}}
 MAX_FIELDS, MAX_CANDIDATES, MAX_RECIPES = 4, 16, 6
 
 
@@ -98,7 +98,7 @@ def _solutions(
                 # A block sees the layer's config as changed, so what it needs of the old one is said again.
                 old = {f: getattr(config, f) for f in fields}
                 for blocks in product(*options):
-                    recipes = [{**block, "config": old | block["config"]} for block in blocks]
+                    recipes = [{**block, "values": old | block["values"]} for block in blocks]
                     yield Solution(pins, fields, dict(zip(special, recipes, strict=True)))
 
 
@@ -124,19 +124,14 @@ def _owners(layer: nn.Module, cut: Cut) -> list[str]:
     """
     if not cut.inner:
         touched = {name.partition(".")[0] for name, _ in cut.dims}
-        return [name for name, child in layer.named_children() if name in touched and _from_config(child)]
+        return [name for name, child in layer.named_children() if name in touched and config_of(child)]
     path = common_path(name for name, _ in cut.dims)
-    while path and not _from_config(layer.get_submodule(path)):
+    while path and config_of(layer.get_submodule(path)) is None:
         path = path.rpartition(".")[0]
     return [path] if path else []
 
 
-def _from_config(module: nn.Module) -> bool:
-    _, args, kwargs = module.__dict__.get("_constructed_with", (None, (), {}))
-    return any(isinstance(a, PreTrainedConfig) for a in (*args, *kwargs.values()))
-
-
-def candidates(config: PreTrainedConfig, cuts: list[Cut]) -> dict[tuple[str, int], bool]:
+def candidates(fields: Mapping[str, Any], cuts: list[Cut]) -> dict[tuple[str, int], bool]:
     """Fields that may carry a cut, with the value they would get, and whether the field counts the unit as it is.
 
     The counting ones come first.
@@ -146,7 +141,7 @@ def candidates(config: PreTrainedConfig, cuts: list[Cut]) -> dict[tuple[str, int
     # Two at once, for a field that counts groups times members.
     subsets = list(dict.fromkeys(s for n in (1, 2) for s in combinations(ratios, n)))
     found: dict[tuple[str, int], bool] = {}
-    for name, value in vars(config).items():
+    for name, value in fields.items():
         if name.startswith("_") or name.endswith("token_id") or isinstance(value, bool):
             continue
         if value is None:
@@ -167,15 +162,15 @@ def _pins(layer: nn.Module, config: PreTrainedConfig, now: Shapes, cut_dims: set
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(hidden, int) or getattr(config, "head_dim", None) is not None:
         return {}
-    other = _try(layer, config, {"head_dim": 2 * (hidden // heads)})
+    other = _try(layer, {"head_dim": 2 * (hidden // heads)})
     dependent = {name for name, _ in _changed(now, shapes_of(other))} if other is not None else set()
     return {"head_dim": hidden // heads} if dependent & {name for name, _ in cut_dims} else {}
 
 
-def _try(module: nn.Module, config: PreTrainedConfig, values: Overrides) -> nn.Module | None:
+def _try(module: nn.Module, values: Overrides) -> nn.Module | None:
     try:
         with torch.device("meta"), no_init_weights():
-            return rebuilt(module, with_values(global_config(config), values))
+            return rebuilt(module, values)
     except Exception:  # a constructor may refuse a config in any way it likes
         return None
 
@@ -190,14 +185,14 @@ def _field_solutions(
     cut_dims = _changed(now, wanted)
     pins = _pins(layer, config, now, cut_dims)
     allowed: dict[tuple[str, int], bool] = {}
-    for (name, value), counts in candidates(config, cuts).items():
-        built = _try(layer, config, {**pins, name: value})
+    for (name, value), counts in candidates(vars(config), cuts).items():
+        built = _try(layer, {**pins, name: value})
         changed = cut_dims if built is None else _changed(now, shapes_of(built))
         # A value that is refused alone may make sense together with another.
         if changed and changed <= cut_dims:
             allowed[name, value] = counts
     for fields in _subsets(allowed):
-        built = _try(layer, config, pins | fields)
+        built = _try(layer, pins | fields)
         if built is not None and not _changed(wanted, shapes_of(built)):
             yield pins, fields
 
@@ -241,24 +236,28 @@ def _block_recipes(layer: nn.Module, path: str, wanted: Shapes, cuts: list[Cut])
     width is derived from the hidden size.
     """
     block = layer.get_submodule(path)
-    _, args, kwargs = block.__dict__["_constructed_with"]
-    config = global_config(next(a for a in (*args, *kwargs.values()) if isinstance(a, PreTrainedConfig)))
+    arguments = {n: v for n, v in (constructor_arguments(block) or {}).items() if isinstance(v, int)}
+    config = config_of(block)
+    assert config is not None
     target = {n.removeprefix(f"{path}."): s for n, s in wanted.items() if n.startswith(f"{path}.")}
     mine = [c for c in cuts if c.inner and any(n.startswith(f"{path}.") for n, _ in c.dims)]
     inner = {(n.removeprefix(f"{path}."), d) for c in mine for n, d in c.dims}
 
     def fits(values: Overrides) -> bool:
-        built = _try(block, config, values)
+        built = _try(block, values)
         shapes = {} if built is None else shapes_of(built)
         return shapes.keys() == target.keys() and all(shapes[n][d] == target[n][d] for n, d in inner)
 
     before = (shapes_of(block), _numbers(block))
     matters = {}
-    for (name, value), counts in candidates(config, mine).items():
-        built = _try(block, config, {name: value})
+    for (name, value), counts in candidates(vars(config) | arguments, mine).items():
+        built = _try(block, {name: value})
         if built is None or (shapes_of(built), _numbers(built)) != before:
             matters[name, value] = counts
     shapes = {n: list(s) for n, s in target.items()}
-    for values in chain(_subsets(matters, most_counting=True), [{}]):
+    for values in _subsets(matters, most_counting=True):
         if fits(values):
-            yield {"config": values, "shapes": shapes}
+            yield {"values": values, "shapes": shapes}
+    # Last, the shapes alone: enough for an MLP whose width nothing but its weights knows. Whether it is enough is
+    # for the trace of the result to say.
+    yield {"values": {}, "shapes": shapes}

@@ -6,9 +6,15 @@ axis to that one; token ids tie it to the vocabulary; anything else freezes it.
 
 from __future__ import annotations
 
-from ..axes import Dim, freeze, fresh, size_of, tag, unify
+from ..axes import Dim, freeze, fresh, leaves, size_of, split_concat, tag, unify
 from . import Call, Traced, rule
 from .pointwise import broadcast
+
+CONSUMERS = {
+    "embedding", "gather", "index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "index_select",
+    "index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_", "one_hot", "scatter",
+    "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_", "_unsafe_index_put",
+}  # fmt: skip
 
 
 def point(dim: Dim, index: Traced) -> None:
@@ -25,15 +31,9 @@ def embedding(call: Call) -> None:
     rows, columns = call.dims("weight")
     index = call.get("indices")
     point(rows, index)
-    if "vocabulary" in {t for atom in rows for t in _tags(atom)}:
+    if any("vocabulary" in leaf.tags for leaf in leaves(rows)):
         tag(columns, "hidden")
     call.set([*index.dims, columns])
-
-
-def _tags(atom: object) -> set[str]:
-    from ..axes import leaves
-
-    return set().union(*(leaf.tags for leaf in leaves((atom,))))  # type: ignore[arg-type]
 
 
 @rule("index_select")
@@ -59,6 +59,13 @@ def index(call: Call) -> None:
         reason = "selected by a mask"
         call.set(dims if writes else [fresh(n, reason) for n in call.out.shape])
         return
+    if len(used) == 1 and not writes and (run := _consecutive(indices[used[0]])) is not None:  # type: ignore[arg-type]
+        start, stop = run
+        size = call.get("self").tensor.shape[used[0]]
+        start, stop = (start + size, stop + size) if start < 0 else (start, stop)
+        pieces = split_concat(dims[used[0]], [start, stop - start, size - stop])
+        call.set([*dims[: used[0]], pieces[1], *dims[used[0] + 1 :]])
+        return
     shapes = [indices[i].dims for i in used]  # type: ignore[union-attr]
     common = broadcast(shapes, max(map(len, shapes)))
     for i in used:
@@ -72,6 +79,15 @@ def index(call: Call) -> None:
         call.set(dims)
     else:
         call.set(picked, role=call.get("self").role)  # weights picked by tokens are still weights
+
+
+def _consecutive(at: Traced) -> tuple[int, int] | None:
+    """``[start, stop)`` for a list of consecutive positions written in the code, such as ``x[[-2]]``."""
+    if at.role != "constant" or at.tensor.ndim != 1 or at.tensor.device.type == "meta" or not at.tensor.numel():
+        return None
+    values = at.tensor.tolist()
+    start = values[0]
+    return (start, start + len(values)) if values == list(range(start, start + len(values))) else None
 
 
 @rule("gather")

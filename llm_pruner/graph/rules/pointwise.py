@@ -7,8 +7,8 @@ from . import Call, rule, tensors_in
 
 # A non-linearity between two projections is what makes an axis one of neurons.
 ACTIVATIONS = {
-    "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid_forward",
-    "mish", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "square", "tanh", "threshold",
+    "celu", "elu", "expm1", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid_forward",
+    "mish", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "square", "tanh", "threshold", "where",
 }  # fmt: skip
 
 # Index by index, though torch does not tag them so.
