@@ -104,7 +104,8 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     default = AutoConfig.for_model(model_type)
     fields = {k: v for k, v in SMALL.items() if isinstance(getattr(default, k, None), int) and k in default.to_dict()}
     if "qk_rope_head_dim" in fields:
-        fields.pop("head_dim", None)  # latent attention has head sizes of its own
+        fields.pop("head_dim", None)  # latent attention has head sizes of its own, and as many keys as queries
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     fields |= {k: int(k.startswith("eos")) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in default.to_dict().items():
         if isinstance(value, list) and len(value) == getattr(default, "num_hidden_layers", 0):
