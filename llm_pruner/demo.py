@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -50,9 +51,9 @@ def demo(args: DemoArguments) -> None:
     save(pruned, tokenizer, target, plan)
     step("measuring both: perplexity on held-out text, size, speed")
     held_out = windows(tokenizer, text(EMBEDDED_TEXT, "test"), 128, 64)
-    with_original = target.with_name("demo-original")
-    save(model, tokenizer, with_original)
-    before = measure(model, tokenizer, held_out, with_original)
+    with TemporaryDirectory() as folder:  # only to weigh it
+        save(model, None, Path(folder) / "original")
+        before = measure(model, tokenizer, held_out, Path(folder) / "original")
     after = measure(pruned, tokenizer, held_out, target)
     table = Table("", "original", "pruned", "ratio")
     for name, form in (
