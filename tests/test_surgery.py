@@ -1,5 +1,7 @@
 """Mask equivalence, live and reloaded, for every family, kind and shape of plan."""
 
+import copy
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, build, tokens
@@ -157,6 +159,21 @@ def test_per_layer_models_train(tmp_path):
     ids = tokens()
     pruned(ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in pruned.parameters() if p.requires_grad)
+
+
+def test_a_change_of_attention_reaches_every_layer():
+    model = build("llama")
+    _, pruned = pruned_by(model, layers=[1])
+    for implementation in ("eager", "sdpa"):
+        pruned.set_attn_implementation(implementation)
+        used = {layer.self_attn.config._attn_implementation for layer in pruned.model.layers}
+        assert used == {implementation}
+
+
+def test_a_pruned_model_can_be_copied(tmp_path):
+    _, pruned = pruned_by(build("gpt2"), layers=[1])
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(pruned)(tokens()).logits, pruned(tokens()).logits)
 
 
 def test_a_plan_for_another_model_is_refused():

@@ -57,11 +57,29 @@ def install() -> None:
 
     PreTrainedModel.__init__ = __init__  # type: ignore[method-assign]
     PreTrainedModel.post_init = with_layers  # type: ignore[method-assign]
+    for name in ("set_attn_implementation", "set_experts_implementation"):
+        setattr(PreTrainedModel, name, _reaching_layers(getattr(PreTrainedModel, name)))
     PreTrainedModel._llm_pruner_installed = True  # type: ignore[attr-defined]
 
 
 def _differs(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "is_heterogeneous", False) or getattr(config, SUBMODULES, None))
+
+
+def _reaching_layers(setter: Callable[..., None]) -> Callable[..., None]:
+    """Layers that differ hold configs of their own, which a change of implementation must reach too."""
+
+    @functools.wraps(setter)
+    def change(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        setter(self, *args, **kwargs)
+        for owner in (m for m in self.modules() if isinstance(m, PreTrainedModel) and _differs(m.config)):
+            for module in owner.modules():
+                config = getattr(module, "config", None)
+                if isinstance(config, type(owner.config)) and config is not owner.config:
+                    for slot in ("_attn_implementation_internal", "_experts_implementation_internal"):
+                        config.__dict__[slot] = owner.config.__dict__.get(slot)
+
+    return change
 
 
 def record_constructors(model_class: type) -> None:

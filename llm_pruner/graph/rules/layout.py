@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..axes import Dim, concat, find, flatten, freeze, fresh, split_concat, split_product, unify
 from . import Call, rule
 
@@ -39,10 +41,15 @@ def reshape(dims: list[Dim], shape: tuple[int, ...]) -> list[Dim]:
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy")
 def view(call: Call) -> None:
     source = call.get("self")
+    if isinstance(call["dtype"], torch.dtype):  # other bits for the same storage
+        for dim in source.dims:
+            freeze(dim, "its bits are read as another type")
+        call.set([fresh(n, "bits of another type") for n in call.out.shape])
+        return
     call.set(reshape(source.dims, tuple(call.out.shape)), index_of=source.index_of)
 
 
-@rule("view.dtype", "view_as_real", "view_as_complex")
+@rule("view_as_real", "view_as_complex")
 def reinterpret(call: Call) -> None:
     """Pairs of reals and complex numbers: the pair is an axis that must stay whole."""
     dims = call.dims("self")
