@@ -41,7 +41,7 @@ class PruneArguments:
     block_wise: bool = flag(False, "prune attention heads and MLP neurons of a range of layers (the default)")
     channel_wise: bool = flag(False, "prune hidden channels through the whole model")
     layer_wise: bool = flag(False, "keep only the first --layer layers")
-    layer: int = flag(12, "layers to keep with --layer_wise")
+    layer: int | None = flag(None, "layers to keep with --layer_wise (default: 12)")
     block_attention_layer_start: int | None = flag(None, "first layer whose heads are pruned (default: 3)")
     block_attention_layer_end: int | None = flag(None, "layer to stop before (default: the last but one)")
     block_mlp_layer_start: int | None = flag(None, "first layer whose neurons are pruned (default: 3)")
@@ -89,6 +89,17 @@ class PruneArguments:
             raise PrunerError(f"--{' and --'.join(modes)} exclude each other: give one")
         if not self.layer_wise and not 0 < self.pruning_ratio < 1:
             raise PrunerError(f"--pruning_ratio {self.pruning_ratio} is out of range: give a share between 0 and 1")
+        if self.layer is not None and not self.layer_wise:
+            raise PrunerError("--layer goes with --layer_wise")
+        self.layer = 12 if self.layer is None else self.layer
+        ranges = [f"block_{what}_layer_{end}" for what in ("attention", "mlp") for end in ("start", "end")]
+        if not modes or self.block_wise:
+            ranges = []
+        for name in ranges:
+            if getattr(self, name) is not None:
+                raise PrunerError(f"--{name} goes with --block_wise, not with --{modes[0]}")
+        if not 0 <= self.seed < 2**32:
+            raise PrunerError(f"--seed {self.seed} is out of range: give 0 to 4294967295")
         for name in ("num_examples", "iterative_steps", "round_to", "layer"):
             if getattr(self, name) < 1:
                 raise PrunerError(f"--{name} {getattr(self, name)} is out of range: give 1 or more")
@@ -101,8 +112,8 @@ class PruneArguments:
                 "--layer_wise drops layers by position: --global_pruning and --iterative_steps mean nothing"
             )
         name = self.save_ckpt_log_name
-        if not name or name in (".", "..") or "/" in name:
-            raise PrunerError(f"--save_ckpt_log_name {name!r} must be a plain folder name")
+        if not name or name in (".", "..") or "/" in name or not name.isprintable() or len(name) > 200:
+            raise PrunerError(f"--save_ckpt_log_name {name[:40]!r} must be a plain folder name")
         self.device, self.eval_device = device_of("device", self.device), device_of("eval_device", self.eval_device)
 
     @property

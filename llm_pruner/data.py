@@ -167,7 +167,7 @@ def _from_file(path: Path) -> list[str]:
         rows = (
             json.loads(content)
             if path.suffix == ".json"
-            else [json.loads(line) for line in content.splitlines() if line.strip()]
+            else [json.loads(line) for line in content.split("\n") if line.strip()]
         )
     except json.JSONDecodeError as error:
         raise PrunerError(f"{path} is no valid {path.suffix[1:]}: {error}") from error

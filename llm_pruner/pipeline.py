@@ -23,7 +23,7 @@ from .arguments import PruneArguments
 from .checkpoint import PLAN_FILE, complete_folder, load, write_checkpoint
 from .data import calibration, text
 from .errors import PrunerError
-from .evaluation import parameter_count, perplexity, windows
+from .evaluation import check_length, parameter_count, perplexity, windows
 from .graph import CouplingGraph, trace
 from .importance import NEED_CALIBRATION, score
 from .selection import PruningPlan, first_layers, lifted, select
@@ -63,6 +63,13 @@ def prune(args: PruneArguments) -> Path:
     """
     args.check()
     folder = Path(args.output_root) / args.save_ckpt_log_name
+    if any(folder.glob("*.safetensors")):
+        if not args.save_model:
+            raise PrunerError(
+                f"{folder} holds a checkpoint, which this run would remove: add --save_model or rename the run"
+            )
+        if Path(args.base_model).exists() and folder.samefile(args.base_model):
+            raise PrunerError(f"{folder} is the model to be pruned: give the run another --save_ckpt_log_name")
     with complete_folder(folder, owned_if=METRICS_FILE) as temporary, _logging_to(temporary / LOG_FILE):
         log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
         metrics = _run(args, temporary)
@@ -79,16 +86,16 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
         model, tokenizer = load(args.base_model, dtype, args.device, args.trust_remote_code)
     log.info("loaded %s: %s parameters", args.base_model, f"{parameter_count(model):,}")
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
-    evaluation = _evaluation_windows(args, tokenizer)
+    evaluation = _evaluation_windows(args, model, tokenizer)
     metrics["before"] = _test("before pruning", args.test_before_train, model, tokenizer, args, evaluation, clock)
     cast(Any, model).to(args.device)
 
     plan, pruned, graph = make_plan(args, model, tokenizer, clock)
     for line in plan.summary().splitlines():
         log.info("%s", line)
-    normed = {u.kind for u in graph.units if u.name in plan.units and "norm" in u.flags}
+    normed = {u.kind for u in graph.units if u.name in plan.units and u.flags}
     if normed:
-        log.info("mask equivalence does not apply: %s are normalised over", ", ".join(sorted(normed)))
+        log.info("mask equivalence does not apply: %s are normalised over or scaled by", ", ".join(sorted(normed)))
     else:
         with clock("verify"):
             report = verify(model, pruned, plan)
@@ -141,7 +148,7 @@ def make_plan(
     with clock("trace"):
         graph = trace(model)
     if args.layer_wise:
-        plan = first_layers(graph, args.layer)
+        plan = first_layers(graph, args.layer or 0)
         with clock("apply"):
             return plan, apply(model, plan), graph
     layers = args.layers(graph)
@@ -176,9 +183,15 @@ def make_plan(
     return plan, pruned, graph
 
 
-def _evaluation_windows(args: PruneArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+def _evaluation_windows(
+    args: PruneArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
     """Every evaluation text cut into windows, before any work is done: a missing text is found out at once."""
-    names = [name for name in args.eval_datasets.split(",") if name]
+    if model.config.is_encoder_decoder:
+        log.info("perplexity is a measure of decoders: it is not taken of this encoder-decoder")
+        return {}
+    check_length(model, args.max_seq_len)
+    names = [name.strip() for name in args.eval_datasets.split(",") if name.strip()]
     return {name: windows(tokenizer, text(name, "test"), args.max_seq_len, args.max_windows or None) for name in names}
 
 

@@ -41,6 +41,33 @@ def test_a_checkpoint_is_replaced_and_other_folders_are_not(tmp_path):
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
+def test_a_checkpoint_with_something_foreign_in_it_is_left_alone(tmp_path):
+    lp.save(build("llama"), None, tmp_path / "a")
+    (tmp_path / "a" / "thesis.tex").write_text("x")
+    with pytest.raises(lp.PrunerError, match=r"thesis\.tex"):
+        lp.save(build("llama"), None, tmp_path / "a")
+    assert (tmp_path / "a" / "thesis.tex").exists()
+
+
+def test_a_link_to_a_checkpoint_stays_a_link(tmp_path):
+    lp.save(build("llama"), None, tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    lp.save(build("llama"), None, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_missing_weights_are_not_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    lp.save(build("llama"), None, tmp_path / "a")
+    state = load_file(tmp_path / "a" / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(lp.PrunerError, match=r"lacks 1 tensors.*layers\.1\.mlp\.up_proj"):
+        lp.load(str(tmp_path / "a"))
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="crash"), complete_folder(tmp_path / "a", "x") as folder:
         (folder / "half").write_text("half")

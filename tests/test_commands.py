@@ -71,6 +71,16 @@ def test_the_documented_command(folder):
     assert [p.name for p in (folder / "runs").iterdir()] == ["llama_prune"]
 
 
+def test_a_checkpoint_is_not_lost_to_a_run_without_one(folder, capsys):
+    assert hf_prune(folder, "--save_model", "--save_ckpt_log_name", "a") == 0
+    assert hf_prune(folder, "--save_ckpt_log_name", "a") == 2
+    assert "add --save_model" in capsys.readouterr().err
+    again = ["--base_model", str(folder / "runs" / "a"), "--save_model", "--save_ckpt_log_name", "a"]
+    assert hf_prune(folder, *again) == 2
+    assert "is the model to be pruned" in capsys.readouterr().err
+    assert (folder / "runs" / "a" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("extra", "check"),
     [
@@ -134,6 +144,10 @@ def test_the_same_run_gives_the_same_bits(folder):
         ("--block_wise --channel_wise", "exclude each other"),
         ("--layer_wise --layer 3", "give 1 to 2"),
         ("--layer_wise --iterative_steps 2", "mean nothing"),
+        ("--layer 2", "goes with --layer_wise"),
+        ("--channel_wise --block_mlp_layer_start 1", "goes with --block_wise"),
+        ("--max_seq_len 128", "at most 64"),
+        ("--seed -1", "out of range"),
         ("--num_examples 0", "1 or more"),
         ("--device cuda:99", "no CUDA device" if not torch.cuda.is_available() else "cuda"),
         ("--device toaster", "is no device"),

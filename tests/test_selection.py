@@ -98,6 +98,24 @@ def test_what_is_gone_scores_lowest_in_the_next_step(setting):
     assert torch.isinf(again).sum() == 12 and torch.equal(again[choice.kept], torch.arange(36.0).double())
 
 
+def test_layers_may_be_any_iterable_and_must_name_known_kinds(setting):
+    plans = [
+        lp.select(*setting, 0.5, layers=layers)
+        for layers in ([0, 1], iter([0, 1]), {"heads": iter([0, 1]), "neurons": range(2)})
+    ]
+    assert plans[0].units.keys() == plans[1].units.keys() == plans[2].units.keys()
+    with pytest.raises(lp.PrunerError, match="unknown kind 'head'"):
+        lp.select(*setting, 0.5, layers={"head": [1]})
+
+
+def test_scores_of_another_model_are_refused(setting):
+    graph, scores = setting
+    with pytest.raises(lp.PrunerError, match="no scores"):
+        lp.select(lp.trace(build("llama")), scores, 0.5)
+    with pytest.raises(lp.PrunerError, match="no scores"):
+        lp.select(graph, lp.Scores({}), 0.5)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -129,6 +147,8 @@ def test_damaged_plans_are_refused(setting, tmp_path):
         ({"positions": ["5-3,1"] * 9}, "damaged"),
         ({"positions": ["0-99999"] * 9}, "damaged"),
         ({"parameters": {"x": {"shape": [3]}}}, "damaged"),
+        ({"parameters": {"x": {"shape": [3], "kept": {"0": -1}}}}, "damaged"),
+        ({"units": {"x": {"kind": "heads", "layer": 0, "size": 2, "kept": "0-5"}}}, "damaged"),
     ):
         path.write_text(json.dumps(good | change))
         with pytest.raises(lp.PrunerError, match=message):

@@ -58,6 +58,21 @@ def test_uniform_plans_need_nothing_of_ours(tmp_path):
         assert AutoConfig.from_pretrained(tmp_path / name).to_dict()["num_key_value_heads"] == 1
 
 
+def test_experts_run_at_any_ratio():
+    """Kernels of stacked experts want rows of 16 bytes, so their widths stay multiples of 8."""
+    model = build("mixtral")
+    for kinds in (("neurons",), ("hidden",)):
+        _, pruned = pruned_by(model, 0.3, kinds=kinds)
+        with torch.no_grad():
+            assert pruned(tokens()).logits.isfinite().all()
+
+
+def test_an_axis_that_scales_attention_is_flagged():
+    graph = lp.trace(build("gpt2"))
+    flags = {u.flags for u in graph.of_kind("channels") if "c_proj" not in "".join(u.parameters)}
+    assert flags == {frozenset({"scale"})}
+
+
 def test_query_heads_and_experts(tmp_path):
     model = build("mixtral")
     plan, pruned = pruned_by(model, kinds=["query_heads", "neurons"])

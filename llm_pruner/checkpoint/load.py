@@ -68,7 +68,14 @@ def load(
             kwargs["use_safetensors"] = True
         else:
             kwargs["quantization_config"] = GgufConfig(dequantize=True)
-        model = _auto_class(config).from_pretrained(path, config=config, **common, **kwargs)
+        model, found = _auto_class(config).from_pretrained(
+            path, config=config, output_loading_info=True, **common, **kwargs
+        )
+        if found["missing_keys"]:
+            raise PrunerError(
+                f"{name} lacks {len(found['missing_keys'])} tensors of its architecture, such as "
+                f"{min(found['missing_keys'])}: the checkpoint is incomplete"
+            )
         tokenizer = AutoTokenizer.from_pretrained(path, config=config, **common)
     except PrunerError:
         raise

@@ -15,6 +15,7 @@ from ..errors import PrunerError
 from ..selection import PruningPlan
 
 PLAN_FILE = "pruning_plan.json"
+OURS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".log", ".py"}  # what checkpoints and runs are made of
 
 
 def save(
@@ -57,13 +58,17 @@ def complete_folder(folder: str | Path, owned_if: str) -> Iterator[Path]:
     """A temporary folder that takes the place of ``folder`` when the block succeeds, and vanishes when it fails.
 
     Args:
-        owned_if: an existing non-empty ``folder`` is replaced only if it holds this file.
+        owned_if: an existing non-empty ``folder`` is replaced only if it holds this file, and nothing that is no part
+            of a checkpoint or a run.
     """
-    target = Path(folder)
+    target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise PrunerError(f"{target} is a file; give a folder to write to")
-    if target.is_dir() and any(target.iterdir()) and not (target / owned_if).exists():
-        raise PrunerError(f"the folder {target} is not empty and is not ours to replace (no {owned_if}); give another")
+    inside = list(target.iterdir()) if target.is_dir() else []
+    foreign = [p.name for p in inside if p.is_dir() or p.suffix not in OURS]
+    if inside and (foreign or not (target / owned_if).exists()):
+        reason = f"it holds {min(foreign)}" if foreign else f"it has no {owned_if}"
+        raise PrunerError(f"the folder {target} is not ours to replace ({reason}); give another")
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

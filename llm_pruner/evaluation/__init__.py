@@ -1,5 +1,5 @@
 """Measuring: what a model is worth, and what it costs."""
 
-from .perplexity import Perplexity, parameter_count, perplexity, windows
+from .perplexity import Perplexity, check_length, parameter_count, perplexity, windows
 
-__all__ = ["Perplexity", "parameter_count", "perplexity", "windows"]
+__all__ = ["Perplexity", "check_length", "parameter_count", "perplexity", "windows"]

@@ -41,12 +41,31 @@ def windows(
     return ids[: count * seq_len].view(count, seq_len)[:max_windows]
 
 
+def check_length(model: PreTrainedModel, tokens: int) -> None:
+    """Refuse windows that the model cannot read.
+
+    Raises:
+        PrunerError: the model reads fewer tokens at once.
+    """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and tokens > longest:
+        raise PrunerError(
+            f"windows of {tokens} tokens are too long: the model reads at most {longest}; give shorter ones"
+        )
+
+
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int = 4) -> Perplexity:
     """Perplexity of a causal model on windows ``[windows, seq_len]``.
 
     Each window predicts its tokens 1 .. seq_len - 1 from those before them in the same window.
+
+    Raises:
+        PrunerError: the model is an encoder-decoder, or the windows are longer than it reads.
     """
+    if model.config.is_encoder_decoder:
+        raise PrunerError("perplexity is a measure of decoders; this model is an encoder-decoder")
+    check_length(model, ids.shape[1])
     training = model.training
     model.eval()
     total = 0.0

@@ -27,10 +27,12 @@ class Unit:
         kind: one of :data:`KINDS`.
         layer: index of the decoder layer it lies in, None where it spans several.
         size: how many indices it has.
-        flags: ``norm`` where something normalises, averages or ranks over the axis: its indices can be
-            removed, but removing them is not the same as zeroing them.
+        flags: why removing indices is not the same as zeroing them: ``norm`` where something normalises, averages
+            or ranks over the axis, ``scale`` where attention scores are divided by a root of its size.
         frozen: why it must not be pruned, None where it may be.
         minimum: the fewest indices it can keep (experts: as many as a token is sent to).
+        multiple: what the number of kept indices must be a multiple of (8 inside stacked experts, whose kernels
+            want rows of 16 bytes).
     """
 
     name: str
@@ -40,6 +42,7 @@ class Unit:
     flags: frozenset[str] = frozenset()
     frozen: str | None = None
     minimum: int = 1
+    multiple: int = 1
     dims: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -130,6 +133,12 @@ def trace(model: nn.Module) -> CouplingGraph:
     layer_of = _layer_finder(model)
     units = [_unit(atom, where, layer_of, found) for atom, where in found]
     units += _layer_units(model, shapes)
+    stacked = {
+        name for u in units if u.kind == "experts" for name, dim in u.dims if dim == 0 and len(shapes[name]) == 3
+    }
+    for unit in units:
+        if unit.size % 8 == 0 and any(name in stacked and dim > 0 for name, dim in unit.dims):
+            unit.multiple = 8
     _name(units)
     units.sort(key=lambda u: (u.layer is None, u.layer or 0, KINDS.index(u.kind)))
     free = [unit for unit in units if unit.frozen is None]
@@ -163,7 +172,9 @@ def _unit(atom: Atom, where: dict, layer_of: Layers, found: list[Occurrence]) ->
     frozen = atom.frozen
     if frozen is None and kind != "vocabulary" and len(where) < 2:
         frozen = "only one parameter has it"
-    return Unit("", kind, layer[1] if layer else None, atom.size, frozenset(atom.flags), frozen, _minimum(atom), where)
+    return Unit(
+        "", kind, layer[1] if layer else None, atom.size, frozenset(atom.flags), frozen, _minimum(atom), dims=where
+    )
 
 
 def _minimum(atom: Atom) -> int:

@@ -38,8 +38,9 @@ class Scores:
 
 def scored_slices(unit: Unit, ranks: Mapping[str, int]) -> list[tuple[str, int]]:
     """The slices that count: all but the biases of weights that count already, as in LLM-Pruner."""
-    owners = {name.rpartition(".")[0] for name, _ in unit.dims if ranks[name] > 1}
-    return [(name, dim) for name, dim in unit.dims if ranks[name] > 1 or name.rpartition(".")[0] not in owners]
+    dims = [(name, dim) for name, dim in unit.dims if name in ranks]  # buffers have no gradient
+    owners = {name.rpartition(".")[0] for name, _ in dims if ranks[name] > 1}
+    return [(name, dim) for name, dim in dims if ranks[name] > 1 or name.rpartition(".")[0] not in owners]
 
 
 def slices_of(units: Iterable[Unit], ranks: Mapping[str, int]) -> dict[str, list[int]]:

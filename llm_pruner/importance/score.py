@@ -77,12 +77,14 @@ def score(
         return Scores(values, settings)
     if criterion == "taylor":
         settings["taylor"] = taylor
-    ranks = {name: len(shape) for name, shape in graph.shapes.items()}
+    ranks = {name: parameter.ndim for name, parameter in model.named_parameters()}
     salience = compute(Request(model, slices_of(units, ranks), calibration, taylor))
     values = {unit.name: aggregate(unit, salience, ranks, aggregation) for unit in units}
     for name, scored in values.items():
         if not torch.isfinite(scored).all():
-            raise PrunerError(f"the scores of {name} are not finite; load the model with --dtype float32 or bfloat16")
+            raise PrunerError(
+                f"the scores of {name} are not finite: the weights hold NaN or inf, or --dtype is too narrow"
+            )
     return Scores(values, settings)
 
 

@@ -94,7 +94,8 @@ def backward(model: nn.Module, wanted: Slices, ids: torch.Tensor, visit: Visit) 
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
     with _only(model, wanted, visit), recomputing(model), torch.enable_grad():
-        loss, _ = NextTokenLoss.apply(model(**inputs, use_cache=False).logits, ids)
+        logits = model(**inputs, use_cache=False).logits
+        loss, _ = NextTokenLoss.apply(logits.clone() if logits._is_view() else logits, ids)
         if not torch.isfinite(loss):
             raise PrunerError(f"the calibration loss is {loss.item()}; load the model with --dtype float32 or bfloat16")
         loss.backward()

@@ -57,7 +57,9 @@ class PruningPlan:
 
     def keep(self, unit: Unit, indices: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
         """Keep only ``indices`` of a unit. Several units may cut the same parameter dim."""
-        indices = indices.sort().values
+        indices = indices.unique()
+        if not indices.numel() or int(indices[0]) < 0 or int(indices[-1]) >= unit.size:
+            raise PrunerError(f"{unit.name} must keep at least one of its indices 0 to {unit.size - 1}")
         self.units[unit.name] = Choice(unit.kind, unit.layer, unit.size, indices)
         for (name, dim), label in unit.dims.items():
             stays = (label < 0) | torch.isin(label, indices)
@@ -112,11 +114,17 @@ class PruningPlan:
             for name, entry in document["parameters"].items():
                 plan.shapes[name] = tuple(entry["shape"])
                 plan.kept[name] = {int(dim): sets[i] for dim, i in entry["kept"].items()}
+                if any(i < 0 for i in entry["kept"].values()):
+                    raise ValueError(f"{name} refers to a negative list of positions")
             for name, entry in document["units"].items():
                 kept = _positions(entry["kept"])
                 plan.units[name] = Choice(entry["kind"], entry["layer"], entry["size"], kept)
+                if not kept.numel() or int(kept[-1]) >= entry["size"]:
+                    raise ValueError(f"{name} keeps no index or one outside its {entry['size']}")
             for name, dims in plan.kept.items():
                 for dim, kept in dims.items():
+                    if dim < 0:
+                        raise ValueError(f"{name} has no dim {dim}")
                     if kept.numel() and int(kept[-1]) >= plan.shapes[name][dim]:
                         raise ValueError(f"{name} keeps position {int(kept[-1])} of {plan.shapes[name][dim]}")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import lcm
 
 import torch
 
@@ -32,25 +33,34 @@ def select(
             of n channels loses ``n - int(n * (1 - ratio))``, in whole indices, rounded down. None is a valid
             outcome for a unit with few heads, and the plan's notes say so.
         kinds: kinds of units to prune.
-        layers: layer indices to prune in, None for all; or a mapping from kind to layer indices. Units that
-            span layers (``hidden``, ``vocabulary``) do not ask.
+        layers: layer indices to prune in, None for all; or a mapping from kind to layer indices (a kind without an
+            entry is pruned everywhere). ``hidden``, ``vocabulary`` and ``layers`` do not ask; other units that span
+            layers are left out when layers are given.
         scope: ``local`` takes the ratio from every unit, ``global`` from all units of a kind together,
             lowest scores first.
-        round_to: kept counts become multiples of this, rounded up.
+        round_to: kept counts become multiples of this, and of the unit's own ``multiple``, rounded up.
 
     Raises:
         PrunerError: an argument is out of range, or there is nothing to prune.
     """
     kinds = tuple(kinds)
-    _check(graph, ratio, kinds, layers, scope, round_to)
-    chosen = [unit for unit in graph.of_kind(*kinds) if _in_layers(unit, layers)]
+    wanted = _by_kind(layers, kinds)
+    _check(graph, ratio, kinds, wanted, scope, round_to)
+    chosen = [unit for unit in graph.of_kind(*kinds) if _in_layers(unit, wanted)]
     if not chosen:
-        raise PrunerError(_nothing(graph, kinds, layers))
+        raise PrunerError(_nothing(graph, kinds, wanted))
+    for unit in chosen:
+        if unit.name not in scores.values or len(scores.values[unit.name]) != unit.size:
+            raise PrunerError(
+                f"there are no scores [{unit.size}] for {unit.name}: score this model, with kinds={kinds}"
+            )
     plan = PruningPlan(
         settings={"ratio": ratio, "kinds": list(kinds), "scope": scope, "round_to": round_to, **scores.settings}
     )
     for kind in kinds:
         units = [unit for unit in chosen if unit.kind == kind]
+        if spanning := [u for u in graph.of_kind(kind) if u.layer is None and u not in units]:
+            plan.notes.append(f"{kind}: {len(spanning)} units span layers and are left out, since layers were given")
         removals = (_local if scope == "local" else _global)(units, scores, ratio, round_to)
         idle = 0
         for unit, removed in zip(units, removals, strict=True):
@@ -83,7 +93,8 @@ def removable(unit: Unit, ratio: float, round_to: int = 1) -> int:
 
 def _rounded(unit: Unit, kept: int, round_to: int) -> int:
     """A kept count as a multiple of ``round_to``, at least the unit's minimum and at most all of it."""
-    return min(-(-max(kept, unit.minimum) // round_to) * round_to, unit.size)
+    multiple = lcm(round_to, unit.multiple)
+    return min(-(-max(kept, unit.minimum) // multiple) * multiple, unit.size)
 
 
 def _local(units: list[Unit], scores: Scores, ratio: float, round_to: int) -> list[torch.Tensor]:
@@ -111,13 +122,36 @@ def _global(units: list[Unit], scores: Scores, ratio: float, round_to: int) -> l
     return out
 
 
-def _in_layers(unit: Unit, layers: LayerChoice) -> bool:
-    wanted = layers.get(unit.kind) if isinstance(layers, Mapping) else layers
-    return wanted is None or unit.layer is None or unit.layer in set(wanted)
+WHOLE_MODEL = ("hidden", "vocabulary", "layers")
+
+
+def _by_kind(layers: LayerChoice, kinds: tuple[str, ...]) -> dict[str, set[int]] | None:
+    """The layers asked for, for each kind; None for no restriction."""
+    if layers is None:
+        return None
+    if not isinstance(layers, Mapping):
+        every = set(layers)
+        return {kind: every for kind in kinds}
+    unknown = [kind for kind in layers if kind not in KINDS]
+    if unknown:
+        raise PrunerError(f"layers are given for the unknown kind {unknown[0]!r}; choose from {', '.join(KINDS)}")
+    return {kind: set(chosen) for kind, chosen in layers.items()}
+
+
+def _in_layers(unit: Unit, wanted: dict[str, set[int]] | None) -> bool:
+    """A kind without an entry is not restricted; units of the whole model do not ask."""
+    if wanted is None or unit.kind in WHOLE_MODEL or unit.kind not in wanted:
+        return True
+    return unit.layer in wanted[unit.kind]
 
 
 def _check(
-    graph: CouplingGraph, ratio: float, kinds: tuple[str, ...], layers: LayerChoice, scope: str, round_to: int
+    graph: CouplingGraph,
+    ratio: float,
+    kinds: tuple[str, ...],
+    wanted: dict[str, set[int]] | None,
+    scope: str,
+    round_to: int,
 ) -> None:
     if not 0 < ratio < 1:
         raise PrunerError(f"ratio {ratio} is out of range: give a share between 0 and 1, both excluded")
@@ -129,16 +163,15 @@ def _check(
     if round_to < 1:
         raise PrunerError(f"round_to {round_to} is out of range: give 1 or more")
     present = {unit.layer for unit in graph.units if unit.layer is not None}
-    wanted = [i for v in layers.values() for i in v] if isinstance(layers, Mapping) else list(layers or ())
-    missing = sorted(set(wanted) - present)
+    missing = sorted(set().union(*(wanted or {}).values()) - present)
     if missing:
         top = f"layers 0 to {max(present)}" if present else "no layers"
         raise PrunerError(f"layer {', '.join(map(str, missing))} out of range: the model has {top} that can be pruned")
 
 
-def _nothing(graph: CouplingGraph, kinds: tuple[str, ...], layers: LayerChoice) -> str:
+def _nothing(graph: CouplingGraph, kinds: tuple[str, ...], wanted: object) -> str:
     there = ", ".join(sorted({unit.kind for unit in graph.units})) or "none"
-    where = "" if layers is None else " in the layers given"
+    where = "" if wanted is None else " in the layers given"
     return f"nothing to prune: no unit of kind {', '.join(kinds)}{where} (kinds found: {there})"
 
 

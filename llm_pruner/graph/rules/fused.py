@@ -76,6 +76,7 @@ def attention(call: Call) -> None:
             elif size_of(o) > 1:  # grouped: query head = (key-value head, member)
                 unify(reshape([q], (size_of(o), size_of(q) // size_of(o)))[0], o)
     unify(query[-1], key[-1])
+    flag(query[-1], "scale")
     unify(key[-2], value[-2])
     mask = next((call[n] for n in ("attn_mask", "attn_bias") if call[n] is not None), None)
     if mask is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..axes import Dim, tag, unify
+from ..axes import Dim, flag, tag, unify
 from . import Call, rule
 from .pointwise import broadcast
 
@@ -18,6 +18,7 @@ def contract(call: Call, a: str, b: str) -> list[Dim]:
     if left.role == right.role == "activation":  # tokens meet tokens: no plain projection
         for dim in (rows, inner, columns, *batch):
             tag(dim, "mixing")
+        flag(inner, "scale")  # scores are divided by a root of its size, which a smaller config changes
     return [*[x or y for x, y in zip(batch, batch_right, strict=True)], rows, columns]
 
 
