@@ -205,5 +205,7 @@ def test_inspect(folder, capsys):
 
 
 def test_evaluate_is_no_package():
-    """lm-eval imports a package of this name from site-packages; ours must not be in its way."""
-    assert not (ROOT / "evaluate" / "__init__.py").exists()
+    """lm-eval imports a package of this name from site-packages; the folder of scripts must not be in its way."""
+    code = "import evaluate; print(evaluate.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "site-packages" in done.stdout, done.stderr
