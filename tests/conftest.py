@@ -10,7 +10,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+settings.register_profile("ci", derandomize=True)  # a commit is judged by what it changes, not by chance
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 BASE = {
     "vocab_size": 96,
