@@ -16,6 +16,7 @@ QUICK = (
     "bloom",
     "cohere2",
     "deepseek_v3",
+    "falcon",
     "gemma2",
     "glm4",
     "gpt_bigcode",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import PrunerError
@@ -116,6 +117,24 @@ class Tracer(TorchDispatchMode):
             raise TraceError(f"rule {name} gives dims {sizes} for shape {list(tensor.shape)} in {self.where}")
 
 
+class ListIndexing(TorchFunctionMode):
+    """Reads ``x[[-2]]`` as the slice that it is.
+
+    A list of consecutive positions written in the code becomes an index tensor before any operator runs, and on
+    the meta device its values are gone by then.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
+            lists = [i for i, item in enumerate(args[1]) if isinstance(item, list)]
+            if len(lists) == 1 and not any(isinstance(item, torch.Tensor) for item in args[1]):
+                at, positions = lists[0], args[1][lists[0]]
+                if positions and positions == list(range(positions[0], positions[0] + len(positions))):
+                    run = slice(positions[0], positions[-1] + 1 or None)
+                    args = (args[0], (*args[1][:at], run, *args[1][at + 1 :]))
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def module_names(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Keep ``tracer.modules`` at the stack of modules being run, for messages."""
@@ -208,7 +227,7 @@ def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
         tracer.record(Traced(ids, [fresh(n) for n in ids.shape], "activation", vocabulary))
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
-        with torch.no_grad(), traceable(model), module_names(model, tracer), tracer:
+        with torch.no_grad(), traceable(model), module_names(model, tracer), ListIndexing(), tracer:
             output = torch.func.functional_call(model, state, args=(), kwargs={**inputs, **extra}, tie_weights=False)
     except TraceError:
         raise

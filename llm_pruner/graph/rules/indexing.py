@@ -6,7 +6,7 @@ axis to that one; token ids tie it to the vocabulary; anything else freezes it.
 
 from __future__ import annotations
 
-from ..axes import Dim, freeze, fresh, leaves, size_of, split_concat, tag, unify
+from ..axes import Dim, freeze, fresh, leaves, size_of, tag, unify
 from . import Call, Traced, rule
 from .pointwise import broadcast
 
@@ -59,13 +59,6 @@ def index(call: Call) -> None:
         reason = "selected by a mask"
         call.set(dims if writes else [fresh(n, reason) for n in call.out.shape])
         return
-    if len(used) == 1 and not writes and (run := _consecutive(indices[used[0]])) is not None:  # type: ignore[arg-type]
-        start, stop = run
-        size = call.get("self").tensor.shape[used[0]]
-        start, stop = (start + size, stop + size) if start < 0 else (start, stop)
-        pieces = split_concat(dims[used[0]], [start, stop - start, size - stop])
-        call.set([*dims[: used[0]], pieces[1], *dims[used[0] + 1 :]])
-        return
     shapes = [indices[i].dims for i in used]  # type: ignore[union-attr]
     common = broadcast(shapes, max(map(len, shapes)))
     for i in used:
@@ -79,15 +72,6 @@ def index(call: Call) -> None:
         call.set(dims)
     else:
         call.set(picked, role=call.get("self").role)  # weights picked by tokens are still weights
-
-
-def _consecutive(at: Traced) -> tuple[int, int] | None:
-    """``[start, stop)`` for a list of consecutive positions written in the code, such as ``x[[-2]]``."""
-    if at.role != "constant" or at.tensor.ndim != 1 or at.tensor.device.type == "meta" or not at.tensor.numel():
-        return None
-    values = at.tensor.tolist()
-    start = values[0]
-    return (start, start + len(values)) if values == list(range(start, start + len(values))) else None
 
 
 @rule("gather")
