@@ -16,7 +16,10 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from .arguments import DemoArguments, InspectArguments, PerplexityArguments, PruneArguments, device_of
+from .demo import demo
 from .errors import PrunerError
+from .inspect import inspect
+from .pipeline import prune
 
 T = TypeVar("T")
 
@@ -60,12 +63,6 @@ def run(
     return 0
 
 
-def prune(args: PruneArguments) -> None:
-    from .pipeline import prune
-
-    prune(args)
-
-
 def evaluate_perplexity(args: PerplexityArguments) -> None:
     """Print perplexity, and write it to ``--output``."""
     from .checkpoint import load
@@ -95,19 +92,7 @@ def write_text(path: Path, content: str) -> None:
         raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def inspect(args: InspectArguments) -> None:
-    from .inspect import inspect
-
-    inspect(args)
-
-
-def demo(args: DemoArguments) -> None:
-    from .demo import demo
-
-    demo(args)
-
-
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "prune": (PruneArguments, prune),
     "evaluate": (PerplexityArguments, evaluate_perplexity),
     "inspect": (InspectArguments, inspect),

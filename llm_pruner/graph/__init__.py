@@ -1,6 +1,6 @@
 """Discovery: which indices of which parameters belong together."""
 
-from .tracer import TraceError, sources, traceable
+from .tracer import TraceError, model_inputs, sources, traceable
 from .units import KINDS, CouplingGraph, Unit, common_path, layer_lists, trace
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Unit",
     "common_path",
     "layer_lists",
+    "model_inputs",
     "sources",
     "trace",
     "traceable",

@@ -12,7 +12,7 @@ An atom is a *leaf* until something looks inside it. Then it is *refined*, once 
 ``unify`` says that two dims are indexed together from now on. It takes the common refinement of what
 both sides know, so the order in which a model's operators run does not matter. Three facts travel with
 a leaf and survive every merge and refinement: why it is *frozen* (None when it is free), its *flags*
-(``norm``: something normalises over it, so removal is not the same as zeroing) and its *tags* (what
+(why removal is not the same as zeroing, such as ``norm``: something normalises over it) and its *tags* (what
 operators saw it, from which :mod:`llm_pruner.graph.units` reads the kind).
 """
 
@@ -232,10 +232,13 @@ def _merge_concats(x: Atom, y: Atom) -> None:
         longer, shorter, queue = (a, b, left) if a.size > b.size else (b, a, right)
         first, second = split_concat((longer,), [shorter.size, longer.size - shorter.size])
         unify(first, (shorter,))
-        queue.append(concat([second])[0] if len(second) == 1 else _as_atom(second))
+        queue.append(_as_atom(second))
 
 
 def _as_atom(dim: Dim) -> Atom:
+    """A dim as one atom, for where only an atom can stand: inside a concatenation."""
+    if len(dim) == 1:
+        return dim[0]
     whole = Atom(size_of(dim))
     if dim:
         whole.parts = dim

@@ -83,14 +83,15 @@ class Tracer(TorchDispatchMode):
         given |= dict(zip((a.name for a in schema), args, strict=False)) | kwargs
         call = Call(self, func, given, out, inputs)
         rule(call)
-        self._check_indices(name, inputs, outs)
+        if rule.__module__ != indexing.__name__:
+            self._check_indices(name, inputs, outs)
         for tensor in outs:
             self._check(name, tensor)
         return out
 
     def _check_indices(self, name: str, inputs: list[Traced], outs: list[torch.Tensor]) -> None:
         """Freeze an axis whose indices are used as mere numbers: their order matters in a way no rule follows."""
-        if name in indexing.CONSUMERS or any(self.lookup(t).index_of for t in outs):
+        if any(self.lookup(t).index_of for t in outs):
             return
         for traced in inputs:
             if traced.index_of and not any("vocabulary" in leaf.tags for leaf in leaves(traced.index_of)):
@@ -188,12 +189,10 @@ def sources(model: nn.Module) -> dict[str, torch.Tensor]:
     return out
 
 
-def _inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
-    ids = torch.ones(BATCH, TOKENS, dtype=torch.long, device=device)
-    inputs = {"input_ids": ids}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = torch.ones(BATCH, TOKENS, dtype=torch.long, device=device)
-    return inputs
+def model_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Token ids as arguments of the model; encoder-decoders read them on both sides."""
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return {"input_ids": ids, "decoder_input_ids": ids} if both else {"input_ids": ids}
 
 
 def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
@@ -222,7 +221,8 @@ def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
 
     vocabulary = fresh(_vocabulary_size(model))
     tag(vocabulary, "vocabulary")
-    inputs = _inputs(model, torch.device("meta"))
+    inputs = model_inputs(model, torch.ones(BATCH, TOKENS, dtype=torch.long, device="meta"))
+    inputs = {name: ids.clone() for name, ids in inputs.items()}  # each side has positions of its own
     for ids in inputs.values():
         tracer.record(Traced(ids, [fresh(n) for n in ids.shape], "activation", vocabulary))
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}

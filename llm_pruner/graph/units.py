@@ -130,7 +130,7 @@ def trace(model: nn.Module) -> CouplingGraph:
     tracer, dims = run(model)
     shapes = {name: tuple(t.shape) for name, t in sources(model).items()}
     found = _occurrences(dims)
-    layer_of = _layer_finder(model)
+    layer_of = Layers(list(layer_lists(model)))
     units = [_unit(atom, where, layer_of, found) for atom, where in found]
     units += _layer_units(model, shapes)
     stacked = {
@@ -224,7 +224,7 @@ class Layers:
 def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The stacks of decoder (or encoder) layers: outermost module lists of the model, by path.
 
-    A list whose members hold no parameters, or that has a single one, is no stack.
+    A list with a member that holds no parameters is no stack.
     """
     out: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
@@ -234,10 +234,6 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
                 continue
             out[path] = module
     return out
-
-
-def _layer_finder(model: nn.Module) -> Layers:
-    return Layers(list(layer_lists(model)))
 
 
 def _layer_units(model: nn.Module, shapes: dict[str, tuple]) -> list[Unit]:

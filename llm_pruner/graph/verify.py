@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .tracer import traceable
+from .tracer import model_inputs, traceable
 from .units import CouplingGraph, Unit
 
 TOLERANCE = 1e-4
@@ -49,10 +49,7 @@ def random_tokens(model: nn.Module, rows: int = 2, tokens: int = 16, seed: int =
 @torch.no_grad()
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """The model's logits in fp32 ``[rows, tokens, vocabulary]``; encoder-decoders read ``ids`` on both sides."""
-    inputs = {"input_ids": ids}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    return model(**inputs, use_cache=False).logits.float()
+    return model(**model_inputs(model, ids), use_cache=False).logits.float()
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:

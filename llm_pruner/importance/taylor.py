@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import PrunerError
-from ..graph import layer_lists
+from ..graph import layer_lists, model_inputs
 from .aggregate import reduce_to
 
 VARIANTS = ("vectorize", "param_first", "param_second", "param_mix")
@@ -90,11 +90,8 @@ def backward(model: nn.Module, wanted: Slices, ids: torch.Tensor, visit: Visit) 
     Returns the loss. Gradients are freed as they are visited; the model's own ``requires_grad`` flags, mode
     and gradients are as before afterwards.
     """
-    inputs = {"input_ids": ids}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
     with _only(model, wanted, visit), recomputing(model), torch.enable_grad():
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**model_inputs(model, ids), use_cache=False).logits
         loss, _ = NextTokenLoss.apply(logits.clone() if logits._is_view() else logits, ids)
         if not torch.isfinite(loss):
             raise PrunerError(f"the calibration loss is {loss.item()}; load the model with --dtype float32 or bfloat16")

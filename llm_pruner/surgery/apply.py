@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..errors import PrunerError
-from ..graph import CouplingGraph, TraceError, sources, trace, traceable
+from ..graph import CouplingGraph, TraceError, model_inputs, sources, trace, traceable
 from ..graph.verify import random_tokens, relative_difference
 from ..selection import PruningPlan
 from . import config_solver
@@ -130,7 +130,7 @@ def verify(
 ) -> EquivalenceReport:
     """Mask equivalence: do the pruned model's logits equal the original's with the removed slices zeroed?
 
-    Holds for units without the ``norm`` flag. The two differ in the order in which sums are taken, which a badly
+    Holds for units without flags. The two differ in the order in which sums are taken, which a badly
     damaged model can amplify beyond any tolerance; where they do, they are compared again in float64, one model
     at a time, which tells rounding from a mistake.
 
@@ -175,9 +175,7 @@ def _logits(
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensor = change(name, tensor.detach())
         state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    inputs = {"input_ids": ids.to(model.device)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = inputs["input_ids"]
+    inputs = model_inputs(model, ids.to(model.device))
     with traceable(model):
         out = torch.func.functional_call(model, state, args=(), kwargs={**inputs, "use_cache": False})
     return out.logits.double().cpu()

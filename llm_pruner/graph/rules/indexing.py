@@ -6,15 +6,11 @@ axis to that one; token ids tie it to the vocabulary; anything else freezes it.
 
 from __future__ import annotations
 
+import torch
+
 from ..axes import Dim, freeze, fresh, leaves, size_of, tag, unify
 from . import Call, Traced, rule
 from .pointwise import broadcast
-
-CONSUMERS = {
-    "embedding", "gather", "index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "index_select",
-    "index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_", "one_hot", "scatter",
-    "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_", "_unsafe_index_put",
-}  # fmt: skip
 
 
 def point(dim: Dim, index: Traced) -> None:
@@ -52,8 +48,7 @@ def index(call: Call) -> None:
     indices += [None] * (len(dims) - len(indices))
     used = [i for i, t in enumerate(indices) if t is not None]
     writes = "values" in call.args
-    if any(t is not None and t.tensor.dtype.is_floating_point is False and t.tensor.dtype.itemsize == 1 and
-           str(t.tensor.dtype) in ("torch.bool", "torch.uint8") for t in indices):  # fmt: skip
+    if any(t is not None and t.tensor.dtype in (torch.bool, torch.uint8) for t in indices):
         for i in used:
             freeze(dims[i], "selected by a mask")
         reason = "selected by a mask"

@@ -214,8 +214,3 @@ def triangle(call: Call) -> None:
     for dim in call.dims("self")[-2:]:
         freeze(dim, "a triangle of it is cut")
     call.set(call.dims("self"))
-
-
-@rule("_local_scalar_dense", "is_nonzero", "equal")
-def scalar(call: Call) -> None:
-    """A value read into Python: no tensor comes out."""

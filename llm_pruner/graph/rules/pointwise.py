@@ -34,14 +34,13 @@ def broadcast(operands: list[list[Dim]], rank: int) -> list[Dim]:
 def pointwise(call: Call) -> None:
     name = call.func.overloadpacket.__name__
     outs = list(tensors_in(call.out))
-    tensors = [t for t in call.traced_inputs if t.dims or t.tensor.ndim == 0]
-    dims = broadcast([t.dims for t in tensors], outs[0].ndim)
+    dims = broadcast([t.dims for t in call.traced_inputs], outs[0].ndim)
     if name.rstrip("_") in ACTIVATIONS:
         for dim in dims:
             tag(dim, "activation")
     if name.endswith("_") and not name.startswith("_"):  # written into its first operand: its dims stay
         dims = call.traced_inputs[0].dims
-    indices = [t.index_of for t in tensors if t.index_of]
+    indices = [t.index_of for t in call.traced_inputs if t.index_of]
     for out in outs:
         if out.shape == outs[0].shape:
             call.set(dims, out, indices[0] if indices else None)
