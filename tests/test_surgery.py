@@ -53,7 +53,7 @@ def test_uniform_plans_need_nothing_of_ours(tmp_path):
     for name in ("llama_grouped", "qwen2", "mixtral", "phi3"):
         _, pruned = pruned_by(build(name))
         config = pruned.config.to_dict()
-        assert "per_layer_config" not in config and "per_layer_submodules" not in config
+        assert "per_layer_config" not in config and "submodule_overrides" not in config
         lp.save(pruned, None, tmp_path / name)
         assert AutoConfig.from_pretrained(tmp_path / name).to_dict()["num_key_value_heads"] == 1
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,9 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..errors import PrunerError
-from ..graph import CouplingGraph, sources
+from ..graph import CouplingGraph, layer_lists, sources
 from ..selection import PruningPlan
-from .heterogeneous import SUBMODULES, Overrides, record_constructors, stack_of, with_values
+from .heterogeneous import SUBMODULES, Overrides, overrides_of, record_constructors, with_values
 from .layer_solver import Cut, LayerSolver, Recipe, Shapes, Solution, candidates, shapes_of
 from .slicing import cut_shape, renamed
 
@@ -57,32 +58,22 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
         if (new := renamed(name, plan)) is not None
     }
     config = copy.deepcopy(model.config)
-    owner, prefix = _stack_owner(model)
-    text = _same_config(config, model.config, owner.config) if owner is not None else config
     if plan.layers:
-        _drop_layers(text, plan)
+        _drop_layers(model, config, plan)
     for choice in plan.units.values():
         if choice.kind == "vocabulary":
             config.get_text_config().vocab_size = choice.kept.numel()
-    if owner is None:
-        yield _checked(model, [config], targets, plan)
-        return
 
     base = skeleton(type(model), config)
-    stack = cast(nn.ModuleList, base.get_submodule(prefix))
+    stacks = _stacks(base)
+    jobs = [(stack, job) for stack in stacks for job in _jobs(base, stack, targets, plan, graph)]
     solver = LayerSolver()
-    origin = plan.layers[prefix].tolist() if prefix in plan.layers else range(len(stack))
     problem: PrunerError | None = None
     for attempt in range(MAX_ATTEMPTS):
-        solutions = []
-        for i, old in enumerate(origin):
-            path = f"{prefix}.{i}."
-            wanted = {n.removeprefix(path): s for n, s in targets.items() if n.startswith(path)}
-            cuts = _cuts(plan, graph, f"{prefix}.{old}.")
-            solutions.append(solver.solve(stack[i], _layer_config(text, i), wanted, cuts, attempt))
+        solved = {(stack.path, i): solver.solve(layer, wanted, cuts, attempt) for stack, (i, layer, wanted, cuts) in jobs}
         if attempt and not solver.progressed(attempt):
             break
-        variants = [_assemble(config, model.config, owner.config, solutions, lift) for lift in (True, False)]
+        variants = [_assemble(config, stacks, solved, lift) for lift in (True, False)]
         try:
             yield _checked(model, variants, targets, plan)
         except PrunerError as error:  # the next attempt may fit
@@ -91,40 +82,89 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
         raise problem
 
 
-def _stack_owner(model: PreTrainedModel) -> tuple[PreTrainedModel | None, str]:
-    """The (sub)model that owns the stack of layers, and the path of the stack."""
-    for path, module in model.named_modules():
-        if isinstance(module, PreTrainedModel):
-            layers = getattr(module.config, "num_hidden_layers", None)
-            stack = stack_of(module, layers) if layers else None
-            for name, child in module.named_modules():
-                if child is stack and stack is not None:
-                    return module, f"{path}.{name}".lstrip(".")
-    return None, ""
+@dataclass
+class Stack:
+    """A stack of layers.
+
+    ``path`` is where it is in the model, ``scope`` where the smallest model begins that holds all stacks built from
+    the same config, and ``config`` how to get from the model's config to that one. ``standard`` says whether
+    ``per_layer_config`` of that config means the layers of this stack and no others.
+    """
+
+    path: str
+    length: int
+    config: tuple[str, ...]
+    scope: str = ""
+    standard: bool = False
+
+    def inside(self, index: int, path: str = "") -> str:
+        """The path of a block of layer ``index``, from the scope."""
+        return f"{self.path}.{index}.{path}".removeprefix(f"{self.scope}." if self.scope else "").rstrip(".")
 
 
-def _same_config(config: PreTrainedConfig, original: PreTrainedConfig, wanted: PreTrainedConfig) -> PreTrainedConfig:
-    """The part of ``config`` that corresponds to ``wanted`` in ``original``."""
-    for name, value in vars(original).items():
-        if value is wanted:
-            return getattr(config, name)
-    return config
+def _stacks(model: PreTrainedModel) -> list[Stack]:
+    configs = dict(_configs(model.config))
+    owners = {path: m for path, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    out = []
+    for path, layers in layer_lists(model).items():
+        owner = owners[max((p for p in owners if _holds(p, path)), key=len)]
+        same = [where for where, config in configs.items() if config is owner.config]
+        # Some models give their parts copies of their own config.
+        same += [where for where, config in configs.items() if type(config) is type(owner.config)]
+        if same:
+            out.append(Stack(path, len(layers), same[0]))
+    for stack in out:
+        together = [other.path for other in out if other.config == stack.config]
+        config = configs[stack.config]
+        scopes = [p for p, m in owners.items() if all(_holds(p, path) for path in together) and _like(m.config, config)]
+        stack.scope = max(scopes, key=len)
+        stack.standard = len(together) == 1 and stack.length == getattr(config, "num_hidden_layers", None)
+    return out
 
 
-def _layer_config(config: PreTrainedConfig, index: int) -> PreTrainedConfig:
-    return config.per_layer_config[index] if config.is_heterogeneous else config
+def _holds(outer: str, path: str) -> bool:
+    return not outer or path.startswith(f"{outer}.")
 
 
-def _drop_layers(config: PreTrainedConfig, plan: PruningPlan) -> None:
+def _like(config: PreTrainedConfig, other: PreTrainedConfig) -> bool:
+    return config is other or type(config) is type(other)
+
+
+def _configs(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
+    """A config and those inside it, by path."""
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _configs(value, (*path, name))
+
+
+Job = tuple[int, nn.Module, Shapes, list[Cut]]
+
+
+def _jobs(
+    base: PreTrainedModel, stack: Stack, targets: Shapes, plan: PruningPlan, graph: CouplingGraph
+) -> Iterator[Job]:
+    """The layers of a stack that change, with the shapes that they must get and the cuts that touch them."""
+    layers = cast(nn.ModuleList, base.get_submodule(stack.path))
+    origin = plan.layers[stack.path].tolist() if stack.path in plan.layers else range(len(layers))
+    for i, old in enumerate(origin):
+        path = f"{stack.path}.{i}."
+        wanted = {n.removeprefix(path): s for n, s in targets.items() if n.startswith(path)}
+        if wanted != shapes_of(layers[i]):
+            yield i, layers[i], wanted, _cuts(plan, graph, f"{stack.path}.{old}.")
+
+
+def _drop_layers(model: PreTrainedModel, config: PreTrainedConfig, plan: PruningPlan) -> None:
     """Shorten the stack, and every list that has an entry a layer."""
-    if len(plan.layers) != 1 or config.is_heterogeneous or getattr(config, SUBMODULES, None):
+    (path, kept), *others = plan.layers.items()
+    stack = next((s for s in _stacks(model) if s.path == path), None)
+    text = dict(_configs(config)).get(stack.config) if stack else None
+    if others or text is None or stack is None or not stack.standard or text.is_heterogeneous or overrides_of(text):
         raise PrunerError("layers can be dropped from a model with one stack of equally configured layers only")
-    (kept,) = plan.layers.values()
-    before = config.num_hidden_layers
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == before:
-            setattr(config, name, [value[i] for i in kept.tolist()])
-    config.num_hidden_layers = kept.numel()
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == stack.length:
+            setattr(text, name, [value[i] for i in kept.tolist()])
+    text.num_hidden_layers = kept.numel()
 
 
 def _cuts(plan: PruningPlan, graph: CouplingGraph, path: str) -> list[Cut]:
@@ -142,41 +182,63 @@ def _cuts(plan: PruningPlan, graph: CouplingGraph, path: str) -> list[Cut]:
 
 
 def _assemble(
-    config: PreTrainedConfig,
-    original: PreTrainedConfig,
-    owner: PreTrainedConfig,
-    solutions: list[Solution],
-    lift: bool,
+    config: PreTrainedConfig, stacks: list[Stack], solved: dict[tuple[str, int], Solution], lift: bool
 ) -> PreTrainedConfig:
-    """One config out of every layer's; with ``lift``, what all layers share is set once."""
+    """One config out of every layer's; with ``lift``, what all layers of a stack share is set once."""
     config = copy.deepcopy(config)
-    text = _same_config(config, original, owner)
+    for where, part in list(_configs(config)):
+        mine = [stack for stack in stacks if stack.config == where]
+        solutions = {s.path: [solved.get((s.path, i), Solution()) for i in range(s.length)] for s in mine}
+        every = [solution for layers in solutions.values() for solution in layers]
+        if not any(s.fields or s.pins or s.blocks for s in every):
+            continue
+        common = {field: value for s in every for field, value in s.pins.items()}
+        if lift:
+            common |= _shared(list(solutions.values()))
+        _write(part, common, mine, solutions)
+    return config
+
+
+def _shared(stacks: list[list[Solution]]) -> Overrides:
+    """The fields on which all layers of every stack that has them agree."""
+    out: Overrides = {}
+    for layers in stacks:
+        for field, value in layers[0].fields.items():
+            rest = [s.fields for other in stacks for s in other if other is layers or field in s.fields]
+            if all(fields.get(field) == value for fields in rest):
+                out[field] = value
+    return out
+
+
+def _write(
+    config: PreTrainedConfig, common: Overrides, stacks: list[Stack], solutions: dict[str, list[Solution]]
+) -> None:
+    """Write down in a config what its stacks of layers need: ``common`` for all, the rest layer by layer."""
     layers: dict[int, Overrides] = {}
-    if text.is_heterogeneous:
-        layers = {i: dict(o) for i, o in text._heterogeneity_spec.per_layer_overrides.items()}
-        text.per_layer_config = None
-    common = {field: value for s in solutions for field, value in s.pins.items()}
-    if lift:
-        first = solutions[0].fields
-        common |= {f: v for f, v in first.items() if all(s.fields.get(f) == v for s in solutions)}
+    if config.is_heterogeneous:
+        layers = {i: dict(o) for i, o in config._heterogeneity_spec.per_layer_overrides.items()}
+        config.per_layer_config = None
+    blocks: dict[str, Recipe] = copy.deepcopy(overrides_of(config))
     for field, value in common.items():
-        setattr(text, field, value)
-    for i, solution in enumerate(solutions):
-        own = layers.get(i, {}) | solution.fields
-        layers[i] = {f: v for f, v in own.items() if f not in common}
+        setattr(config, field, value)
+    for stack in stacks:
+        for i, solution in enumerate(solutions[stack.path]):
+            own = {f: v for f, v in solution.fields.items() if f not in common}
+            recipes = {stack.inside(i, path): recipe for path, recipe in solution.blocks.items()}
+            if stack.standard:
+                layers[i] = {f: v for f, v in layers.get(i, {}).items() if f not in common} | own
+            elif own:
+                recipes = {stack.inside(i): {"values": own, "shapes": {}}} | recipes
+            for path, recipe in recipes.items():
+                before = blocks.get(path, {"values": {}})["values"]
+                blocks[path] = {"values": before | recipe["values"], "shapes": recipe["shapes"]}
     layers = {i: own for i, own in layers.items() if own}
     if layers:
         # Validators and caches read the global value of fields that layers override.
-        text.allow_global_per_layer_attribute_access = True
-        text.per_layer_config = cast(Any, layers)
-    known: dict[str, dict[str, Recipe]] = copy.deepcopy(getattr(text, SUBMODULES, None) or {})
-    for i, solution in enumerate(solutions):
-        for path, recipe in solution.blocks.items():
-            before = known.setdefault(str(i), {}).get(path, {"values": {}})
-            known[str(i)][path] = {"values": before["values"] | recipe["values"], "shapes": recipe["shapes"]}
-    if known:
-        setattr(text, SUBMODULES, known)
-    return config
+        config.allow_global_per_layer_attribute_access = True
+        config.per_layer_config = cast(Any, layers)
+    if blocks:
+        setattr(config, SUBMODULES, blocks)
 
 
 def _checked(

@@ -6,12 +6,14 @@ constructor from its own config. When a model with such a config has been built,
 built again and put in place of the first one, before any weight is loaded.
 
 Some blocks cannot be written down even so. GPT-2 derives the width of its attention from the hidden size, so
-no config has fewer heads. For those the config carries ``per_layer_submodules``::
+no config has fewer heads; BART has two stacks of layers and one config. For those the config carries
+``submodule_overrides``::
 
-    {"3": {"attn": {"values": {"n_embd": 512, "n_head": 8}, "shapes": {"c_attn.weight": [768, 1536], ...}}}}
+    {"h.3.attn": {"values": {"n_embd": 512, "n_head": 8}, "shapes": {"c_attn.weight": [768, 1536], ...}}}
 
 that is, build that one block as if the model were narrower (which sets its head count, split sizes and scales
-right), then give its leaves that face the hidden size the shapes stated.
+right), then give its leaves that face the hidden size the shapes stated. Paths begin at the smallest model inside
+the model that holds every stack of layers built from this config.
 
 Importing :mod:`llm_pruner` installs this in transformers, so ``AutoModelForCausalLM.from_pretrained`` works.
 """
@@ -21,8 +23,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import PrunerError
 from ..graph import layer_lists
 
-SUBMODULES = "per_layer_submodules"
+SUBMODULES = "submodule_overrides"
 Overrides = dict[str, Any]
 
 
@@ -62,8 +65,13 @@ def install() -> None:
     PreTrainedModel._llm_pruner_installed = True  # type: ignore[attr-defined]
 
 
+def overrides_of(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
+    """The blocks that a config wants built otherwise, by path."""
+    return getattr(config, SUBMODULES, None) or {}
+
+
 def _differs(config: PreTrainedConfig) -> bool:
-    return bool(getattr(config, "is_heterogeneous", False) or getattr(config, SUBMODULES, None))
+    return bool(getattr(config, "is_heterogeneous", False) or overrides_of(config))
 
 
 def _reaching_layers(setter: Callable[..., None]) -> Callable[..., None]:
@@ -112,8 +120,11 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
     if "_constructed_with" not in module.__dict__:
         return None
     module_class, args, kwargs = module.__dict__["_constructed_with"]
-    bound = inspect.signature(module_class.__init__).bind(None, *args, **kwargs)
-    return dict(list(bound.arguments.items())[1:])
+    return dict(list(_bound(module_class, args, kwargs).arguments.items())[1:])
+
+
+def _bound(module_class: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    return inspect.signature(module_class.__init__).bind(None, *args, **kwargs)
 
 
 def config_of(module: nn.Module) -> PreTrainedConfig | None:
@@ -122,27 +133,36 @@ def config_of(module: nn.Module) -> PreTrainedConfig | None:
     return next((v for v in values if isinstance(v, PreTrainedConfig)), None)
 
 
+def numbers_of(module: nn.Module) -> dict[str, int]:
+    """The sizes that a module was constructed from beside its config: BART's attention is given ``num_heads``."""
+    arguments = constructor_arguments(module) or {}
+    return {
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, int) and not isinstance(value, bool) and not re.search("idx|index|layer", name)
+    }
+
+
 def rebuilt(module: nn.Module, overrides: Overrides | PreTrainedConfig) -> nn.Module:
     """The module as its constructor makes it from another config, or from the same one with other values.
 
     A value that is also an argument of the constructor itself (some blocks are given ``num_heads``) is passed as
-    that. Raises whatever the constructor raises for values that make no sense, and PrunerError for a module that
-    is not made from a config.
+    that. Raises whatever the constructor raises for values that make no sense, and PrunerError for a module whose
+    constructor was not recorded.
     """
-    if config_of(module) is None:
-        raise PrunerError(f"{type(module).__name__} is not built from a config")
+    if "_constructed_with" not in module.__dict__:
+        raise PrunerError(f"{type(module).__name__} cannot be built again: it is not of a modelling file")
     module_class, args, kwargs = module.__dict__["_constructed_with"]
-    names = list(inspect.signature(module_class.__init__).parameters)[1:]
-
-    def swap(name: str, value: Any) -> Any:
+    bound = _bound(module_class, args, kwargs)
+    for name, value in list(bound.arguments.items())[1:]:
         if isinstance(overrides, PreTrainedConfig):
-            return overrides if isinstance(value, PreTrainedConfig) else value
-        if isinstance(value, PreTrainedConfig):
-            return with_values(global_config(value), overrides)
-        return overrides.get(name, value)
-
-    positional = [swap(name, value) for name, value in zip(names, args, strict=False)]
-    return module_class(*positional, **{name: swap(name, value) for name, value in kwargs.items()})
+            if isinstance(value, PreTrainedConfig):
+                bound.arguments[name] = overrides
+        elif isinstance(value, PreTrainedConfig):
+            bound.arguments[name] = with_values(global_config(value), overrides)
+        elif name in overrides:
+            bound.arguments[name] = overrides[name]
+    return module_class(*bound.args[1:], **bound.kwargs)
 
 
 def with_values(config: PreTrainedConfig, values: Overrides) -> PreTrainedConfig:
@@ -176,23 +196,21 @@ def _ancestors(path: str) -> list[str]:
 
 def _rebuild_layers(model: PreTrainedModel) -> None:
     config = model.config
-    stack = stack_of(model, config.num_hidden_layers)
-    if stack is None:  # the layers belong to a model inside this one, which has built them already
-        return
-    submodules: Mapping[str, Any] = getattr(config, SUBMODULES, None) or {}
-    for i in range(len(stack)):
-        if config.is_heterogeneous and config._heterogeneity_spec.per_layer_overrides.get(i):
-            stack[i] = rebuilt(stack[i], config.per_layer_config[i])
-        for path, recipe in submodules.get(str(i), {}).items():
-            replace_submodule(stack[i], path, recipe["values"], recipe["shapes"])
-
-
-def replace_submodule(layer: nn.Module, path: str, overrides: Overrides, shapes: Mapping[str, Any]) -> None:
-    """Build one block of a layer from other values, then give its leaves the shapes stated."""
-    block = rebuilt(layer.get_submodule(path), overrides)
-    for name, shape in shapes.items():
-        _resize(block, name, tuple(shape))
-    layer.set_submodule(path, block)
+    if getattr(config, "is_heterogeneous", False):
+        stack = stack_of(model, config.num_hidden_layers) or nn.ModuleList()
+        for i in range(len(stack)):
+            if config._heterogeneity_spec.per_layer_overrides.get(i):
+                stack[i] = rebuilt(stack[i], config.per_layer_config[i])
+    overrides = overrides_of(config)
+    for path in sorted(overrides, key=lambda path: path.count(".")):  # a layer before the blocks in it
+        try:
+            block = model.get_submodule(path)
+        except AttributeError:  # the path begins at another model, around this one or inside it
+            continue
+        block = rebuilt(block, overrides[path]["values"])
+        for name, shape in overrides[path]["shapes"].items():
+            _resize(block, name, tuple(shape))
+        model.set_submodule(path, block)
 
 
 def _resize(block: nn.Module, name: str, shape: tuple[int, ...]) -> None:

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from ..errors import PrunerError
 from ..graph import common_path, sources
-from .heterogeneous import Overrides, config_of, constructor_arguments, rebuilt
+from .heterogeneous import Overrides, config_of, numbers_of, rebuilt
 
 Shapes = dict[str, tuple[int, ...]]
 Recipe = dict[str, Any]  # {"values": overrides, "shapes": {parameter: shape}}
@@ -61,9 +61,10 @@ class LayerSolver:
         self.found: dict[Any, tuple[list[Solution], Iterator[Solution]]] = {}
 
     def solve(
-        self, layer: nn.Module, config: PreTrainedConfig, wanted: Shapes, cuts: list[Cut], attempt: int
+        self, layer: nn.Module, wanted: Shapes, cuts: list[Cut], attempt: int
     ) -> Solution:
         """The ``attempt``-th solution of a layer, or its last."""
+        config = config_of(layer)
         now = shapes_of(layer)
         if now == wanted:
             return Solution()
@@ -75,8 +76,8 @@ class LayerSolver:
             return known[min(attempt, len(known) - 1)]
         name = next(n for n in wanted if now[n] != wanted[n])
         raise PrunerError(
-            f"no config of {type(config).__name__} makes {name} of {type(layer).__name__} {list(wanted[name])} "
-            f"instead of {list(now[name])}"
+            f"no {type(config).__name__ if config else 'argument'} makes {name} of {type(layer).__name__} "
+            f"{list(wanted[name])} instead of {list(now[name])}"
         )
 
     def progressed(self, attempt: int) -> bool:
@@ -84,22 +85,45 @@ class LayerSolver:
 
 
 def _solutions(
-    layer: nn.Module, config: PreTrainedConfig, now: Shapes, wanted: Shapes, cuts: list[Cut]
+    layer: nn.Module, config: PreTrainedConfig | None, now: Shapes, wanted: Shapes, cuts: list[Cut]
 ) -> Iterator[Solution]:
     """Solutions that need no block of its own first, then those with one, two, ..."""
     owners = sorted({path for cut in cuts for path in _owners(layer, cut)})
     for count in range(len(owners) + 1):
         for special in combinations(owners, count):
             options = [list(islice(_block_recipes(layer, path, wanted, cuts), MAX_RECIPES)) for path in special]
-            rest = {n: s for n, s in wanted.items() if not n.startswith(tuple(f"{p}." for p in special))}
+            rest = {n: s for n, s in wanted.items() if not any(_inside(n, path) for path in special)}
             if not all(options):
                 continue
             for pins, fields in _field_solutions(layer, config, {n: now[n] for n in rest}, rest, cuts):
-                # A block sees the layer's config as changed, so what it needs of the old one is said again.
-                old = {f: getattr(config, f) for f in fields}
+                old = _said_again(layer, config, special, pins, fields)
                 for blocks in product(*options):
-                    recipes = [{**block, "values": old | block["values"]} for block in blocks]
+                    recipes = [
+                        {**block, "values": old[path] | block["values"]}
+                        for path, block in zip(special, blocks, strict=True)
+                    ]
                     yield Solution(pins, fields, dict(zip(special, recipes, strict=True)))
+
+
+def _inside(name: str, path: str) -> bool:
+    return not path or name.startswith(f"{path}.")
+
+
+def _said_again(
+    layer: nn.Module, config: PreTrainedConfig | None, blocks: tuple[str, ...], pins: Overrides, fields: Overrides
+) -> dict[str, Overrides]:
+    """A block sees the layer as changed: its config, and the numbers that the layer gives it. What it needs is the
+    old values, said again."""
+    if not fields:
+        return {path: {} for path in blocks}
+    changed = _try(layer, pins | fields)
+    assert changed is not None and config is not None
+    old = {field: getattr(config, field) for field in fields}
+    out = {}
+    for path in blocks:
+        now = numbers_of(changed.get_submodule(path))
+        out[path] = old | {n: v for n, v in numbers_of(layer.get_submodule(path)).items() if now.get(n) != v}
+    return out
 
 
 def shapes_of(module: nn.Module) -> Shapes:
@@ -120,15 +144,20 @@ def _owners(layer: nn.Module, cut: Cut) -> list[str]:
     """The blocks of a layer that may have to be built on their own, because a cut goes through them.
 
     For an inner cut, the smallest block that holds all of it; for one that runs through the whole model, every
-    child that it touches. Only blocks that are built from a config count.
+    child that it touches. Only blocks that are built from a config or from numbers count; the layer itself only
+    where it is given numbers.
     """
+
+    def counts(block: nn.Module) -> bool:
+        return bool(config_of(block) or numbers_of(block))
+
     if not cut.inner:
         touched = {name.partition(".")[0] for name, _ in cut.dims}
-        return [name for name, child in layer.named_children() if name in touched and config_of(child)]
+        return [name for name, child in layer.named_children() if name in touched and counts(child)]
     path = common_path(name for name, _ in cut.dims)
-    while path and config_of(layer.get_submodule(path)) is None:
+    while path and not counts(layer.get_submodule(path)):
         path = path.rpartition(".")[0]
-    return [path] if path else []
+    return [path] if path or numbers_of(layer) else []
 
 
 def candidates(fields: Mapping[str, Any], cuts: list[Cut]) -> dict[tuple[str, int], bool]:
@@ -176,11 +205,13 @@ def _try(module: nn.Module, values: Overrides) -> nn.Module | None:
 
 
 def _field_solutions(
-    layer: nn.Module, config: PreTrainedConfig, now: Shapes, wanted: Shapes, cuts: list[Cut]
+    layer: nn.Module, config: PreTrainedConfig | None, now: Shapes, wanted: Shapes, cuts: list[Cut]
 ) -> Iterator[tuple[Overrides, Overrides]]:
     """``(pins, fields)`` that turn exactly the shapes ``now`` into ``wanted``; the fewest fields first."""
     if now == wanted:
         yield {}, {}
+        return
+    if config is None:
         return
     cut_dims = _changed(now, wanted)
     pins = _pins(layer, config, now, cut_dims)
@@ -236,12 +267,11 @@ def _block_recipes(layer: nn.Module, path: str, wanted: Shapes, cuts: list[Cut])
     width is derived from the hidden size.
     """
     block = layer.get_submodule(path)
-    arguments = {n: v for n, v in (constructor_arguments(block) or {}).items() if isinstance(v, int)}
-    config = config_of(block)
-    assert config is not None
-    target = {n.removeprefix(f"{path}."): s for n, s in wanted.items() if n.startswith(f"{path}.")}
-    mine = [c for c in cuts if c.inner and any(n.startswith(f"{path}.") for n, _ in c.dims)]
-    inner = {(n.removeprefix(f"{path}."), d) for c in mine for n, d in c.dims}
+    fields = {**(vars(config) if (config := config_of(block)) else {}), **numbers_of(block)}
+    prefix = f"{path}." if path else ""
+    target = {n.removeprefix(prefix): s for n, s in wanted.items() if _inside(n, path)}
+    mine = [c for c in cuts if c.inner and any(_inside(n, path) for n, _ in c.dims)]
+    inner = {(n.removeprefix(prefix), d) for c in mine for n, d in c.dims if _inside(n, path)}
 
     def fits(values: Overrides) -> bool:
         built = _try(block, values)
@@ -250,7 +280,7 @@ def _block_recipes(layer: nn.Module, path: str, wanted: Shapes, cuts: list[Cut])
 
     before = (shapes_of(block), _numbers(block))
     matters = {}
-    for (name, value), counts in candidates(vars(config) | arguments, mine).items():
+    for (name, value), counts in candidates(fields, mine).items():
         built = _try(block, {name: value})
         if built is None or (shapes_of(built), _numbers(built)) != before:
             matters[name, value] = counts
