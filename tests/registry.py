@@ -70,6 +70,7 @@ SMALL: dict[str, int] = {
 # Values that a model needs beside the conventional ones, because its defaults contradict each other when small.
 MORE: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 96, "encoder_hash_byte_group_size": [3]},
+    "codegen": {"n_head": 8},  # its projections come in four parts, whatever the config says
     "cohere_compass_text": {
         "rope_parameters": {t: {"rope_type": "default", "rope_theta": 1e4} for t in ("full_attention", "sliding_attention")}
     },
@@ -91,6 +92,7 @@ MORE: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"], "window_size": 8},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},

@@ -1,14 +1,18 @@
 """Discovery: which indices of which parameters belong together."""
 
+from .constants import Constant, hook_selecting
+from .stacks import layer_lists
 from .tracer import TraceError, model_inputs, sources, traceable
-from .units import KINDS, CouplingGraph, Unit, common_path, layer_lists, trace
+from .units import KINDS, CouplingGraph, Unit, common_path, trace
 
 __all__ = [
     "KINDS",
+    "Constant",
     "CouplingGraph",
     "TraceError",
     "Unit",
     "common_path",
+    "hook_selecting",
     "layer_lists",
     "model_inputs",
     "sources",

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import PrunerError
 from . import rules
-from .axes import Dim, freeze, fresh, leaves, size_of, tag, unify
+from .axes import Atom, Dim, freeze, fresh, leaves, size_of, tag, unify
+from .constants import COMBINED, Constant, by_leaf, separate_constants
 from .rules import Call, Traced, indexing, tensors_in
 
 BATCH, TOKENS = 2, 16  # long enough for every branch of a decoder to run, short enough to be free
@@ -40,11 +41,17 @@ class Tracer(TorchDispatchMode):
         self.order: dict[int, int] = {}  # when each tensor was first used
         self.unknown: dict[str, str] = {}
         self.modules: list[str] = []
+        self.constants: list[tuple[Atom, Constant]] = []
+        self.calls: list[tuple[list[int], list[int]]] = []  # what each operator wrote and read, by storage
+        self.idle: set[str] = set()  # tensors that the output does not depend on
         self.rules = rules.load()
 
     @property
     def where(self) -> str:
         return self.modules[-1] if self.modules else "the model"
+
+    def constants_by_leaf(self) -> dict[int, list[Constant]]:
+        return by_leaf(self.constants)
 
     def record(self, traced: Traced) -> None:
         traced.dims = [() if size_of(dim) == 1 else dim for dim in traced.dims]
@@ -54,7 +61,7 @@ class Tracer(TorchDispatchMode):
         """What is known of a tensor; one that no traced operator made is a constant."""
         known = self.traced.get(id(tensor))
         if known is None:
-            known = Traced(tensor, [fresh(n, "combined with a constant") for n in tensor.shape], "constant")
+            known = Traced(tensor, [fresh(n, COMBINED) for n in tensor.shape], "constant")
             self.record(known)
         return known
 
@@ -69,6 +76,7 @@ class Tracer(TorchDispatchMode):
         for traced in inputs:
             self.order.setdefault(id(traced.tensor), len(self.order))
         out = func(*args, **kwargs)
+        self.calls.append(([_storage(t) for t in tensors_in(out)], [_storage(t.tensor) for t in inputs]))
         outs = [t for t in tensors_in(out) if id(t) not in self.traced or any(t is a for a in args)]
         if not outs:
             return out
@@ -88,6 +96,14 @@ class Tracer(TorchDispatchMode):
         for tensor in outs:
             self._check(name, tensor)
         return out
+
+    def reaching(self, result: torch.Tensor) -> set[int]:
+        """The storages that a result depends on: followed backwards, through views and writes in place alike."""
+        needed = {_storage(result)}
+        for written, read in reversed(self.calls):
+            if needed.intersection(written):
+                needed.update(read)
+        return needed
 
     def _check_indices(self, name: str, inputs: list[Traced], outs: list[torch.Tensor]) -> None:
         """Freeze an axis whose indices are used as mere numbers: their order matters in a way no rule follows."""
@@ -116,6 +132,10 @@ class Tracer(TorchDispatchMode):
         sizes = [size_of(d) for d in known.dims]
         if sizes != list(tensor.shape):
             raise TraceError(f"rule {name} gives dims {sizes} for shape {list(tensor.shape)} in {self.where}")
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 class ListIndexing(TorchFunctionMode):
@@ -151,6 +171,14 @@ def module_names(model: nn.Module, tracer: Tracer) -> Iterator[None]:
         stack.callback(register_module_forward_pre_hook(enter).remove)
         stack.callback(register_module_forward_hook(leave).remove)
         yield
+
+
+@contextmanager
+def _quiet(model: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """Everything that tracing needs around the model."""
+    with torch.no_grad(), traceable(model), module_names(model, tracer), separate_constants(model, tracer):
+        with ListIndexing():
+            yield
 
 
 @contextmanager
@@ -227,7 +255,7 @@ def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
         tracer.record(Traced(ids, [fresh(n) for n in ids.shape], "activation", vocabulary))
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
-        with torch.no_grad(), traceable(model), module_names(model, tracer), ListIndexing(), tracer:
+        with _quiet(model, tracer), tracer:
             output = torch.func.functional_call(model, state, args=(), kwargs={**inputs, **extra}, tie_weights=False)
     except TraceError:
         raise
@@ -243,6 +271,8 @@ def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
     else:
         freeze(columns, "the output of the model")
         freeze(vocabulary, "the output has another size")
+    reaching = tracer.reaching(logits)
+    tracer.idle = {name for name, tensor in named.items() if _storage(twins[id(tensor)]) not in reaching}
     first_use = {name: tracer.order.get(id(twins[id(tensor)]), len(tracer.order)) for name, tensor in named.items()}
     return tracer, {name: dims[name] for name in sorted(dims, key=first_use.__getitem__)}
 
@@ -252,7 +282,7 @@ def _buffer_dim(buffer: torch.Tensor, axis: int) -> Dim:
     known = buffer.device.type != "meta" and buffer.numel() > 0
     if known and bool((buffer == buffer.narrow(axis, 0, 1)).all()):
         return fresh(buffer.shape[axis])
-    return fresh(buffer.shape[axis], "combined with a constant")
+    return fresh(buffer.shape[axis], COMBINED)
 
 
 def _vocabulary_size(model: nn.Module) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ import torch
 from torch import nn
 
 from .axes import Atom, Dim, labels, leaves
+from .constants import COMBINED, Constant
+from .stacks import Layers, layer_lists
 from .tracer import run, sources
 
 KINDS = ("heads", "query_heads", "neurons", "experts", "hidden", "channels", "layers", "vocabulary")
@@ -33,6 +34,7 @@ class Unit:
         minimum: the fewest indices it can keep (experts: as many as a token is sent to).
         multiple: what the number of kept indices must be a multiple of (8 inside stacked experts, whose kernels
             want rows of 16 bytes).
+        constants: what every call of a layer is given of it, beside weights: ALiBi slopes.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Unit:
     minimum: int = 1
     multiple: int = 1
     dims: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, repr=False)
+    constants: list[Constant] = field(default_factory=list, repr=False)
 
     @property
     def parameters(self) -> list[str]:
@@ -130,8 +133,12 @@ def trace(model: nn.Module) -> CouplingGraph:
     tracer, dims = run(model)
     shapes = {name: tuple(t.shape) for name, t in sources(model).items()}
     found = _occurrences(dims)
+    constants = tracer.constants_by_leaf()
     layer_of = Layers(list(layer_lists(model)))
-    units = [_unit(atom, where, layer_of, found) for atom, where in found]
+    units = [_unit(atom, where, layer_of, found, constants.get(id(atom), [])) for atom, where in found]
+    for unit in units:
+        if unit.frozen is None and tracer.idle.issuperset(unit.parameters):
+            unit.frozen = "the output does not depend on it"
     units += _layer_units(model, shapes)
     stacked = {
         name for u in units if u.kind == "experts" for name, dim in u.dims if dim == 0 and len(shapes[name]) == 3
@@ -165,15 +172,27 @@ def _occurrences(dims: dict[str, list[Dim]]) -> list[Occurrence]:
     return [(atoms[key], where[key]) for key in atoms if atoms[key].size > 1]
 
 
-def _unit(atom: Atom, where: dict, layer_of: Layers, found: list[Occurrence]) -> Unit:
+def _unit(
+    atom: Atom, where: dict, layer_of: Layers, found: list[Occurrence], constants: list[Constant]
+) -> Unit:
     layers = {layer_of(name) for name, _ in where}
     layer = layers.pop() if len(layers) == 1 else None
     kind = _kind(atom, where, layer, found)
     frozen = atom.frozen
+    if frozen is None and constants and kind not in ("heads", "query_heads"):
+        frozen = COMBINED
     if frozen is None and kind != "vocabulary" and len(where) < 2:
         frozen = "only one parameter has it"
     return Unit(
-        "", kind, layer[1] if layer else None, atom.size, frozenset(atom.flags), frozen, _minimum(atom), dims=where
+        "",
+        kind,
+        layer[1] if layer else None,
+        atom.size,
+        frozenset(atom.flags),
+        frozen,
+        _minimum(atom),
+        dims=where,
+        constants=constants,
     )
 
 
@@ -206,34 +225,6 @@ def _is_group_member(atom: Atom, where: dict, found: list[Occurrence]) -> bool:
         and sum(int((v >= 0).sum()) for v in theirs.values()) > sum(int((v >= 0).sum()) for v in where.values())
         for other, theirs in found
     )
-
-
-class Layers:
-    """Maps a parameter name to ``(path of the layer list, index)``."""
-
-    def __init__(self, paths: list[str]):
-        self.paths = paths
-
-    def __call__(self, name: str) -> tuple[str, int] | None:
-        for path in self.paths:
-            if match := re.match(rf"{re.escape(path)}\.(\d+)\.", name):
-                return path, int(match[1])
-        return None
-
-
-def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The stacks of decoder (or encoder) layers: outermost module lists of the model, by path.
-
-    A list with a member that holds no parameters is no stack.
-    """
-    out: dict[str, nn.ModuleList] = {}
-    for path, module in model.named_modules():
-        nested = any(path.startswith(f"{outer}.") for outer in out)
-        if isinstance(module, nn.ModuleList) and len(module) and not nested:
-            if any(next(member.parameters(), None) is None for member in module):
-                continue
-            out[path] = module
-    return out
 
 
 def _layer_units(model: nn.Module, shapes: dict[str, tuple]) -> list[Unit]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .constants import selected
 from .tracer import model_inputs, traceable
 from .units import CouplingGraph, Unit
 
@@ -73,7 +74,8 @@ def permuted(model: nn.Module, unit: Unit, order: torch.Tensor, leave_out: int |
                 index = torch.arange(tensors[name].shape[dim])
                 index[positions.flatten()] = positions[order].flatten()
                 tensors[name].copy_(tensors[name].index_select(dim, index.to(tensors[name].device)))
-        yield
+        with selected(model, unit.constants, order.tolist()):
+            yield
     finally:
         with torch.no_grad():
             for name, value in saved.items():

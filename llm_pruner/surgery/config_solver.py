@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 from ..errors import PrunerError
 from ..graph import CouplingGraph, layer_lists, sources
 from ..selection import PruningPlan
-from .heterogeneous import SUBMODULES, Overrides, overrides_of, record_constructors, with_values
+from .heterogeneous import CONSTANTS, SUBMODULES, Overrides, config_of, overrides_of, record_constructors, with_values
 from .layer_solver import Cut, LayerSolver, Recipe, Shapes, Solution, candidates, shapes_of
 from .slicing import cut_shape, renamed
 
@@ -73,11 +73,16 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
         solved = {(stack.path, i): solver.solve(layer, wanted, cuts, attempt) for stack, (i, layer, wanted, cuts) in jobs}
         if attempt and not solver.progressed(attempt):
             break
-        variants = [_assemble(config, stacks, solved, lift) for lift in (True, False)]
-        try:
-            yield _checked(model, variants, targets, plan)
-        except PrunerError as error:  # the next attempt may fit
-            problem = problem or error
+        for lift in (True, False):
+            assembled = _assemble(config, stacks, solved, lift)
+            _cut_constants(assembled, stacks, plan, graph)
+            try:
+                found = _checked(model, assembled, targets, plan)
+            except PrunerError as error:  # another may fit
+                problem = problem or error
+                continue
+            yield from _keeping_tables(base, found, stacks)
+            yield found
     if problem:
         raise problem
 
@@ -241,27 +246,83 @@ def _write(
         setattr(config, SUBMODULES, blocks)
 
 
+def _cut_constants(config: PreTrainedConfig, stacks: list[Stack], plan: PruningPlan, graph: CouplingGraph) -> None:
+    """Write down which part of a constant every layer keeps."""
+    parts = dict(_configs(config))
+    cut = [(c, plan.units[u.name].kept.tolist()) for u in graph.units if u.name in plan.units for c in u.constants]
+    for constant, kept in sorted(cut, key=lambda item: -item[0].inner):  # outer axes first
+        path = renamed(f"{constant.layer}.", plan)
+        stack = next((s for s in stacks if path and path.rpartition(".")[0].startswith(f"{s.path}.")), None)
+        if path is None or stack is None:
+            continue
+        known = parts[stack.config].__dict__.setdefault(CONSTANTS, {})
+        entry = {k: v for k, v in vars(constant).items() if k != "layer"} | {"kept": kept}
+        known.setdefault(stack.inside(int(path.split(".")[-2])), []).append(entry)
+
+
+def _keeping_tables(
+    base: PreTrainedModel, config: PreTrainedConfig, stacks: list[Stack]
+) -> Iterator[PreTrainedConfig]:
+    """The config with the model's tables left as they were, if it changes any.
+
+    Where head_dim is derived from the hidden size, a rotary table outside the layers is too, and would shrink with
+    the hidden channels although no head does.
+    """
+    blocks: dict[str, Recipe] = {}
+    scope: Stack | None = None
+    for path, module in skeleton(type(base), config).named_modules():
+        mine = next((s for s in stacks if _holds(s.scope, path)), None)
+        new, old = config_of(module), config_of(base.get_submodule(path))
+        if mine is None or new is None or old is None or any(_holds(s.path, path) for s in stacks):
+            continue
+        before = {n: b.shape for n, b in base.get_submodule(path).named_buffers(recurse=False)}
+        if before != {n: b.shape for n, b in module.named_buffers(recurse=False)}:
+            values = {n: v for n, v in vars(old).items() if isinstance(v, int) and vars(new).get(n) != v}
+            scope = mine
+            blocks[path.removeprefix(f"{mine.scope}." if mine.scope else "")] = {"values": values, "shapes": {}}
+    if scope is not None:
+        config = copy.deepcopy(config)
+        part = dict(_configs(config))[scope.config]
+        setattr(part, SUBMODULES, overrides_of(part) | blocks)
+        yield config
+
+
 def _checked(
-    model: PreTrainedModel, variants: list[PreTrainedConfig], targets: Shapes, plan: PruningPlan
+    model: PreTrainedModel, config: PreTrainedConfig, targets: Shapes, plan: PruningPlan
 ) -> PreTrainedConfig:
-    """The first config that builds exactly the target shapes, if need be with one more field changed.
+    """The config that builds exactly the target shapes, if need be with one more field changed.
 
     That one is for widths that the layers do not see, such as that of an embedding with a projection of its own.
     """
     cuts = [Cut(c.size, c.kept.numel(), set(), False, {c.size}) for c in plan.units.values() if c.layer is None]
     problem = ""
-    for config in variants:
-        extra = [dict([item]) for item, counts in candidates(vars(config), cuts).items() if counts]
-        for fields in [{}, *extra]:
-            tried = with_values(config, fields) if fields else config
-            try:
-                shapes = shapes_of(skeleton(type(model), tried))
-            except Exception as error:  # a constructor may refuse a config in any way it likes
-                problem = problem or f"{type(error).__name__}: {error}"
-                continue
-            wrong = [n for n in targets.keys() | shapes.keys() if shapes.get(n) != targets.get(n)]
-            if not wrong:
-                return tried
+    extra = [dict([item]) for item, counts in candidates(vars(config), cuts).items() if counts]
+    for fields in [{}, *extra]:
+        tried = with_values(config, fields) if fields else config
+        try:
+            shapes = shapes_of(skeleton(type(model), tried))
+        except Exception as error:  # a constructor may refuse a config in any way it likes
+            problem = problem or f"{type(error).__name__}: {error}"
+            continue
+        wrong = [n for n in targets.keys() | shapes.keys() if shapes.get(n) != targets.get(n)]
+        if wrong:
             name = min(wrong)
             problem = problem or f"{name} would be {shapes.get(name)} instead of {targets.get(name)}"
+        elif invalid := _invalid(tried, model.config):
+            problem = problem or invalid
+        else:
+            return tried
     raise PrunerError(f"no config of {type(model.config).__name__} has the shapes that the plan leaves: {problem}")
+
+
+def _invalid(config: PreTrainedConfig, original: PreTrainedConfig) -> str:
+    """What transformers' own checks hold against a config, if they let the original pass: it could not be saved."""
+    try:
+        config.validate()
+    except Exception as error:  # a validator may raise what it likes
+        try:
+            original.validate()
+        except Exception:
+            return ""
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return ""

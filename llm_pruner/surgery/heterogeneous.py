@@ -15,6 +15,11 @@ that is, build that one block as if the model were narrower (which sets its head
 right), then give its leaves that face the hidden size the shapes stated. Paths begin at the smallest model inside
 the model that holds every stack of layers built from this config.
 
+And some heads carry a constant that the model computes for all of them, ALiBi's slopes. It goes on doing so, and
+each layer takes its heads' part of what it is given, as ``constant_slices`` says::
+
+    {"h.3": [{"argument": "alibi", "dim": 0, "size": 16, "inner": 1, "kept": [0, 2, ...]}]}
+
 Importing :mod:`llm_pruner` installs this in transformers, so ``AutoModelForCausalLM.from_pretrained`` works.
 """
 
@@ -34,9 +39,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
-from ..graph import layer_lists
+from ..graph import Constant, hook_selecting, layer_lists
 
 SUBMODULES = "submodule_overrides"
+CONSTANTS = "constant_slices"
 Overrides = dict[str, Any]
 
 
@@ -71,7 +77,7 @@ def overrides_of(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def _differs(config: PreTrainedConfig) -> bool:
-    return bool(getattr(config, "is_heterogeneous", False) or overrides_of(config))
+    return bool(getattr(config, "is_heterogeneous", False) or overrides_of(config) or getattr(config, CONSTANTS, None))
 
 
 def _reaching_layers(setter: Callable[..., None]) -> Callable[..., None]:
@@ -211,6 +217,14 @@ def _rebuild_layers(model: PreTrainedModel) -> None:
         for name, shape in overrides[path]["shapes"].items():
             _resize(block, name, tuple(shape))
         model.set_submodule(path, block)
+    for path, entries in (getattr(config, CONSTANTS, None) or {}).items():
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError:
+            continue
+        for entry in entries:  # in the order in which they were cut
+            constant = Constant(path, entry["argument"], entry["dim"], entry["size"], entry["inner"])
+            layer.register_forward_pre_hook(hook_selecting([(constant, entry["kept"])]), with_kwargs=True)
 
 
 def _resize(block: nn.Module, name: str, shape: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ a multiple of a unit's size; they are tried on the meta device by the layer's ow
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, islice, product
@@ -19,10 +20,12 @@ from transformers.initialization import no_init_weights
 
 from ..errors import PrunerError
 from ..graph import common_path, sources
-from .heterogeneous import Overrides, config_of, numbers_of, rebuilt
+from .heterogeneous import Overrides, config_of, global_config, numbers_of, rebuilt
 
 Shapes = dict[str, tuple[int, ...]]
 Recipe = dict[str, Any]  # {"values": overrides, "shapes": {parameter: shape}}
+# Numbers that are no width or count of a unit; one that happens to equal a width must not follow it.
+NO_WIDTH = re.compile("token|position|window|context|length|top_?k|layer(s|$)|buckets|seed|iters|epoch")
 MAX_FIELDS, MAX_CANDIDATES, MAX_RECIPES = 4, 16, 6
 
 
@@ -65,6 +68,7 @@ class LayerSolver:
     ) -> Solution:
         """The ``attempt``-th solution of a layer, or its last."""
         config = config_of(layer)
+        config = config and global_config(config)
         now = shapes_of(layer)
         if now == wanted:
             return Solution()
@@ -171,7 +175,7 @@ def candidates(fields: Mapping[str, Any], cuts: list[Cut]) -> dict[tuple[str, in
     subsets = list(dict.fromkeys(s for n in (1, 2) for s in combinations(ratios, n)))
     found: dict[tuple[str, int], bool] = {}
     for name, value in fields.items():
-        if name.startswith("_") or name.endswith("token_id") or isinstance(value, bool):
+        if name.startswith("_") or isinstance(value, bool) or NO_WIDTH.search(name):
             continue
         if value is None:
             found.update({(name, kept): False for _, kept in ratios})
@@ -226,6 +230,22 @@ def _field_solutions(
         built = _try(layer, pins | fields)
         if built is not None and not _changed(wanted, shapes_of(built)):
             yield pins, fields
+    for fields in _compensated(vars(config), [cut for cut in cuts if not cut.inner]):
+        built = _try(layer, pins | fields)
+        if built is not None and not _changed(wanted, shapes_of(built)):
+            yield pins, fields
+
+
+def _compensated(fields: Mapping[str, Any], cuts: list[Cut]) -> Iterator[Overrides]:
+    """A field that shrinks with another that grows: an inner size stated as a multiple of the hidden size."""
+    for (name, value), counting in candidates(fields, cuts).items():
+        if not counting:
+            continue
+        for cut in cuts:
+            for other, factor in fields.items():
+                if isinstance(factor, int) and not isinstance(factor, bool) and factor * cut.size % cut.kept == 0:
+                    if other != name and factor > 0:
+                        yield {name: value, other: factor * cut.size // cut.kept}
 
 
 def _changed(before: Shapes, after: Shapes) -> set[tuple[str, int]]:

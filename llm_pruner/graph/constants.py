@@ -1,0 +1,132 @@
+"""Constants that every call of a layer is given, and that belong to an axis: the slopes of ALiBi.
+
+A constant freezes what it meets, since a smaller model would compute another one. Where a layer is *given* it
+and it goes with the heads, there is a better way: let the model compute it for all its heads, as ever, and cut it
+where it enters the layer. So each layer's heads stay an axis of their own, and keep their own slopes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .axes import Atom, Dim, find, flatten
+from .rules import Traced
+from .stacks import layer_lists
+
+if TYPE_CHECKING:
+    from .tracer import Tracer
+
+COMBINED = "combined with a constant"
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Dim ``dim`` of tensor argument ``argument`` of a layer, seen as ``[..., size, inner]``."""
+
+    layer: str
+    argument: str
+    dim: int
+    size: int
+    inner: int
+
+    def select(self, tensor: torch.Tensor, kept: Iterable[int]) -> torch.Tensor:
+        """The tensor with only the ``kept`` indices of the axis, in that order."""
+        index = torch.tensor(list(kept), device=tensor.device)
+        parts = tensor.unflatten(self.dim, (-1, self.size, self.inner))
+        return parts.index_select(self.dim + 1, index).flatten(self.dim, self.dim + 2)
+
+
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    """The arguments of a call of a module by name (the class's own ``forward``: instances may have theirs wrapped)."""
+    return inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+
+
+def hook_selecting(slices: list[tuple[Constant, list[int]]]) -> Callable[..., Any]:
+    """A forward pre-hook that gives a layer the kept part of its constants; outer axes come first."""
+    slices = sorted(slices, key=lambda item: -item[0].inner)
+
+    def select(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = arguments_of(module, args, kwargs)
+        for constant, kept in slices:
+            tensor = bound.arguments.get(constant.argument)
+            if isinstance(tensor, torch.Tensor):
+                bound.arguments[constant.argument] = constant.select(tensor, kept)
+        return bound.args[1:], bound.kwargs
+
+    return select
+
+
+@contextmanager
+def selected(model: nn.Module, constants: Iterable[Constant], kept: list[int]) -> Iterator[None]:
+    """For the length of the block, give the layers only the ``kept`` indices of these constants, in that order."""
+    with ExitStack() as stack:
+        for constant in constants:
+            layer = model.get_submodule(constant.layer)
+            hook = hook_selecting([(constant, kept)])
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def separate_constants(model: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """While tracing, a constant that enters a layer is met there as one of that layer's own."""
+    with ExitStack() as stack:
+        for path, layers in layer_lists(model).items():
+            for i, layer in enumerate(layers):
+                hook = _hook_renewing(tracer, f"{path}.{i}")
+                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def _hook_renewing(tracer: Tracer, path: str) -> Callable[..., Any]:
+    def renew(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = arguments_of(module, args, kwargs)
+        for name, value in bound.arguments.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                known = tracer.lookup(value)
+                if known.role == "constant":
+                    bound.arguments[name] = _renewed(tracer, known, path, name)
+        return bound.args[1:], bound.kwargs
+
+    return renew
+
+
+def _renewed(tracer: Tracer, known: Traced, path: str, argument: str) -> torch.Tensor:
+    """A tensor like this one whose frozen axes are new and free, and remembered as constants of the layer."""
+    with _disable_current_modes():
+        tensor = torch.empty_like(known.tensor)
+    dims: list[Dim] = []
+    for i, dim in enumerate(known.dims):
+        atoms = flatten(dim)
+        if any(atom.parts for atom in atoms):  # made of pieces, as rotary tables are: stays frozen
+            dims.append(dim)
+            continue
+        renewed = tuple(Atom(atom.size) if atom.frozen == COMBINED else atom for atom in atoms)
+        for position, (new, old) in enumerate(zip(renewed, atoms, strict=True)):
+            if new is not old:
+                inner = prod(atom.size for atom in atoms[position + 1 :])
+                tracer.constants.append((new, Constant(path, argument, i, new.size, inner)))
+        dims.append(renewed)
+    tracer.record(Traced(tensor, dims, "constant"))
+    return tensor
+
+
+def by_leaf(constants: Iterable[tuple[Atom, Constant]]) -> dict[int, list[Constant]]:
+    """The constants of every leaf; an axis refined since (heads into groups and members) gives one for each factor."""
+    out: dict[int, list[Constant]] = {}
+    for atom, constant in constants:
+        factors = flatten([atom])
+        for i, factor in enumerate(factors):
+            inner = constant.inner * prod(f.size for f in factors[i + 1 :])
+            one = Constant(constant.layer, constant.argument, constant.dim, factor.size, inner)
+            out.setdefault(id(find(factor)), []).append(one)
+    return out
