@@ -34,8 +34,9 @@ class TraceError(PrunerError):
 class Tracer(TorchDispatchMode):
     """Follows axes through the operators that run while it is active."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self.device = device
         # Traced tensors are kept alive: the ids of dead ones would be reused.
         self.traced: dict[int, Traced] = {}
         self.order: dict[int, int] = {}  # when each tensor was first used
@@ -208,13 +209,17 @@ def traceable(model: nn.Module) -> Iterator[None]:
 
 
 def sources(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that a checkpoint holds, by its first name: parameters and persistent float buffers."""
+    """Every tensor that a checkpoint holds, by its first name: parameters and persistent float buffers.
+
+    Without those that transformers leaves out when it saves, such as tables of sines, since they are computed anew.
+    """
     out: dict[str, torch.Tensor] = dict(model.named_parameters())
     transient = {f"{p}.{n}".lstrip(".") for p, m in model.named_modules() for n in m._non_persistent_buffers_set}
     for name, buffer in model.named_buffers():
         if name not in transient and buffer.is_floating_point():
             out[name] = buffer
-    return out
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return {name: tensor for name, tensor in out.items() if name not in ignored}
 
 
 def model_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -227,32 +232,44 @@ def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
     """Trace ``model``; returns the tracer and the dims of every source tensor by name.
 
     The dims are in the order in which the model first uses their tensors: queries before keys, whatever the
-    order in which the layer lists them.
+    order in which the layer lists them. Two rows of 16 tokens are run, on the meta device. Models that read values on
+    their way (which tokens does this expert get?) cannot do so there; they are run once more on their weights.
 
-    Raises :class:`TraceError` when the model cannot be run on the meta device with two rows of 16 tokens.
+    Raises :class:`TraceError` when neither works.
     """
-    tracer = Tracer()
+    try:
+        return _run(model, torch.device("meta"))
+    except TraceError as on_meta:
+        if any(tensor.device.type == "meta" for tensor in sources(model).values()):
+            raise TraceError(f"{on_meta}; a model with its weights may do better") from on_meta
+        return _run(model, next(iter(sources(model).values())).device)
+
+
+def _run(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str, list[Dim]]]:
+    tracer = Tracer(device)
     named = sources(model)
     state: dict[str, torch.Tensor] = {}
     twins: dict[int, torch.Tensor] = {}  # tied tensors stay one tensor
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if id(tensor) not in twins:
-            twins[id(tensor)] = torch.empty_like(tensor, device="meta", requires_grad=False)
+            on_meta = device.type == "meta"
+            twins[id(tensor)] = torch.empty_like(tensor, device="meta") if on_meta else tensor.detach()
         state[name] = twins[id(tensor)]
     dims: dict[str, list[Dim]] = {}
     for name, tensor in named.items():
         dims[name] = [fresh(n) for n in tensor.shape]
         tracer.record(Traced(twins[id(tensor)], dims[name], "weight"))
-    for name, buffer in model.named_buffers():
-        if name not in named:
-            tracer.record(Traced(twins[id(buffer)], [_buffer_dim(buffer, i) for i in range(buffer.ndim)], "constant"))
+    for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        if name not in named and id(twins[id(tensor)]) not in tracer.traced:
+            tracer.record(Traced(twins[id(tensor)], [_constant_dim(tensor, i) for i in range(tensor.ndim)], "constant"))
 
     vocabulary = fresh(_vocabulary_size(model))
     tag(vocabulary, "vocabulary")
-    inputs = model_inputs(model, torch.ones(BATCH, TOKENS, dtype=torch.long, device="meta"))
-    inputs = {name: ids.clone() for name, ids in inputs.items()}  # each side has positions of its own
-    for ids in inputs.values():
-        tracer.record(Traced(ids, [fresh(n) for n in ids.shape], "activation", vocabulary))
+    inputs = {}
+    for name in model_inputs(model, torch.empty(0)):  # each side has positions of its own
+        ids = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS) * 31 % size_of(vocabulary)
+        inputs[name] = ids.to(device)
+        tracer.record(Traced(inputs[name], [fresh(n) for n in ids.shape], "activation", vocabulary))
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
         with _quiet(model, tracer), tracer:
@@ -261,7 +278,7 @@ def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
         raise
     except Exception as error:
         raise TraceError(
-            f"{type(model).__name__} could not be run on the meta device, in {tracer.where}: "
+            f"{type(model).__name__} could not be run on the {device.type} device, in {tracer.where}: "
             f"{type(error).__name__}: {error}"
         ) from error
     logits = output.logits if hasattr(output, "logits") else output[0]
@@ -277,12 +294,12 @@ def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
     return tracer, {name: dims[name] for name in sorted(dims, key=first_use.__getitem__)}
 
 
-def _buffer_dim(buffer: torch.Tensor, axis: int) -> Dim:
+def _constant_dim(tensor: torch.Tensor, axis: int) -> Dim:
     """A constant freezes what it meets, unless it is the same at every index of the axis."""
-    known = buffer.device.type != "meta" and buffer.numel() > 0
-    if known and bool((buffer == buffer.narrow(axis, 0, 1)).all()):
-        return fresh(buffer.shape[axis])
-    return fresh(buffer.shape[axis], COMBINED)
+    known = tensor.device.type != "meta" and tensor.numel() > 0
+    if known and bool((tensor == tensor.narrow(axis, 0, 1)).all()):
+        return fresh(tensor.shape[axis])
+    return fresh(tensor.shape[axis], COMBINED)
 
 
 def _vocabulary_size(model: nn.Module) -> int:

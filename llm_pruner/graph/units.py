@@ -87,13 +87,22 @@ class CouplingGraph:
         frozen: the axes that must not be pruned, each with its reason.
         unknown_operators: operators without a rule, with the module that used them first.
         shapes: shape of every tensor in the checkpoint, by name.
+        on_meta: whether shapes were enough; False where the model had to be run on its weights.
     """
 
-    def __init__(self, units: list[Unit], frozen: list[Unit], unknown: dict[str, str], shapes: dict[str, tuple]):
+    def __init__(
+        self,
+        units: list[Unit],
+        frozen: list[Unit],
+        unknown: dict[str, str],
+        shapes: dict[str, tuple],
+        on_meta: bool = True,
+    ):
         self.units = units
         self.frozen = frozen
         self.unknown_operators = unknown
         self.shapes = shapes
+        self.on_meta = on_meta
         self._by_name = {unit.name: unit for unit in units}
 
     def unit(self, name: str) -> Unit:
@@ -124,8 +133,8 @@ def trace(model: nn.Module) -> CouplingGraph:
     """Find every prunable unit of a model.
 
     Args:
-        model: a Hugging Face model, real or on the meta device. It is run once on meta tensors; its weights
-            are not read and its mode and attention implementation are as before afterwards.
+        model: a Hugging Face model, real or on the meta device. It is run once on meta tensors, and only if that
+            cannot be done on its weights; its mode and attention implementation are as before afterwards.
 
     Raises:
         TraceError: the model cannot be run, with the module and the cause.
@@ -150,7 +159,7 @@ def trace(model: nn.Module) -> CouplingGraph:
     units.sort(key=lambda u: (u.layer is None, u.layer or 0, KINDS.index(u.kind)))
     free = [unit for unit in units if unit.frozen is None]
     frozen = [unit for unit in units if unit.frozen is not None]
-    return CouplingGraph(free, frozen, tracer.unknown, shapes)
+    return CouplingGraph(free, frozen, tracer.unknown, shapes, tracer.device.type == "meta")
 
 
 Occurrence = tuple[Atom, dict[tuple[str, int], torch.Tensor]]

@@ -36,22 +36,21 @@ def apply(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         raise PrunerError(f"the plan was made for another model: it has no unit {unknown[0]}")
     problem = ""
     for config in config_solver.solve(model, plan, graph):
-        problem = _wrong_axis(type(model), config, graph, plan)
+        try:
+            # Looked at on the meta device, before any weight is copied, unless the model needs them to run.
+            pruned = None if graph.on_meta else _fill(model, plan, config)
+            problem = _wrong_axis(pruned or config_solver.skeleton(type(model), config), graph, plan)
+        except TraceError as error:
+            problem = str(error)
         if not problem:
-            return _fill(model, plan, config)
+            return pruned or _fill(model, plan, config)
     raise PrunerError(f"no config of {type(model.config).__name__} carries the plan: {problem}")
 
 
-def _wrong_axis(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, original: CouplingGraph, plan: PruningPlan
-) -> str:
+def _wrong_axis(rebuilt: PreTrainedModel, original: CouplingGraph, plan: PruningPlan) -> str:
     """What a rebuilt model has otherwise than the plan says; shapes can agree while head counts do not."""
-    try:
-        graph = trace(config_solver.skeleton(model_class, config))
-    except TraceError as error:
-        return str(error)
     expected = _axes(original, plan)
-    for key, sizes in _axes(graph, PruningPlan()).items():
+    for key, sizes in _axes(trace(rebuilt), PruningPlan()).items():
         if sizes != expected[key]:
             return f"{key[0]} has axes {sizes} in dim {key[1]} of the rebuilt model instead of {expected[key]}"
     return ""

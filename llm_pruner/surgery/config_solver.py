@@ -27,6 +27,9 @@ from .layer_solver import Cut, LayerSolver, Recipe, Shapes, Solution, candidates
 from .slicing import cut_shape, renamed
 
 MAX_ATTEMPTS = 32
+# What is set once in a config: what all layers agree on, also what only some need (layers may be of several sorts),
+# nothing.
+LIFTS = ("all", "any", "none")
 
 
 def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -73,9 +76,13 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
         solved = {(stack.path, i): solver.solve(layer, wanted, cuts, attempt) for stack, (i, layer, wanted, cuts) in jobs}
         if attempt and not solver.progressed(attempt):
             break
-        for lift in (True, False):
+        tried: list[dict[str, Any]] = []
+        for lift in LIFTS:
             assembled = _assemble(config, stacks, solved, lift)
             _cut_constants(assembled, stacks, plan, graph)
+            if assembled.to_dict() in tried:
+                continue
+            tried.append(assembled.to_dict())
             try:
                 found = _checked(model, assembled, targets, plan)
             except PrunerError as error:  # another may fit
@@ -187,9 +194,9 @@ def _cuts(plan: PruningPlan, graph: CouplingGraph, path: str) -> list[Cut]:
 
 
 def _assemble(
-    config: PreTrainedConfig, stacks: list[Stack], solved: dict[tuple[str, int], Solution], lift: bool
+    config: PreTrainedConfig, stacks: list[Stack], solved: dict[tuple[str, int], Solution], lift: str
 ) -> PreTrainedConfig:
-    """One config out of every layer's; with ``lift``, what all layers of a stack share is set once."""
+    """One config out of every layer's; ``lift`` says which fields are set once, for all of them."""
     config = copy.deepcopy(config)
     for where, part in list(_configs(config)):
         mine = [stack for stack in stacks if stack.config == where]
@@ -198,20 +205,20 @@ def _assemble(
         if not any(s.fields or s.pins or s.blocks for s in every):
             continue
         common = {field: value for s in every for field, value in s.pins.items()}
-        if lift:
-            common |= _shared(list(solutions.values()))
+        if lift != "none":
+            common |= _shared(list(solutions.values()), lift == "all")
         _write(part, common, mine, solutions)
     return config
 
 
-def _shared(stacks: list[list[Solution]]) -> Overrides:
-    """The fields on which all layers of every stack that has them agree."""
+def _shared(stacks: list[list[Solution]], strict: bool) -> Overrides:
+    """The fields on which all layers that change them agree; with ``strict``, all layers of a stack have to."""
     out: Overrides = {}
     for layers in stacks:
-        for field, value in layers[0].fields.items():
-            rest = [s.fields for other in stacks for s in other if other is layers or field in s.fields]
-            if all(fields.get(field) == value for fields in rest):
-                out[field] = value
+        for field in dict.fromkeys(field for solution in layers for field in solution.fields):
+            rest = [s.fields for other in stacks for s in other if field in s.fields or (strict and other is layers)]
+            if all(fields.get(field) == rest[0].get(field) for fields in rest):
+                out[field] = rest[0][field]
     return out
 
 
