@@ -101,9 +101,9 @@ def _hook_renewing(tracer: Tracer, path: str) -> Callable[..., Any]:
 
 
 def _renewed(tracer: Tracer, known: Traced, path: str, argument: str) -> torch.Tensor:
-    """A tensor like this one whose frozen axes are new and free, and remembered as constants of the layer."""
+    """The same tensor anew, whose frozen axes are new and free, and remembered as constants of the layer."""
     with _disable_current_modes():
-        tensor = torch.empty_like(known.tensor)
+        tensor = known.tensor.clone()
     dims: list[Dim] = []
     for i, dim in enumerate(known.dims):
         atoms = flatten(dim)

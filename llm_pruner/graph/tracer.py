@@ -44,6 +44,7 @@ class Tracer(TorchDispatchMode):
         self.modules: list[str] = []
         self.constants: list[tuple[Atom, Constant]] = []
         self.calls: list[tuple[list[int], list[int]]] = []  # what each operator wrote and read, by storage
+        self.alive: list[torch.Tensor] = []  # the ids of dead tensors and storages would be reused
         self.idle: set[str] = set()  # tensors that the output does not depend on
         self.rules = rules.load()
 
@@ -77,6 +78,7 @@ class Tracer(TorchDispatchMode):
         for traced in inputs:
             self.order.setdefault(id(traced.tensor), len(self.order))
         out = func(*args, **kwargs)
+        self.alive.extend(tensors_in(out))
         self.calls.append(([_storage(t) for t in tensors_in(out)], [_storage(t.tensor) for t in inputs]))
         outs = [t for t in tensors_in(out) if id(t) not in self.traced or any(t is a for a in args)]
         if not outs:

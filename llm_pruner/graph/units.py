@@ -217,7 +217,7 @@ def _kind(atom: Atom, where: dict, layer: tuple[str, int] | None, found: list[Oc
         return "hidden"
     if "indexed" in tags:
         return "experts"
-    if "attention" in tags:
+    if "attention" in tags and "scale" not in atom.flags:  # heads are never summed over where tokens meet
         return "query_heads" if _is_group_member(atom, where, found) else "heads"
     if "activation" in tags and "mixing" not in tags and len(where) > 1:
         return "neurons"

@@ -39,7 +39,8 @@ def apply(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         try:
             # Looked at on the meta device, before any weight is copied, unless the model needs them to run.
             pruned = None if graph.on_meta else _fill(model, plan, config)
-            problem = _wrong_axis(pruned or config_solver.skeleton(type(model), config), graph, plan)
+            rebuilt = pruned or config_solver.skeleton(type(model), config)
+            problem = _wrong_axis(rebuilt, graph, plan) or _broken_cache(rebuilt, model)
         except TraceError as error:
             problem = str(error)
         if not problem:
@@ -54,6 +55,22 @@ def _wrong_axis(rebuilt: PreTrainedModel, original: CouplingGraph, plan: Pruning
         if sizes != expected[key]:
             return f"{key[0]} has axes {sizes} in dim {key[1]} of the rebuilt model instead of {expected[key]}"
     return ""
+
+
+def _broken_cache(rebuilt: PreTrainedModel, original: PreTrainedModel) -> str:
+    """What goes wrong when a rebuilt model is asked to fill its cache, if the original can do so."""
+
+    def problem(model: PreTrainedModel) -> str:
+        ids = torch.ones(2, 16, dtype=torch.long, device=model.device)
+        try:
+            with torch.no_grad(), traceable(model):
+                model(**model_inputs(model, ids), use_cache=True)
+        except Exception as error:  # a model may fail in any way it likes
+            return f"its cache does not take the new sizes: {type(error).__name__}: {error}"
+        return ""
+
+    found = problem(rebuilt)
+    return found if found and not problem(config_solver.skeleton(type(original), original.config)) else ""
 
 
 def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list[int]]:

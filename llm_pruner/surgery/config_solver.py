@@ -22,7 +22,17 @@ from transformers.initialization import no_init_weights
 from ..errors import PrunerError
 from ..graph import CouplingGraph, layer_lists, sources
 from ..selection import PruningPlan
-from .heterogeneous import CONSTANTS, SUBMODULES, Overrides, config_of, overrides_of, record_constructors, with_values
+from .heterogeneous import (
+    CONSTANTS,
+    SUBMODULES,
+    Overrides,
+    config_of,
+    fields_of,
+    overrides_of,
+    record_constructors,
+    set_field,
+    with_values,
+)
 from .layer_solver import Cut, LayerSolver, Recipe, Shapes, Solution, candidates, shapes_of
 from .slicing import cut_shape, renamed
 
@@ -55,10 +65,12 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             record_constructors(type(module))
+    known = _names(model)
     targets = {
         new: cut_shape(name, tuple(tensor.shape), plan)
         for name, tensor in sources(model).items()
-        if (new := renamed(name, plan)) is not None
+        for alias in known[name]
+        if (new := renamed(alias, plan)) is not None
     }
     config = copy.deepcopy(model.config)
     if plan.layers:
@@ -69,7 +81,7 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
 
     base = skeleton(type(model), config)
     stacks = _stacks(base)
-    jobs = [(stack, job) for stack in stacks for job in _jobs(base, stack, targets, plan, graph)]
+    jobs = [(stack, job) for stack in stacks for job in _jobs(base, stack, targets, plan, graph, known)]
     solver = LayerSolver()
     problem: PrunerError | None = None
     for attempt in range(MAX_ATTEMPTS):
@@ -154,7 +166,12 @@ Job = tuple[int, nn.Module, Shapes, list[Cut]]
 
 
 def _jobs(
-    base: PreTrainedModel, stack: Stack, targets: Shapes, plan: PruningPlan, graph: CouplingGraph
+    base: PreTrainedModel,
+    stack: Stack,
+    targets: Shapes,
+    plan: PruningPlan,
+    graph: CouplingGraph,
+    known: dict[str, list[str]],
 ) -> Iterator[Job]:
     """The layers of a stack that change, with the shapes that they must get and the cuts that touch them."""
     layers = cast(nn.ModuleList, base.get_submodule(stack.path))
@@ -163,7 +180,7 @@ def _jobs(
         path = f"{stack.path}.{i}."
         wanted = {n.removeprefix(path): s for n, s in targets.items() if n.startswith(path)}
         if wanted != shapes_of(layers[i]):
-            yield i, layers[i], wanted, _cuts(plan, graph, f"{stack.path}.{old}.")
+            yield i, layers[i], wanted, _cuts(plan, graph, known, f"{stack.path}.{old}.")
 
 
 def _drop_layers(model: PreTrainedModel, config: PreTrainedConfig, plan: PruningPlan) -> None:
@@ -179,14 +196,23 @@ def _drop_layers(model: PreTrainedModel, config: PreTrainedConfig, plan: Pruning
     text.num_hidden_layers = kept.numel()
 
 
-def _cuts(plan: PruningPlan, graph: CouplingGraph, path: str) -> list[Cut]:
+def _names(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Every name of every tensor that a checkpoint holds, by its first: tied ones have several."""
+    first: dict[int, str] = {}
+    out: dict[str, list[str]] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        out.setdefault(first.setdefault(id(tensor), name), []).append(name)
+    return out
+
+
+def _cuts(plan: PruningPlan, graph: CouplingGraph, known: dict[str, list[str]], path: str) -> list[Cut]:
     """The cuts that touch one layer, with parameter names relative to it."""
     units = {unit.name: unit for unit in [*graph.units, *graph.frozen]}
     groups = [u for u in units.values() if u.kind == "query_heads"]
     out = []
     for name, choice in plan.units.items():
         dims = set(units[name].dims)
-        here = {(p.removeprefix(path), d) for p, d in dims if p.startswith(path)}
+        here = {(p.removeprefix(path), d) for first, d in dims for p in known[first] if p.startswith(path)}
         if here and choice.kind != "layers":
             counts = {choice.size} | {choice.size * u.size for u in groups if dims & set(u.dims)}
             out.append(Cut(choice.size, choice.kept.numel(), here, len(here) == len(dims), counts))
@@ -232,12 +258,12 @@ def _write(
         config.per_layer_config = None
     blocks: dict[str, Recipe] = copy.deepcopy(overrides_of(config))
     for field, value in common.items():
-        setattr(config, field, value)
+        set_field(config, field, value)
     for stack in stacks:
         for i, solution in enumerate(solutions[stack.path]):
             own = {f: v for f, v in solution.fields.items() if f not in common}
             recipes = {stack.inside(i, path): recipe for path, recipe in solution.blocks.items()}
-            if stack.standard:
+            if stack.standard and not any("." in field for field in own):
                 layers[i] = {f: v for f, v in layers.get(i, {}).items() if f not in common} | own
             elif own:
                 recipes = {stack.inside(i): {"values": own, "shapes": {}}} | recipes
@@ -303,7 +329,8 @@ def _checked(
     """
     cuts = [Cut(c.size, c.kept.numel(), set(), False, {c.size}) for c in plan.units.values() if c.layer is None]
     problem = ""
-    extra = [dict([item]) for item, counts in candidates(vars(config), cuts).items() if counts]
+    canonical = {new for name in sources(model) if (new := renamed(name, plan)) is not None}
+    extra = [dict([item]) for item, counts in candidates(fields_of(config), cuts).items() if counts]
     for fields in [{}, *extra]:
         tried = with_values(config, fields) if fields else config
         try:
@@ -311,7 +338,7 @@ def _checked(
         except Exception as error:  # a constructor may refuse a config in any way it likes
             problem = problem or f"{type(error).__name__}: {error}"
             continue
-        wrong = [n for n in targets.keys() | shapes.keys() if shapes.get(n) != targets.get(n)]
+        wrong = [n for n in canonical | shapes.keys() if shapes.get(n) != targets.get(n)]
         if wrong:
             name = min(wrong)
             problem = problem or f"{name} would be {shapes.get(name)} instead of {targets.get(name)}"

@@ -175,8 +175,30 @@ def with_values(config: PreTrainedConfig, values: Overrides) -> PreTrainedConfig
     """A copy of a config with some fields changed and nothing derived anew."""
     out = copy.copy(config)
     for name, value in values.items():
-        setattr(out, name, value)
+        set_field(out, name, value)
     return out
+
+
+def fields_of(config: PreTrainedConfig | None) -> dict[str, Any]:
+    """The fields of a config, and those of the configs inside it as ``ffn_config.ffn_hidden_size``."""
+    out: dict[str, Any] = {}
+    for name, value in (vars(config) if config else {}).items():
+        if isinstance(value, PreTrainedConfig):
+            out |= {f"{name}.{inner}": v for inner, v in fields_of(value).items()}
+        elif not name.startswith("_"):
+            out[name] = value
+    return out
+
+
+def set_field(config: PreTrainedConfig, name: str, value: Any) -> None:
+    """Change a field by its name from :func:`fields_of`; a config inside is copied first."""
+    outer, _, inner = name.partition(".")
+    if inner:
+        part = copy.copy(getattr(config, outer))
+        set_field(part, inner, value)
+        setattr(config, outer, part)
+    else:
+        setattr(config, name, value)
 
 
 def global_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from ..errors import PrunerError
 from ..graph import common_path, sources
-from .heterogeneous import Overrides, config_of, global_config, numbers_of, rebuilt
+from .heterogeneous import Overrides, config_of, fields_of, global_config, numbers_of, rebuilt
 
 Shapes = dict[str, tuple[int, ...]]
 Recipe = dict[str, Any]  # {"values": overrides, "shapes": {parameter: shape}}
@@ -122,7 +122,7 @@ def _said_again(
         return {path: {} for path in blocks}
     changed = _try(layer, pins | fields)
     assert changed is not None and config is not None
-    old = {field: getattr(config, field) for field in fields}
+    old = {field: fields_of(config)[field] for field in fields}
     out = {}
     for path in blocks:
         now = numbers_of(changed.get_submodule(path))
@@ -175,7 +175,7 @@ def candidates(fields: Mapping[str, Any], cuts: list[Cut]) -> dict[tuple[str, in
     subsets = list(dict.fromkeys(s for n in (1, 2) for s in combinations(ratios, n)))
     found: dict[tuple[str, int], bool] = {}
     for name, value in fields.items():
-        if name.startswith("_") or isinstance(value, bool) or NO_WIDTH.search(name):
+        if isinstance(value, bool) or NO_WIDTH.search(name):
             continue
         if value is None:
             found.update({(name, kept): False for _, kept in ratios})
@@ -220,17 +220,22 @@ def _field_solutions(
     cut_dims = _changed(now, wanted)
     pins = _pins(layer, config, now, cut_dims)
     allowed: dict[tuple[str, int], bool] = {}
-    for (name, value), counts in candidates(vars(config), cuts).items():
+    silent: Overrides = {}  # counts of the unit that no shape shows: key-value heads of latent attention
+    numbers = _numbers(layer)
+    for (name, value), counts in candidates(fields_of(config), cuts).items():
         built = _try(layer, {**pins, name: value})
         changed = cut_dims if built is None else _changed(now, shapes_of(built))
         # A value that is refused alone may make sense together with another.
         if changed and changed <= cut_dims:
             allowed[name, value] = counts
+        elif built is not None and counts and not changed and _numbers(built) != numbers:
+            silent[name] = value
     for fields in _subsets(allowed):
-        built = _try(layer, pins | fields)
-        if built is not None and not _changed(wanted, shapes_of(built)):
-            yield pins, fields
-    for fields in _compensated(vars(config), [cut for cut in cuts if not cut.inner]):
+        for more in ({}, silent) if silent else ({},):
+            built = _try(layer, pins | more | fields)
+            if built is not None and not _changed(wanted, shapes_of(built)):
+                yield pins, more | fields
+    for fields in _compensated(fields_of(config), [cut for cut in cuts if not cut.inner]):
         built = _try(layer, pins | fields)
         if built is not None and not _changed(wanted, shapes_of(built)):
             yield pins, fields
@@ -287,7 +292,7 @@ def _block_recipes(layer: nn.Module, path: str, wanted: Shapes, cuts: list[Cut])
     width is derived from the hidden size.
     """
     block = layer.get_submodule(path)
-    fields = {**(vars(config) if (config := config_of(block)) else {}), **numbers_of(block)}
+    fields = fields_of(config_of(block)) | numbers_of(block)
     prefix = f"{path}." if path else ""
     target = {n.removeprefix(prefix): s for n, s in wanted.items() if _inside(n, path)}
     mine = [c for c in cuts if c.inner and any(_inside(n, path) for n, _ in c.dims)]

@@ -49,11 +49,7 @@ def index(call: Call) -> None:
     used = [i for i, t in enumerate(indices) if t is not None]
     writes = "values" in call.args
     if any(t is not None and t.tensor.dtype in (torch.bool, torch.uint8) for t in indices):
-        for i in used:
-            freeze(dims[i], "selected by a mask")
-        reason = "selected by a mask"
-        call.set(dims if writes else [fresh(n, reason) for n in call.out.shape])
-        return
+        return _masked(call, dims, indices, writes)
     shapes = [indices[i].dims for i in used]  # type: ignore[union-attr]
     common = broadcast(shapes, max(map(len, shapes)))
     for i in used:
@@ -67,6 +63,32 @@ def index(call: Call) -> None:
         call.set(dims)
     else:
         call.set(picked, role=call.get("self").role)  # weights picked by tokens are still weights
+    return None
+
+
+def _masked(call: Call, dims: list[Dim], indices: list[Traced | None], writes: bool) -> None:
+    """A mask stands for as many dims as it has, and leaves one, of what it selects; the others pass."""
+    reason = "selected by a mask"
+    at, *more = [i for i, index in enumerate(indices) if index is not None]
+    mask = indices[at]
+    assert mask is not None
+    covered = dims[at : at + mask.tensor.ndim]
+    rest = dims[:at], dims[at + mask.tensor.ndim :]
+    if more:  # together with other indices: no dim is where it was
+        rest = [], []
+        covered = [*dims, *(call.dims("values") if writes else [])]
+    for dim in covered:
+        freeze(dim, reason)
+    if writes:
+        picked: list[Dim] = [*rest[0], (), *rest[1]]
+        values = list(call.dims("values"))
+        if len(values) == len(picked):
+            values[at] = ()
+        broadcast([picked, values], max(len(picked), len(values)))
+        call.set(dims)
+    else:
+        picked = [*rest[0], fresh(call.out.shape[at], reason), *rest[1]]
+        call.set(picked if not more else [fresh(n, reason) for n in call.out.shape])
 
 
 @rule("gather")

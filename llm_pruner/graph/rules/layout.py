@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from ..axes import Dim, concat, find, flatten, freeze, fresh, split_concat, split_product, unify
+from ..axes import Dim, concat, find, flatten, freeze, fresh, size_of, split_concat, split_product, unify
 from . import Call, rule
 
 
 def reshape(dims: list[Dim], shape: tuple[int, ...]) -> list[Dim]:
     """Redistribute the atoms of row-major ``dims`` over a new shape of equal size."""
     if 0 in shape:
-        return [fresh(n) for n in shape]
+        return _reshape_empty(dims, shape)
     stack = flatten(atom for dim in dims for atom in dim)[::-1]
     out: list[Dim] = []
     for size in shape:
@@ -35,6 +35,22 @@ def reshape(dims: list[Dim], shape: tuple[int, ...]) -> list[Dim]:
                 freeze([atom, *taken, *stack], reason)
                 return out + [fresh(n, reason) for n in shape[len(out) :]]
         out.append(tuple(taken))
+    return out
+
+
+def _reshape_empty(dims: list[Dim], shape: tuple[int, ...]) -> list[Dim]:
+    """No size says which dims are which where one is 0 (an expert without tokens): the last ones that agree are the
+    same, and the others are frozen."""
+    reason = "viewed while empty"
+    out = [fresh(n, reason) for n in shape]
+    agreeing = 0
+    for dim, n in zip(dims[::-1], shape[::-1], strict=False):
+        if n == 0 or size_of(dim) != n:
+            break
+        agreeing += 1
+        out[len(shape) - agreeing] = dim
+    for dim in dims[: len(dims) - agreeing]:
+        freeze(dim, reason)
     return out
 
 
