@@ -187,9 +187,6 @@ def _evaluation_windows(
     args: PruneArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, torch.Tensor]:
     """Every evaluation text cut into windows, before any work is done: a missing text is found out at once."""
-    if model.config.is_encoder_decoder:
-        log.info("perplexity is a measure of decoders: it is not taken of this encoder-decoder")
-        return {}
     check_length(model, args.max_seq_len)
     names = [name.strip() for name in args.eval_datasets.split(",") if name.strip()]
     return {name: windows(tokenizer, text(name, "test"), args.max_seq_len, args.max_windows or None) for name in names}

@@ -69,6 +69,7 @@ SMALL: dict[str, int] = {
 
 # Values that a model needs beside the conventional ones, because its defaults contradict each other when small.
 MORE: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 96, "encoder_hash_byte_group_size": [3]},
     "codegen": {"n_head": 8},  # its projections come in four parts, whatever the config says
     "cohere_compass_text": {

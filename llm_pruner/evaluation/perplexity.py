@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
+from ..graph import model_inputs, predicted
 
 
 @dataclass
@@ -56,28 +57,28 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int = 4) -> Perplexity:
-    """Perplexity of a causal model on windows ``[windows, seq_len]``.
+    """Perplexity of a model on windows ``[windows, seq_len]``.
 
-    Each window predicts its tokens 1 .. seq_len - 1 from those before them in the same window.
+    Each window predicts its tokens 1 .. seq_len - 1 from those before them in the same window. An encoder-decoder is
+    given the first half of each window and predicts the second.
 
     Raises:
-        PrunerError: the model is an encoder-decoder, or the windows are longer than it reads.
+        PrunerError: the windows are longer than the model reads.
     """
-    if model.config.is_encoder_decoder:
-        raise PrunerError("perplexity is a measure of decoders; this model is an encoder-decoder")
     check_length(model, ids.shape[1])
     training = model.training
     model.eval()
-    total = 0.0
+    total, tokens = 0.0, 0
     try:
         for batch in ids.split(batch_size):
-            batch = batch.to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-            for row, target in zip(logits, batch[:, 1:], strict=True):  # one window in fp32 at a time
+            inputs = model_inputs(model, batch.to(model.device))
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            targets = predicted(inputs)[:, 1:]
+            tokens += targets.numel()
+            for row, target in zip(logits, targets, strict=True):  # one window in fp32 at a time
                 total += cross_entropy(row.float(), target, reduction="sum").item()
     finally:
         model.train(training)
-    tokens = ids.shape[0] * (ids.shape[1] - 1)
     loss = total / tokens
     return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, tokens, ids.shape[0], ids.shape[1])
 

@@ -2,7 +2,7 @@
 
 from .constants import Constant, hook_selecting
 from .stacks import layer_lists
-from .tracer import TraceError, model_inputs, sources, traceable
+from .tracer import TraceError, model_inputs, predicted, sources, traceable
 from .units import KINDS, CouplingGraph, Unit, common_path, trace
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "hook_selecting",
     "layer_lists",
     "model_inputs",
+    "predicted",
     "sources",
     "trace",
     "traceable",

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .axes import Atom, Dim, find, flatten
+from .axes import Atom, Dim, find, flatten, leaves
 from .rules import Traced
 from .stacks import layer_lists
 
@@ -107,10 +107,7 @@ def _renewed(tracer: Tracer, known: Traced, path: str, argument: str) -> torch.T
     dims: list[Dim] = []
     for i, dim in enumerate(known.dims):
         atoms = flatten(dim)
-        if any(atom.parts for atom in atoms):  # made of pieces, as rotary tables are: stays frozen
-            dims.append(dim)
-            continue
-        renewed = tuple(Atom(atom.size) if atom.frozen == COMBINED else atom for atom in atoms)
+        renewed = tuple(Atom(atom.size) if _renewable(atom) else atom for atom in atoms)
         for position, (new, old) in enumerate(zip(renewed, atoms, strict=True)):
             if new is not old:
                 inner = prod(atom.size for atom in atoms[position + 1 :])
@@ -118,6 +115,14 @@ def _renewed(tracer: Tracer, known: Traced, path: str, argument: str) -> torch.T
         dims.append(renewed)
     tracer.record(Traced(tensor, dims, "constant"))
     return tensor
+
+
+def _renewable(atom: Atom) -> bool:
+    """Whether an axis of a constant is frozen, as what is no number for all is, and no part of it occurs twice, as
+    the halves of rotary tables do."""
+    parts = leaves([atom])
+    in_line = atom.concatenated or not atom.parts
+    return in_line and sum(part.size for part in parts) == atom.size and all(part.frozen for part in parts)
 
 
 def by_leaf(constants: Iterable[tuple[Atom, Constant]]) -> dict[int, list[Constant]]:

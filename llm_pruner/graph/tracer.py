@@ -225,9 +225,20 @@ def sources(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def model_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Token ids as arguments of the model; encoder-decoders read them on both sides."""
-    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return {"input_ids": ids, "decoder_input_ids": ids} if both else {"input_ids": ids}
+    """Token ids ``[rows, tokens]`` as arguments of the model.
+
+    An encoder-decoder reads the first half of each row in its encoder and the second in its decoder: what it predicts
+    is how the text goes on.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return {"input_ids": ids}
+    half = ids.shape[1] // 2
+    return {"input_ids": ids[:, :half], "decoder_input_ids": ids[:, half:]}
+
+
+def predicted(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The ids among :func:`model_inputs` that the model's logits are about."""
+    return inputs.get("decoder_input_ids", inputs["input_ids"])
 
 
 def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
@@ -268,7 +279,7 @@ def _run(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str, list
     vocabulary = fresh(_vocabulary_size(model))
     tag(vocabulary, "vocabulary")
     inputs = {}
-    for name in model_inputs(model, torch.empty(0)):  # each side has positions of its own
+    for name in model_inputs(model, torch.empty(1, 2)):  # each side has positions of its own
         ids = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS) * 31 % size_of(vocabulary)
         inputs[name] = ids.to(device)
         tracer.record(Traced(inputs[name], [fresh(n) for n in ids.shape], "activation", vocabulary))

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import PrunerError
-from ..graph import layer_lists, model_inputs
+from ..graph import layer_lists, model_inputs, predicted
 from .aggregate import reduce_to
 
 VARIANTS = ("vectorize", "param_first", "param_second", "param_mix")
@@ -91,8 +91,9 @@ def backward(model: nn.Module, wanted: Slices, ids: torch.Tensor, visit: Visit) 
     and gradients are as before afterwards.
     """
     with _only(model, wanted, visit), recomputing(model), torch.enable_grad():
-        logits = model(**model_inputs(model, ids), use_cache=False).logits
-        loss, _ = NextTokenLoss.apply(logits.clone() if logits._is_view() else logits, ids)
+        inputs = model_inputs(model, ids)
+        logits = model(**inputs, use_cache=False).logits
+        loss, _ = NextTokenLoss.apply(logits.clone() if logits._is_view() else logits, predicted(inputs))
         if not torch.isfinite(loss):
             raise PrunerError(f"the calibration loss is {loss.item()}; load the model with --dtype float32 or bfloat16")
         loss.backward()

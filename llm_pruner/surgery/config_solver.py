@@ -127,7 +127,7 @@ class Stack:
 
 
 def _stacks(model: PreTrainedModel) -> list[Stack]:
-    configs = dict(_configs(model.config))
+    configs = dict(configs_in(model.config))
     owners = {path: m for path, m in model.named_modules() if isinstance(m, PreTrainedModel)}
     out = []
     for path, layers in layer_lists(model).items():
@@ -154,12 +154,12 @@ def _like(config: PreTrainedConfig, other: PreTrainedConfig) -> bool:
     return config is other or type(config) is type(other)
 
 
-def _configs(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
+def configs_in(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
     """A config and those inside it, by path."""
     yield path, config
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from _configs(value, (*path, name))
+            yield from configs_in(value, (*path, name))
 
 
 Job = tuple[int, nn.Module, Shapes, list[Cut]]
@@ -187,7 +187,7 @@ def _drop_layers(model: PreTrainedModel, config: PreTrainedConfig, plan: Pruning
     """Shorten the stack, and every list that has an entry a layer."""
     (path, kept), *others = plan.layers.items()
     stack = next((s for s in _stacks(model) if s.path == path), None)
-    text = dict(_configs(config)).get(stack.config) if stack else None
+    text = dict(configs_in(config)).get(stack.config) if stack else None
     if others or text is None or stack is None or not stack.standard or text.is_heterogeneous or overrides_of(text):
         raise PrunerError("layers can be dropped from a model with one stack of equally configured layers only")
     for name, value in list(vars(text).items()):
@@ -224,7 +224,7 @@ def _assemble(
 ) -> PreTrainedConfig:
     """One config out of every layer's; ``lift`` says which fields are set once, for all of them."""
     config = copy.deepcopy(config)
-    for where, part in list(_configs(config)):
+    for where, part in list(configs_in(config)):
         mine = [stack for stack in stacks if stack.config == where]
         solutions = {s.path: [solved.get((s.path, i), Solution()) for i in range(s.length)] for s in mine}
         every = [solution for layers in solutions.values() for solution in layers]
@@ -281,7 +281,7 @@ def _write(
 
 def _cut_constants(config: PreTrainedConfig, stacks: list[Stack], plan: PruningPlan, graph: CouplingGraph) -> None:
     """Write down which part of a constant every layer keeps."""
-    parts = dict(_configs(config))
+    parts = dict(configs_in(config))
     cut = [(c, plan.units[u.name].kept.tolist()) for u in graph.units if u.name in plan.units for c in u.constants]
     for constant, kept in sorted(cut, key=lambda item: -item[0].inner):  # outer axes first
         path = renamed(f"{constant.layer}.", plan)
@@ -315,7 +315,7 @@ def _keeping_tables(
             blocks[path.removeprefix(f"{mine.scope}." if mine.scope else "")] = {"values": values, "shapes": {}}
     if scope is not None:
         config = copy.deepcopy(config)
-        part = dict(_configs(config))[scope.config]
+        part = dict(configs_in(config))[scope.config]
         setattr(part, SUBMODULES, overrides_of(part) | blocks)
         yield config
 

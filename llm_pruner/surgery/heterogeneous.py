@@ -54,13 +54,13 @@ def install() -> None:
 
     @functools.wraps(init)
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        if _differs(config):
+        if differs(config):
             record_constructors(type(self))
         init(self, config, *args, **kwargs)
 
     @functools.wraps(post_init)
     def with_layers(self: PreTrainedModel) -> None:
-        if _differs(self.config):
+        if differs(self.config):
             _rebuild_layers(self)
         post_init(self)
 
@@ -76,7 +76,7 @@ def overrides_of(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
     return getattr(config, SUBMODULES, None) or {}
 
 
-def _differs(config: PreTrainedConfig) -> bool:
+def differs(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "is_heterogeneous", False) or overrides_of(config) or getattr(config, CONSTANTS, None))
 
 
@@ -86,7 +86,7 @@ def _reaching_layers(setter: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(setter)
     def change(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         setter(self, *args, **kwargs)
-        for owner in (m for m in self.modules() if isinstance(m, PreTrainedModel) and _differs(m.config)):
+        for owner in (m for m in self.modules() if isinstance(m, PreTrainedModel) and differs(m.config)):
             for module in owner.modules():
                 config = getattr(module, "config", None)
                 if isinstance(config, type(owner.config)) and config is not owner.config:

@@ -25,7 +25,7 @@ from .heterogeneous import Overrides, config_of, fields_of, global_config, numbe
 Shapes = dict[str, tuple[int, ...]]
 Recipe = dict[str, Any]  # {"values": overrides, "shapes": {parameter: shape}}
 # Numbers that are no width or count of a unit; one that happens to equal a width must not follow it.
-NO_WIDTH = re.compile("token|position|window|context|length|top_?k|layer(s|$)|buckets|seed|iters|epoch")
+NO_WIDTH = re.compile("vocab|token|per_tok|position|window|context|length|top_?k|layer(s|$)|buckets|seed|iters|epoch")
 MAX_FIELDS, MAX_CANDIDATES, MAX_RECIPES = 4, 16, 6
 
 
@@ -220,16 +220,21 @@ def _field_solutions(
     cut_dims = _changed(now, wanted)
     pins = _pins(layer, config, now, cut_dims)
     allowed: dict[tuple[str, int], bool] = {}
-    silent: Overrides = {}  # counts of the unit that no shape shows: key-value heads of latent attention
+    # Counts of the unit that no shape shows, such as the key-value heads of latent attention. They must matter to the
+    # blocks that are cut, and to no others: a layer may hold the same number for another reason.
+    silent: Overrides = {}
     numbers = _numbers(layer)
+    blocks = tuple(path for cut in cuts if cut.inner for path in _owners(layer, cut))
     for (name, value), counts in candidates(fields_of(config), cuts).items():
         built = _try(layer, {**pins, name: value})
         changed = cut_dims if built is None else _changed(now, shapes_of(built))
         # A value that is refused alone may make sense together with another.
         if changed and changed <= cut_dims:
             allowed[name, value] = counts
-        elif built is not None and counts and not changed and _numbers(built) != numbers:
-            silent[name] = value
+        elif built is not None and counts and not changed:
+            moved = {path for path, _, _ in set(_numbers(built)) ^ set(numbers)}
+            if moved and all(path.startswith(blocks) for path in moved):
+                silent[name] = value
     for fields in _subsets(allowed):
         for more in ({}, silent) if silent else ({},):
             built = _try(layer, pins | more | fields)

@@ -133,7 +133,7 @@ def slice_(call: Call) -> None:
         pass
     elif step == 1:
         dims[axis] = split_concat(dim, [start, kept, size - start - kept])[1]
-    elif size % step == 0 and kept * step == size and start < step:
+    elif source.role != "constant" and size % step == 0 and kept * step == size and start < step:
         dims[axis], lane = reshape([dim], (kept, step))
         freeze(lane, f"every {step}th index is taken")
     else:

@@ -1,0 +1,356 @@
+"""What is peculiar to an architecture: ALiBi, two stacks, latent attention, remote code, half precision, meta."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tokens
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from registry import tiny_model
+from survey import masked_copy
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+import llm_pruner as lp
+from llm_pruner.checkpoint import meta_model
+from llm_pruner.cli import main
+from llm_pruner.graph.verify import check_permutation, random_tokens, relative_difference
+from llm_pruner.selection import PruningPlan
+
+REMOTE = Path(__file__).parent / "remote_code"
+
+
+def made(model_type, seed=0, seq2seq=False, **fields):
+    """A perturbed random model of a config given in full."""
+    fields = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0} | fields
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    torch.manual_seed(seed)
+    model = auto.from_config(AutoConfig.for_model(model_type, **fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def pruned_by(model, ratio=0.5, seed=0, **options):
+    graph = lp.trace(model)
+    plan = lp.select(graph, lp.score(model, graph, criterion="random", seed=seed), ratio, **options)
+    return plan, lp.apply(model, plan)
+
+
+def reloaded(model, folder):
+    lp.save(model, None, folder)
+    return type(model).from_pretrained(folder).eval()
+
+
+ALIBI = {
+    "bloom": {"hidden_size": 48, "n_layer": 3, "n_head": 6},
+    "falcon": {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "alibi": True, "multi_query": False},
+    "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 6, "max_seq_len": 64, "expansion_ratio": 2},
+}
+
+
+@pytest.mark.parametrize("family", ALIBI)
+def test_alibi_heads_keep_their_own_slopes(family, tmp_path):
+    """Each layer keeps other heads; six heads have slopes of the uneven kind, which no three heads would get."""
+    model = made(family, **ALIBI[family])
+    graph = lp.trace(model)
+    units = graph.of_kind("heads")
+    assert [u.layer for u in units] == [0, 1, 2]
+    assert all(u.constants and check_permutation(model, u).passed for u in units)
+    plan = PruningPlan()
+    for unit, kept in zip(units, ([1, 4, 5], [0, 3], [5])):
+        plan.keep(unit, torch.tensor(kept), graph.shapes)
+    pruned = lp.apply(model, plan)
+    assert lp.verify(model, pruned, plan).equivalent
+    loaded = reloaded(pruned, tmp_path / "once")
+    reference = masked_copy(model, plan)
+    for padded in (False, True):
+        ids = tokens()
+        mask = torch.ones_like(ids)
+        if padded:
+            mask[0, :5] = 0
+        options = {"attention_mask": mask, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+        assert torch.equal(loaded.generate(ids, **options), reference.generate(ids, **options))
+    again, twice = pruned_by(loaded, 0.5, kinds=["heads"])
+    assert lp.verify(loaded, twice, again).equivalent
+    ids = tokens()
+    with torch.no_grad():
+        assert relative_difference(reloaded(twice, tmp_path / "twice")(ids).logits, twice(ids).logits) < 1e-6
+
+
+SEQ2SEQ = ("bart:seq2seq", "t5:seq2seq", "mbart:seq2seq", "t5gemma:seq2seq")
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_encoder_decoders_cut_both_sides(name, tmp_path):
+    model = tiny_model(name)
+    graph = lp.trace(model)
+    for side in ("encoder", "decoder"):
+        for kind in ("heads", "neurons"):
+            assert [u for u in graph.of_kind(kind) if side in u.name], f"no {kind} in the {side}"
+    plan, pruned = pruned_by(model)
+    assert lp.verify(model, pruned, plan).equivalent
+    ids = tokens()
+    loaded, reference = reloaded(pruned, tmp_path / "both"), masked_copy(model, plan)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "decoder_start_token_id": 0}
+    assert torch.equal(loaded.generate(ids, **options), reference.generate(ids, **options))
+
+
+@pytest.mark.parametrize("name", ("bart:seq2seq", "t5gemma:seq2seq"))
+def test_one_side_or_one_layer_of_an_encoder_decoder(name, tmp_path):
+    """Two stacks may share a config, so layers that differ are told apart by their paths."""
+    model = tiny_model(name)
+    graph = lp.trace(model)
+    for number, chosen in enumerate(("encoder", "decoder", "decoder.layers.1")):
+        plan = PruningPlan()
+        for unit in graph.of_kind("neurons", "heads"):
+            if chosen in unit.name:
+                plan.keep(unit, torch.arange(unit.size // 2), graph.shapes)
+        pruned = lp.apply(model, plan)
+        assert lp.verify(model, pruned, plan).equivalent
+        ids = {"input_ids": tokens(), "decoder_input_ids": tokens(seed=2)}
+        with torch.no_grad():
+            loaded = reloaded(pruned, tmp_path / str(number))
+            assert relative_difference(loaded(**ids).logits, pruned(**ids).logits) < 1e-6
+
+
+def test_latent_attention_needs_no_loader():
+    """Key-value heads show in no shape of latent attention, yet a config that forgets them cannot run."""
+    _, pruned = pruned_by(tiny_model("deepseek_v3"), kinds=["heads"])
+    assert pruned.config.num_key_value_heads == pruned.config.num_attention_heads == 2
+    assert "submodule_overrides" not in pruned.config.to_dict()
+
+
+def test_a_number_that_happens_to_equal_a_count_is_left_alone():
+    """Two heads, two experts a token: only the heads may become one."""
+    model = tiny_model("dots3_note_text")
+    graph = lp.trace(model)
+    (unit,) = [u for u in graph.of_kind("heads") if u.size == 2]
+    plan = PruningPlan()
+    plan.keep(unit, torch.tensor([0]), graph.shapes)
+    pruned = lp.apply(model, plan)
+    assert {layer.mlp.gate.top_k for layer in list(pruned.model.layers)[1:]} == {2}
+    assert lp.verify(model, pruned, plan).equivalent
+
+
+def test_axes_that_reach_no_output_are_frozen():
+    graph = lp.trace(tiny_model("big_bird"))
+    assert {u.frozen for u in graph.frozen if "pooler" in u.name} == {"the output does not depend on it"}
+
+
+def test_models_that_read_values_are_run_on_their_weights():
+    model = tiny_model("jetmoe")
+    graph = lp.trace(model)
+    assert not graph.on_meta
+    assert all(check_permutation(model, u).passed for u in graph.of_kind("neurons", "heads", "hidden"))
+    with pytest.raises(lp.PrunerError, match="a model with its weights may do better"):
+        lp.trace(meta_model(model.config))
+
+
+def test_a_cache_that_does_not_take_the_new_sizes_is_refused():
+    model = tiny_model("rwkv")
+    with pytest.raises(lp.PrunerError):
+        pruned_by(model, kinds=["neurons"])
+
+
+@pytest.mark.parametrize("name", ("llama", "gpt_neox", "mixtral", "bloom", "deepseek_v3", "gemma2", "mamba"))
+def test_units_on_meta_are_those_of_the_weights(name):
+    def described(model):
+        return [(u.name, u.kind, u.size, u.flags, list(u.dims)) for u in lp.trace(model).units]
+
+    model = tiny_model(name)
+    assert described(meta_model(model.config)) == described(model)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("name", ("llama", "gpt_neox", "mixtral", "falcon", "t5:seq2seq", "mamba"))
+def test_half_precision(name, dtype, tmp_path):
+    model = tiny_model(name).to(dtype)
+    kinds = ["channels"] if name == "mamba" else ["neurons", "heads"]
+    plan, pruned = pruned_by(model, kinds=kinds)
+    assert {p.dtype for p in pruned.parameters()} == {dtype}
+    if name != "mamba":
+        assert lp.verify(model, pruned, plan).equivalent
+    lp.save(pruned, None, tmp_path / "m")
+    loaded = type(pruned).from_pretrained(tmp_path / "m")
+    for key, tensor in pruned.state_dict().items():  # transformers reads some of T5's weights as float32
+        assert torch.equal(loaded.state_dict()[key].to(dtype), tensor)
+
+
+@pytest.fixture
+def remote_model(tmp_path, monkeypatch):
+    """A folder with modelling code of its own, as ChatGLM's and Baichuan's are, and random weights."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folder = tmp_path / "remote"
+    shutil.copytree(REMOTE, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True
+    )
+    model.save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def small_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {chr(code): code - 32 for code in range(33, 127)} | {"<unk>": 0, "<eos>": 95}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+
+
+def test_remote_code_runs_only_when_trusted(remote_model, capsys):
+    with pytest.raises(lp.PrunerError, match="--trust_remote_code"):
+        lp.load(str(remote_model))
+    assert main(["inspect", str(remote_model)]) == 2
+    assert "add --trust_remote_code" in capsys.readouterr().err
+
+
+def test_remote_code_is_pruned_and_saved_with_its_code(remote_model, tmp_path):
+    model, tokenizer = lp.load(str(remote_model), trust_remote_code=True)
+    graph = lp.trace(model)
+    assert len(graph.of_kind("heads")) == len(graph.of_kind("neurons")) == 3
+    assert len(graph.of_kind("query_heads")) == 3
+    assert all(check_permutation(model, u).passed for u in graph.of_kind("heads", "neurons", "hidden"))
+    ids = random_tokens(model)
+    for number, options in enumerate(({}, {"layers": [1]}, {"kinds": ["hidden"]})):
+        plan, pruned = pruned_by(model, **options)
+        if "kinds" not in options:
+            assert lp.verify(model, pruned, plan).equivalent
+        folder = tmp_path / f"pruned{number}"
+        lp.save(pruned, tokenizer, folder, plan=plan)
+        assert "auto_map" in json.loads((folder / "config.json").read_text())
+        assert list(folder.glob("modeling_*.py"))
+        loaded, _ = lp.load(str(folder), trust_remote_code=True)
+        with torch.no_grad():
+            assert relative_difference(loaded(ids).logits, pruned(ids).logits) < 1e-6
+
+
+WIDTHS = st.sampled_from([1, 2, 4])
+
+
+@st.composite
+def models(draw):
+    """A model of one of the main families, of any shape."""
+    family = draw(st.sampled_from(sorted(SHAPES)))
+    groups, members, head_dim = draw(WIDTHS), draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([4, 8]))
+    shape = {
+        "heads": groups * members,
+        "groups": groups,
+        "head_dim": head_dim,
+        "hidden": groups * members * head_dim,
+        "inner": draw(st.integers(9, 60)),
+        "layers": draw(st.integers(1, 3)),
+        "bias": draw(st.booleans()),
+        "tied": draw(st.booleans()),
+    }
+    return family, SHAPES[family](**shape), draw(st.integers(0, 99))
+
+
+def decoder(*, heads, groups, head_dim, hidden, inner, layers, bias, tied, **names):
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "num_hidden_layers": layers,
+        "intermediate_size": inner,
+        "head_dim": head_dim,
+        "attention_bias": bias,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 64,
+    }
+
+
+SHAPES = {
+    "llama": decoder,
+    "gemma2": decoder,
+    "qwen3": decoder,
+    "mixtral": lambda **s: decoder(**s) | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": lambda **s: decoder(**s) | {"num_experts": 4, "num_experts_per_tok": 2},
+    "cohere": decoder,
+    "bloom": lambda **s: {"hidden_size": s["hidden"], "n_head": s["heads"], "n_layer": s["layers"]},
+    "mpt": lambda **s: {"d_model": s["hidden"], "n_heads": s["heads"], "n_layers": s["layers"], "max_seq_len": 64},
+    "falcon": lambda **s: {
+        "hidden_size": s["hidden"],
+        "num_attention_heads": s["heads"],
+        "num_kv_heads": s["groups"],
+        "num_hidden_layers": s["layers"],
+        "new_decoder_architecture": True,
+        "alibi": s["bias"],
+        "ffn_hidden_size": s["inner"],
+    },
+    "gptj": lambda **s: {
+        "n_embd": s["hidden"],
+        "n_head": s["heads"],
+        "n_layer": s["layers"],
+        "rotary_dim": 4,
+        "n_inner": s["inner"],
+    },
+    "t5": lambda **s: {
+        "d_model": 24,
+        "num_heads": s["heads"],
+        "d_kv": s["head_dim"],
+        "d_ff": s["inner"],
+        "num_layers": s["layers"],
+        "num_decoder_layers": s["layers"],
+        "tie_word_embeddings": s["tied"],
+    },
+    "bart": lambda **s: {
+        "d_model": s["hidden"],
+        "encoder_attention_heads": s["heads"],
+        "decoder_attention_heads": s["heads"],
+        "encoder_ffn_dim": s["inner"],
+        "decoder_ffn_dim": s["inner"] + 3,
+        "encoder_layers": s["layers"],
+        "decoder_layers": s["layers"],
+        "max_position_embeddings": 64,
+    },
+    "deepseek_v3": lambda **s: {
+        "hidden_size": 32,
+        "num_attention_heads": s["heads"],
+        "num_key_value_heads": s["heads"],
+        "num_hidden_layers": s["layers"],
+        "intermediate_size": s["inner"],
+        "moe_intermediate_size": 24,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 10,
+        "qk_nope_head_dim": s["head_dim"],
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "max_position_embeddings": 64,
+    },
+}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    made_of=models(),
+    ratio=st.floats(0.1, 0.9),
+    chosen=st.sampled_from([("neurons",), ("heads", "neurons"), ("query_heads", "heads", "neurons")]),
+    scope=st.sampled_from(["local", "global"]),
+    seed=st.integers(0, 99),
+)
+def test_random_models_of_the_main_families(made_of, ratio, chosen, scope, seed):
+    family, fields, model_seed = made_of
+    model = made(family, model_seed, seq2seq=family in ("t5", "bart"), **fields)
+    graph = lp.trace(model)
+    try:
+        scores = lp.score(model, graph, criterion="random", seed=seed)
+        plan = lp.select(graph, scores, ratio, kinds=chosen, scope=scope)
+    except lp.PrunerError as error:
+        assert "removes nothing" in str(error) or "nothing to prune" in str(error)
+        return
+    assert lp.verify(model, lp.apply(model, plan), plan).equivalent
