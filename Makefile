@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow supported-models clean
 
 demo: $(READY)
 	$(BIN)/llm-pruner demo
@@ -15,6 +15,10 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# Asks every architecture that transformers knows; about five minutes.
+supported-models: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/survey.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -73,14 +73,19 @@ MORE: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 96, "encoder_hash_byte_group_size": [3]},
     "codegen": {"n_head": 8},  # its projections come in four parts, whatever the config says
     "cohere_compass_text": {
-        "rope_parameters": {t: {"rope_type": "default", "rope_theta": 1e4} for t in ("full_attention", "sliding_attention")}
+        "rope_parameters": {
+            t: {"rope_type": "default", "rope_theta": 1e4} for t in ("full_attention", "sliding_attention")
+        }
     },
     "cpmant": {"position_bias_num_buckets": 32},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v4": {"head_dim": 16},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots3_note_text": {"per_layer_config": {2: {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 14}}, "head_dim": 12},
+    "dots3_note_text": {
+        "per_layer_config": {2: {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 14}},
+        "head_dim": 12,
+    },
     "gemma3n_text": {
         "intermediate_size": [48] * 4,
         "activation_sparsity_pattern": [0.0] * 4,
@@ -93,7 +98,11 @@ MORE: dict[str, dict[str, Any]] = {
         "per_layer_config": {1: {"head_dim": 16}},
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"], "window_size": 8},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1]],
+        "attention_layers": ["global", "local"],
+        "window_size": 8,
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
@@ -123,14 +132,21 @@ MORE: dict[str, dict[str, Any]] = {
         "n_mamba_heads": 8,
         "mamba_headdim": 8,
     },
-    "zamba": {"attention_hidden_size": 64, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
 
 def model_types() -> list[str]:
     """Every model type with a causal language model, then every one with an encoder-decoder."""
-    return [*sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *(f"{t}:seq2seq" for t in sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES))]
+    return [
+        *sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        *(f"{t}:seq2seq" for t in sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)),
+    ]
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
@@ -149,7 +165,9 @@ def small(default: dict[str, Any], model_type: str) -> dict[str, Any]:
         sorts: dict[str, int] = {}
         for i, sort in enumerate(zip(*per_layer.values(), strict=True)):
             sorts.setdefault(repr(sort), i)
-        chosen = sorted({*sorts.values(), 0, len(next(iter(per_layer.values()))) - 1} if len(sorts) < LAYERS else sorts.values())
+        chosen = sorted(
+            {*sorts.values(), 0, len(next(iter(per_layer.values()))) - 1} if len(sorts) < LAYERS else sorts.values()
+        )
         fields |= {k: [v[i] for i in chosen] for k, v in per_layer.items()}
         fields["num_hidden_layers"] = len(chosen)
     for name, value in default.items():
@@ -159,7 +177,9 @@ def small(default: dict[str, Any], model_type: str) -> dict[str, Any]:
     fields.pop("per_layer_config", None)
     more = MORE.get(model_type, {})
     for name, value in more.items():
-        fields[name] = fields.get(name, {}) | value if isinstance(value, dict) and isinstance(fields.get(name), dict) else value
+        fields[name] = (
+            fields.get(name, {}) | value if isinstance(value, dict) and isinstance(fields.get(name), dict) else value
+        )
     return fields
 
 

@@ -232,7 +232,9 @@ def _cell(row: Row, kind: str) -> str:
 
 
 def _short(text: str) -> str:
-    text = re.sub(r"no config of \w+ (has the shapes that the plan leaves|carries the plan): ", "", " ".join(text.split()))
+    text = re.sub(
+        r"no config of \w+ (has the shapes that the plan leaves|carries the plan): ", "", " ".join(text.split())
+    )
     return (text if len(text) <= 160 else text[:157] + "...").replace("|", "/").replace("<", "&lt;")
 
 

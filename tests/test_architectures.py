@@ -48,7 +48,13 @@ def reloaded(model, folder):
 
 ALIBI = {
     "bloom": {"hidden_size": 48, "n_layer": 3, "n_head": 6},
-    "falcon": {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "alibi": True, "multi_query": False},
+    "falcon": {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "alibi": True,
+        "multi_query": False,
+    },
     "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 6, "max_seq_len": 64, "expansion_ratio": 2},
 }
 
@@ -354,3 +360,15 @@ def test_random_models_of_the_main_families(made_of, ratio, chosen, scope, seed)
         assert "removes nothing" in str(error) or "nothing to prune" in str(error)
         return
     assert lp.verify(model, lp.apply(model, plan), plan).equivalent
+
+
+def test_a_671b_mixture_of_experts_on_meta():
+    """DeepSeek-V3 as it is, but for its layer count: heads, neurons (routed and shared) and experts at once."""
+    model = meta_model(AutoConfig.for_model("deepseek_v3", num_hidden_layers=5))
+    graph = lp.trace(model)
+    plan = lp.select(graph, lp.score(model, graph, criterion="random"), 0.25, kinds=["heads", "neurons", "experts"])
+    config = lp.apply(model, plan).config.to_dict()
+    assert config["num_attention_heads"] == config["num_key_value_heads"] == 96
+    assert (config["intermediate_size"], config["moe_intermediate_size"]) == (13824, 1536)
+    assert (config["n_routed_experts"], config["num_experts_per_tok"]) == (192, 8)
+    assert "submodule_overrides" not in config

@@ -179,9 +179,16 @@ def module_names(model: nn.Module, tracer: Tracer) -> Iterator[None]:
 @contextmanager
 def _quiet(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Everything that tracing needs around the model."""
-    with torch.no_grad(), traceable(model), module_names(model, tracer), separate_constants(model, tracer):
-        with ListIndexing():
-            yield
+    with ExitStack() as stack:
+        for context in (
+            torch.no_grad(),
+            traceable(model),
+            module_names(model, tracer),
+            separate_constants(model, tracer),
+        ):
+            stack.enter_context(context)
+        stack.enter_context(ListIndexing())
+        yield
 
 
 @contextmanager

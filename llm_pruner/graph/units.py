@@ -181,9 +181,7 @@ def _occurrences(dims: dict[str, list[Dim]]) -> list[Occurrence]:
     return [(atoms[key], where[key]) for key in atoms if atoms[key].size > 1]
 
 
-def _unit(
-    atom: Atom, where: dict, layer_of: Layers, found: list[Occurrence], constants: list[Constant]
-) -> Unit:
+def _unit(atom: Atom, where: dict, layer_of: Layers, found: list[Occurrence], constants: list[Constant]) -> Unit:
     layers = {layer_of(name) for name, _ in where}
     layer = layers.pop() if len(layers) == 1 else None
     kind = _kind(atom, where, layer, found)

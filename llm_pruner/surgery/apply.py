@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from accelerate import init_empty_weights
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -101,7 +102,9 @@ def _fill(model: PreTrainedModel, plan: PruningPlan, config: PreTrainedConfig) -
             if key not in done:
                 done[key] = cut(key, tensors[name].detach(), plan)
             state[new] = done[key]
-    with no_init_weights():
+    # Weights are taken over, not allocated twice; tables that no checkpoint holds are computed.
+    on_meta = model.device.type == "meta"
+    with torch.device("meta") if on_meta else init_empty_weights(include_buffers=False), no_init_weights():
         pruned = type(model)._from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )

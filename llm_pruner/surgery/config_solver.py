@@ -37,9 +37,9 @@ from .layer_solver import Cut, LayerSolver, Recipe, Shapes, Solution, candidates
 from .slicing import cut_shape, renamed
 
 MAX_ATTEMPTS = 32
-# What is set once in a config: what all layers agree on, also what only some need (layers may be of several sorts),
-# nothing.
-LIFTS = ("all", "any", "none")
+# What is set once in a config: what all layers that need it agree on (there may be dense ones and sparse ones), what
+# really all agree on, nothing. The first that fits is the plainest.
+LIFTS = ("any", "all", "none")
 
 
 def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -85,7 +85,9 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
     solver = LayerSolver()
     problem: PrunerError | None = None
     for attempt in range(MAX_ATTEMPTS):
-        solved = {(stack.path, i): solver.solve(layer, wanted, cuts, attempt) for stack, (i, layer, wanted, cuts) in jobs}
+        solved = {
+            (stack.path, i): solver.solve(layer, wanted, cuts, attempt) for stack, (i, layer, wanted, cuts) in jobs
+        }
         if attempt and not solver.progressed(attempt):
             break
         tried: list[dict[str, Any]] = []
@@ -154,7 +156,9 @@ def _like(config: PreTrainedConfig, other: PreTrainedConfig) -> bool:
     return config is other or type(config) is type(other)
 
 
-def configs_in(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
+def configs_in(
+    config: PreTrainedConfig, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
     """A config and those inside it, by path."""
     yield path, config
     for name, value in vars(config).items():
@@ -293,9 +297,7 @@ def _cut_constants(config: PreTrainedConfig, stacks: list[Stack], plan: PruningP
         known.setdefault(stack.inside(int(path.split(".")[-2])), []).append(entry)
 
 
-def _keeping_tables(
-    base: PreTrainedModel, config: PreTrainedConfig, stacks: list[Stack]
-) -> Iterator[PreTrainedConfig]:
+def _keeping_tables(base: PreTrainedModel, config: PreTrainedConfig, stacks: list[Stack]) -> Iterator[PreTrainedConfig]:
     """The config with the model's tables left as they were, if it changes any.
 
     Where head_dim is derived from the hidden size, a rotary table outside the layers is too, and would shrink with
@@ -320,9 +322,7 @@ def _keeping_tables(
         yield config
 
 
-def _checked(
-    model: PreTrainedModel, config: PreTrainedConfig, targets: Shapes, plan: PruningPlan
-) -> PreTrainedConfig:
+def _checked(model: PreTrainedModel, config: PreTrainedConfig, targets: Shapes, plan: PruningPlan) -> PreTrainedConfig:
     """The config that builds exactly the target shapes, if need be with one more field changed.
 
     That one is for widths that the layers do not see, such as that of an embedding with a projection of its own.

@@ -63,9 +63,7 @@ class LayerSolver:
     def __init__(self) -> None:
         self.found: dict[Any, tuple[list[Solution], Iterator[Solution]]] = {}
 
-    def solve(
-        self, layer: nn.Module, wanted: Shapes, cuts: list[Cut], attempt: int
-    ) -> Solution:
+    def solve(self, layer: nn.Module, wanted: Shapes, cuts: list[Cut], attempt: int) -> Solution:
         """The ``attempt``-th solution of a layer, or its last."""
         config = config_of(layer)
         config = config and global_config(config)
@@ -220,42 +218,52 @@ def _field_solutions(
     cut_dims = _changed(now, wanted)
     pins = _pins(layer, config, now, cut_dims)
     allowed: dict[tuple[str, int], bool] = {}
-    # Counts of the unit that no shape shows, such as the key-value heads of latent attention. They must matter to the
-    # blocks that are cut, and to no others: a layer may hold the same number for another reason.
-    silent: Overrides = {}
-    numbers = _numbers(layer)
-    blocks = tuple(path for cut in cuts if cut.inner for path in _owners(layer, cut))
-    for (name, value), counts in candidates(fields_of(config), cuts).items():
+    everything = candidates(fields_of(config), cuts)
+    for (name, value), counts in everything.items():
         built = _try(layer, {**pins, name: value})
         changed = cut_dims if built is None else _changed(now, shapes_of(built))
         # A value that is refused alone may make sense together with another.
         if changed and changed <= cut_dims:
             allowed[name, value] = counts
-        elif built is not None and counts and not changed:
-            moved = {path for path, _, _ in set(_numbers(built)) ^ set(numbers)}
-            if moved and all(path.startswith(blocks) for path in moved):
-                silent[name] = value
+    counting = [item for item, counts in everything.items() if counts]
     for fields in _subsets(allowed):
-        for more in ({}, silent) if silent else ({},):
-            built = _try(layer, pins | more | fields)
-            if built is not None and not _changed(wanted, shapes_of(built)):
-                yield pins, more | fields
+        built = _try(layer, pins | fields)
+        if built is not None and not _changed(wanted, shapes_of(built)):
+            yield pins, fields
+            if silent := _silent(layer, built, pins | fields, counting, cuts):
+                yield pins, fields | silent
     for fields in _compensated(fields_of(config), [cut for cut in cuts if not cut.inner]):
         built = _try(layer, pins | fields)
         if built is not None and not _changed(wanted, shapes_of(built)):
             yield pins, fields
 
 
+def _silent(
+    layer: nn.Module, built: nn.Module, fields: Overrides, counting: list[tuple[str, int]], cuts: list[Cut]
+) -> Overrides:
+    """Counts of the unit that no shape shows, such as the key-value heads of latent attention.
+
+    They must matter to the blocks that are cut, and to no others: a layer may hold the same number for another reason.
+    """
+    blocks = tuple(path for cut in cuts if cut.inner for path in _owners(layer, cut))
+    shapes, numbers = shapes_of(built), set(_numbers(built))
+    out: Overrides = {}
+    for name, value in counting:
+        other = _try(layer, fields | {name: value}) if name not in fields else None
+        if other is not None and shapes_of(other) == shapes:
+            moved = {path for path, _, _ in set(_numbers(other)) ^ numbers}
+            if moved and all(path.startswith(blocks) for path in moved):
+                out[name] = value
+    return out
+
+
 def _compensated(fields: Mapping[str, Any], cuts: list[Cut]) -> Iterator[Overrides]:
     """A field that shrinks with another that grows: an inner size stated as a multiple of the hidden size."""
-    for (name, value), counting in candidates(fields, cuts).items():
-        if not counting:
-            continue
-        for cut in cuts:
-            for other, factor in fields.items():
-                if isinstance(factor, int) and not isinstance(factor, bool) and factor * cut.size % cut.kept == 0:
-                    if other != name and factor > 0:
-                        yield {name: value, other: factor * cut.size // cut.kept}
+    widths = [item for item, counting in candidates(fields, cuts).items() if counting]
+    factors = [(name, f) for name, f in fields.items() if isinstance(f, int) and not isinstance(f, bool) and f > 0]
+    for (name, value), cut, (other, factor) in product(widths, cuts, factors):
+        if other != name and factor * cut.size % cut.kept == 0:
+            yield {name: value, other: factor * cut.size // cut.kept}
 
 
 def _changed(before: Shapes, after: Shapes) -> set[tuple[str, int]]:
