@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..axes import Dim, flag, tag, unify
+from ..axes import Dim, flag, freeze, tag, unify
 from . import Call, rule
 from .pointwise import broadcast
 
@@ -46,3 +46,14 @@ def matrix_times_vector(call: Call) -> None:
 def dot(call: Call) -> None:
     unify(call.dims("self")[0], call.dims("tensor" if "tensor" in call.args else "other")[0])
     call.set([])
+
+
+@rule("linalg_solve_triangular")
+def solve_triangular(call: Call) -> None:
+    """``A^-1 B``, or with ``left=False`` ``B A^-1``: the solved axis has an order, the others pass."""
+    *batch, rows, inner = call.dims("self")
+    *batch_right, left, right = call.dims("B")
+    for dim in (rows, inner, right if call["left"] is False else left):
+        freeze(dim, "solved in order")
+    merged = broadcast([batch, batch_right], max(len(batch), len(batch_right)))
+    call.set([*merged, left, right])
