@@ -10,7 +10,8 @@ from rich.table import Column, Table
 
 from .arguments import InspectArguments
 from .checkpoint import load, load_config, meta_model
-from .graph import CouplingGraph, Unit, trace
+from .errors import PrunerError
+from .graph import CouplingGraph, TraceError, Unit, trace
 from .graph.verify import PermutationReport, verify_units
 
 
@@ -22,7 +23,10 @@ def inspect(args: InspectArguments) -> None:
         graph = trace(model)
         reports = verify_units(model, graph)
     else:
-        graph = trace(meta_model(load_config(args.model, args.trust_remote_code), args.trust_remote_code))
+        try:
+            graph = trace(meta_model(load_config(args.model, args.trust_remote_code), args.trust_remote_code))
+        except TraceError as error:
+            raise PrunerError(f"{error}: add --verify, which reads them") from error
     if args.json:
         print(json.dumps(as_json(graph, reports), indent=1))
         return

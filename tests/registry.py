@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-LAYERS = 2
+LAYERS, MOST_LAYERS = 2, 4
 LARGEST = 8_000_000  # parameters of a model that counts as tiny
 
 
@@ -165,9 +165,8 @@ def small(default: dict[str, Any], model_type: str) -> dict[str, Any]:
         sorts: dict[str, int] = {}
         for i, sort in enumerate(zip(*per_layer.values(), strict=True)):
             sorts.setdefault(repr(sort), i)
-        chosen = sorted(
-            {*sorts.values(), 0, len(next(iter(per_layer.values()))) - 1} if len(sorts) < LAYERS else sorts.values()
-        )
+        last = len(next(iter(per_layer.values()))) - 1
+        chosen = sorted(sorts.values() if len(sorts) >= LAYERS else {0, last})[:MOST_LAYERS]
         fields |= {k: [v[i] for i in chosen] for k, v in per_layer.items()}
         fields["num_hidden_layers"] = len(chosen)
     for name, value in default.items():

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
-from ..graph import model_inputs, predicted
+from ..graph import context_length, model_inputs, predicted
 
 
 @dataclass
@@ -48,8 +48,8 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
     Raises:
         PrunerError: the model reads fewer tokens at once.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and tokens > longest:
+    longest = context_length(model)
+    if longest is not None and tokens > longest:
         raise PrunerError(
             f"windows of {tokens} tokens are too long: the model reads at most {longest}; give shorter ones"
         )

@@ -2,7 +2,7 @@
 
 from .constants import Constant, hook_selecting
 from .stacks import layer_lists
-from .tracer import TraceError, model_inputs, predicted, sources, traceable
+from .tracer import TraceError, context_length, model_inputs, predicted, sources, traceable
 from .units import KINDS, CouplingGraph, Unit, common_path, trace
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "TraceError",
     "Unit",
     "common_path",
+    "context_length",
     "hook_selecting",
     "layer_lists",
     "model_inputs",

@@ -243,6 +243,12 @@ def model_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]
     return {"input_ids": ids[:, :half], "decoder_input_ids": ids[:, half:]}
 
 
+def context_length(model: nn.Module) -> int | None:
+    """How many tokens the model reads at once, where its config says so."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
+    return longest if isinstance(longest, int) else None
+
+
 def predicted(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The ids among :func:`model_inputs` that the model's logits are about."""
     return inputs.get("decoder_input_ids", inputs["input_ids"])

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
-from ..graph import CouplingGraph, Unit
+from ..graph import CouplingGraph, Unit, context_length
 from .aggregate import AGGREGATIONS, Salience, Scores, aggregate, slices_of
 from .magnitude import magnitude
 from .taylor import VARIANTS, taylor
@@ -103,7 +103,7 @@ def checked(model: PreTrainedModel, calibration: torch.Tensor | None) -> torch.T
             f"calibration has token id {int(calibration.max())}, the model a vocabulary of {weight.shape[0]}: "
             "it was made with another tokenizer"
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and calibration.shape[1] > longest:
+    longest = context_length(model)
+    if longest is not None and calibration.shape[1] > longest:
         raise PrunerError(f"calibration samples have {calibration.shape[1]} tokens, the model reads at most {longest}")
     return calibration.to(weight.device)
