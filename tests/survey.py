@@ -107,7 +107,7 @@ def _prune(model: PreTrainedModel, graph: CouplingGraph, kind: str, out: Outcome
         return
     out.plain = not any(differs(config) for _, config in configs_in(pruned.config))
     exact = not any(graph.unit(name).flags for name in plan.units)
-    if exact and not (report := lp.verify(model, pruned, plan)).equivalent:
+    if (exact or kind == "hidden") and not (report := lp.verify(model, pruned, plan)).equivalent:
         out.failed = f"not mask-equivalent: {report.relative:.1e}"
     else:
         out.failed = _after_reloading(model, pruned, plan, exact)

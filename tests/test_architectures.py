@@ -88,6 +88,93 @@ def test_alibi_heads_keep_their_own_slopes(family, tmp_path):
         assert relative_difference(reloaded(twice, tmp_path / "twice")(ids).logits, twice(ids).logits) < 1e-6
 
 
+@pytest.mark.parametrize("heads", (3, 5, 7))
+def test_alibi_of_any_number_of_heads(heads):
+    model = made("mpt", d_model=8 * heads, n_heads=heads, n_layers=2, max_seq_len=64, expansion_ratio=2)
+    units = lp.trace(model).of_kind("heads")
+    assert [u.size for u in units] == [heads, heads]
+    assert all(check_permutation(model, u).passed for u in units)
+
+
+def test_a_constant_that_is_cut_in_pieces_stays_frozen():
+    model = made("bloom", hidden_size=96, n_layer=2, n_head=12, slow_but_exact=True, pretraining_tp=2)
+    graph = lp.trace(model)
+    assert not graph.of_kind("heads")
+    assert {u.frozen for u in graph.frozen if u.kind == "heads"} == {"combined with a constant"}
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_tracing_leaves_no_trace():
+    """Rotary embeddings of dynamic length note the longest input on themselves."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = made("llama", **SMALL, max_position_embeddings=16, rope_parameters=rope)
+    ids = tokens(length=24)
+    with torch.no_grad():
+        before = model(ids).logits
+        graph = lp.trace(model)
+        assert torch.equal(model(ids).logits, before)
+    plan, pruned = pruned_by(model)
+    assert lp.verify(model, pruned, plan).equivalent
+    assert all(check_permutation(model, u).passed for u in graph.of_kind("heads", "neurons"))
+
+
+def test_experts_without_a_prunable_router_run_too():
+    for kinds in (["neurons"], ["hidden"]):
+        _, pruned = pruned_by(tiny_model("phimoe"), 0.34, kinds=kinds)
+        with torch.no_grad():
+            assert pruned(tokens()).logits.isfinite().all()
+
+
+HIDDEN = [
+    ("gemma", SMALL | {"head_dim": 8}),
+    ("gemma3_text", SMALL | {"head_dim": 8, "num_key_value_heads": 2}),
+    ("olmo", SMALL),
+    ("pegasus", {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "scale_embedding": True}),
+    ("t5", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "tie_word_embeddings": True}),
+]
+
+
+@pytest.mark.parametrize("family, fields", HIDDEN, ids=[family for family, _ in HIDDEN])
+def test_factors_made_of_the_hidden_size_stay(family, fields, tmp_path):
+    if family == "pegasus":
+        fields = fields | {f"{s}_attention_heads": 4 for s in ("encoder", "decoder")}
+        fields |= {f"{s}_ffn_dim": 48 for s in ("encoder", "decoder")}
+    seq2seq = family in ("pegasus", "t5")
+    model = made(family, seq2seq=seq2seq, **fields)
+    plan, pruned = pruned_by(model, kinds=["hidden"])
+    assert lp.verify(model, pruned, plan).equivalent
+    assert lp.verify(model, reloaded(pruned, tmp_path / "m"), plan).equivalent
+
+
+def test_a_factor_that_no_config_keeps_is_refused():
+    with pytest.raises(lp.PrunerError, match="computes something from the hidden size"):
+        pruned_by(tiny_model("minicpm3"), kinds=["hidden"])
+
+
+@pytest.mark.parametrize("ratio", (0.25, 0.5, 0.75))
+def test_a_second_cut_of_falcon_is_right_or_refused(ratio):
+    fields = {"hidden_size": 48, "num_attention_heads": 4, "num_kv_heads": 2, "num_hidden_layers": 2}
+    model = made("falcon", **fields, new_decoder_architecture=True)
+    try:
+        _, once = pruned_by(model, ratio, kinds=["hidden"])
+        plan, twice = pruned_by(once, 0.5, kinds=["hidden"])
+    except lp.PrunerError:
+        return
+    assert lp.verify(once, twice, plan).equivalent
+
+
+def test_self_and_cross_attention_may_lose_different_heads():
+    fields = {"d_model": 40, "num_heads": 6, "d_kv": 8, "d_ff": 30, "num_layers": 2, "num_decoder_layers": 2}
+    model = made("t5", seq2seq=True, **fields)
+    graph = lp.trace(model)
+    for name, kept in (("decoder.block.heads.0", 3), ("decoder.block.heads.1", 2)):
+        plan = PruningPlan()
+        plan.keep(graph.unit(name), torch.arange(kept), graph.shapes)
+        assert lp.verify(model, lp.apply(model, plan), plan).equivalent
+
+
 SEQ2SEQ = ("bart:seq2seq", "t5:seq2seq", "mbart:seq2seq", "t5gemma:seq2seq")
 
 

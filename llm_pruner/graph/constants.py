@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .axes import Atom, Dim, find, flatten, leaves
+from .axes import Atom, Dim, find, flatten, freeze, leaves
 from .rules import Traced
 from .stacks import layer_lists
 
@@ -122,7 +122,11 @@ def _renewable(atom: Atom) -> bool:
     the halves of rotary tables do."""
     parts = leaves([atom])
     in_line = atom.concatenated or not atom.parts
-    return in_line and sum(part.size for part in parts) == atom.size and all(part.frozen for part in parts)
+    return (
+        in_line
+        and sum(part.size for part in parts) == atom.size
+        and all(part.frozen for part in parts if part.size > 1)
+    )
 
 
 def by_leaf(constants: Iterable[tuple[Atom, Constant]]) -> dict[int, list[Constant]]:
@@ -131,6 +135,9 @@ def by_leaf(constants: Iterable[tuple[Atom, Constant]]) -> dict[int, list[Consta
     for atom, constant in constants:
         factors = flatten([atom])
         for i, factor in enumerate(factors):
+            if factor.parts:  # in pieces by now, each of which would need a part of its own
+                freeze([factor], COMBINED)
+                continue
             inner = constant.inner * prod(f.size for f in factors[i + 1 :])
             one = Constant(constant.layer, constant.argument, constant.dim, factor.size, inner)
             out.setdefault(id(find(factor)), []).append(one)

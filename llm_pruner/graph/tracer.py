@@ -8,7 +8,7 @@ of :mod:`llm_pruner.graph.rules` couple them; :mod:`llm_pruner.graph.units` read
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -176,10 +176,30 @@ def module_names(model: nn.Module, tracer: Tracer) -> Iterator[None]:
         yield
 
 
+def _remembered(model: nn.Module) -> Callable[[], None]:
+    """What puts every attribute and buffer of a model back as it is now.
+
+    Some models note on their modules what they have seen: rotary embeddings of dynamic length keep the longest.
+    """
+    slots = ("__dict__", "_buffers")
+    saved = [
+        (vars(module) if slot == "__dict__" else vars(module)[slot]) for module in model.modules() for slot in slots
+    ]
+    copies = [dict(values) for values in saved]
+
+    def restore() -> None:
+        for values, before in zip(saved, copies, strict=True):
+            values.clear()
+            values.update(before)
+
+    return restore
+
+
 @contextmanager
 def _quiet(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Everything that tracing needs around the model."""
     with ExitStack() as stack:
+        stack.callback(_remembered(model))
         for context in (
             torch.no_grad(),
             traceable(model),

@@ -33,7 +33,7 @@ class Unit:
         frozen: why it must not be pruned, None where it may be.
         minimum: the fewest indices it can keep (experts: as many as a token is sent to).
         multiple: what the number of kept indices must be a multiple of (8 inside stacked experts, whose kernels
-            want rows of 16 bytes).
+            want rows of 16 bytes, and in the shared experts beside them).
         constants: what every call of a layer is given of it, beside weights: ALiBi slopes.
     """
 
@@ -141,25 +141,30 @@ def trace(model: nn.Module) -> CouplingGraph:
     """
     tracer, dims = run(model)
     shapes = {name: tuple(t.shape) for name, t in sources(model).items()}
-    found = _occurrences(dims)
     constants = tracer.constants_by_leaf()
+    found = _occurrences(dims)
     layer_of = Layers(list(layer_lists(model)))
     units = [_unit(atom, where, layer_of, found, constants.get(id(atom), [])) for atom, where in found]
     for unit in units:
         if unit.frozen is None and tracer.idle.issuperset(unit.parameters):
             unit.frozen = "the output does not depend on it"
     units += _layer_units(model, shapes)
-    stacked = {
-        name for u in units if u.kind == "experts" for name, dim in u.dims if dim == 0 and len(shapes[name]) == 3
-    }
+    stacked = {n for n, s in shapes.items() if len(s) == 3 and not isinstance(_owner(model, n), nn.Conv1d)}
+    routed = {u.layer for u in units if u.kind == "neurons" and any(name in stacked for name, _ in u.dims)}
     for unit in units:
-        if unit.size % 8 == 0 and any(name in stacked and dim > 0 for name, dim in unit.dims):
+        inside = any(name in stacked and dim > 0 for name, dim in unit.dims)
+        # Shared experts too: their width is often the same field of the config.
+        if unit.size % 8 == 0 and (inside or (unit.kind == "neurons" and unit.layer in routed)):
             unit.multiple = 8
     _name(units)
     units.sort(key=lambda u: (u.layer is None, u.layer or 0, KINDS.index(u.kind)))
     free = [unit for unit in units if unit.frozen is None]
     frozen = [unit for unit in units if unit.frozen is not None]
     return CouplingGraph(free, frozen, tracer.unknown, shapes, tracer.device.type == "meta")
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 Occurrence = tuple[Atom, dict[tuple[str, int], torch.Tensor]]

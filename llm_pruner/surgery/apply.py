@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from ..graph import CouplingGraph, TraceError, model_inputs, sources, trace, tra
 from ..graph.verify import random_tokens, relative_difference
 from ..selection import PruningPlan
 from . import config_solver
+from .norms import kept_norms
 from .slicing import check_fits, cut, masked, renamed
 
 
@@ -35,18 +37,23 @@ def apply(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     unknown = [name for name in plan.units if name not in known]
     if unknown:
         raise PrunerError(f"the plan was made for another model: it has no unit {unknown[0]}")
-    problem = ""
+    problems: list[str] = []
     for config in config_solver.solve(model, plan, graph):
         try:
             # Looked at on the meta device, before any weight is copied, unless the model needs them to run.
-            pruned = None if graph.on_meta else _fill(model, plan, config)
-            rebuilt = pruned or config_solver.skeleton(type(model), config)
+            rebuilt = config_solver.skeleton(type(model), config) if graph.on_meta else _fill(model, plan, config)
             problem = _wrong_axis(rebuilt, graph, plan) or _broken_cache(rebuilt, model)
         except TraceError as error:
             problem = str(error)
         if not problem:
-            return pruned or _fill(model, plan, config)
-    raise PrunerError(f"no config of {type(model.config).__name__} carries the plan: {problem}")
+            pruned = _fill(model, plan, config) if graph.on_meta else rebuilt
+            problem = _wrong_factor(model, pruned, plan)
+            if not problem:
+                return pruned
+            if problem in problems:  # no other config will do better
+                break
+        problems.append(problem)
+    raise PrunerError(f"no config of {type(model.config).__name__} carries the plan: {problems[0]}")
 
 
 def _wrong_axis(rebuilt: PreTrainedModel, original: CouplingGraph, plan: PruningPlan) -> str:
@@ -56,6 +63,22 @@ def _wrong_axis(rebuilt: PreTrainedModel, original: CouplingGraph, plan: Pruning
         if sizes != expected[key]:
             return f"{key[0]} has axes {sizes} in dim {key[1]} of the rebuilt model instead of {expected[key]}"
     return ""
+
+
+def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan) -> str:
+    """Whether something beside widths has changed with the hidden size: some models make factors of it.
+
+    No shape shows that, so the two models are compared, if there are weights to do so.
+    """
+    kinds = {choice.kind for choice in plan.units.values()}
+    if "hidden" not in kinds or not kinds <= {"hidden", "heads", "query_heads", "neurons", "layers"}:
+        return ""
+    if any(tensor.device.type == "meta" for tensor in sources(model).values()):
+        return ""
+    report = verify(model, pruned, plan, tolerance=1e-3)
+    if report.equivalent:
+        return ""
+    return f"it computes something from the hidden size that must not change (logits are off by {report.relative:.1e})"
 
 
 def _broken_cache(rebuilt: PreTrainedModel, original: PreTrainedModel) -> str:
@@ -149,7 +172,8 @@ def verify(
 ) -> EquivalenceReport:
     """Mask equivalence: do the pruned model's logits equal the original's with the removed slices zeroed?
 
-    Holds for units without flags. The two differ in the order in which sums are taken, which a badly
+    Holds for units without flags, and for hidden channels, for which norms are made to look at the kept channels
+    only. The two differ in the order in which sums are taken, which a badly
     damaged model can amplify beyond any tolerance; where they do, they are compared again in float64, one model
     at a time, which tells rounding from a mistake.
 
@@ -177,9 +201,13 @@ def _compare(
     dtype: torch.dtype,
     tolerance: float,
 ) -> EquivalenceReport:
-    expected = _logits(
-        model, ids, dtype, lambda name, tensor: masked(name, tensor, plan) if name in plan.kept else tensor
-    )
+    with ExitStack() as stack:
+        if any(choice.kind == "hidden" for choice in plan.units.values()):
+            for mode in kept_norms(trace(model), plan):
+                stack.enter_context(mode)
+        expected = _logits(
+            model, ids, dtype, lambda name, tensor: masked(name, tensor, plan) if name in plan.kept else tensor
+        )
     found = _logits(pruned, ids, dtype, lambda _, tensor: tensor)
     difference = (found - expected).abs().max().item()
     return EquivalenceReport(difference, relative_difference(found, expected), tolerance, dtype)

@@ -27,6 +27,7 @@ from .heterogeneous import (
     SUBMODULES,
     Overrides,
     config_of,
+    constructor_arguments,
     fields_of,
     overrides_of,
     record_constructors,
@@ -84,6 +85,7 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
     jobs = [(stack, job) for stack in stacks for job in _jobs(base, stack, targets, plan, graph, known)]
     solver = LayerSolver()
     problem: PrunerError | None = None
+    fits = False
     for attempt in range(MAX_ATTEMPTS):
         solved = {
             (stack.path, i): solver.solve(layer, wanted, cuts, attempt) for stack, (i, layer, wanted, cuts) in jobs
@@ -102,9 +104,10 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
             except PrunerError as error:  # another may fit
                 problem = problem or error
                 continue
-            yield from _keeping_tables(base, found, stacks)
+            fits = True
+            yield from _keeping_constants(base, found, stacks)
             yield found
-    if problem:
+    if problem and not fits:
         raise problem
 
 
@@ -297,29 +300,46 @@ def _cut_constants(config: PreTrainedConfig, stacks: list[Stack], plan: PruningP
         known.setdefault(stack.inside(int(path.split(".")[-2])), []).append(entry)
 
 
-def _keeping_tables(base: PreTrainedModel, config: PreTrainedConfig, stacks: list[Stack]) -> Iterator[PreTrainedConfig]:
-    """The config with the model's tables left as they were, if it changes any.
+def _keeping_constants(
+    base: PreTrainedModel, config: PreTrainedConfig, stacks: list[Stack]
+) -> Iterator[PreTrainedConfig]:
+    """The config with the constants outside the layers left as they were, if it changes any.
 
-    Where head_dim is derived from the hidden size, a rotary table outside the layers is too, and would shrink with
-    the hidden channels although no head does.
+    With the hidden size, a config also changes what is derived from it: rotary tables where it gives head_dim, the
+    factor on embeddings (Gemma, Pegasus) and on logits (T5). Whole numbers are restored first, too, since T5's factor
+    is made of one; where such a number is a width after all, the model does not run and the next config is tried.
     """
-    blocks: dict[str, Recipe] = {}
-    scope: Stack | None = None
-    for path, module in skeleton(type(base), config).named_modules():
-        mine = next((s for s in stacks if _holds(s.scope, path)), None)
-        new, old = config_of(module), config_of(base.get_submodule(path))
-        if mine is None or new is None or old is None or any(_holds(s.path, path) for s in stacks):
-            continue
-        before = {n: b.shape for n, b in base.get_submodule(path).named_buffers(recurse=False)}
-        if before != {n: b.shape for n, b in module.named_buffers(recurse=False)}:
-            values = {n: v for n, v in vars(old).items() if isinstance(v, int) and vars(new).get(n) != v}
-            scope = mine
-            blocks[path.removeprefix(f"{mine.scope}." if mine.scope else "")] = {"values": values, "shapes": {}}
-    if scope is not None:
-        config = copy.deepcopy(config)
-        part = dict(configs_in(config))[scope.config]
-        setattr(part, SUBMODULES, overrides_of(part) | blocks)
-        yield config
+    for numbers in ((int, float), (float,)):
+        blocks: dict[tuple[str, ...], dict[str, Recipe]] = {}
+        for path, module in skeleton(type(base), config).named_modules():
+            stack = next((s for s in stacks if path == s.scope or _holds(s.scope, path)), None)
+            if stack is None or any(_holds(s.path, path) for s in stacks):
+                continue
+            if recipe := _restoring(base.get_submodule(path), module, numbers):
+                inner = path.removeprefix(stack.scope).removeprefix(".")
+                blocks.setdefault(stack.config, {})[inner] = recipe
+        if blocks:
+            out = copy.deepcopy(config)
+            for where, part in configs_in(out):
+                if where in blocks:
+                    setattr(part, SUBMODULES, overrides_of(part) | blocks[where])
+            yield out
+
+
+def _restoring(old: nn.Module, new: nn.Module, numbers: tuple[type, ...]) -> Recipe | None:
+    """What puts the constants of a module back, None where they have not changed."""
+
+    def changed(before: dict[str, Any], after: dict[str, Any], types: tuple[type, ...]) -> dict[str, Any]:
+        return {n: v for n, v in before.items() if type(v) in types and after.get(n) != v}
+
+    if isinstance(new, PreTrainedModel):
+        attributes = changed(vars(old), vars(new), numbers)
+        return {"values": {}, "shapes": {}, "attributes": attributes} if attributes else None
+    values = changed(constructor_arguments(old) or {}, constructor_arguments(new) or {}, (float,))
+    before, after = ({n: b.shape for n, b in m.named_buffers(recurse=False)} for m in (old, new))
+    if before != after and config_of(new) is not None:
+        values |= changed(vars(config_of(old)), vars(config_of(new)), (int,))
+    return {"values": values, "shapes": {}} if values else None
 
 
 def _checked(model: PreTrainedModel, config: PreTrainedConfig, targets: Shapes, plan: PruningPlan) -> PreTrainedConfig:

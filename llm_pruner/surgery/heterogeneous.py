@@ -12,7 +12,8 @@ no config has fewer heads; BART has two stacks of layers and one config. For tho
     {"h.3.attn": {"values": {"n_embd": 512, "n_head": 8}, "shapes": {"c_attn.weight": [768, 1536], ...}}}
 
 that is, build that one block as if the model were narrower (which sets its head count, split sizes and scales
-right), then give its leaves that face the hidden size the shapes stated. Paths begin at the smallest model inside
+right), then give its leaves that face the hidden size the shapes stated. ``attributes``, if any, are set on the block
+as it is: factors that must not change with the hidden size. Paths begin at the smallest model inside
 the model that holds every stack of layers built from this config.
 
 And some heads carry a constant that the model computes for all of them, ALiBi's slopes. It goes on doing so, and
@@ -235,10 +236,15 @@ def _rebuild_layers(model: PreTrainedModel) -> None:
             block = model.get_submodule(path)
         except AttributeError:  # the path begins at another model, around this one or inside it
             continue
-        block = rebuilt(block, overrides[path]["values"])
-        for name, shape in overrides[path]["shapes"].items():
-            _resize(block, name, tuple(shape))
-        model.set_submodule(path, block)
+        recipe = overrides[path]
+        if recipe["values"] or recipe["shapes"]:
+            block = rebuilt(block, recipe["values"])
+            for name, shape in recipe["shapes"].items():
+                _resize(block, name, tuple(shape))
+            model.set_submodule(path, block)
+        for name, value in recipe.get("attributes", {}).items():
+            if hasattr(block, name):
+                setattr(block, name, value)
     for path, entries in (getattr(config, CONSTANTS, None) or {}).items():
         try:
             layer = model.get_submodule(path)

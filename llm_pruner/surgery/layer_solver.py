@@ -99,6 +99,8 @@ def _solutions(
                 continue
             for pins, fields in _field_solutions(layer, config, {n: now[n] for n in rest}, rest, cuts):
                 old = _said_again(layer, config, special, pins, fields)
+                if old is None:
+                    continue
                 for blocks in product(*options):
                     recipes = [
                         {**block, "values": old[path] | block["values"]}
@@ -113,17 +115,20 @@ def _inside(name: str, path: str) -> bool:
 
 def _said_again(
     layer: nn.Module, config: PreTrainedConfig | None, blocks: tuple[str, ...], pins: Overrides, fields: Overrides
-) -> dict[str, Overrides]:
+) -> dict[str, Overrides] | None:
     """A block sees the layer as changed: its config, and the numbers that the layer gives it. What it needs is the
-    old values, said again."""
+    old values, said again. None where the changed layer has no such block."""
     if not fields:
         return {path: {} for path in blocks}
     changed = _try(layer, pins | fields)
     assert changed is not None and config is not None
     old = {field: fields_of(config)[field] for field in fields}
     out = {}
+    there = dict(changed.named_modules())
     for path in blocks:
-        now = numbers_of(changed.get_submodule(path))
+        if path not in there:
+            return None
+        now = numbers_of(there[path])
         out[path] = old | {n: v for n, v in numbers_of(layer.get_submodule(path)).items() if now.get(n) != v}
     return out
 
@@ -154,12 +159,22 @@ def _owners(layer: nn.Module, cut: Cut) -> list[str]:
         return bool(config_of(block) or numbers_of(block))
 
     if not cut.inner:
-        touched = {name.partition(".")[0] for name, _ in cut.dims}
-        return [name for name, child in layer.named_children() if name in touched and counts(child)]
+        children = dict(_children(layer))
+        touched = [path for path in children if any(_inside(name, path) for name, _ in cut.dims)]
+        return [path for path in touched if counts(children[path])]
     path = common_path(name for name, _ in cut.dims)
     while path and not counts(layer.get_submodule(path)):
         path = path.rpartition(".")[0]
     return [path] if path or numbers_of(layer) else []
+
+
+def _children(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The blocks of a layer, with those in its lists."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from _children(child, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", child
 
 
 def candidates(fields: Mapping[str, Any], cuts: list[Cut]) -> dict[tuple[str, int], bool]:
@@ -260,7 +275,8 @@ def _silent(
 def _compensated(fields: Mapping[str, Any], cuts: list[Cut]) -> Iterator[Overrides]:
     """A field that shrinks with another that grows: an inner size stated as a multiple of the hidden size."""
     widths = [item for item, counting in candidates(fields, cuts).items() if counting]
-    factors = [(name, f) for name, f in fields.items() if isinstance(f, int) and not isinstance(f, bool) and f > 0]
+    numbers = [(name, f) for name, f in fields.items() if isinstance(f, int) and not isinstance(f, bool)]
+    factors = [(name, f) for name, f in numbers if f > 0 and not NO_WIDTH.search(name)]
     for (name, value), cut, (other, factor) in product(widths, cuts, factors):
         if other != name and factor * cut.size % cut.kept == 0:
             yield {name: value, other: factor * cut.size // cut.kept}
@@ -308,7 +324,7 @@ def _block_recipes(layer: nn.Module, path: str, wanted: Shapes, cuts: list[Cut])
     fields = fields_of(config_of(block)) | numbers_of(block)
     prefix = f"{path}." if path else ""
     target = {n.removeprefix(prefix): s for n, s in wanted.items() if _inside(n, path)}
-    mine = [c for c in cuts if c.inner and any(_inside(n, path) for n, _ in c.dims)]
+    mine = [c for c in cuts if all(_inside(n, path) for n, _ in c.dims)]
     inner = {(n.removeprefix(prefix), d) for c in mine for n, d in c.dims if _inside(n, path)}
 
     def fits(values: Overrides) -> bool:

@@ -135,10 +135,10 @@ def slice_(call: Call) -> None:
         dims[axis] = split_concat(dim, [start, kept, size - start - kept])[1]
     elif source.role != "constant" and size % step == 0 and kept * step == size and start < step:
         dims[axis], lane = reshape([dim], (kept, step))
-        freeze(lane, f"every {step}th index is taken")
+        freeze(lane, f"one in {step} of its indices is taken")
     else:
-        freeze(dim, f"every {step}th index is taken")
-        dims[axis] = fresh(kept, f"every {step}th index is taken")
+        freeze(dim, f"one in {step} of its indices is taken")
+        dims[axis] = fresh(kept, f"one in {step} of its indices is taken")
     call.set(dims, index_of=source.index_of)
 
 
