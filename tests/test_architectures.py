@@ -109,7 +109,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 def test_tracing_leaves_no_trace():
     """Rotary embeddings of dynamic length note the longest input on themselves."""
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    model = made("llama", **SMALL, max_position_embeddings=16, rope_parameters=rope)
+    model = made("llama", **SMALL, max_position_embeddings=20, rope_parameters=rope)
     ids = tokens(length=24)
     with torch.no_grad():
         before = model(ids).logits
@@ -128,7 +128,7 @@ def test_experts_without_a_prunable_router_run_too():
 
 
 HIDDEN = [
-    ("gemma", SMALL | {"head_dim": 8}),
+    ("gemma", SMALL | {"head_dim": 8, "num_key_value_heads": 4}),
     ("gemma3_text", SMALL | {"head_dim": 8, "num_key_value_heads": 2}),
     ("olmo", SMALL),
     ("pegasus", {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "scale_embedding": True}),
