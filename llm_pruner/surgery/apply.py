@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,9 @@ def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: Pruning
         return ""
     if any(tensor.device.type == "meta" for tensor in sources(model).values()):
         return ""
-    report = verify(model, pruned, plan, tolerance=1e-3)
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    ids = random_tokens(pruned, rows=2, tokens=16)
+    report = _compare(model, pruned, plan, ids, model.dtype, tolerance=0.05 if half else 0.01)
     if report.equivalent:
         return ""
     return f"it computes something from the hidden size that must not change (logits are off by {report.relative:.1e})"
@@ -189,7 +191,8 @@ def verify(
     ids = random_tokens(pruned, rows=2, tokens=16, seed=seed) if tokens is None else tokens
     report = _compare(model, pruned, plan, ids, model.dtype, tolerance)
     if not report.equivalent and model.dtype is not torch.float64:
-        report = _compare(model, pruned, plan, ids, torch.float64, tolerance)
+        with suppress(RuntimeError):  # some models insist on float32 somewhere
+            report = _compare(model, pruned, plan, ids, torch.float64, tolerance)
     return report
 
 
