@@ -16,7 +16,7 @@ test: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-# Asks every architecture that transformers knows; about five minutes.
+# Asks every architecture that transformers knows; some minutes.
 supported-models: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/survey.py
 

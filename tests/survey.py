@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -238,16 +239,20 @@ def _short(text: str) -> str:
     return (text if len(text) <= 160 else text[:157] + "...").replace("|", "/").replace("<", "&lt;")
 
 
-def main() -> None:
+def _quiet() -> None:
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def main() -> None:
     rows = []
-    for name in sys.argv[1:] or model_types():
-        rows.append(survey(name))
-        row = rows[-1]
-        state = row.unbuilt or row.refused or " ".join(k for k, o in row.kinds.items() if o.works)
-        print(f"{name}: {_short(state)}", flush=True)
+    with ProcessPoolExecutor(initializer=_quiet) as pool:
+        for row in pool.map(survey, sys.argv[1:] or model_types()):
+            rows.append(row)
+            state = row.unbuilt or row.refused or " ".join(k for k, o in row.kinds.items() if o.works)
+            print(f"{row.name}: {_short(state)}", flush=True)
     if not sys.argv[1:]:
         TARGET.write_text(page(rows), encoding="utf-8")
 

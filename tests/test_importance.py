@@ -189,3 +189,72 @@ def test_unknown_names_list_the_known(bad):
     model = build("llama")
     with pytest.raises(lp.PrunerError, match="choose from"):
         lp.score(model, lp.trace(model), tokens(), **bad)
+
+
+def inputs_of(model, module, ids):
+    """What a module reads, by a hook of its own: [tokens, features]."""
+    seen = []
+    handle = model.get_submodule(module).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    return torch.cat(seen).flatten(0, -2).double()
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "opt"))
+def test_reading_criteria_follow_their_formulas(family):
+    names = {
+        "llama": ("model.layers.1.mlp", "down_proj", "model.layers.1.mlp.neurons"),
+        "gpt2": ("transformer.h.1.mlp", "c_proj", "transformer.h.1.mlp.neurons"),
+        "opt": ("model.decoder.layers.1", "fc2", "model.decoder.layers.1.neurons"),
+    }
+    path, reader, unit = names[family]
+    model, ids = build(family), tokens(6, 16)
+    x = inputs_of(model, f"{path}.{reader}", ids)
+    weight = model.get_submodule(f"{path}.{reader}").weight.detach().double()
+    weight = weight.T if family == "gpt2" else weight  # [out, in]
+    expected = {
+        "activation": x.abs().mean(0),
+        "wanda": (weight.abs() * x.norm(dim=0)).sum(0),
+        "flap": x.var(0, unbiased=False) * weight.norm(dim=0) ** 2,
+    }
+    graph = lp.trace(model)
+    for criterion, values in expected.items():
+        found = lp.score(model, graph, ids, criterion, kinds=["neurons"]).values[unit]
+        assert torch.allclose(found, values, rtol=1e-5), criterion
+
+
+def test_heads_are_read_by_the_output_projection():
+    model, ids = build("llama_grouped"), tokens(6, 16)
+    x = inputs_of(model, "model.layers.0.self_attn.o_proj", ids)
+    weight = model.model.layers[0].self_attn.o_proj.weight.detach().double()
+    channels = (weight.abs() * x.norm(dim=0)).sum(0)
+    found = lp.score(model, lp.trace(model), ids, "wanda", kinds=["heads"]).values["model.layers.0.self_attn.heads"]
+    assert torch.allclose(found, channels.view(2, -1).sum(1), rtol=1e-5)  # two groups of two query heads
+
+
+def test_experts_add_up_what_each_reads():
+    model, ids = build("mixtral"), tokens(6, 16)
+    stack = model.model.layers[0].mlp.experts
+    total = torch.zeros(48, dtype=torch.float64)
+    count = 0
+    with torch.no_grad():
+        hidden = []
+        handle = stack.register_forward_pre_hook(lambda _, args: hidden.append(args))
+        model(ids)
+        handle.remove()
+        x, chosen, _ = hidden[0]
+        for token, experts in zip(x, chosen):
+            for expert in experts:
+                gate, up = (stack.gate_up_proj[expert] @ token).chunk(2)
+                total += (torch.nn.functional.silu(gate) * up).abs().double()
+                count += 1
+    found = lp.score(model, lp.trace(model), ids, "activation", kinds=["neurons"])
+    assert torch.allclose(found.values["model.layers.0.mlp.experts.neurons"], total / count, rtol=1e-4)
+
+
+def test_criteria_that_read_say_nothing_of_layers():
+    model = build("llama")
+    with pytest.raises(lp.PrunerError, match="says nothing of"):
+        lp.score(model, lp.trace(model), tokens(), "wanda", kinds=["layers"])
+    assert "model.layers.layers" not in lp.score(model, lp.trace(model), tokens(), "wanda").values

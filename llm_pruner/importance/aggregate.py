@@ -54,17 +54,18 @@ def slices_of(units: Iterable[Unit], ranks: Mapping[str, int]) -> dict[str, list
 
 
 def aggregate(unit: Unit, salience: Salience, ranks: Mapping[str, int], aggregation: str) -> torch.Tensor:
-    """Scores ``[unit.size]`` from the per-channel numbers of the unit's slices.
+    """Scores ``[unit.size]`` from the per-channel numbers of the unit's slices, of those that have some.
 
     Where slices have different widths (a key-value group has more query than key channels), the query heads
     of a group are summed onto it, channel by channel.
     """
+    known = [key for key in scored_slices(unit, ranks) if key in salience]
     if unit.kind == "layers":  # every slice belongs to one index: there is nothing to aggregate over
         out = torch.zeros(unit.size, dtype=torch.float64)
-        for key in scored_slices(unit, ranks):
+        for key in known:
             out.index_add_(0, unit.dims[key], salience[key].double())
         return out
-    slices = [salience[key].double()[unit.positions(*key)] for key in scored_slices(unit, ranks)]
+    slices = [salience[key].double()[unit.positions(*key)] for key in known]
     width = min(s.shape[1] for s in slices)
     if any(s.shape[1] % width for s in slices):
         width = 1

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import PrunerError
 from ..graph import CouplingGraph, Unit, context_length
+from .activation import activation
 from .aggregate import AGGREGATIONS, Salience, Scores, aggregate, slices_of
 from .magnitude import magnitude
 from .taylor import VARIANTS, taylor
@@ -32,8 +33,12 @@ CRITERIA: dict[str, Callable[[Request], Salience] | None] = {
     "l1": lambda r: magnitude(r.model, r.slices, power=1),
     "l2": lambda r: magnitude(r.model, r.slices, power=2),
     "taylor": lambda r: taylor(r.model, r.slices, checked(r.model, r.calibration), r.taylor),
+    "activation": lambda r: activation(r.model, r.slices, checked(r.model, r.calibration), "activation"),
+    "wanda": lambda r: activation(r.model, r.slices, checked(r.model, r.calibration), "wanda"),
+    "flap": lambda r: activation(r.model, r.slices, checked(r.model, r.calibration), "flap"),
 }
-NEED_CALIBRATION = ("taylor",)
+READING = ("activation", "wanda", "flap")  # know only the slices that read a unit
+NEED_CALIBRATION = ("taylor", *READING)
 
 
 def score(
@@ -50,8 +55,9 @@ def score(
 
     Args:
         model: the model that ``graph`` was traced from, with real weights. It is not changed.
-        calibration: LongTensor ``[samples, tokens]`` of token ids; only the taylor criterion reads it.
-        criterion: ``random``, ``l1``, ``l2`` or ``taylor``.
+        calibration: LongTensor ``[samples, tokens]`` of token ids; ``random``, ``l1`` and ``l2`` do without.
+        criterion: ``random``, ``l1``, ``l2``, ``taylor`` (:mod:`llm_pruner.importance.taylor`), or one that needs
+            forward passes only: ``activation``, ``wanda`` or ``flap`` (:mod:`llm_pruner.importance.activation`).
         taylor: ``vectorize``, ``param_first``, ``param_second`` or ``param_mix``; see
             :mod:`llm_pruner.importance.taylor`.
         aggregation: over the slices of a group: ``sum``, ``mean``, ``max``, ``prod``, ``first`` or ``last``.
@@ -79,6 +85,11 @@ def score(
         settings["taylor"] = taylor
     ranks = {name: parameter.ndim for name, parameter in model.named_parameters()}
     salience = compute(Request(model, slices_of(units, ranks), calibration, taylor))
+    if criterion in READING:  # whole layers, and experts, are not read by any weight
+        unread = [u for u in units if not any(key in salience for key in u.dims)]
+        if unread and (kinds is not None or len(unread) == len(units)):
+            raise PrunerError(f"{criterion} says nothing of {unread[0].name}: no weight reads it; use taylor")
+        units = [u for u in units if u not in unread]
     values = {unit.name: aggregate(unit, salience, ranks, aggregation) for unit in units}
     for name, scored in values.items():
         if not torch.isfinite(scored).all():

@@ -105,7 +105,8 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
                 problem = problem or error
                 continue
             fits = True
-            yield from _keeping_constants(base, found, stacks)
+            if any(choice.kind == "hidden" for choice in plan.units.values()):
+                yield from _keeping_constants(base, found, stacks)
             yield found
     if problem and not fits:
         raise problem
@@ -303,21 +304,26 @@ def _cut_constants(config: PreTrainedConfig, stacks: list[Stack], plan: PruningP
 def _keeping_constants(
     base: PreTrainedModel, config: PreTrainedConfig, stacks: list[Stack]
 ) -> Iterator[PreTrainedConfig]:
-    """The config with the constants outside the layers left as they were, if it changes any.
+    """The config with constants left as they were, if it changes any.
 
     With the hidden size, a config also changes what is derived from it: rotary tables where it gives head_dim, the
-    factor on embeddings (Gemma, Pegasus) and on logits (T5). Whole numbers are restored first, too, since T5's factor
-    is made of one; where such a number is a width after all, the model does not run and the next config is tried.
+    factor on embeddings (Gemma, Pegasus), on logits (T5), inside attention (LongCat). Whole numbers are restored
+    first, too, since T5's factor is made of one; where such a number is a width after all, the model does not run and
+    the next config is tried.
     """
     for numbers in ((int, float), (float,)):
         blocks: dict[tuple[str, ...], dict[str, Recipe]] = {}
         for path, module in skeleton(type(base), config).named_modules():
             stack = next((s for s in stacks if path == s.scope or _holds(s.scope, path)), None)
-            if stack is None or any(_holds(s.path, path) for s in stacks):
+            if stack is None:
                 continue
-            if recipe := _restoring(base.get_submodule(path), module, numbers):
+            inside = any(_holds(s.path, path) for s in stacks)
+            if recipe := _restoring(base.get_submodule(path), module, numbers, inside):
                 inner = path.removeprefix(stack.scope).removeprefix(".")
-                blocks.setdefault(stack.config, {})[inner] = recipe
+                known = overrides_of(dict(configs_in(config))[stack.config]).get(inner, {})
+                blocks.setdefault(stack.config, {})[inner] = recipe | {
+                    key: recipe[key] | known.get(key, {}) for key in ("values", "shapes")
+                }
         if blocks:
             out = copy.deepcopy(config)
             for where, part in configs_in(out):
@@ -326,14 +332,14 @@ def _keeping_constants(
             yield out
 
 
-def _restoring(old: nn.Module, new: nn.Module, numbers: tuple[type, ...]) -> Recipe | None:
-    """What puts the constants of a module back, None where they have not changed."""
+def _restoring(old: nn.Module, new: nn.Module, numbers: tuple[type, ...], inside: bool) -> Recipe | None:
+    """What puts the constants of a module back, None where they have not changed. Inside layers, only factors."""
 
     def changed(before: dict[str, Any], after: dict[str, Any], types: tuple[type, ...]) -> dict[str, Any]:
         return {n: v for n, v in before.items() if type(v) in types and after.get(n) != v}
 
-    if isinstance(new, PreTrainedModel):
-        attributes = changed(vars(old), vars(new), numbers)
+    if inside or isinstance(new, PreTrainedModel):
+        attributes = changed(vars(old), vars(new), (float,) if inside else numbers)
         return {"values": {}, "shapes": {}, "attributes": attributes} if attributes else None
     values = changed(constructor_arguments(old) or {}, constructor_arguments(new) or {}, (float,))
     before, after = ({n: b.shape for n, b in m.named_buffers(recurse=False)} for m in (old, new))

@@ -1,0 +1,153 @@
+"""Criteria that look at what flows into the weights: forward passes only, no gradient.
+
+With X_j the input of channel j of a weight W (tokens as rows), a channel is worth
+
+    activation   mean |X_j|                          (Minitron, arXiv 2407.14679, section 3.1)
+    wanda        sum_i |W_ij| * ||X_j||_2            (Wanda, arXiv 2306.11695, equation 1, summed over the output)
+    flap         Var(X_j) * ||W_:j||_2^2             (FLAP, arXiv 2312.11983, section 3, its metric WIFV)
+
+What counts are the slices that *read* a unit: the columns of ``down_proj`` for neurons, of ``o_proj`` for heads, of
+every projection behind a norm for hidden channels (whose inputs are the outputs of the norms, as Minitron has them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from ..errors import PrunerError
+from ..graph import model_inputs
+from .aggregate import Salience, reduce_to
+
+BATCH = 8  # samples in a forward pass
+Visit = Callable[[str, int, torch.Tensor], None]
+Slices = dict[str, list[int]]
+
+
+class Readers(TorchFunctionMode):
+    """Calls ``visit(parameter, dim, inputs)`` for every product of activations with a weight.
+
+    ``dim`` is the dim of the parameter that is summed over and ``inputs`` the activations ``[tokens, size of dim]``.
+    The weight may be a view: an expert of a stack, a transposed matrix.
+    """
+
+    def __init__(self, model: nn.Module, visit: Visit):
+        super().__init__()
+        self.names = {p.untyped_storage().data_ptr(): (n, p) for n, p in model.named_parameters() if p.ndim > 1}
+        self.visit = visit
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is linear:
+            self._seen(args[0], args[1] if len(args) > 1 else kwargs["weight"], -1)
+        elif func is torch.addmm:
+            self._seen(args[1], args[2], -2)
+        elif func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.bmm):
+            self._seen(args[0], args[1], -2)
+        return func(*args, **kwargs)
+
+    def _seen(self, inputs: torch.Tensor, weight: torch.Tensor, summed: int) -> None:
+        name, parameter = self.names.get(weight.untyped_storage().data_ptr(), (None, None))
+        if name is None or parameter is None or weight.ndim < 2:
+            return
+        size, stride = weight.shape[summed], weight.stride(summed)
+        for dim in reversed(range(parameter.ndim)):
+            if parameter.shape[dim] == size and parameter.stride(dim) == stride:
+                self.visit(name, dim, inputs.detach().reshape(-1, size))
+                return
+
+
+@contextmanager
+def one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Run stacked experts as a loop over views of their weights, which says what each of them reads."""
+    slot = "_experts_implementation_internal"
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None and hasattr(c, slot)}
+    saved = [(config, config.__dict__.get(slot)) for config in configs.values()]
+    try:
+        for config in configs.values():
+            config.__dict__[slot] = "eager"
+        yield
+    finally:
+        for config, value in saved:
+            config.__dict__[slot] = value
+
+
+@torch.no_grad()
+def read(model: nn.Module, calibration: torch.Tensor, visit: Visit, batch: int = BATCH) -> None:
+    """Run the calibration set ``[samples, tokens]`` through the model, in eval mode, and visit what weights read."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with one_expert_at_a_time(model), Readers(model, visit):
+            for ids in calibration.split(batch):
+                model(**model_inputs(model, ids), use_cache=False)
+    finally:
+        for module in training:
+            module.training = True
+
+
+@dataclass
+class Moments:
+    """Sums over tokens of a channel's values, their magnitudes and squares: float64 ``[channels]``."""
+
+    tokens: int
+    plain: torch.Tensor
+    magnitude: torch.Tensor
+    square: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.plain / self.tokens
+
+    @property
+    def variance(self) -> torch.Tensor:
+        return (self.square / self.tokens - self.mean.square()).clamp_min(0)
+
+
+def moments(
+    model: nn.Module, slices: dict[str, list[int]], calibration: torch.Tensor
+) -> dict[tuple[str, int], Moments]:
+    """Moments of the inputs of every slice that reads its axis.
+
+    Raises:
+        PrunerError: an activation is not finite; the message names the weight that reads it.
+    """
+    out: dict[tuple[str, int], Moments] = {}
+
+    def visit(name: str, dim: int, inputs: torch.Tensor) -> None:
+        if dim not in slices.get(name, ()) or not len(inputs):
+            return
+        x = inputs.double()
+        sums = [x.sum(0).cpu(), x.abs().sum(0).cpu(), x.square().sum(0).cpu()]
+        if not torch.isfinite(sums[2]).all():
+            raise PrunerError(f"what {name} reads is not finite; load the model with --dtype float32 or bfloat16")
+        known = out.setdefault((name, dim), Moments(0, *(torch.zeros_like(s) for s in sums)))
+        known.tokens += len(x)
+        known.plain += sums[0]
+        known.magnitude += sums[1]
+        known.square += sums[2]
+
+    read(model, calibration, visit)
+    return out
+
+
+def activation(model: nn.Module, slices: Slices, calibration: torch.Tensor, criterion: str) -> Salience:
+    """``activation``, ``wanda`` or ``flap`` of every channel that is read: ``{(parameter, dim): [size of dim]}``."""
+    weights = dict(model.named_parameters())
+    out = {}
+    for (name, dim), seen in moments(model, slices, calibration).items():
+        weight = weights[name].detach().double().cpu()
+        if criterion == "activation":
+            out[name, dim] = seen.magnitude / seen.tokens
+        elif criterion == "wanda":
+            out[name, dim] = reduce_to(dim, weight.abs()) * seen.square.sqrt()
+        else:
+            out[name, dim] = seen.variance * reduce_to(dim, weight.square())
+    return out
