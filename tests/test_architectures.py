@@ -145,7 +145,10 @@ def test_factors_made_of_the_hidden_size_stay(family, fields, tmp_path):
     model = made(family, seq2seq=seq2seq, **fields)
     plan, pruned = pruned_by(model, kinds=["hidden"])
     assert lp.verify(model, pruned, plan).equivalent
-    assert lp.verify(model, reloaded(pruned, tmp_path / "m"), plan).equivalent
+    loaded = reloaded(pruned, tmp_path / "m")
+    assert lp.verify(model, loaded, plan).equivalent
+    again, twice = pruned_by(loaded, kinds=["hidden", "neurons"])
+    assert lp.verify(loaded, twice, again).equivalent
 
 
 def test_a_factor_that_no_config_keeps_is_refused():

@@ -276,8 +276,8 @@ def _write(
             elif own:
                 recipes = {stack.inside(i): {"values": own, "shapes": {}}} | recipes
             for path, recipe in recipes.items():
-                before = blocks.get(path, {"values": {}})["values"]
-                blocks[path] = {"values": before | recipe["values"], "shapes": recipe["shapes"]}
+                before = blocks.get(path, {"values": {}})
+                blocks[path] = before | {"values": before["values"] | recipe["values"], "shapes": recipe["shapes"]}
     layers = {i: own for i, own in layers.items() if own}
     if layers:
         # Validators and caches read the global value of fields that layers override.
