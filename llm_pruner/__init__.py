@@ -13,7 +13,7 @@ from .errors import PrunerError
 from .graph import CouplingGraph, Unit, trace
 from .importance import Scores, score
 from .selection import PruningPlan, select
-from .surgery import apply, install, verify
+from .surgery import apply, compensate, install, verify
 from .version import __version__
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Unit",
     "__version__",
     "apply",
+    "compensate",
     "load",
     "save",
     "score",

@@ -15,6 +15,9 @@ from .data import EMBEDDED_TEXT
 from .errors import PrunerError
 from .graph import CouplingGraph
 from .importance import AGGREGATIONS, CRITERIA, VARIANTS
+from .surgery.compensate import MIN_SAMPLES
+
+COMPENSATIONS = ("none", "least_squares")
 
 
 def flag(default: Any, help: str) -> Any:
@@ -64,6 +67,7 @@ class PruneArguments:
     calib_seed: int | None = flag(None, "draw calibration samples at random with this seed (default: the first ones)")
     eval_datasets: str = flag(EMBEDDED_TEXT, "texts to measure perplexity on, by comma ('' for none)")
     max_windows: int = flag(0, "use only the first N windows of each text (0: all)")
+    compensate: str = flag("none", "refit a projection of each layer afterwards: " + ", ".join(COMPENSATIONS))
     round_to: int = flag(1, "keep multiples of this many indices")
     dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES) + " (auto: float32 on cpu)")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
@@ -81,6 +85,7 @@ class PruneArguments:
             ("taylor", VARIANTS),
             ("grouping_strategy", AGGREGATIONS),
             ("dtype", DTYPES),
+            ("compensate", COMPENSATIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise PrunerError(f"unknown --{name} {getattr(self, name)!r}; choose from {', '.join(allowed)}")
@@ -98,6 +103,11 @@ class PruneArguments:
         for name in ranges:
             if getattr(self, name) is not None:
                 raise PrunerError(f"--{name} goes with --block_wise, not with --{modes[0]}")
+        if self.compensate != "none":
+            if self.layer_wise or self.channel_wise:
+                raise PrunerError("--compensate goes with --block_wise: it needs layers of the same hidden size")
+            if self.num_examples < MIN_SAMPLES:
+                raise PrunerError(f"--compensate needs --num_examples of at least {MIN_SAMPLES}, better 100")
         if not 0 <= self.seed < 2**32:
             raise PrunerError(f"--seed {self.seed} is out of range: give 0 to 4294967295")
         for name in ("num_examples", "iterative_steps", "round_to", "layer"):

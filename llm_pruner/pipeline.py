@@ -27,7 +27,7 @@ from .evaluation import check_length, parameter_count, perplexity, windows
 from .graph import CouplingGraph, trace
 from .importance import NEED_CALIBRATION, score
 from .selection import PruningPlan, first_layers, lifted, select
-from .surgery import apply, verify
+from .surgery import apply, compensate, verify
 from .version import __version__
 
 log = logging.getLogger("llm_pruner")
@@ -93,7 +93,7 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
     plan, pruned, graph = make_plan(args, model, tokenizer, clock)
     for line in plan.summary().splitlines():
         log.info("%s", line)
-    normed = {u.kind for u in graph.units if u.name in plan.units and u.flags}
+    normed = {u.kind for u in graph.units if u.name in plan.units and u.flags and u.kind != "hidden"}
     if normed:
         log.info("mask equivalence does not apply: %s are normalised over or scaled by", ", ".join(sorted(normed)))
     else:
@@ -106,6 +106,12 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
                 f"{report.tolerance:.0e} is rounding): please report the architecture {type(model).__name__}"
             )
         log.info("pruned model equals the masked original (relative difference %.1e)", report.relative)
+    if args.compensate != "none":
+        with clock("compensate"):
+            ids = calibration(args.calib_dataset, tokenizer, args.num_examples, args.calib_seq_len, args.calib_seed)
+            refits = compensate(model, pruned, ids.to(model.device)).layers
+        metrics["compensation"] = [asdict(refit) for refit in refits]
+        log.info("compensation moved %d of %d projections", sum(r.ridge is not None for r in refits), len(refits))
     metrics["parameters_after"] = parameter_count(pruned)
     metrics["parameters_ratio"] = metrics["parameters_after"] / metrics["parameters_before"]
     log.info(

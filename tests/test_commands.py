@@ -103,6 +103,19 @@ def test_every_mode(folder, extra, check):
     assert ("samples" in metrics["before"]) == ("--test_before_train" in extra)
 
 
+def test_criteria_of_forward_passes_and_compensation(folder):
+    lines = [" ".join(f"w{2 + (i * j + i) % 94}" for j in range(20)) for i in range(1, 41)]
+    (folder / "text.txt").write_text("\n\n".join(lines))
+    shared = ("--pruning_ratio", "0.5", "--pruner_type", "wanda", "--num_examples", "40", "--save_model")
+    assert hf_prune(folder, *shared, "--save_ckpt_log_name", "plain") == 0
+    assert hf_prune(folder, *shared, "--save_ckpt_log_name", "refit", "--compensate", "least_squares") == 0
+    plain, refit = (AutoModelForCausalLM.from_pretrained(folder / "runs" / name) for name in ("plain", "refit"))
+    changed = [n for n, p in plain.named_parameters() if not torch.equal(p, refit.get_parameter(n))]
+    assert changed and all(name.endswith("down_proj.weight") for name in changed)
+    metrics = json.loads((folder / "runs" / "refit" / "metrics.json").read_text())
+    assert {r["module"] + ".weight" for r in metrics["compensation"] if r["ridge"]} == set(changed)
+
+
 def _neurons(config):
     return min(layer.intermediate_size for layer in config.per_layer_config)
 
@@ -155,6 +168,9 @@ def test_the_same_run_gives_the_same_bits(folder):
         ("--prunning_ratio 0.5", "did you mean --pruning_ratio"),
         ("--output_root /proc/nowhere", "cannot write"),
         ("--dtype int4", "choose from"),
+        ("--compensate wishes", "choose from none, least_squares"),
+        ("--compensate least_squares", "--num_examples of at least 32"),
+        ("--compensate least_squares --channel_wise --num_examples 40", "goes with --block_wise"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(folder, capsys, extra, message):
