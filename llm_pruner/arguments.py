@@ -67,6 +67,7 @@ class PruneArguments:
     calib_seed: int | None = flag(None, "draw calibration samples at random with this seed (default: the first ones)")
     eval_datasets: str = flag(EMBEDDED_TEXT, "texts to measure perplexity on, by comma ('' for none)")
     max_windows: int = flag(0, "use only the first N windows of each text (0: all)")
+    target_params: str | None = flag(None, "parameters that stay, instead of a ratio: 0.8 of the model, or 5.4B")
     compensate: str = flag("none", "refit a projection of each layer afterwards: " + ", ".join(COMPENSATIONS))
     round_to: int = flag(1, "keep multiples of this many indices")
     dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES) + " (auto: float32 on cpu)")
@@ -103,6 +104,10 @@ class PruneArguments:
         for name in ranges:
             if getattr(self, name) is not None:
                 raise PrunerError(f"--{name} goes with --block_wise, not with --{modes[0]}")
+        if self.target_params is not None and (self.layer_wise or self.iterative_steps > 1):
+            raise PrunerError(
+                "--target_params is solved in one step: --layer_wise and --iterative_steps do not go with it"
+            )
         if self.compensate != "none":
             if self.layer_wise or self.channel_wise:
                 raise PrunerError("--compensate goes with --block_wise: it needs layers of the same hidden size")

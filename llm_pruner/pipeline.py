@@ -173,7 +173,7 @@ def make_plan(
         ratio = args.pruning_ratio * step / args.iterative_steps
         try:
             with clock("select"):
-                plan = select(graph, scores, ratio, args.kinds, layers, scope, args.round_to)
+                plan = select(graph, scores, ratio, args.kinds, layers, scope, args.round_to, args.target_params)
         except PrunerError as error:
             if step == args.iterative_steps:
                 raise

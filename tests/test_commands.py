@@ -91,6 +91,7 @@ def test_a_checkpoint_is_not_lost_to_a_run_without_one(folder, capsys):
         ("--pruner_type random --seed 7 --global_pruning", lambda c: True),
         ("--taylor vectorize --grouping_strategy prod --calib_seed 3 --num_examples 4", lambda c: True),
         ("--taylor param_mix --test_before_train --temperature 0.7 --top_p 0.9", lambda c: True),
+        ("--pruner_type l2 --target_params 31.5K", lambda c: True),
         ("--taylor param_second --dtype bfloat16", lambda c: c.dtype == torch.bfloat16),
     ],
 )
@@ -168,6 +169,9 @@ def test_the_same_run_gives_the_same_bits(folder):
         ("--prunning_ratio 0.5", "did you mean --pruning_ratio"),
         ("--output_root /proc/nowhere", "cannot write"),
         ("--dtype int4", "choose from"),
+        ("--target_params 9T", "is no size"),
+        ("--target_params 0.01", "cannot be reached"),
+        ("--target_params 0.9 --iterative_steps 2", "solved in one step"),
         ("--compensate wishes", "choose from none, least_squares"),
         ("--compensate least_squares", "--num_examples of at least 32"),
         ("--compensate least_squares --channel_wise --num_examples 40", "goes with --block_wise"),

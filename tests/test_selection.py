@@ -158,3 +158,44 @@ def test_damaged_plans_are_refused(setting, tmp_path):
         lp.PruningPlan.load(path)
     with pytest.raises(lp.PrunerError, match="cannot read"):
         lp.PruningPlan.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("scope", ("local", "global"))
+@pytest.mark.parametrize("target", (0.9, "0.8", "0.735", "45K", 40_000))
+def test_a_target_is_hit_from_below(target, scope):
+    model = build("llama", intermediate_size=300)
+    graph = lp.trace(model)
+    whole = sum(p.numel() for p in model.parameters())
+    scores = lp.score(model, graph, criterion="random")
+    kinds = ("neurons",) if scope == "global" else ("heads", "neurons")  # a head is 1% of so small a model
+    plan = lp.select(graph, scores, kinds=kinds, target_params=target, scope=scope)
+    left = sum(p.numel() for p in lp.apply(model, plan).parameters())
+    number = float(str(target).rstrip("K"))
+    wanted = number * whole if number <= 1 else number * (1000 if str(target).endswith("K") else 1)
+    assert wanted * 0.995 <= left <= wanted
+
+
+def test_tied_parameters_count_once():
+    model = build("gpt2")
+    graph = lp.trace(model)
+    plan = lp.select(graph, lp.score(model, graph, criterion="random"), kinds=["neurons"], target_params=0.9)
+    left = sum(p.numel() for p in lp.apply(model, plan).parameters())
+    assert left <= 0.9 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (0.2, "cannot be reached"),
+        ("9B", "give fewer"),
+        (1.0, "give fewer"),
+        ("many", "is no size"),
+        ("-3", "is no size"),
+        (0.99999, "cannot be met"),
+    ],
+)
+def test_targets_that_cannot_be(target, message):
+    model = build("llama")
+    graph = lp.trace(model)
+    with pytest.raises(lp.PrunerError, match=message):
+        lp.select(graph, lp.score(model, graph, criterion="random"), kinds=["heads"], target_params=target)

@@ -10,6 +10,7 @@ import torch
 from ..errors import PrunerError
 from ..graph import KINDS, CouplingGraph, Unit
 from ..importance import Scores
+from .budgets import solve
 from .plan import PruningPlan
 
 LayerChoice = Iterable[int] | Mapping[str, Iterable[int]] | None
@@ -23,6 +24,7 @@ def select(
     layers: LayerChoice = None,
     scope: str = "local",
     round_to: int = 1,
+    target_params: float | str | None = None,
 ) -> PruningPlan:
     """Choose which indices of which units stay: those with the highest scores.
 
@@ -39,11 +41,15 @@ def select(
         scope: ``local`` takes the ratio from every unit, ``global`` from all units of a kind together,
             lowest scores first.
         round_to: kept counts become multiples of this, and of the unit's own ``multiple``, rounded up.
+        target_params: instead of a ratio, the parameters that stay: a fraction of the model, or a count such as
+            ``"5.4B"``. The ratio is solved so that the plan leaves at most that many, and at most 0.5% fewer.
 
     Raises:
         PrunerError: an argument is out of range, or there is nothing to prune.
     """
     kinds = tuple(kinds)
+    if target_params is not None:
+        return solve(graph, target_params, lambda share: select(graph, scores, share, kinds, layers, scope, round_to))
     wanted = _by_kind(layers, kinds)
     _check(graph, ratio, kinds, wanted, scope, round_to)
     chosen = [unit for unit in graph.of_kind(*kinds) if _in_layers(unit, wanted)]
