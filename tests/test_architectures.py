@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tokens
+from conftest import pruned_by, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from registry import tiny_model
+from registry import perturbed, tiny_model
 from survey import masked_copy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
@@ -27,18 +27,7 @@ def made(model_type, seed=0, seq2seq=False, **fields):
     """A perturbed random model of a config given in full."""
     fields = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0} | fields
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    torch.manual_seed(seed)
-    model = auto.from_config(AutoConfig.for_model(model_type, **fields)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-def pruned_by(model, ratio=0.5, seed=0, **options):
-    graph = lp.trace(model)
-    plan = lp.select(graph, lp.score(model, graph, criterion="random", seed=seed), ratio, **options)
-    return plan, lp.apply(model, plan)
+    return perturbed(auto, AutoConfig.for_model(model_type, **fields), seed)
 
 
 def reloaded(model, folder):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build, tokens
+from conftest import build, pruned_by, tokens
 from registry import tiny_model
 
 import llm_pruner as lp
@@ -16,9 +16,7 @@ def logits(model, ids):
 
 
 def halved(model, kinds=("neurons",), seed=0):
-    graph = lp.trace(model)
-    plan = lp.select(graph, lp.score(model, graph, criterion="random", seed=seed), 0.5, kinds=kinds)
-    return lp.apply(model, plan)
+    return pruned_by(model, seed=seed, kinds=kinds)[1]
 
 
 @pytest.mark.parametrize("family", ("llama_grouped", "gpt2", "opt", "phi3", "gpt_neox"))

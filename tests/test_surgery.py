@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, build, tokens
+from conftest import ARCHITECTURES, build, pruned_by, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -12,12 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import llm_pruner as lp
 from llm_pruner.graph.verify import relative_difference
 from llm_pruner.selection import first_layers
-
-
-def pruned_by(model, ratio=0.5, seed=0, **options):
-    graph = lp.trace(model)
-    plan = lp.select(graph, lp.score(model, graph, criterion="random", seed=seed), ratio, **options)
-    return plan, lp.apply(model, plan)
 
 
 def same_when_reloaded(pruned, folder):

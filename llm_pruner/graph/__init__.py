@@ -2,7 +2,16 @@
 
 from .constants import Constant, hook_selecting
 from .stacks import layer_lists
-from .tracer import TraceError, context_length, model_inputs, predicted, sources, traceable
+from .tracer import (
+    TraceError,
+    context_length,
+    evaluating,
+    implementations,
+    model_inputs,
+    predicted,
+    sources,
+    traceable,
+)
 from .units import KINDS, CouplingGraph, Unit, common_path, trace
 
 __all__ = [
@@ -13,7 +22,9 @@ __all__ = [
     "Unit",
     "common_path",
     "context_length",
+    "evaluating",
     "hook_selecting",
+    "implementations",
     "layer_lists",
     "model_inputs",
     "predicted",

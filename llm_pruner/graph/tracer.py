@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import PrunerError
 from . import rules
 from .axes import Atom, Dim, freeze, fresh, leaves, size_of, tag, unify
-from .constants import COMBINED, Constant, by_leaf, separate_constants
+from .constants import COMBINED, Constant, separate_constants
 from .rules import Call, Traced, indexing, tensors_in
 
 BATCH, TOKENS = 2, 16  # long enough for every branch of a decoder to run, short enough to be free
@@ -51,9 +51,6 @@ class Tracer(TorchDispatchMode):
     @property
     def where(self) -> str:
         return self.modules[-1] if self.modules else "the model"
-
-    def constants_by_leaf(self) -> dict[int, list[Constant]]:
-        return by_leaf(self.constants)
 
     def record(self, traced: Traced) -> None:
         traced.dims = [() if size_of(dim) == 1 else dim for dim in traced.dims]
@@ -212,20 +209,29 @@ def _quiet(model: nn.Module, tracer: Tracer) -> Iterator[None]:
 
 
 @contextmanager
-def traceable(model: nn.Module) -> Iterator[None]:
-    """Run attention eagerly and experts batched, in eval mode; everything is put back afterwards.
-
-    Both choices show the axes that the fused implementations hide. Every module's own config is set, for
-    a layer may hold another than the model's.
-    """
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    saved: list[tuple[Any, str, Any]] = []
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode; every module's own mode is put back afterwards."""
     training = [m for m in model.modules() if m.training]
     try:
         model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def implementations(model: nn.Module, **chosen: str) -> Iterator[None]:
+    """Choose how blocks run, as in ``experts="eager"``; put back afterwards.
+
+    Every module's own config is set, for a layer may hold another than the model's.
+    """
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    saved: list[tuple[Any, str, Any]] = []
+    try:
         for config in configs.values():
-            for name, value in (("_attn_implementation", "eager"), ("_experts_implementation", "batched_mm")):
-                slot = f"{name}_internal"
+            for block, value in chosen.items():
+                slot = f"_{block}_implementation_internal"
                 if hasattr(config, slot):
                     saved.append((config, slot, config.__dict__.get(slot)))
                     config.__dict__[slot] = value
@@ -233,8 +239,13 @@ def traceable(model: nn.Module) -> Iterator[None]:
     finally:
         for config, slot, value in saved:
             config.__dict__[slot] = value
-        for module in training:
-            module.training = True
+
+
+@contextmanager
+def traceable(model: nn.Module) -> Iterator[None]:
+    """Run attention eagerly and experts batched, in eval mode: both show the axes that fused kernels hide."""
+    with evaluating(model), implementations(model, attn="eager", experts="batched_mm"):
+        yield
 
 
 def sources(model: nn.Module) -> dict[str, torch.Tensor]:

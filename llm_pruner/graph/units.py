@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .axes import Atom, Dim, labels, leaves
-from .constants import COMBINED, Constant
+from .constants import COMBINED, Constant, by_leaf
 from .stacks import Layers, layer_lists
 from .tracer import run, sources
 
@@ -141,7 +141,7 @@ def trace(model: nn.Module) -> CouplingGraph:
     """
     tracer, dims = run(model)
     shapes = {name: tuple(t.shape) for name, t in sources(model).items()}
-    constants = tracer.constants_by_leaf()
+    constants = by_leaf(tracer.constants)
     found = _occurrences(dims)
     layer_of = Layers(list(layer_lists(model)))
     units = [_unit(atom, where, layer_of, found, constants.get(id(atom), [])) for atom, where in found]

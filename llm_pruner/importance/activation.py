@@ -12,8 +12,7 @@ every projection behind a norm for hidden channels (whose inputs are the outputs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from ..errors import PrunerError
-from ..graph import model_inputs
+from ..graph import evaluating, implementations, model_inputs
 from .aggregate import Salience, reduce_to
 
 BATCH = 8  # samples in a forward pass
@@ -64,33 +63,13 @@ class Readers(TorchFunctionMode):
                 return
 
 
-@contextmanager
-def one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
-    """Run stacked experts as a loop over views of their weights, which says what each of them reads."""
-    slot = "_experts_implementation_internal"
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None and hasattr(c, slot)}
-    saved = [(config, config.__dict__.get(slot)) for config in configs.values()]
-    try:
-        for config in configs.values():
-            config.__dict__[slot] = "eager"
-        yield
-    finally:
-        for config, value in saved:
-            config.__dict__[slot] = value
-
-
 @torch.no_grad()
 def read(model: nn.Module, calibration: torch.Tensor, visit: Visit, batch: int = BATCH) -> None:
     """Run the calibration set ``[samples, tokens]`` through the model, in eval mode, and visit what weights read."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with one_expert_at_a_time(model), Readers(model, visit):
-            for ids in calibration.split(batch):
-                model(**model_inputs(model, ids), use_cache=False)
-    finally:
-        for module in training:
-            module.training = True
+    # Experts as a loop over views of their weights: that says what each of them reads.
+    with evaluating(model), implementations(model, experts="eager"), Readers(model, visit):
+        for ids in calibration.split(batch):
+            model(**model_inputs(model, ids), use_cache=False)
 
 
 @dataclass

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import PrunerError
-from ..graph import layer_lists, model_inputs, predicted
+from ..graph import evaluating, layer_lists, model_inputs, predicted
 from .aggregate import reduce_to
 
 VARIANTS = ("vectorize", "param_first", "param_second", "param_mix")
@@ -170,10 +170,8 @@ def _only(model: nn.Module, wanted: Slices, visit: Visit) -> Iterator[None]:
 
     named = dict(model.named_parameters())
     saved = [(p, p.requires_grad, p.grad) for p in named.values()]
-    training = [m for m in model.modules() if m.training]
-    with ExitStack() as stack:
+    with evaluating(model), ExitStack() as stack:
         try:
-            model.eval()
             for name, parameter in named.items():
                 parameter.grad = None
                 parameter.requires_grad_(name in wanted)
@@ -184,5 +182,3 @@ def _only(model: nn.Module, wanted: Slices, visit: Visit) -> Iterator[None]:
             for parameter, flag, gradient in saved:
                 parameter.requires_grad_(flag)
                 parameter.grad = gradient
-            for module in training:
-                module.training = True

@@ -17,11 +17,8 @@ NEAR = 0.005  # how far below its target a plan may stay
 
 def parameters(graph: CouplingGraph, plan: PruningPlan | None = None) -> int:
     """Parameters of the model that a plan leaves (tied ones once); of the model as it is without a plan."""
-    total = 0
-    for name, shape in graph.shapes.items():
-        kept = plan.kept.get(name, {}) if plan else {}
-        total += prod(len(kept[dim]) if dim in kept else size for dim, size in enumerate(shape))
-    return total
+    plan = plan or PruningPlan()
+    return sum(prod(plan.cut_shape(name, shape)) for name, shape in graph.shapes.items())
 
 
 def wanted_parameters(graph: CouplingGraph, target: float | str) -> int:
@@ -98,7 +95,7 @@ def _between(graph: CouplingGraph, more: PruningPlan | None, less: PruningPlan, 
         plan = PruningPlan(settings=dict(less.settings), notes=list(less.notes))
         taken = set(names[-count:])
         for unit in graph.units:
-            source = less if unit.name in taken or (more is not None and unit.name not in names) else more
+            source = less if unit.name in taken else more
             if source is not None and unit.name in source.units:
                 plan.keep(unit, source.units[unit.name].kept, graph.shapes)
         size = parameters(graph, plan)

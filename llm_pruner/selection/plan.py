@@ -72,6 +72,11 @@ class PruningPlan:
             self.kept[name][dim] = positions
             self.shapes[name] = tuple(shapes[name])
 
+    def cut_shape(self, name: str, shape: Iterable[int]) -> tuple[int, ...]:
+        """The shape of a tensor after the plan."""
+        kept = self.kept.get(name, {})
+        return tuple(len(kept[dim]) if dim in kept else size for dim, size in enumerate(shape))
+
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON. Position lists shared by several parameters are written once."""
         sets: dict[str, int] = {}

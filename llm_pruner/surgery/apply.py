@@ -18,7 +18,7 @@ from ..graph import CouplingGraph, TraceError, model_inputs, sources, trace, tra
 from ..graph.verify import random_tokens, relative_difference
 from ..selection import PruningPlan
 from . import config_solver
-from .norms import kept_norms
+from .norms import KeptNorms, kept_norms
 from .slicing import check_fits, cut, masked, renamed
 
 
@@ -47,7 +47,7 @@ def apply(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
             problem = str(error)
         if not problem:
             pruned = _fill(model, plan, config) if graph.on_meta else rebuilt
-            problem = _wrong_factor(model, pruned, plan)
+            problem = _wrong_factor(model, pruned, plan, graph)
             if not problem:
                 return pruned
             if problem in problems:  # no other config will do better
@@ -65,7 +65,7 @@ def _wrong_axis(rebuilt: PreTrainedModel, original: CouplingGraph, plan: Pruning
     return ""
 
 
-def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan) -> str:
+def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> str:
     """Whether something beside widths has changed with the hidden size: some models make factors of it.
 
     No shape shows that, so the two models are compared, if there are weights to do so.
@@ -77,7 +77,7 @@ def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: Pruning
         return ""
     half = model.dtype in (torch.float16, torch.bfloat16)
     ids = random_tokens(pruned, rows=2, tokens=16)
-    report = _compare(model, pruned, plan, ids, model.dtype, tolerance=0.05 if half else 0.01)
+    report = _compare(model, pruned, plan, ids, model.dtype, 0.05 if half else 0.01, kept_norms(graph, plan))
     if report.equivalent:
         return ""
     return f"it computes something from the hidden size that must not change (logits are off by {report.relative:.1e})"
@@ -114,10 +114,9 @@ def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list
 
 
 def _fill(model: PreTrainedModel, plan: PruningPlan, config: PreTrainedConfig) -> PreTrainedModel:
-    first_name: dict[int, str] = {}  # tied tensors are cut once, under the name that the plan knows
-    names = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    canonical = {name: first_name.setdefault(id(tensor), name) for name, tensor in names}
-    tensors = dict(names)
+    # Tied tensors are cut once, under the name that the plan knows.
+    canonical = {name: first for first, names in config_solver.names_of(model).items() for name in names}
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     done: dict[str, torch.Tensor] = {}
     state = {}
     for name in model.state_dict():
@@ -175,9 +174,9 @@ def verify(
     """Mask equivalence: do the pruned model's logits equal the original's with the removed slices zeroed?
 
     Holds for units without flags, and for hidden channels, for which norms are made to look at the kept channels
-    only. The two differ in the order in which sums are taken, which a badly
-    damaged model can amplify beyond any tolerance; where they do, they are compared again in float64, one model
-    at a time, which tells rounding from a mistake.
+    only. The two differ in the order in which sums are taken, which a badly damaged model can amplify beyond any
+    tolerance; where they do, they are compared again in float64, one model at a time, which tells rounding from a
+    mistake.
 
     Args:
         tokens: LongTensor ``[rows, tokens]`` to compare on; random ones by default.
@@ -189,10 +188,12 @@ def verify(
     if any(choice.kind == "vocabulary" for choice in plan.units.values()):
         raise PrunerError("mask equivalence is not defined for a plan that cuts the vocabulary: token ids move")
     ids = random_tokens(pruned, rows=2, tokens=16, seed=seed) if tokens is None else tokens
-    report = _compare(model, pruned, plan, ids, model.dtype, tolerance)
+    hidden = any(choice.kind == "hidden" for choice in plan.units.values())
+    modes = kept_norms(trace(model), plan) if hidden else []
+    report = _compare(model, pruned, plan, ids, model.dtype, tolerance, modes)
     if not report.equivalent and model.dtype is not torch.float64:
         with suppress(RuntimeError):  # some models insist on float32 somewhere
-            report = _compare(model, pruned, plan, ids, torch.float64, tolerance)
+            report = _compare(model, pruned, plan, ids, torch.float64, tolerance, modes)
     return report
 
 
@@ -203,11 +204,11 @@ def _compare(
     ids: torch.Tensor,
     dtype: torch.dtype,
     tolerance: float,
+    modes: list[KeptNorms],
 ) -> EquivalenceReport:
     with ExitStack() as stack:
-        if any(choice.kind == "hidden" for choice in plan.units.values()):
-            for mode in kept_norms(trace(model), plan):
-                stack.enter_context(mode)
+        for mode in modes:
+            stack.enter_context(mode)
         expected = _logits(
             model, ids, dtype, lambda name, tensor: masked(name, tensor, plan) if name in plan.kept else tensor
         )

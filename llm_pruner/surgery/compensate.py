@@ -13,8 +13,6 @@ errors of all layers before, each layer also mends what those left. lambda is ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
-from ..graph import layer_lists, model_inputs
+from ..graph import evaluating, layer_lists, model_inputs
 
 RIDGES = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 BATCH = 8  # samples in a forward pass
@@ -69,7 +67,7 @@ def compensate(model: PreTrainedModel, pruned: PreTrainedModel, calibration: tor
         raise PrunerError(f"compensation needs at least {MIN_SAMPLES} calibration samples, not {len(calibration)}")
     path = stacks[1][0][0]
     batches = list(calibration.split(BATCH))
-    with _evaluating(model), _evaluating(pruned):
+    with evaluating(model), evaluating(pruned):
         before, after = (_Stream(m, layers, batches) for m, [(_, layers)] in zip((model, pruned), stacks, strict=True))
         if before.hidden[0].shape != after.hidden[0].shape:
             raise PrunerError("compensation compares hidden states, and the pruned model's are narrower")
@@ -81,17 +79,6 @@ def compensate(model: PreTrainedModel, pruned: PreTrainedModel, calibration: tor
                 report.layers.append(refit)
             after.advance(i)
     return report
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Stream:

@@ -34,8 +34,8 @@ from .heterogeneous import (
     set_field,
     with_values,
 )
-from .layer_solver import Cut, LayerSolver, Recipe, Shapes, Solution, candidates, shapes_of
-from .slicing import cut_shape, renamed
+from .layer_solver import Cut, LayerSolver, Recipe, Shapes, Solution, candidates, holds, shapes_of
+from .slicing import renamed
 
 MAX_ATTEMPTS = 32
 # What is set once in a config: what all layers that need it agree on (there may be dense ones and sparse ones), what
@@ -66,9 +66,9 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             record_constructors(type(module))
-    known = _names(model)
+    known = names_of(model)
     targets = {
-        new: cut_shape(name, tuple(tensor.shape), plan)
+        new: plan.cut_shape(name, tensor.shape)
         for name, tensor in sources(model).items()
         for alias in known[name]
         if (new := renamed(alias, plan)) is not None
@@ -137,7 +137,7 @@ def _stacks(model: PreTrainedModel) -> list[Stack]:
     owners = {path: m for path, m in model.named_modules() if isinstance(m, PreTrainedModel)}
     out = []
     for path, layers in layer_lists(model).items():
-        owner = owners[max((p for p in owners if _holds(p, path)), key=len)]
+        owner = owners[max((p for p in owners if holds(p, path)), key=len)]
         same = [where for where, config in configs.items() if config is owner.config]
         # Some models give their parts copies of their own config.
         same += [where for where, config in configs.items() if type(config) is type(owner.config)]
@@ -146,18 +146,12 @@ def _stacks(model: PreTrainedModel) -> list[Stack]:
     for stack in out:
         together = [other.path for other in out if other.config == stack.config]
         config = configs[stack.config]
-        scopes = [p for p, m in owners.items() if all(_holds(p, path) for path in together) and _like(m.config, config)]
+        scopes = [
+            p for p, m in owners.items() if all(holds(p, path) for path in together) and type(m.config) is type(config)
+        ]
         stack.scope = max(scopes, key=len)
         stack.standard = len(together) == 1 and stack.length == getattr(config, "num_hidden_layers", None)
     return out
-
-
-def _holds(outer: str, path: str) -> bool:
-    return not outer or path.startswith(f"{outer}.")
-
-
-def _like(config: PreTrainedConfig, other: PreTrainedConfig) -> bool:
-    return config is other or type(config) is type(other)
 
 
 def configs_in(
@@ -204,7 +198,7 @@ def _drop_layers(model: PreTrainedModel, config: PreTrainedConfig, plan: Pruning
     text.num_hidden_layers = kept.numel()
 
 
-def _names(model: PreTrainedModel) -> dict[str, list[str]]:
+def names_of(model: PreTrainedModel) -> dict[str, list[str]]:
     """Every name of every tensor that a checkpoint holds, by its first: tied ones have several."""
     first: dict[int, str] = {}
     out: dict[str, list[str]] = {}
@@ -311,16 +305,18 @@ def _keeping_constants(
     first, too, since T5's factor is made of one; where such a number is a width after all, the model does not run and
     the next config is tried.
     """
+    modules = list(skeleton(type(base), config).named_modules())
+    parts = dict(configs_in(config))
     for numbers in ((int, float), (float,)):
         blocks: dict[tuple[str, ...], dict[str, Recipe]] = {}
-        for path, module in skeleton(type(base), config).named_modules():
-            stack = next((s for s in stacks if path == s.scope or _holds(s.scope, path)), None)
+        for path, module in modules:
+            stack = next((s for s in stacks if path == s.scope or holds(s.scope, path)), None)
             if stack is None:
                 continue
-            inside = any(_holds(s.path, path) for s in stacks)
+            inside = any(holds(s.path, path) for s in stacks)
             if recipe := _restoring(base.get_submodule(path), module, numbers, inside):
                 inner = path.removeprefix(stack.scope).removeprefix(".")
-                known = overrides_of(dict(configs_in(config))[stack.config]).get(inner, {})
+                known = overrides_of(parts[stack.config]).get(inner, {})
                 blocks.setdefault(stack.config, {})[inner] = recipe | {
                     key: recipe[key] | known.get(key, {}) for key in ("values", "shapes")
                 }

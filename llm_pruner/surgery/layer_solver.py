@@ -94,7 +94,7 @@ def _solutions(
     for count in range(len(owners) + 1):
         for special in combinations(owners, count):
             options = [list(islice(_block_recipes(layer, path, wanted, cuts), MAX_RECIPES)) for path in special]
-            rest = {n: s for n, s in wanted.items() if not any(_inside(n, path) for path in special)}
+            rest = {n: s for n, s in wanted.items() if not any(holds(path, n) for path in special)}
             if not all(options):
                 continue
             for pins, fields in _field_solutions(layer, config, {n: now[n] for n in rest}, rest, cuts):
@@ -109,7 +109,8 @@ def _solutions(
                     yield Solution(pins, fields, dict(zip(special, recipes, strict=True)))
 
 
-def _inside(name: str, path: str) -> bool:
+def holds(path: str, name: str) -> bool:
+    """Whether what is called ``name`` lies below ``path``; everything lies below the empty path."""
     return not path or name.startswith(f"{path}.")
 
 
@@ -160,7 +161,7 @@ def _owners(layer: nn.Module, cut: Cut) -> list[str]:
 
     if not cut.inner:
         children = dict(_children(layer))
-        touched = [path for path in children if any(_inside(name, path) for name, _ in cut.dims)]
+        touched = [path for path in children if any(holds(path, name) for name, _ in cut.dims)]
         return [path for path in touched if counts(children[path])]
     path = common_path(name for name, _ in cut.dims)
     while path and not counts(layer.get_submodule(path)):
@@ -323,9 +324,9 @@ def _block_recipes(layer: nn.Module, path: str, wanted: Shapes, cuts: list[Cut])
     block = layer.get_submodule(path)
     fields = fields_of(config_of(block)) | numbers_of(block)
     prefix = f"{path}." if path else ""
-    target = {n.removeprefix(prefix): s for n, s in wanted.items() if _inside(n, path)}
-    mine = [c for c in cuts if all(_inside(n, path) for n, _ in c.dims)]
-    inner = {(n.removeprefix(prefix), d) for c in mine for n, d in c.dims if _inside(n, path)}
+    target = {n.removeprefix(prefix): s for n, s in wanted.items() if holds(path, n)}
+    mine = [c for c in cuts if all(holds(path, n) for n, _ in c.dims)]
+    inner = {(n.removeprefix(prefix), d) for c in mine for n, d in c.dims if holds(path, n)}
 
     def fits(values: Overrides) -> bool:
         built = _try(block, values)

@@ -20,11 +20,6 @@ def renamed(name: str, plan: PruningPlan) -> str | None:
     return name
 
 
-def cut_shape(name: str, shape: tuple[int, ...], plan: PruningPlan) -> tuple[int, ...]:
-    """The shape of a tensor after the plan."""
-    return tuple(len(plan.kept.get(name, {}).get(dim, range(size))) for dim, size in enumerate(shape))
-
-
 def cut(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
     """The kept part of a tensor, always a new one."""
     kept = plan.kept.get(name, {})
