@@ -69,6 +69,9 @@ class PruneArguments:
     max_windows: int = flag(0, "use only the first N windows of each text (0: all)")
     target_params: str | None = flag(None, "parameters that stay, instead of a ratio: 0.8 of the model, or 5.4B")
     compensate: str = flag("none", "refit a projection of each layer afterwards: " + ", ".join(COMPENSATIONS))
+    stream: bool = flag(
+        False, "keep weights mapped from their files and bring them in block by block, for large models"
+    )
     round_to: int = flag(1, "keep multiples of this many indices")
     dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES) + " (auto: float32 on cpu)")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")

@@ -15,19 +15,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .arguments import PruneArguments
-from .checkpoint import PLAN_FILE, complete_folder, load, write_checkpoint
+from .checkpoint import (
+    DTYPES,
+    PLAN_FILE,
+    complete_folder,
+    load,
+    load_config,
+    locate,
+    meta_model,
+    on_disk,
+    write_checkpoint,
+)
 from .data import calibration, text
 from .errors import PrunerError
 from .evaluation import check_length, parameter_count, perplexity, windows
-from .graph import CouplingGraph, trace
+from .graph import CouplingGraph, computing, native, trace
 from .importance import NEED_CALIBRATION, score
 from .selection import PruningPlan, first_layers, lifted, select
-from .surgery import apply, compensate, verify
+from .surgery import Place, apply, compensate, in_memory, verify
 from .version import __version__
 
 log = logging.getLogger("llm_pruner")
@@ -82,15 +93,17 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
     set_seed(args.seed)
     clock = Stopwatch()
     with clock("load"):
-        dtype = ("float32" if args.device == "cpu" else "auto") if args.dtype == "auto" else args.dtype
-        model, tokenizer = load(args.base_model, dtype, args.device, args.trust_remote_code)
+        args.stream = args.stream or too_large(args)
+        dtype = "float32" if args.dtype == "auto" and args.device == "cpu" and not args.stream else args.dtype
+        model, tokenizer = load(args.base_model, dtype, "cpu" if args.stream else args.device, args.trust_remote_code)
     log.info("loaded %s: %s parameters", args.base_model, f"{parameter_count(model):,}")
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
     evaluation = _evaluation_windows(args, model, tokenizer)
     metrics["before"] = _test("before pruning", args.test_before_train, model, tokenizer, args, evaluation, clock)
-    cast(Any, model).to(args.device)
+    if not args.stream:
+        cast(Any, model).to(args.device)
 
-    plan, pruned, graph = make_plan(args, model, tokenizer, clock)
+    plan, pruned, graph = make_plan(args, model, tokenizer, clock, on_disk(folder) if args.stream else in_memory)
     for line in plan.summary().splitlines():
         log.info("%s", line)
     normed = {u.kind for u in graph.units if u.name in plan.units and u.flags and u.kind != "hidden"}
@@ -143,10 +156,32 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
     }
 
 
+def too_large(args: PruneArguments) -> bool:
+    """Whether original and pruned weights side by side would not fit, so that the model must be streamed."""
+    if locate(args.base_model)[1] is not None:  # GGUF: nothing to map, it is dequantized in memory
+        return False
+    config = load_config(args.base_model, args.trust_remote_code)
+    meta = meta_model(config, args.trust_remote_code)
+    stored = torch.float32 if args.device == "cpu" else meta.dtype
+    asked = DTYPES[args.dtype]
+    dtype = asked if isinstance(asked, torch.dtype) else stored
+    needed = 2 * dtype.itemsize * parameter_count(meta)
+    device = torch.device(args.device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        log.info(
+            "streaming: the model and its pruned copy take %.1f GiB, %.1f are free on %s",
+            needed / 2**30,
+            free / 2**30,
+            args.device,
+        )
+    return needed > free
+
+
 def make_plan(
-    args: PruneArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, clock: Stopwatch
+    args: PruneArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, clock: Stopwatch, place: Place
 ) -> tuple[PruningPlan, PreTrainedModel, CouplingGraph]:
-    """The plan, the pruned model and the original's graph.
+    """The plan, the pruned model (whose tensors are put in their ``place``) and the original's graph.
 
     With several iterative steps, each step scores the last step's model and plans anew for the original, in
     which what is gone already scores lowest.
@@ -156,7 +191,7 @@ def make_plan(
     if args.layer_wise:
         plan = first_layers(graph, args.layer or 0)
         with clock("apply"):
-            return plan, apply(model, plan), graph
+            return plan, apply(model, plan, place), graph
     layers = args.layers(graph)
     scope = "global" if args.global_pruning else "local"
     ids = None
@@ -167,7 +202,15 @@ def make_plan(
     for step in range(1, args.iterative_steps + 1):
         with clock("score"):
             scores = score(
-                pruned, current, ids, args.pruner_type, args.taylor, args.grouping_strategy, args.kinds, args.seed
+                pruned,
+                current,
+                ids,
+                args.pruner_type,
+                args.taylor,
+                args.grouping_strategy,
+                args.kinds,
+                args.seed,
+                args.device,
             )
             scores = lifted(scores, graph, plan)
         ratio = args.pruning_ratio * step / args.iterative_steps
@@ -180,7 +223,7 @@ def make_plan(
             log.info("step %d of %d: %s", step, args.iterative_steps, error)
             continue
         with clock("apply"):
-            pruned = apply(model, plan)
+            pruned = apply(model, plan, place)
         if step < args.iterative_steps:
             log.info("step %d of %d: %s parameters", step, args.iterative_steps, f"{parameter_count(pruned):,}")
             with clock("trace"):
@@ -208,16 +251,18 @@ def _test(
     clock: Stopwatch,
 ) -> dict[str, Any]:
     """Perplexity on every text, and if asked continuations of LLM-Pruner's kind of prompts."""
-    cast(Any, model).to(args.eval_device)
+    compute = native(model).on(torch.device(args.eval_device))
+    if not args.stream:
+        cast(Any, model).to(args.eval_device)
     metrics: dict[str, Any] = {"perplexity": {}}
     if samples:
-        with clock("generate"):
+        with clock("generate"), computing(model, compute):
             metrics["samples"] = [generate(model, tokenizer, prompt, args) for prompt in PROMPTS]
         for sample in metrics["samples"]:
             log.info("%s: %s", when, sample)
     for name, ids in evaluation.items():
         with clock("perplexity"):
-            result = perplexity(model, ids)
+            result = perplexity(model, ids, compute=compute)
         metrics["perplexity"][name] = asdict(result)
         log.info("perplexity %s on %s: %.4f (%d tokens)", when, name, result.perplexity, result.tokens)
     return metrics

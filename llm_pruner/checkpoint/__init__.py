@@ -1,6 +1,7 @@
 """The only part that touches model files."""
 
 from .load import DEFAULT_MODEL, DTYPES, EMBEDDED, load, load_config, locate, meta_model
+from .mapped import on_disk
 from .save import PLAN_FILE, complete_folder, save, write_checkpoint
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "load_config",
     "locate",
     "meta_model",
+    "on_disk",
     "save",
     "write_checkpoint",
 ]

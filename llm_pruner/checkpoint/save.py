@@ -15,6 +15,7 @@ from ..errors import PrunerError
 from ..selection import PruningPlan
 
 PLAN_FILE = "pruning_plan.json"
+SHARD = "4GB"
 OURS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".log", ".py"}  # what checkpoints and runs are made of
 
 
@@ -44,7 +45,7 @@ def write_checkpoint(
     plan: PruningPlan | None = None,
 ) -> None:
     """Write the files of a checkpoint into a folder that somebody else completes."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=SHARD)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if plan is not None:

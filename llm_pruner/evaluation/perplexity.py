@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
-from ..graph import context_length, model_inputs, predicted
+from ..graph import Compute, computing, context_length, evaluating, model_inputs, predicted
 
 
 @dataclass
@@ -56,29 +56,30 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int = 4) -> Perplexity:
+def perplexity(
+    model: PreTrainedModel, ids: torch.Tensor, batch_size: int = 4, compute: Compute | None = None
+) -> Perplexity:
     """Perplexity of a model on windows ``[windows, seq_len]``.
 
     Each window predicts its tokens 1 .. seq_len - 1 from those before them in the same window. An encoder-decoder is
     given the first half of each window and predicts the second.
 
+    Args:
+        compute: where and how to compute, if not as the model is: weights are then converted block by block.
+
     Raises:
         PrunerError: the windows are longer than the model reads.
     """
     check_length(model, ids.shape[1])
-    training = model.training
-    model.eval()
     total, tokens = 0.0, 0
-    try:
-        for batch in ids.split(batch_size):
-            inputs = model_inputs(model, batch.to(model.device))
+    with evaluating(model), computing(model, compute) as used:
+        for batch in ids.to(used.device).split(batch_size):
+            inputs = model_inputs(model, batch)
             logits = model(**inputs, use_cache=False).logits[:, :-1]
             targets = predicted(inputs)[:, 1:]
             tokens += targets.numel()
             for row, target in zip(logits, targets, strict=True):  # one window in fp32 at a time
                 total += cross_entropy(row.float(), target, reduction="sum").item()
-    finally:
-        model.train(training)
     loss = total / tokens
     return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, tokens, ids.shape[0], ids.shape[1])
 

@@ -2,6 +2,7 @@
 
 from .constants import Constant, hook_selecting
 from .stacks import layer_lists
+from .streaming import Compute, StandIns, computing, native, streamed
 from .tracer import (
     TraceError,
     context_length,
@@ -16,19 +17,24 @@ from .units import KINDS, CouplingGraph, Unit, common_path, trace
 
 __all__ = [
     "KINDS",
+    "Compute",
     "Constant",
     "CouplingGraph",
+    "StandIns",
     "TraceError",
     "Unit",
     "common_path",
+    "computing",
     "context_length",
     "evaluating",
     "hook_selecting",
     "implementations",
     "layer_lists",
     "model_inputs",
+    "native",
     "predicted",
     "sources",
+    "streamed",
     "trace",
     "traceable",
 ]

@@ -12,6 +12,7 @@ every projection behind a norm for hidden channels (whose inputs are the outputs
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from ..errors import PrunerError
-from ..graph import evaluating, implementations, model_inputs
+from ..graph import Compute, evaluating, implementations, model_inputs, native, streamed
 from .aggregate import Salience, reduce_to
 
 BATCH = 8  # samples in a forward pass
@@ -34,13 +35,19 @@ class Readers(TorchFunctionMode):
     """Calls ``visit(parameter, dim, inputs)`` for every product of activations with a weight.
 
     ``dim`` is the dim of the parameter that is summed over and ``inputs`` the activations ``[tokens, size of dim]``.
-    The weight may be a view: an expert of a stack, a transposed matrix.
+    The weight may be a view: an expert of a stack, a transposed matrix. It must have been made ``known``.
     """
 
-    def __init__(self, model: nn.Module, visit: Visit):
+    def __init__(self, visit: Visit):
         super().__init__()
-        self.names = {p.untyped_storage().data_ptr(): (n, p) for n, p in model.named_parameters() if p.ndim > 1}
+        self.weights: dict[int, tuple[str, weakref.ref[torch.Tensor]]] = {}
         self.visit = visit
+
+    def known(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Recognise a weight, as long as it lives."""
+        if weight.ndim > 1:
+            self.weights[weight.untyped_storage().data_ptr()] = name, weakref.ref(weight)
+        return weight
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -53,8 +60,9 @@ class Readers(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _seen(self, inputs: torch.Tensor, weight: torch.Tensor, summed: int) -> None:
-        name, parameter = self.names.get(weight.untyped_storage().data_ptr(), (None, None))
-        if name is None or parameter is None or weight.ndim < 2:
+        name, reference = self.weights.get(weight.untyped_storage().data_ptr(), ("", lambda: None))
+        parameter = reference()
+        if parameter is None or weight.ndim < 2:
             return
         size, stride = weight.shape[summed], weight.stride(summed)
         for dim in reversed(range(parameter.ndim)):
@@ -64,11 +72,13 @@ class Readers(TorchFunctionMode):
 
 
 @torch.no_grad()
-def read(model: nn.Module, calibration: torch.Tensor, visit: Visit, batch: int = BATCH) -> None:
+def read(model: nn.Module, calibration: torch.Tensor, visit: Visit, compute: Compute | None = None) -> None:
     """Run the calibration set ``[samples, tokens]`` through the model, in eval mode, and visit what weights read."""
+    compute, readers = compute or native(model), Readers(visit)
+    stand_ins = streamed(model, lambda name, tensor: readers.known(name, compute.convert(tensor)))
     # Experts as a loop over views of their weights: that says what each of them reads.
-    with evaluating(model), implementations(model, experts="eager"), Readers(model, visit):
-        for ids in calibration.split(batch):
+    with evaluating(model), implementations(model, experts="eager"), stand_ins, readers:
+        for ids in calibration.to(compute.device).split(BATCH):
             model(**model_inputs(model, ids), use_cache=False)
 
 
@@ -91,7 +101,7 @@ class Moments:
 
 
 def moments(
-    model: nn.Module, slices: dict[str, list[int]], calibration: torch.Tensor
+    model: nn.Module, slices: dict[str, list[int]], calibration: torch.Tensor, compute: Compute | None = None
 ) -> dict[tuple[str, int], Moments]:
     """Moments of the inputs of every slice that reads its axis.
 
@@ -113,15 +123,17 @@ def moments(
         known.magnitude += sums[1]
         known.square += sums[2]
 
-    read(model, calibration, visit)
+    read(model, calibration, visit, compute)
     return out
 
 
-def activation(model: nn.Module, slices: Slices, calibration: torch.Tensor, criterion: str) -> Salience:
+def activation(
+    model: nn.Module, slices: Slices, calibration: torch.Tensor, criterion: str, compute: Compute | None = None
+) -> Salience:
     """``activation``, ``wanda`` or ``flap`` of every channel that is read: ``{(parameter, dim): [size of dim]}``."""
     weights = dict(model.named_parameters())
     out = {}
-    for (name, dim), seen in moments(model, slices, calibration).items():
+    for (name, dim), seen in moments(model, slices, calibration, compute).items():
         weight = weights[name].detach().double().cpu()
         if criterion == "activation":
             out[name, dim] = seen.magnitude / seen.tokens

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
-from ..graph import CouplingGraph, Unit, context_length
+from ..graph import Compute, CouplingGraph, Unit, context_length, native
 from .activation import activation
 from .aggregate import AGGREGATIONS, Salience, Scores, aggregate, slices_of
 from .magnitude import magnitude
@@ -25,6 +25,11 @@ class Request:
     slices: dict[str, list[int]]
     calibration: torch.Tensor | None
     taylor: str
+    compute: Compute
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        return checked(self.model, self.calibration)
 
 
 # A criterion returns numbers per channel; ``random`` needs none.
@@ -32,10 +37,10 @@ CRITERIA: dict[str, Callable[[Request], Salience] | None] = {
     "random": None,
     "l1": lambda r: magnitude(r.model, r.slices, power=1),
     "l2": lambda r: magnitude(r.model, r.slices, power=2),
-    "taylor": lambda r: taylor(r.model, r.slices, checked(r.model, r.calibration), r.taylor),
-    "activation": lambda r: activation(r.model, r.slices, checked(r.model, r.calibration), "activation"),
-    "wanda": lambda r: activation(r.model, r.slices, checked(r.model, r.calibration), "wanda"),
-    "flap": lambda r: activation(r.model, r.slices, checked(r.model, r.calibration), "flap"),
+    "taylor": lambda r: taylor(r.model, r.slices, r.tokens, r.taylor, r.compute),
+    "activation": lambda r: activation(r.model, r.slices, r.tokens, "activation", r.compute),
+    "wanda": lambda r: activation(r.model, r.slices, r.tokens, "wanda", r.compute),
+    "flap": lambda r: activation(r.model, r.slices, r.tokens, "flap", r.compute),
 }
 READING = ("activation", "wanda", "flap")  # know only the slices that read a unit
 NEED_CALIBRATION = ("taylor", *READING)
@@ -50,6 +55,7 @@ def score(
     aggregation: str = "sum",
     kinds: Iterable[str] | None = None,
     seed: int = 0,
+    device: str | torch.device | None = None,
 ) -> Scores:
     """Score every index of every unit of the graph; higher is worth more.
 
@@ -63,6 +69,8 @@ def score(
         aggregation: over the slices of a group: ``sum``, ``mean``, ``max``, ``prod``, ``first`` or ``last``.
         kinds: score only units of these kinds (None: all). Fewer kinds need fewer gradients.
         seed: of the ``random`` criterion.
+        device: where to compute, if not where the weights are: these are then brought there block by block. 16-bit
+            weights on the CPU are always computed with in float32, block by block.
 
     Raises:
         PrunerError: an unknown name, an unusable calibration set, or a gradient that is not finite.
@@ -84,7 +92,8 @@ def score(
     if criterion == "taylor":
         settings["taylor"] = taylor
     ranks = {name: parameter.ndim for name, parameter in model.named_parameters()}
-    salience = compute(Request(model, slices_of(units, ranks), calibration, taylor))
+    how = native(model) if device is None else native(model).on(torch.device(device))
+    salience = compute(Request(model, slices_of(units, ranks), calibration, taylor, how))
     if criterion in READING:  # whole layers, and experts, are not read by any weight
         unread = [u for u in units if not any(key in salience for key in u.dims)]
         if unread and (kinds is not None or len(unread) == len(units)):
@@ -100,7 +109,7 @@ def score(
 
 
 def checked(model: PreTrainedModel, calibration: torch.Tensor | None) -> torch.Tensor:
-    """The calibration set on the model's device, if it is one that the model can read."""
+    """The calibration set, if it is one that the model can read."""
     if calibration is None:
         raise PrunerError("this criterion needs a calibration set: a LongTensor [samples, tokens]")
     if calibration.ndim != 2 or calibration.is_floating_point() or calibration.shape[0] < 1 or calibration.shape[1] < 2:
@@ -117,4 +126,4 @@ def checked(model: PreTrainedModel, calibration: torch.Tensor | None) -> torch.T
     longest = context_length(model)
     if longest is not None and calibration.shape[1] > longest:
         raise PrunerError(f"calibration samples have {calibration.shape[1]} tokens, the model reads at most {longest}")
-    return calibration.to(weight.device)
+    return calibration

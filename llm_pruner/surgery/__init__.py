@@ -1,7 +1,16 @@
 """Surgery: carrying out a plan."""
 
-from .apply import EquivalenceReport, apply, verify
+from .apply import EquivalenceReport, Place, apply, in_memory, verify
 from .compensate import CompensationReport, compensate
 from .heterogeneous import install
 
-__all__ = ["CompensationReport", "EquivalenceReport", "apply", "compensate", "install", "verify"]
+__all__ = [
+    "CompensationReport",
+    "EquivalenceReport",
+    "Place",
+    "apply",
+    "compensate",
+    "in_memory",
+    "install",
+    "verify",
+]

@@ -14,19 +14,30 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..errors import PrunerError
-from ..graph import CouplingGraph, TraceError, model_inputs, sources, trace, traceable
+from ..graph import CouplingGraph, TraceError, model_inputs, native, sources, streamed, trace, traceable
 from ..graph.verify import random_tokens, relative_difference
 from ..selection import PruningPlan
 from . import config_solver
 from .norms import KeptNorms, kept_norms
 from .slicing import check_fits, cut, masked, renamed
 
+Place = Callable[[torch.Tensor], torch.Tensor]
 
-def apply(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Where tensors live unless something else is said."""
+    return tensor
+
+
+def apply(model: PreTrainedModel, plan: PruningPlan, place: Place = in_memory) -> PreTrainedModel:
     """A new, smaller model of the same class; the original is untouched.
 
     The new model is built from a config, so that every attribute is right by construction, and traced: its
     units must be the original's at the sizes that the plan says. Weights keep dtype and device.
+
+    Args:
+        place: puts each new tensor where it is to live and returns it there
+            (:func:`llm_pruner.checkpoint.on_disk`: in files, for models larger than memory).
 
     Raises:
         PrunerError: the plan is for another model, or no config expresses what it leaves.
@@ -41,12 +52,14 @@ def apply(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     for config in config_solver.solve(model, plan, graph):
         try:
             # Looked at on the meta device, before any weight is copied, unless the model needs them to run.
-            rebuilt = config_solver.skeleton(type(model), config) if graph.on_meta else _fill(model, plan, config)
+            rebuilt = (
+                config_solver.skeleton(type(model), config) if graph.on_meta else _fill(model, plan, config, place)
+            )
             problem = _wrong_axis(rebuilt, graph, plan) or _broken_cache(rebuilt, model)
         except TraceError as error:
             problem = str(error)
         if not problem:
-            pruned = _fill(model, plan, config) if graph.on_meta else rebuilt
+            pruned = _fill(model, plan, config, place) if graph.on_meta else rebuilt
             problem = _wrong_factor(model, pruned, plan, graph)
             if not problem:
                 return pruned
@@ -61,7 +74,7 @@ def _wrong_axis(rebuilt: PreTrainedModel, original: CouplingGraph, plan: Pruning
     expected = _axes(original, plan)
     for key, sizes in _axes(trace(rebuilt), PruningPlan()).items():
         if sizes != expected[key]:
-            return f"{key[0]} has axes {sizes} in dim {key[1]} of the rebuilt model instead of {expected[key]}"
+            return f"{key[0]} has axes {sizes} (size, stride) in dim {key[1]} of the rebuilt model, not {expected[key]}"
     return ""
 
 
@@ -99,21 +112,29 @@ def _broken_cache(rebuilt: PreTrainedModel, original: PreTrainedModel) -> str:
     return found if found and not problem(config_solver.skeleton(type(original), original.config)) else ""
 
 
-def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list[int]]:
-    """The sizes of the axes that every parameter dim is made of, after the plan."""
-    out: dict[tuple[str, int], list[int]] = defaultdict(list)
+def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list[tuple[int, int]]]:
+    """The axes that every parameter dim is made of after the plan, each as its size and its stride.
+
+    The stride tells three heads of four channels from four heads of three.
+    """
+    out: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for unit in [*graph.units, *graph.frozen]:
         if unit.kind == "layers":
             continue
         size = plan.units[unit.name].kept.numel() if unit.name in plan.units else unit.size
-        for name, dim in unit.dims:
+        for (name, dim), label in unit.dims.items():
             new = renamed(name, plan)
-            if new is not None and size > 1:  # an axis of one index is no axis any more
-                out[new, dim].append(size)
-    return defaultdict(list, {key: sorted(sizes) for key, sizes in out.items()})
+            if new is None or size == 1:  # an axis of one index is no axis any more
+                continue
+            kept = plan.kept.get(name, {}).get(dim)
+            label = label if kept is None else label[kept]
+            of_first = label[label >= 0][:1]
+            stride = int((label == of_first).int().cumprod(0).sum()) if len(label) and label[0] >= 0 else 0
+            out[new, dim].append((size, stride))
+    return defaultdict(list, {key: sorted(axes) for key, axes in out.items()})
 
 
-def _fill(model: PreTrainedModel, plan: PruningPlan, config: PreTrainedConfig) -> PreTrainedModel:
+def _fill(model: PreTrainedModel, plan: PruningPlan, config: PreTrainedConfig, place: Place) -> PreTrainedModel:
     # Tied tensors are cut once, under the name that the plan knows.
     canonical = {name: first for first, names in config_solver.names_of(model).items() for name in names}
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
@@ -124,7 +145,7 @@ def _fill(model: PreTrainedModel, plan: PruningPlan, config: PreTrainedConfig) -
         if new is not None:
             key = canonical[name]
             if key not in done:
-                done[key] = cut(key, tensors[name].detach(), plan)
+                done[key] = place(cut(key, tensors[name].detach(), plan))
             state[new] = done[key]
     # Weights are taken over, not allocated twice; tables that no checkpoint holds are computed.
     on_meta = model.device.type == "meta"
@@ -190,7 +211,7 @@ def verify(
     ids = random_tokens(pruned, rows=2, tokens=16, seed=seed) if tokens is None else tokens
     hidden = any(choice.kind == "hidden" for choice in plan.units.values())
     modes = kept_norms(trace(model), plan) if hidden else []
-    report = _compare(model, pruned, plan, ids, model.dtype, tolerance, modes)
+    report = _compare(model, pruned, plan, ids, native(model).dtype, tolerance, modes)
     if not report.equivalent and model.dtype is not torch.float64:
         with suppress(RuntimeError):  # some models insist on float32 somewhere
             report = _compare(model, pruned, plan, ids, torch.float64, tolerance, modes)
@@ -206,12 +227,18 @@ def _compare(
     tolerance: float,
     modes: list[KeptNorms],
 ) -> EquivalenceReport:
+    held = sources(model)
+    tables = {n: b for n, b in pruned.named_buffers() if n not in held}  # computed anew, in a precision of their own
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name in tables and tables[name].shape == tensor.shape:
+            return tables[name]
+        return masked(name, tensor, plan) if name in plan.kept else tensor
+
     with ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
-        expected = _logits(
-            model, ids, dtype, lambda name, tensor: masked(name, tensor, plan) if name in plan.kept else tensor
-        )
+        expected = _logits(model, ids, dtype, change)
     found = _logits(pruned, ids, dtype, lambda _, tensor: tensor)
     difference = (found - expected).abs().max().item()
     return EquivalenceReport(difference, relative_difference(found, expected), tolerance, dtype)
@@ -221,12 +248,11 @@ def _compare(
 def _logits(
     model: PreTrainedModel, ids: torch.Tensor, dtype: torch.dtype, change: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """The logits, on the CPU in float64, of a model whose tensors are changed and cast for this one pass."""
-    state = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    """The logits, on the CPU in float64, of a model whose tensors are changed and cast while they are used."""
+
+    def stand_in(name: str, tensor: torch.Tensor) -> torch.Tensor:
         tensor = change(name, tensor.detach())
-        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    inputs = model_inputs(model, ids.to(model.device))
-    with traceable(model):
-        out = torch.func.functional_call(model, state, args=(), kwargs={**inputs, "use_cache": False})
-    return out.logits.double().cpu()
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    with traceable(model), streamed(model, stand_in):
+        return model(**model_inputs(model, ids.to(model.device)), use_cache=False).logits.double().cpu()

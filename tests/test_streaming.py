@@ -1,0 +1,123 @@
+"""Block by block: other precision, other device, weights in files; the same numbers and a fraction of the memory."""
+
+import pytest
+import torch
+from conftest import build, pruned_by, tokens
+from registry import tiny_model
+
+import llm_pruner as lp
+from llm_pruner.checkpoint import on_disk
+from llm_pruner.cli import main
+from llm_pruner.evaluation import perplexity
+from llm_pruner.graph import StandIns, computing
+from llm_pruner.importance import VARIANTS
+
+FAMILIES = ("llama_grouped", "gpt2", "mixtral", "bloom", "gemma2", "t5:seq2seq", "bart:seq2seq", "mamba", "zamba2")
+
+
+def rounded(name):
+    """A model whose float32 weights are exact in bfloat16, and its bfloat16 twin."""
+    make = build if name in ("llama_grouped", "gpt2", "mixtral") else tiny_model
+    wide = make(name)
+    tables = {n: b.clone() for n, b in wide.named_buffers()}
+    narrow = make(name).to(torch.bfloat16)
+    for module in narrow.modules():  # as after loading, tables of sines stay in float32
+        for key in module._buffers:
+            path = next((n for n, m in narrow.named_modules() if m is module), "")
+            module._buffers[key] = tables[f"{path}.{key}".lstrip(".")]
+    with torch.no_grad():
+        for parameter in wide.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    return wide, narrow
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_narrow_weights_score_as_wide_ones(name, variant):
+    wide, narrow = rounded(name)
+    graph, ids = lp.trace(wide), tokens(3, 16)
+    expected = lp.score(wide, graph, ids, taylor=variant)
+    found = lp.score(narrow, graph, ids, taylor=variant)
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    for unit, values in expected.values.items():
+        torch.testing.assert_close(found.values[unit], values, rtol=2e-3, atol=2e-3 * values.max().item())
+
+
+@pytest.mark.parametrize("criterion", ("activation", "wanda", "flap"))
+def test_what_is_read_is_the_same(criterion):
+    wide, narrow = rounded("llama_grouped")
+    graph, ids = lp.trace(wide), tokens(3, 16)
+    expected = lp.score(wide, graph, ids, criterion).values
+    for unit, values in lp.score(narrow, graph, ids, criterion).values.items():
+        torch.testing.assert_close(values, expected[unit], rtol=1e-4, atol=0)
+
+
+def test_only_one_block_is_converted_at_a_time():
+    _, narrow = rounded("llama_grouped")
+    living: list[str] = []
+    most = 0
+
+    def stand_in(name, tensor):
+        nonlocal most
+        copy = tensor.detach().float()
+        living.append(name)
+        most = max(most, len({n.split(".")[2] for n in living if ".layers." in n}))
+        return copy
+
+    stand_ins = StandIns(narrow, stand_in)
+    for path in stand_ins.blocks:
+        before = dict(narrow.named_parameters())
+        with stand_ins.placed(path) as placed:
+            assert all(t.dtype is torch.float32 for t in placed.values())
+        living.clear()
+        assert all(p is before[n] for n, p in narrow.named_parameters())
+    assert most == 1 and len(stand_ins.blocks) == len(narrow.model.layers)
+
+
+def test_shared_weights_are_no_block():
+    """A layer whose weights another one has too cannot be visited on its own."""
+    model = build("llama")
+    model.model.layers[2] = model.model.layers[0]
+    assert list(StandIns(model, lambda _, t: t).blocks) == ["model.layers.1"] + [
+        f"model.layers.{i}" for i in range(3, len(model.model.layers))
+    ]
+
+
+def test_perplexity_in_full_precision():
+    wide, narrow = rounded("llama_grouped")
+    ids = tokens(4, 16)
+    assert perplexity(narrow, ids).loss == pytest.approx(perplexity(wide, ids).loss, rel=1e-5)
+    with computing(narrow) as compute:
+        assert compute.dtype is torch.float32 and narrow.lm_head.weight.dtype is torch.float32
+    assert narrow.lm_head.weight.dtype is torch.bfloat16
+
+
+def test_tensors_in_files(tmp_path):
+    model = build("llama_grouped")
+    plan, pruned = pruned_by(model)
+    mapped = lp.apply(model, plan, on_disk(tmp_path))
+    assert not any(tmp_path.iterdir()), "the files have no names"
+    for (name, a), (_, b) in zip(pruned.state_dict().items(), mapped.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    lp.save(mapped, None, tmp_path / "m")
+    assert lp.verify(model, mapped, plan).equivalent
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    model = build("llama")
+    plan, _ = pruned_by(model)
+    with pytest.raises(lp.PrunerError, match="cannot put"):
+        lp.apply(model, plan, on_disk(tmp_path / "missing"))
+
+
+def test_the_command_streams(smollm2, tmp_path, monkeypatch):
+    """--stream gives the plan that the plain way gives, and the same checkpoint."""
+    model, tokenizer = smollm2
+    monkeypatch.chdir(tmp_path)
+    lp.save(model, tokenizer, tmp_path / "m")
+    flags = ["--base_model", str(tmp_path / "m"), "--pruning_ratio", "0.25", "--eval_datasets", "", "--save_model"]
+    flags += ["--num_examples", "2", "--calib_seq_len", "16", "--device", "cpu"]
+    assert main(["prune", *flags, "--save_ckpt_log_name", "plain"]) == 0
+    assert main(["prune", *flags, "--save_ckpt_log_name", "streamed", "--stream"]) == 0
+    plain, streamed = (lp.load(str(tmp_path / "prune_log" / n))[0].state_dict() for n in ("plain", "streamed"))
+    assert all(torch.equal(tensor, streamed[name]) for name, tensor in plain.items())
