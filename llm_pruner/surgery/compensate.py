@@ -1,14 +1,19 @@
-"""Compensation: after removal, a projection in each layer is refitted so that the layer says what it said before.
+"""Compensation: after removal, projections of each layer are refitted so that the layer says what it said before.
 
 Removing neurons and heads changes what every later layer reads. Here the layers are visited from first to last with
-the original's stream h and the pruned model's stream p side by side; in each, the last projection W whose output is
-added to the stream as it is (``down_proj`` of a Llama) is moved by the ridge regression
+the original's stream h and the pruned model's stream p side by side; in each, every projection W whose output is added
+to the stream as it is (``o_proj`` and ``down_proj`` of a Llama) is moved by the ridge regression
 
-    D = argmin  sum_t  |h_t - p_t - D x_t|^2 / |h_t|^2  +  lambda * mean(x^2) * |D|^2
+    D = argmin  sum_t v_t |h_t - p_t - D x_t|^2  +  lambda * sum_j mean(x_j^2) |D_j|^2
 
-over the calibration tokens t, where x is what W reads. The error is relative to the stream, since the next norm
-divides by it; without that, the few tokens of huge norm that language models have would decide alone. As p carries the
-errors of all layers before, each layer also mends what those left. lambda is chosen on calibration samples held out.
+over the calibration tokens t, where x is what W reads and h_t - p_t the error of the stream just behind it. The prior
+is the same for every channel once its scale is taken out. v_t is 1 for ordinary tokens; the few of huge norm that
+language models have, which would decide alone otherwise, count 1 / |h_t|^2. As p carries the errors of all layers
+before, each layer also mends what those left. lambda is chosen on calibration samples held out.
+
+A damaged model is too sure of itself. Last of all its logits are scaled by the one number that brings its predictions
+closest to the original's (temperature scaling, Guo et al., arXiv 1706.04599, section 4.2, with the original's
+probabilities as labels), folded into the weights before them.
 """
 
 from __future__ import annotations
@@ -18,12 +23,15 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
-from ..graph import evaluating, layer_lists, model_inputs
+from ..graph import computing, evaluating, layer_lists, model_inputs
 
+TEMPERATURES = [round(0.7 + 0.02 * i, 2) for i in range(21)]
+TEMPER_ON = 32  # samples
 RIDGES = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 BATCH = 8  # samples in a forward pass
 HELD_OUT = 4  # every 4th batch chooses lambda
@@ -45,7 +53,10 @@ class Refit:
 
 @dataclass
 class CompensationReport:
+    """What happened to the layers, and the factor of the logits (None where no weight scales them)."""
+
     layers: list[Refit] = field(default_factory=list)
+    temperature: float | None = None
 
 
 @torch.no_grad()
@@ -67,18 +78,25 @@ def compensate(model: PreTrainedModel, pruned: PreTrainedModel, calibration: tor
         raise PrunerError(f"compensation needs at least {MIN_SAMPLES} calibration samples, not {len(calibration)}")
     path = stacks[1][0][0]
     batches = list(calibration.split(BATCH))
-    with evaluating(model), evaluating(pruned):
+    report = CompensationReport()
+    with evaluating(model), evaluating(pruned), computing(model), computing(pruned):
         before, after = (_Stream(m, layers, batches) for m, [(_, layers)] in zip((model, pruned), stacks, strict=True))
         if before.hidden[0].shape != after.hidden[0].shape:
             raise PrunerError("compensation compares hidden states, and the pruned model's are narrower")
-        report = CompensationReport()
         for i in range(len(after.layers)):
-            targets = before.advance(i)
-            if refit := _refit(after, i, targets):
-                refit.module = f"{path}.{i}.{refit.module}"
+            names = _added_projections(after, i)
+            target = before.advance(i, names)
+            floor = torch.cat([h.float().square().sum(-1).flatten() for h in before.hidden]).median().item()
+            for name in names:
+                refit = _refit(after, i, name, names, target[name], floor)
+                refit.module = f"{path}.{i}.{name}"
                 report.layers.append(refit)
-            after.advance(i)
+            after.advance(i, [])
+    report.temperature = _temper(model, pruned, calibration[-TEMPER_ON:])
     return report
+
+
+Streams = dict[str, torch.Tensor]
 
 
 class _Stream:
@@ -124,35 +142,59 @@ class _Stream:
         args, kwargs = self.calls[batch][layer]
         return _first(self.layers[layer](hidden, *args, **kwargs))
 
-    def advance(self, layer: int) -> list[torch.Tensor]:
-        self.hidden = [self.run(layer, i, hidden) for i, hidden in enumerate(self.hidden)]
-        return self.hidden
+    def behind(
+        self, layer: int, batch: int, names: list[str]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Run a layer: what each projection reads, and the stream just behind each (and, under "", the layer)."""
+        reads: dict[str, torch.Tensor] = {}
+        adds: dict[str, torch.Tensor] = {}
+        handles = []
+        for name in names:
+
+            def note(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor, name: str = name) -> None:
+                reads[name], adds[name] = args[0], output
+
+            handles.append(self.layers[layer].get_submodule(name).register_forward_hook(note))
+        try:
+            stream = self.run(layer, batch, self.hidden[batch])
+        finally:
+            for handle in handles:
+                handle.remove()
+        behind = {"": stream}
+        for name in reversed(names):  # what comes later is added as it is, and can be taken away again
+            behind[name] = stream
+            stream = stream - adds[name].view(stream.shape)
+        return reads, behind
+
+    def advance(self, layer: int, names: list[str]) -> dict[str, list[torch.Tensor]]:
+        """Go one layer on; returns the stream behind each projection, batch by batch."""
+        out: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        for batch in range(len(self.hidden)):
+            _, behind = self.behind(layer, batch, names)
+            self.hidden[batch] = behind[""]
+            for name in names:
+                out[name].append(behind[name])
+        return out
 
 
 def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _refit(stream: _Stream, layer: int, targets: list[torch.Tensor]) -> Refit | None:
-    """Move one projection of a layer so that its output comes close to ``targets``; None where none is fit for it."""
-    name = _added_projection(stream, layer)
-    if name is None:
-        return None
+def _refit(
+    stream: _Stream, layer: int, name: str, names: list[str], targets: list[torch.Tensor], floor: float
+) -> Refit:
+    """Move one projection of a layer so that the stream behind it comes close to ``targets``."""
     module = stream.layers[layer].get_submodule(name)
-    sums = {True: _Sums(), False: _Sums()}  # held out or not
-    seen: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        for i, (hidden, target) in enumerate(zip(stream.hidden, targets, strict=True)):
-            out = stream.run(layer, i, hidden)
-            sums[i % HELD_OUT == HELD_OUT - 1].add(seen.pop(), target, out)
-    finally:
-        handle.remove()
+    sums = {True: _Sums(floor), False: _Sums(floor)}  # held out or not
+    for i, target in enumerate(targets):
+        reads, behind = stream.behind(layer, i, names)
+        sums[i % HELD_OUT == HELD_OUT - 1].add(reads[name], target, behind[name])
     fitted, held_out = sums[False], sums[True]
     gains = {ridge: held_out.gain(fitted.solve(ridge)) for ridge in RIDGES}
     best = max(RIDGES, key=gains.__getitem__)
     before = held_out.error / held_out.tokens
-    if gains[best] <= 0:
+    if not gains[best] > 0:
         return Refit(name, before, before, None)
     change = (fitted + held_out).solve(best)
     weight = cast(torch.Tensor, module.weight)
@@ -160,13 +202,30 @@ def _refit(stream: _Stream, layer: int, targets: list[torch.Tensor]) -> Refit | 
     return Refit(name, before, (held_out.error - gains[best]) / held_out.tokens, best)
 
 
-def _added_projection(stream: _Stream, layer: int) -> str | None:
-    """The last projection whose output is added to the stream as it is: moving it moves the layer's output alike."""
+def _added_projections(stream: _Stream, layer: int) -> list[str]:
+    """The projections whose output is added to the stream as it is, in the order in which they are.
+
+    The last one moves the layer's output as it is moved itself; with that one silent, so does the one before.
+    """
     block, hidden = stream.layers[layer], stream.hidden[0]
+    found: list[str] = []
+    silent: list[Any] = []
+    try:
+        while name := _last_added(stream, layer, hidden, found):
+            found.insert(0, name)
+            module = block.get_submodule(name)
+            silent.append(module.register_forward_hook(lambda _, __, output: torch.zeros_like(output)))
+    finally:
+        for handle in silent:
+            handle.remove()
+    return found
+
+
+def _last_added(stream: _Stream, layer: int, hidden: torch.Tensor, known: list[str]) -> str | None:
     plain = stream.run(layer, 0, hidden)
     moved = 0.1 * plain.abs().mean() * torch.randn(plain.shape, generator=torch.Generator().manual_seed(0)).to(plain)
-    projections = [(n, m) for n, m in block.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-    for name, module in reversed(projections):
+    modules = stream.layers[layer].named_modules()
+    for name, module in reversed([(n, m) for n, m in modules if isinstance(m, (nn.Linear, Conv1D)) and n not in known]):
         fits: list[bool] = []
 
         def add(_: nn.Module, __: Any, output: torch.Tensor, fits: list[bool] = fits) -> torch.Tensor:
@@ -184,9 +243,13 @@ def _added_projection(stream: _Stream, layer: int) -> str | None:
 
 
 class _Sums:
-    """What the regression needs of the tokens: X' V X, X' V E and sum V E^2, with E the error and V = 1 / |h|^2."""
+    """What the regression needs of the tokens: X' V X, X' V E and sum V E^2, with E the error and V the weights.
 
-    def __init__(self) -> None:
+    A token counts 1 / |h|^2, but none more than one whose |h|^2 is ``floor``.
+    """
+
+    def __init__(self, floor: float) -> None:
+        self.floor = max(floor, 1e-12)
         self.tokens = 0
         self.error = 0.0
         self.inputs: Any = 0
@@ -196,7 +259,7 @@ class _Sums:
         x = inputs.reshape(-1, inputs.shape[-1]).float()
         h = target.reshape(-1, target.shape[-1]).float()
         error = h - out.reshape(h.shape).float()
-        scale = h.square().sum(1, keepdim=True).clamp_min(1e-12).rsqrt()
+        scale = h.square().sum(1, keepdim=True).clamp_min(self.floor).rsqrt()
         x, error = x * scale, error * scale
         self.tokens += len(x)
         self.error += error.square().sum().item()
@@ -204,17 +267,61 @@ class _Sums:
         self.cross = self.cross + x.T @ error
 
     def __add__(self, other: _Sums) -> _Sums:
-        out = _Sums()
-        for name, value in vars(self).items():
-            setattr(out, name, value + vars(other)[name])
+        out = _Sums(self.floor)
+        for name in ("tokens", "error", "inputs", "cross"):
+            setattr(out, name, getattr(self, name) + getattr(other, name))
         return out
 
     def solve(self, ridge: float) -> torch.Tensor:
         """The change of the weight, ``[inputs, outputs]``."""
-        strength = ridge * self.inputs.diagonal().mean().clamp_min(1e-20)
-        shifted = self.inputs + strength * torch.eye(len(self.inputs), device=self.inputs.device)
-        return torch.linalg.solve(shifted, self.cross)
+        power = self.inputs.diagonal()
+        prior = power.clamp_min(power.mean().item() * 1e-3 + 1e-20)
+        return torch.linalg.solve(self.inputs + torch.diag(ridge * prior), self.cross)
 
     def gain(self, change: torch.Tensor) -> float:
         """How much of the error a change of the weight takes away."""
         return (2 * (change * self.cross).sum() - (change * (self.inputs @ change)).sum()).item()
+
+
+@torch.no_grad()
+def _temper(model: PreTrainedModel, pruned: PreTrainedModel, ids: torch.Tensor) -> float | None:
+    """Scale the pruned model's logits to be closest to the original's; returns the factor, None where nothing can."""
+    weights = _scaling(pruned, ids[:1])
+    if not weights:
+        return None
+    losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+    with evaluating(model), evaluating(pruned), computing(model) as compute, computing(pruned):
+        for row in ids.to(compute.device).split(1):
+            wanted, found = (m(**model_inputs(m, row), use_cache=False).logits[0, :-1].float() for m in (model, pruned))
+            wanted = wanted.softmax(-1)
+            for i, factor in enumerate(TEMPERATURES):
+                losses[i] += cross_entropy(found * factor, wanted, reduction="sum").double().cpu()
+    best = TEMPERATURES[int(losses.argmin())]
+    for weight in weights:
+        weight.mul_(best)
+    return best
+
+
+def _scaling(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The parameters that scale all logits when they are scaled: those of the last norm, or of an untied head."""
+    inside = tuple(f"{path}." for path in layer_lists(model))
+    outside = [(n, m) for n, m in model.named_modules() if not n.startswith(inside) and not list(m.children())]
+
+    def logits() -> torch.Tensor:
+        with evaluating(model), computing(model) as compute:
+            return model(**model_inputs(model, ids.to(compute.device)), use_cache=False).logits.float()
+
+    plain = logits()
+    for _, module in reversed(outside):
+        weights = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+        if not weights or any(p is model.get_input_embeddings().weight for p in weights):
+            continue
+        saved = [p.clone() for p in weights]
+        for weight in weights:
+            weight.mul_(0.5)
+        changed = logits()
+        for weight, before in zip(weights, saved, strict=True):
+            weight.copy_(before)
+        if torch.allclose(changed, 0.5 * plain, rtol=1e-2, atol=1e-3 * plain.abs().max().item()):
+            return weights
+    return []
