@@ -193,9 +193,9 @@ class PerplexityArguments:
 
 @dataclass
 class InspectArguments:
-    """Print the units of a model, what is frozen and why."""
+    """Print the units of a model, what is frozen and why; or a plan, what it removes and why."""
 
-    model: str = flag(DEFAULT_MODEL, "alias, hub id, folder, .gguf file, or a config.json; no weights are read")
+    model: str = flag(DEFAULT_MODEL, "alias, hub id, folder, .gguf file, config.json (no weights are read), or a plan")
     layer: int | None = flag(0, "show units of this layer (and those of the whole model); -1 for all")
     verify: bool = flag(False, "load the weights and put every unit to the permutation test")
     json: bool = flag(False, "print JSON")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,10 +14,16 @@ from .checkpoint import load, load_config, meta_model
 from .errors import PrunerError
 from .graph import CouplingGraph, TraceError, Unit, trace
 from .graph.verify import PermutationReport, verify_units
+from .selection import PruningPlan
+from .selection.plan import FORMAT
 
 
 def inspect(args: InspectArguments) -> None:
-    """Print the units of a model; its weights are read only with ``--verify``."""
+    """Print a plan, or the units of a model; its weights are read only with ``--verify``."""
+    if is_plan(Path(args.model)):
+        plan = PruningPlan.load(args.model)
+        print(Path(args.model).read_text(encoding="utf-8")) if args.json else _print_plan(plan, args)
+        return
     reports: list[PermutationReport] = []
     if args.verify:
         model, _ = load(args.model, "float32", "cpu", args.trust_remote_code)
@@ -31,6 +38,40 @@ def inspect(args: InspectArguments) -> None:
         print(json.dumps(as_json(graph, reports), indent=1))
         return
     _print(graph, args, reports)
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file says of itself that it is a pruning plan."""
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return f'"format": "{FORMAT}"' in file.read(200)
+
+
+def _print_plan(plan: PruningPlan, args: InspectArguments) -> None:
+    console = Console(soft_wrap=False)
+    shown = {n: c for n, c in plan.units.items() if args.layer in (None, -1) or c.layer in (None, args.layer)}
+    shown = shown or plan.units  # a plan that leaves the layer alone is shown whole
+    columns = _columns("unit", "kept", "score removed", "highest removed", "lowest kept", "margin")
+    table = Table(*columns, title=f"plan: {_settings(plan)}")
+    for name, choice in shown.items():
+        low, high = choice.lowest_kept, choice.highest_removed
+        margin = None if low is None or high is None else low - high
+        numbers = ["-" if value is None else f"{value:.3g}" for value in (choice.removed, high, low, margin)]
+        table.add_row(name, f"{choice.kept.numel()} of {choice.size}", *numbers)
+    console.print(table)
+    for line in plan.summary().splitlines():
+        console.print(line)
+    removed = [c.removed for c in plan.units.values() if c.removed is not None]
+    if removed and plan.settings.get("criterion") == "taylor":
+        console.print(f"predicted change of the calibration loss, slice by slice: {sum(removed):.4g}")
+    if len(shown) < len(plan.units):
+        console.print(f"(shown: layer {args.layer} and what spans layers; --layer -1 shows all)")
+
+
+def _settings(plan: PruningPlan) -> str:
+    names = ("criterion", "taylor", "aggregation", "ratio", "target_params", "scope", "layers_kept")
+    return ", ".join(f"{name} {plan.settings[name]}" for name in names if name in plan.settings)
 
 
 def as_json(graph: CouplingGraph, reports: list[PermutationReport]) -> dict[str, Any]:

@@ -98,6 +98,7 @@ def _between(graph: CouplingGraph, more: PruningPlan | None, less: PruningPlan, 
             source = less if unit.name in taken else more
             if source is not None and unit.name in source.units:
                 plan.keep(unit, source.units[unit.name].kept, graph.shapes)
+                plan.units[unit.name] = source.units[unit.name]
         size = parameters(graph, plan)
         if size <= wanted:
             return plan, above

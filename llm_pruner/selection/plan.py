@@ -19,17 +19,37 @@ from ..errors import PrunerError
 from ..graph import Unit
 
 FORMAT, VERSION = "llm-pruner plan", 1
+WHY = ("removed", "lowest_kept", "highest_removed")
 Kept = dict[str, dict[int, torch.Tensor]]
 
 
 @dataclass
 class Choice:
-    """What happens to one unit: ``kept`` is a sorted LongTensor of the indices (of ``size``) that stay."""
+    """What happens to one unit, and why.
+
+    Attributes:
+        kept: sorted LongTensor of the indices (of ``size``) that stay.
+        removed: what the indices that go score together. With a Taylor criterion that is the change of the calibration
+            loss that it predicts, every slice counted as if it went alone.
+        lowest_kept: the lowest score of what stays; its distance from ``highest_removed`` is the margin of the cut.
+    """
 
     kind: str
     layer: int | None
     size: int
     kept: torch.Tensor
+    removed: float | None = None
+    lowest_kept: float | None = None
+    highest_removed: float | None = None
+
+    def explain(self, scores: torch.Tensor) -> None:
+        """Note what the scores ``[size]`` say of the cut."""
+        gone = torch.ones(self.size, dtype=torch.bool)
+        gone[self.kept] = False
+        known = scores[torch.isfinite(scores) & gone]  # what went in an earlier step has no score of this one
+        if known.numel():
+            self.removed = known.sum().item()
+            self.lowest_kept, self.highest_removed = scores[self.kept].min().item(), known.max().item()
 
 
 @dataclass
@@ -91,6 +111,7 @@ class PruningPlan:
             "notes": self.notes,
             "units": {
                 name: {"kind": c.kind, "layer": c.layer, "size": c.size, "kept": _ranges(c.kept)}
+                | {key: getattr(c, key) for key in WHY if getattr(c, key) is not None}
                 for name, c in self.units.items()
             },
             "positions": list(sets),
@@ -123,7 +144,8 @@ class PruningPlan:
                     raise ValueError(f"{name} refers to a negative list of positions")
             for name, entry in document["units"].items():
                 kept = _positions(entry["kept"])
-                plan.units[name] = Choice(entry["kind"], entry["layer"], entry["size"], kept)
+                why = {key: float(entry[key]) for key in WHY if key in entry}
+                plan.units[name] = Choice(entry["kind"], entry["layer"], entry["size"], kept, **why)
                 if not kept.numel() or int(kept[-1]) >= entry["size"]:
                     raise ValueError(f"{name} keeps no index or one outside its {entry['size']}")
             for name, dims in plan.kept.items():

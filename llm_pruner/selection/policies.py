@@ -74,6 +74,7 @@ def select(
                 stays = torch.ones(unit.size, dtype=torch.bool)
                 stays[removed] = False
                 plan.keep(unit, stays.nonzero().flatten(), graph.shapes)
+                plan.units[unit.name].explain(scores.values[unit.name])
             else:
                 idle += 1
         if idle:
