@@ -5,6 +5,7 @@ The pruning flags are LLM-Pruner's, with its names and meanings; those below the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,24 @@ from .data import EMBEDDED_TEXT
 from .errors import PrunerError
 from .graph import CouplingGraph
 from .importance import AGGREGATIONS, CRITERIA, VARIANTS
+from .presets import PRESETS, middle
 from .surgery.compensate import MIN_SAMPLES
 
+# LLM-Pruner's flags that choose a method: giving one means its method.
+METHOD = (
+    "pruner_type",
+    "taylor",
+    "grouping_strategy",
+    "block_wise",
+    "channel_wise",
+    "layer_wise",
+    "layer",
+    "block_attention_layer_start",
+    "block_attention_layer_end",
+    "block_mlp_layer_start",
+    "block_mlp_layer_end",
+    "global_pruning",
+)
 COMPENSATIONS = ("none", "least_squares")
 
 
@@ -32,10 +49,10 @@ class PruneArguments:
     base_model: str = flag(DEFAULT_MODEL, "alias of the embedded model, hub id, folder, or .gguf file")
     save_ckpt_log_name: str = flag("llama_prune", "name of the run; its folder is prune_log/<name>")
     pruning_ratio: float = flag(0.5, "share of every unit's indices to remove, between 0 and 1")
-    pruner_type: str = flag("taylor", "importance criterion: " + ", ".join(CRITERIA))
-    taylor: str = flag("param_first", "taylor variant: " + ", ".join(VARIANTS))
-    grouping_strategy: str = flag("sum", "aggregation over the slices of a group: " + ", ".join(AGGREGATIONS))
-    num_examples: int = flag(10, "samples in the calibration set")
+    pruner_type: str | None = flag(None, "importance criterion: " + ", ".join(CRITERIA))
+    taylor: str | None = flag(None, "taylor variant: " + ", ".join(VARIANTS))
+    grouping_strategy: str | None = flag(None, "aggregation over the slices of a group: " + ", ".join(AGGREGATIONS))
+    num_examples: int | None = flag(None, "samples in the calibration set (default: 128; paper: 10)")
 
     temperature: float = flag(1.0, "sampling temperature of the test generations")
     top_p: float = flag(0.95, "nucleus of the test generations")
@@ -60,15 +77,20 @@ class PruneArguments:
     save_model: bool = flag(False, "write the checkpoint")
 
     # Ours.
+    preset: str | None = flag(
+        None,
+        "what is not given: best (the default), or paper, LLM-Pruner to the letter (the default as soon as one of its "
+        "flags that choose a method is given)",
+    )
     calib_dataset: str = flag(
         EMBEDDED_TEXT, "calibration text: python-docs, bookcorpus, c4, wikitext2, ptb, or a .txt, .json or .jsonl file"
     )
-    calib_seq_len: int = flag(64, "tokens in a calibration sample")
+    calib_seq_len: int | None = flag(None, "tokens in a calibration sample (default: 128; paper: 64)")
     calib_seed: int | None = flag(None, "draw calibration samples at random with this seed (default: the first ones)")
     eval_datasets: str = flag(EMBEDDED_TEXT, "texts to measure perplexity on, by comma ('' for none)")
     max_windows: int = flag(0, "use only the first N windows of each text (0: all)")
     target_params: str | None = flag(None, "parameters that stay, instead of a ratio: 0.8 of the model, or 5.4B")
-    compensate: str = flag("none", "refit a projection of each layer afterwards: " + ", ".join(COMPENSATIONS))
+    compensate: str | None = flag(None, "refit projections of each layer afterwards: " + ", ".join(COMPENSATIONS))
     stream: bool = flag(
         False, "keep weights mapped from their files and bring them in block by block, for large models"
     )
@@ -83,7 +105,7 @@ class PruneArguments:
         Raises:
             PrunerError: with the one line that the user reads.
         """
-        self.pruner_type = self.pruner_type.lower()
+        self._fill_in()
         for name, allowed in (
             ("pruner_type", CRITERIA),
             ("taylor", VARIANTS),
@@ -111,19 +133,22 @@ class PruneArguments:
             raise PrunerError(
                 "--target_params is solved in one step: --layer_wise and --iterative_steps do not go with it"
             )
-        if self.compensate != "none":
-            if self.layer_wise or self.channel_wise:
-                raise PrunerError("--compensate goes with --block_wise: it needs layers of the same hidden size")
-            if self.num_examples < MIN_SAMPLES:
-                raise PrunerError(f"--compensate needs --num_examples of at least {MIN_SAMPLES}, better 100")
         if not 0 <= self.seed < 2**32:
             raise PrunerError(f"--seed {self.seed} is out of range: give 0 to 4294967295")
         for name in ("num_examples", "iterative_steps", "round_to", "layer"):
             if getattr(self, name) < 1:
                 raise PrunerError(f"--{name} {getattr(self, name)} is out of range: give 1 or more")
+        if self.compensate != "none":
+            if self.layer_wise or self.channel_wise:
+                raise PrunerError("--compensate goes with --block_wise: it needs layers of the same hidden size")
+            if self.num_examples is not None and self.num_examples < MIN_SAMPLES:
+                raise PrunerError(
+                    f"--compensate least_squares needs --num_examples of at least {MIN_SAMPLES}, better 128; give "
+                    "more, --compensate none or --preset paper"
+                )
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise PrunerError(f"--temperature {self.temperature} --top_p {self.top_p}: give above 0, and within 0 to 1")
-        if self.max_seq_len < 2 or self.calib_seq_len < 2 or self.max_windows < 0:
+        if self.max_seq_len < 2 or int(self.calib_seq_len or 0) < 2 or self.max_windows < 0:
             raise PrunerError("--max_seq_len and --calib_seq_len are at least 2 tokens, --max_windows at least 0")
         if self.layer_wise and (self.global_pruning or self.iterative_steps > 1):
             raise PrunerError(
@@ -134,11 +159,30 @@ class PruneArguments:
             raise PrunerError(f"--save_ckpt_log_name {name[:40]!r} must be a plain folder name")
         self.device, self.eval_device = device_of("device", self.device), device_of("eval_device", self.eval_device)
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return ("hidden",) if self.channel_wise else ("heads", "neurons")
+    def _fill_in(self) -> None:
+        """Take from a preset what is not given."""
+        chosen = self.iterative_steps > 1 or any(_given(getattr(self, name)) for name in METHOD)
+        self.preset = self.preset or ("paper" if chosen else "best")
+        if self.preset not in PRESETS:
+            raise PrunerError(f"unknown --preset {self.preset!r}; choose from {', '.join(PRESETS)}")
+        self.by_preset: set[str] = {name for name in PRESETS[self.preset] if getattr(self, name) is None}
+        for name in self.by_preset:
+            setattr(self, name, PRESETS[self.preset][name])
+        if self.preset == "best" and (self.channel_wise or self.layer_wise) and "compensate" in self.by_preset:
+            self.compensate = "none"
+        self.pruner_type = str(self.pruner_type).lower()
 
-    def layers(self, graph: CouplingGraph) -> dict[str, range] | None:
+    def kinds(self, graph: CouplingGraph) -> tuple[str, ...]:
+        """The kinds of units to prune in a given model."""
+        if self.channel_wise:
+            return ("hidden",)
+        attention = (self.block_wise, self.block_attention_layer_start, self.block_attention_layer_end)
+        if self.preset == "paper" or any(map(_given, attention)):
+            return ("heads", "neurons")
+        present = [kind for kind in ("neurons", "heads", "channels") if graph.of_kind(kind)]
+        return tuple(present[:1]) or ("neurons",)
+
+    def layers(self, graph: CouplingGraph) -> dict[str, Iterable[int]] | None:
         """The layers of each kind that the ``--block_*`` flags name, for a given model.
 
         Raises:
@@ -150,18 +194,26 @@ class PruneArguments:
         if not numbers:
             raise PrunerError("the architecture has no layers in which anything can be pruned")
         count = max(numbers) + 1
-        out = {}
+        usual = middle(count) if self.preset == "best" else range(min(3, count - 1), count - 1)
+        out: dict[str, Iterable[int]] = {}
         for kind, what in (("heads", "attention"), ("neurons", "mlp")):
             start, end = getattr(self, f"block_{what}_layer_start"), getattr(self, f"block_{what}_layer_end")
-            start = min(3, count - 1) if start is None else start
-            end = max(count - 1, start + 1) if end is None else end
+            start = usual.start if start is None else start
+            end = max(usual.stop, start + 1) if end is None else end
             if not 0 <= start < end <= count:
                 raise PrunerError(
                     f"--block_{what}_layer_start {start} --block_{what}_layer_end {end} is out of range: the model has "
                     f"layers 0 to {count - 1}, and the end is not included"
                 )
             out[kind] = range(start, end)
-        return out
+        out["channels"] = out["neurons"]
+        # What a range leaves without units, as dense layers before a mixture's, cannot be asked for.
+        present = {kind: {u.layer for u in graph.of_kind(kind)} for kind in out}
+        return {kind: [i for i in chosen if i in present[kind]] for kind, chosen in out.items() if present[kind]}
+
+
+def _given(value: object) -> bool:
+    return value is not None and value is not False
 
 
 def device_of(flag_name: str, value: str) -> str:

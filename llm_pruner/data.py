@@ -90,37 +90,56 @@ def calibration(
     samples: int = 10,
     tokens: int = 64,
     seed: int | None = None,
+    fewer: bool = False,
 ) -> torch.Tensor:
     """A calibration set: LongTensor ``[samples, tokens]``.
 
     Args:
         seed: None takes the first documents that are long enough, from their beginning; a number draws
-            documents, and a place in each, at random (as LLM-Pruner does).
+            documents, and a place in each, at random (as LLM-Pruner does). When all documents have been used, what is
+            left of them is, from the first one on.
+        fewer: take what there is where the text is too short, at least one sample.
 
     Raises:
-        PrunerError: the data set has too few documents of that length.
+        PrunerError: the data set has too little text.
     """
     if samples < 1 or tokens < 2:
         raise PrunerError(f"a calibration set needs at least 1 sample of 2 tokens, not {samples} of {tokens}")
-    source: Iterable[str] = documents(name, "train")
     rng = random.Random(seed)
+    pool: Iterable[str] = documents(name, "train")
     if seed is not None:
-        pool = list(source)
+        pool = list(pool)
         rng.shuffle(pool)
-        source = pool
-    rows, longest = [], 0
-    for document in source:
+    rows: list[list[int]] = []
+    rests: list[list[int]] = []  # what is left of documents that have been used, for when there are no more
+    longest = 0
+    for document in pool:
         ids = tokenizer(document, truncation=False, verbose=False)["input_ids"]
         longest = max(longest, len(ids))
-        if len(ids) >= tokens:
-            start = 0 if seed is None else rng.randint(0, len(ids) - tokens)
-            rows.append(ids[start : start + tokens])
+        rests.append(ids)
+        _take(rests, -1, rows, tokens, rng if seed is not None else None)
+        if len(rows) == samples:
+            return torch.tensor(rows, dtype=torch.long)
+    while any(len(rest) >= tokens for rest in rests):
+        for i in range(len(rests)):
+            _take(rests, i, rows, tokens, rng if seed is not None else None)
             if len(rows) == samples:
                 return torch.tensor(rows, dtype=torch.long)
+    if fewer and rows:
+        return torch.tensor(rows, dtype=torch.long)
     raise PrunerError(
-        f"{name} has {len(rows)} documents of at least {tokens} tokens (the longest has {longest}), {samples} are "
+        f"{name} gives {len(rows)} samples of {tokens} tokens (its longest document has {longest}), {samples} are "
         "needed: ask for fewer or shorter samples, or give more text"
     )
+
+
+def _take(rests: list[list[int]], i: int, rows: list[list[int]], tokens: int, rng: random.Random | None) -> None:
+    """Move a sample from what is left of a document to the rows: its beginning, or a place drawn at random."""
+    ids = rests[i]
+    if len(ids) >= tokens:
+        start = 0 if rng is None else rng.randint(0, len(ids) - tokens)
+        rows.append(ids[start : start + tokens])
+        rests[i] = ids[start + tokens :]
 
 
 def _python_docs(split: str) -> list[str]:

@@ -35,7 +35,7 @@ from .checkpoint import (
 from .data import calibration, text
 from .errors import PrunerError
 from .evaluation import check_length, parameter_count, perplexity, windows
-from .graph import CouplingGraph, computing, native, trace
+from .graph import CouplingGraph, computing, context_length, native, trace
 from .importance import NEED_CALIBRATION, score
 from .selection import PruningPlan, first_layers, lifted, select
 from .surgery import Place, apply, compensate, in_memory, verify
@@ -96,7 +96,9 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
         args.stream = args.stream or too_large(args)
         dtype = "float32" if args.dtype == "auto" and args.device == "cpu" and not args.stream else args.dtype
         model, tokenizer = load(args.base_model, dtype, "cpu" if args.stream else args.device, args.trust_remote_code)
-    log.info("loaded %s: %s parameters", args.base_model, f"{parameter_count(model):,}")
+    log.info("loaded %s: %s parameters; preset %s", args.base_model, f"{parameter_count(model):,}", args.preset)
+    if "calib_seq_len" in args.by_preset:
+        args.calib_seq_len = min(cast(int, args.calib_seq_len), context_length(model) or 2**31)
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
     evaluation = _evaluation_windows(args, model, tokenizer)
     metrics["before"] = _test("before pruning", args.test_before_train, model, tokenizer, args, evaluation, clock)
@@ -121,10 +123,7 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
         log.info("pruned model equals the masked original (relative difference %.1e)", report.relative)
     if args.compensate != "none":
         with clock("compensate"):
-            ids = calibration(args.calib_dataset, tokenizer, args.num_examples, args.calib_seq_len, args.calib_seed)
-            refits = compensate(model, pruned, ids.to(model.device)).layers
-        metrics["compensation"] = [asdict(refit) for refit in refits]
-        log.info("compensation moved %d of %d projections", sum(r.ridge is not None for r in refits), len(refits))
+            metrics["compensation"] = _compensated(args, model, pruned, calibration_set(args, tokenizer))
     metrics["parameters_after"] = parameter_count(pruned)
     metrics["parameters_ratio"] = metrics["parameters_after"] / metrics["parameters_before"]
     log.info(
@@ -154,6 +153,34 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
+
+
+def calibration_set(args: PruneArguments, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """The calibration samples; a short text may give fewer than a preset wants, but not fewer than the user does."""
+    samples, tokens = cast(int, args.num_examples), cast(int, args.calib_seq_len)
+    fewer = "num_examples" in args.by_preset
+    ids = calibration(args.calib_dataset, tokenizer, samples, tokens, args.calib_seed, fewer)
+    if len(ids) < samples:
+        log.info("the calibration text gives %d samples of %d tokens, not %d", len(ids), tokens, samples)
+    return ids
+
+
+def _compensated(
+    args: PruneArguments, model: PreTrainedModel, pruned: PreTrainedModel, ids: torch.Tensor
+) -> dict[str, Any]:
+    """Compensate in place; a model that it does not know is left alone unless the user asked for it."""
+    try:
+        report = compensate(model, pruned, ids)
+    except PrunerError as error:
+        if "compensate" not in args.by_preset:
+            raise
+        log.info("no compensation: %s", error)
+        return {"none": str(error)}
+    moved = sum(refit.ridge is not None for refit in report.layers)
+    log.info(
+        "compensation moved %d of %d projections, logits scaled by %s", moved, len(report.layers), report.temperature
+    )
+    return asdict(report)
 
 
 def too_large(args: PruneArguments) -> bool:
@@ -192,12 +219,12 @@ def make_plan(
         plan = first_layers(graph, args.layer or 0)
         with clock("apply"):
             return plan, apply(model, plan, place), graph
-    layers = args.layers(graph)
+    layers, kinds = args.layers(graph), args.kinds(graph)
     scope = "global" if args.global_pruning else "local"
     ids = None
     if args.pruner_type in NEED_CALIBRATION:
         with clock("calibration"):
-            ids = calibration(args.calib_dataset, tokenizer, args.num_examples, args.calib_seq_len, args.calib_seed)
+            ids = calibration_set(args, tokenizer)
     plan, pruned, current = PruningPlan(), model, graph
     for step in range(1, args.iterative_steps + 1):
         with clock("score"):
@@ -205,10 +232,10 @@ def make_plan(
                 pruned,
                 current,
                 ids,
-                args.pruner_type,
-                args.taylor,
-                args.grouping_strategy,
-                args.kinds,
+                str(args.pruner_type),
+                str(args.taylor),
+                str(args.grouping_strategy),
+                kinds,
                 args.seed,
                 args.device,
             )
@@ -216,7 +243,7 @@ def make_plan(
         ratio = args.pruning_ratio * step / args.iterative_steps
         try:
             with clock("select"):
-                plan = select(graph, scores, ratio, args.kinds, layers, scope, args.round_to, args.target_params)
+                plan = select(graph, scores, ratio, kinds, layers, scope, args.round_to, args.target_params)
         except PrunerError as error:
             if step == args.iterative_steps:
                 raise

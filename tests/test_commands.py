@@ -112,9 +112,33 @@ def test_criteria_of_forward_passes_and_compensation(folder):
     assert hf_prune(folder, *shared, "--save_ckpt_log_name", "refit", "--compensate", "least_squares") == 0
     plain, refit = (AutoModelForCausalLM.from_pretrained(folder / "runs" / name) for name in ("plain", "refit"))
     changed = [n for n, p in plain.named_parameters() if not torch.equal(p, refit.get_parameter(n))]
-    assert changed and all(name.endswith("down_proj.weight") for name in changed)
-    metrics = json.loads((folder / "runs" / "refit" / "metrics.json").read_text())
-    assert {r["module"] + ".weight" for r in metrics["compensation"] if r["ridge"]} == set(changed)
+    assert {name.split(".")[-2] for name in changed} == {"o_proj", "down_proj", "lm_head"}
+    report = json.loads((folder / "runs" / "refit" / "metrics.json").read_text())["compensation"]
+    refitted = {r["module"] + ".weight" for r in report["layers"] if r["ridge"]}
+    assert refitted | {"lm_head.weight"} == set(changed) and report["temperature"] != 1
+
+
+def test_presets(folder, capsys):
+    """best unless a flag of LLM-Pruner's method is given; a preset can be named, and single choices overruled."""
+    lines = [" ".join(f"w{2 + (i * j + i) % 94}" for j in range(20)) for i in range(1, 41)]
+    (folder / "text.txt").write_text("\n\n".join(lines))
+    found = {}
+    for name, extra in {
+        "default": "",
+        "paper": "--taylor param_first",
+        "named": "--preset best --taylor vectorize",
+        "wide": "--preset best --block_attention_layer_start 0",
+    }.items():
+        assert hf_prune(folder, *extra.split(), "--save_ckpt_log_name", name) == 0
+        plan = lp.PruningPlan.load(folder / "runs" / name / "pruning_plan.json")
+        metrics = json.loads((folder / "runs" / name / "metrics.json").read_text())
+        kinds = {c.kind for c in plan.units.values()}
+        found[name] = (plan.settings["taylor"], kinds, "compensation" in metrics, metrics["arguments"]["num_examples"])
+    assert found["default"] == ("param_second", {"neurons"}, True, 128)
+    assert found["paper"] == ("param_first", {"heads", "neurons"}, False, 10)
+    assert found["named"] == ("vectorize", {"neurons"}, True, 128)
+    assert found["wide"][1] == {"heads", "neurons"}
+    assert "gives 40 samples of 16 tokens, not 128" in capsys.readouterr().err
 
 
 def _neurons(config):
@@ -125,7 +149,8 @@ def test_iterative_steps_score_anew(folder):
     plans = {}
     for steps in ("1", "3"):
         name = f"steps{steps}"
-        assert hf_prune(folder, "--iterative_steps", steps, "--save_ckpt_log_name", name) == 0
+        method = ("--preset", "paper", "--iterative_steps", steps)
+        assert hf_prune(folder, *method, "--save_ckpt_log_name", name) == 0
         plans[steps] = lp.PruningPlan.load(folder / "runs" / name / "pruning_plan.json")
     one, three = (
         {n: c.kept.tolist() for n, c in p.units.items() if c.kind == "neurons"} for p in (plans["1"], plans["3"])
@@ -152,7 +177,7 @@ def test_the_same_run_gives_the_same_bits(folder):
         ("--base_model /no/such/folder", "no model folder"),
         ("--calib_dataset nothing.txt", "no data set"),
         ("--eval_datasets nothing.txt", "no data set"),
-        ("--calib_seq_len 63", "longest has 40"),
+        ("--calib_seq_len 63", "longest document has 40"),
         ("--block_mlp_layer_start 2 --block_mlp_layer_end 30", "layers 0 to 2"),
         ("--block_attention_layer_start 3 --block_attention_layer_end 3", "out of range"),
         ("--block_wise --channel_wise", "exclude each other"),
@@ -173,7 +198,8 @@ def test_the_same_run_gives_the_same_bits(folder):
         ("--target_params 0.01", "cannot be reached"),
         ("--target_params 0.9 --iterative_steps 2", "solved in one step"),
         ("--compensate wishes", "choose from none, least_squares"),
-        ("--compensate least_squares", "--num_examples of at least 32"),
+        ("--compensate least_squares --num_examples 10", "--num_examples of at least 32"),
+        ("--preset fast", "choose from best, paper"),
         ("--compensate least_squares --channel_wise --num_examples 40", "goes with --block_wise"),
     ],
 )

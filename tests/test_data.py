@@ -55,7 +55,7 @@ def test_random_samples_are_seeded(tmp_path, tokenizer):
 def test_too_little_text_says_what_there_is(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text(numbers(0, 9))
-    with pytest.raises(PrunerError, match=r"1 documents of at least 8 tokens .*longest has 9.* 2 are needed"):
+    with pytest.raises(PrunerError, match=r"1 samples of 8 tokens .*longest document has 9.* 2 are needed"):
         calibration(str(path), tokenizer, 2, 8)
     with pytest.raises(PrunerError, match="at least 1 sample"):
         calibration(str(path), tokenizer, 0, 8)
