@@ -34,6 +34,7 @@ TEMPERATURES = [round(0.7 + 0.02 * i, 2) for i in range(21)]
 TEMPER_ON = 32  # samples
 RIDGES = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 BATCH = 8  # samples in a forward pass
+PROBE = 16  # tokens to find out on where projections lead
 HELD_OUT = 4  # every 4th batch chooses lambda
 MIN_SAMPLES = 4 * BATCH
 
@@ -83,8 +84,9 @@ def compensate(model: PreTrainedModel, pruned: PreTrainedModel, calibration: tor
         before, after = (_Stream(m, layers, batches) for m, [(_, layers)] in zip((model, pruned), stacks, strict=True))
         if before.hidden[0].shape != after.hidden[0].shape:
             raise PrunerError("compensation compares hidden states, and the pruned model's are narrower")
+        probe = _Stream(pruned, after.layers, [calibration[:1, :PROBE]])  # short: it is run many times
         for i in range(len(after.layers)):
-            names = _added_projections(after, i)
+            names = _added_projections(probe, i)
             target = before.advance(i, names)
             floor = torch.cat([h.float().square().sum(-1).flatten() for h in before.hidden]).median().item()
             for name in names:
@@ -92,6 +94,7 @@ def compensate(model: PreTrainedModel, pruned: PreTrainedModel, calibration: tor
                 refit.module = f"{path}.{i}.{name}"
                 report.layers.append(refit)
             after.advance(i, [])
+            probe.advance(i, [])
     report.temperature = _temper(model, pruned, calibration[-TEMPER_ON:])
     return report
 
