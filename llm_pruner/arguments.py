@@ -90,6 +90,10 @@ class PruneArguments:
     eval_datasets: str = flag(EMBEDDED_TEXT, "texts to measure perplexity on, by comma ('' for none)")
     max_windows: int = flag(0, "use only the first N windows of each text (0: all)")
     target_params: str | None = flag(None, "parameters that stay, instead of a ratio: 0.8 of the model, or 5.4B")
+    target_macs: str | None = flag(None, "multiply-accumulates of a forward pass that stay: 0.8, or 10G")
+    target_memory: str | None = flag(None, "memory of weights and cache that stays: 0.8, or 6GiB")
+    budget_tokens: int = flag(2048, "length at which --target_macs and --target_memory are meant")
+    budget_batch: int = flag(1, "sequences in the cache of --target_memory")
     compensate: str | None = flag(None, "refit projections of each layer afterwards: " + ", ".join(COMPENSATIONS))
     stream: bool = flag(
         False, "keep weights mapped from their files and bring them in block by block, for large models"
@@ -129,13 +133,16 @@ class PruneArguments:
         for name in ranges:
             if getattr(self, name) is not None:
                 raise PrunerError(f"--{name} goes with --block_wise, not with --{modes[0]}")
-        if self.target_params is not None and (self.layer_wise or self.iterative_steps > 1):
-            raise PrunerError(
-                "--target_params is solved in one step: --layer_wise and --iterative_steps do not go with it"
-            )
+        targets = [
+            name for name in ("target_params", "target_macs", "target_memory") if getattr(self, name) is not None
+        ]
+        if len(targets) > 1:
+            raise PrunerError(f"--{' and --'.join(targets)} exclude each other: give one")
+        if targets and (self.layer_wise or self.iterative_steps > 1):
+            raise PrunerError(f"--{targets[0]} is solved in one step: give no --layer_wise and no --iterative_steps")
         if not 0 <= self.seed < 2**32:
             raise PrunerError(f"--seed {self.seed} is out of range: give 0 to 4294967295")
-        for name in ("num_examples", "iterative_steps", "round_to", "layer"):
+        for name in ("num_examples", "iterative_steps", "round_to", "layer", "budget_batch", "budget_tokens"):
             if getattr(self, name) < 1:
                 raise PrunerError(f"--{name} {getattr(self, name)} is out of range: give 1 or more")
         if self.compensate != "none":

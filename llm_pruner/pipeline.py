@@ -34,10 +34,10 @@ from .checkpoint import (
 )
 from .data import calibration, text
 from .errors import PrunerError
-from .evaluation import check_length, parameter_count, perplexity, windows
+from .evaluation import check_length, macs_budget, memory_budget, parameter_count, perplexity, windows
 from .graph import CouplingGraph, computing, context_length, native, trace
 from .importance import NEED_CALIBRATION, score
-from .selection import PruningPlan, first_layers, lifted, select
+from .selection import Budget, PruningPlan, first_layers, lifted, select
 from .surgery import Place, apply, compensate, in_memory, verify
 from .version import __version__
 
@@ -243,7 +243,9 @@ def make_plan(
         ratio = args.pruning_ratio * step / args.iterative_steps
         try:
             with clock("select"):
-                plan = select(graph, scores, ratio, kinds, layers, scope, args.round_to, args.target_params)
+                plan = select(
+                    graph, scores, ratio, kinds, layers, scope, args.round_to, args.target_params, _budget(args, model)
+                )
         except PrunerError as error:
             if step == args.iterative_steps:
                 raise
@@ -257,6 +259,14 @@ def make_plan(
                 current = trace(pruned)
     plan.settings["iterative_steps"] = args.iterative_steps
     return plan, pruned, graph
+
+
+def _budget(args: PruneArguments, model: PreTrainedModel) -> Budget | None:
+    if args.target_macs is not None:
+        return macs_budget(model, args.target_macs, args.budget_tokens)
+    if args.target_memory is not None:
+        return memory_budget(model, args.target_memory, args.budget_tokens, args.budget_batch)
+    return None
 
 
 def _evaluation_windows(

@@ -187,8 +187,8 @@ def test_tied_parameters_count_once():
     ("target", "message"),
     [
         (0.2, "cannot be reached"),
-        ("9B", "give fewer"),
-        (1.0, "give fewer"),
+        ("9B", "give less"),
+        (1.0, "give less"),
         ("many", "is no size"),
         ("-3", "is no size"),
         (0.99999, "cannot be met"),

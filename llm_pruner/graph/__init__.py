@@ -4,6 +4,7 @@ from .constants import Constant, hook_selecting
 from .stacks import layer_lists
 from .streaming import Compute, StandIns, computing, native, streamed
 from .tracer import (
+    Answering,
     TraceError,
     context_length,
     evaluating,
@@ -17,6 +18,7 @@ from .units import KINDS, CouplingGraph, Unit, common_path, trace
 
 __all__ = [
     "KINDS",
+    "Answering",
     "Compute",
     "Constant",
     "CouplingGraph",

@@ -27,6 +27,24 @@ from .rules import Call, Traced, indexing, tensors_in
 BATCH, TOKENS = 2, 16  # long enough for every branch of a decoder to run, short enough to be free
 
 
+def unread(operator: str, args: Any) -> bool | None:
+    """What to say when a model reads a value on the meta device, where there is none; None if it does not.
+
+    Models ask for "is nothing padded", whose answer here is yes.
+    """
+    if operator == "_local_scalar_dense" and args[0].device.type == "meta":
+        return bool(args[0].dtype is torch.bool)
+    return None
+
+
+class Answering(TorchDispatchMode):
+    """Lets models on the meta device read values; see :func:`unread`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = unread(func.overloadpacket.__name__, args)
+        return func(*args, **(kwargs or {})) if answer is None else answer
+
+
 class TraceError(PrunerError):
     """The model could not be run for tracing."""
 
@@ -67,9 +85,8 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name == "_local_scalar_dense" and args[0].device.type == "meta":
-            # There is no value to read. Models ask for "is nothing padded", whose answer here is yes.
-            return args[0].dtype is torch.bool
+        if (answer := unread(name, args)) is not None:
+            return answer
         # Looked up before the call: in-place operators change shapes and strides under our feet.
         inputs = [self.lookup(t) for t in tensors_in([*args, *kwargs.values()])]
         for traced in inputs:

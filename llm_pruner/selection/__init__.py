@@ -1,6 +1,7 @@
 """Selection: how much goes, and which indices."""
 
+from .budgets import BYTES, COUNTS, Budget
 from .plan import Choice, PruningPlan
 from .policies import first_layers, lifted, removable, select
 
-__all__ = ["Choice", "PruningPlan", "first_layers", "lifted", "removable", "select"]
+__all__ = ["BYTES", "COUNTS", "Budget", "Choice", "PruningPlan", "first_layers", "lifted", "removable", "select"]

@@ -1,18 +1,57 @@
-"""How much has to go for a model to be of a certain size: solved, not guessed."""
+"""How much has to go for a model to be of a certain size or cost: solved, not guessed."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 from ..errors import PrunerError
 from ..graph import CouplingGraph
 from .plan import PruningPlan
 
-SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 STEPS = 30  # of bisection
 NEAR = 0.005  # how far below its target a plan may stay
+
+
+@dataclass
+class Budget:
+    """What a plan may cost at most.
+
+    Attributes:
+        name: of the cost, as the user gave it: ``target_params``.
+        target: as the user gave it: ``0.8``, ``5.4B``, ``6GiB``.
+        measure: the cost of the model that a plan leaves.
+        units: suffixes that a target may have, with their factors.
+    """
+
+    name: str
+    target: float | str
+    measure: Callable[[PruningPlan], float]
+    units: dict[str, int]
+
+    def wanted(self) -> float:
+        """The target as a number: a fraction of the whole model's cost up to 1, or an amount.
+
+        Raises:
+            PrunerError: it is neither, or not below the model's own cost.
+        """
+        whole = self.measure(PruningPlan())
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(self.target))
+        suffix = found[2].upper() if found else ""
+        if not found or suffix not in self.units:
+            known = ", ".join(unit for unit in self.units if unit)
+            raise PrunerError(
+                f"{self.name} {self.target!r} is no size: give a fraction such as 0.8, or an amount ({known})"
+            )
+        number = float(found[1])
+        amount = number * whole if number <= 1 and not suffix else number * self.units[suffix]
+        if not 0 < amount < whole:
+            raise PrunerError(f"{self.name} {self.target} is {amount:,.0f}; the model has {whole:,.0f}: give less")
+        return amount
 
 
 def parameters(graph: CouplingGraph, plan: PruningPlan | None = None) -> int:
@@ -21,77 +60,86 @@ def parameters(graph: CouplingGraph, plan: PruningPlan | None = None) -> int:
     return sum(prod(plan.cut_shape(name, shape)) for name, shape in graph.shapes.items())
 
 
-def wanted_parameters(graph: CouplingGraph, target: float | str) -> int:
-    """A target as a count: a fraction of the model up to 1, or a number, with K, M or B for short.
-
-    Raises:
-        PrunerError: it is neither, or not below the model's own size.
-    """
-    whole = parameters(graph)
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMB]?)\s*", str(target), flags=re.IGNORECASE)
-    if not found:
-        raise PrunerError(f"target_params {target!r} is no size: give a fraction such as 0.8, or a count such as 5.4B")
-    number, suffix = float(found[1]), found[2].upper()
-    count = int(number * whole) if number <= 1 and not suffix else int(number * SUFFIXES[suffix])
-    if not 0 < count < whole:
-        raise PrunerError(f"target_params {target} is {count:,} parameters; the model has {whole:,}: give fewer")
-    return count
+def parameter_budget(graph: CouplingGraph, target: float | str) -> Budget:
+    return Budget("target_params", target, lambda plan: parameters(graph, plan), COUNTS)
 
 
-def solve(graph: CouplingGraph, target: float | str, plan_at: Callable[[float], PruningPlan]) -> PruningPlan:
-    """The plan of the smallest ratio that leaves no more parameters than ``target``, and at most 0.5% fewer.
+def solve(graph: CouplingGraph, budget: Budget, plan_at: Callable[[float], PruningPlan]) -> PruningPlan:
+    """The plan of the smallest ratio that costs no more than the budget allows, and at most 0.5% less.
 
     Args:
-        plan_at: the plan at a ratio; it may raise PrunerError where nothing is removed.
+        plan_at: the plan at a ratio; it may raise :class:`NothingRemoved`.
 
     Raises:
-        PrunerError: no ratio comes so near; the message names the nearest size that can be reached.
+        PrunerError: no ratio comes so near; the message names the nearest cost that can be reached.
     """
-    wanted = wanted_parameters(graph, target)
+    wanted = budget.wanted()
+    known: dict[tuple[tuple[str, int], ...], float] = {}
+
+    def cost(plan: PruningPlan | None) -> float:
+        plan = plan or PruningPlan()
+        counts = _counts(plan)
+        if counts not in known:
+            known[counts] = budget.measure(plan)
+        return known[counts]
 
     def at(ratio: float) -> PruningPlan | None:
         try:
             return plan_at(ratio)
-        except PrunerError as error:
-            if "removes nothing" not in str(error):
-                raise
+        except NothingRemoved:
             return None
 
     low, high = 0.0, 1 - 1e-6
-    best = at(high)
-    if best is None or parameters(graph, best) > wanted:
-        least = parameters(graph, best)
+    more, less = None, at(high)
+    if less is None or cost(less) > wanted:
         raise PrunerError(
-            f"target_params {target} ({wanted:,}) cannot be reached: with all that may go gone, {least:,} "
-            "parameters stay; prune more kinds or layers"
+            f"{budget.name} {budget.target} ({wanted:,.0f}) cannot be reached: with all that may go gone, "
+            f"{cost(less):,.0f} stay; prune more kinds or layers"
         )
     for _ in range(STEPS):
         middle = (low + high) / 2
         plan = at(middle)
-        if plan is not None and parameters(graph, plan) <= wanted:
-            high, best = middle, plan
+        if plan is not None and cost(plan) <= wanted:
+            high, less = middle, plan
         else:
-            low = middle
-    best, above = _between(graph, at(low), best, wanted)
-    found = parameters(graph, best)
-    if found < wanted * (1 - NEAR):
+            low, more = middle, plan
+    best, above = _between(graph, more, less, wanted, cost)
+    if cost(best) < wanted * (1 - NEAR):
         raise PrunerError(
-            f"target_params {target} ({wanted:,}) cannot be met within {NEAR:.1%}: units go whole, and the nearest "
-            f"sizes are {found:,} and {above:,}; give one of these"
+            f"{budget.name} {budget.target} ({wanted:,.0f}) cannot be met within {NEAR:.1%}: units go whole, and the "
+            f"nearest are {cost(best):,.0f} and {above:,.0f}; give one of these"
         )
-    best.settings["target_params"] = target
+    best.settings[budget.name] = budget.target
     return best
 
 
-def _between(graph: CouplingGraph, more: PruningPlan | None, less: PruningPlan, wanted: int) -> tuple[PruningPlan, int]:
+class NothingRemoved(PrunerError):
+    """A ratio so small that no unit loses an index."""
+
+
+def _counts(plan: PruningPlan) -> tuple[tuple[str, int], ...]:
+    return tuple((name, choice.kept.numel()) for name, choice in plan.units.items())
+
+
+def _between(
+    graph: CouplingGraph,
+    more: PruningPlan | None,
+    less: PruningPlan,
+    wanted: float,
+    cost: Callable[[PruningPlan | None], float],
+) -> tuple[PruningPlan, float]:
     """The largest plan within ``wanted`` that takes some units from ``more`` and the last ones from ``less``.
 
-    Where every unit loses an index at once, steps are coarse; this makes them those of one unit. Also returns the size
+    Where every unit loses an index at once, steps are coarse; this makes them those of one unit. Also returns the cost
     of the next larger one.
     """
     names = [name for name in less.units if more is None or not _same(more, less, name)]
-    above = parameters(graph, more)
-    for count in range(1, len(names)):
+
+    def mixed(count: int) -> PruningPlan | None:
+        if count == 0:
+            return more
+        if count == len(names):
+            return less
         plan = PruningPlan(settings=dict(less.settings), notes=list(less.notes))
         taken = set(names[-count:])
         for unit in graph.units:
@@ -99,11 +147,16 @@ def _between(graph: CouplingGraph, more: PruningPlan | None, less: PruningPlan, 
             if source is not None and unit.name in source.units:
                 plan.keep(unit, source.units[unit.name].kept, graph.shapes)
                 plan.units[unit.name] = source.units[unit.name]
-        size = parameters(graph, plan)
-        if size <= wanted:
-            return plan, above
-        above = size
-    return less, above
+        return plan
+
+    too_few, enough = 0, len(names)
+    while enough - too_few > 1:
+        count = (too_few + enough) // 2
+        if cost(mixed(count)) <= wanted:
+            enough = count
+        else:
+            too_few = count
+    return mixed(enough) or less, cost(mixed(too_few))
 
 
 def _same(one: PruningPlan, other: PruningPlan, name: str) -> bool:

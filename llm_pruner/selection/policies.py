@@ -10,7 +10,7 @@ import torch
 from ..errors import PrunerError
 from ..graph import KINDS, CouplingGraph, Unit
 from ..importance import Scores
-from .budgets import solve
+from .budgets import Budget, NothingRemoved, parameter_budget, solve
 from .plan import PruningPlan
 
 LayerChoice = Iterable[int] | Mapping[str, Iterable[int]] | None
@@ -25,6 +25,7 @@ def select(
     scope: str = "local",
     round_to: int = 1,
     target_params: float | str | None = None,
+    budget: Budget | None = None,
 ) -> PruningPlan:
     """Choose which indices of which units stay: those with the highest scores.
 
@@ -43,13 +44,16 @@ def select(
         round_to: kept counts become multiples of this, and of the unit's own ``multiple``, rounded up.
         target_params: instead of a ratio, the parameters that stay: a fraction of the model, or a count such as
             ``"5.4B"``. The ratio is solved so that the plan leaves at most that many, and at most 0.5% fewer.
+        budget: the same for another cost (:func:`llm_pruner.evaluation.macs_budget`, ``memory_budget``).
 
     Raises:
         PrunerError: an argument is out of range, or there is nothing to prune.
     """
     kinds = tuple(kinds)
     if target_params is not None:
-        return solve(graph, target_params, lambda share: select(graph, scores, share, kinds, layers, scope, round_to))
+        budget = parameter_budget(graph, target_params)
+    if budget is not None:
+        return solve(graph, budget, lambda share: select(graph, scores, share, kinds, layers, scope, round_to))
     wanted = _by_kind(layers, kinds)
     _check(graph, ratio, kinds, wanted, scope, round_to)
     chosen = [unit for unit in graph.of_kind(*kinds) if _in_layers(unit, wanted)]
@@ -84,7 +88,7 @@ def select(
             )
     if not plan.units:
         sizes = sorted({unit.size for unit in chosen})
-        raise PrunerError(
+        raise NothingRemoved(
             f"ratio {ratio} removes nothing: the units have {', '.join(map(str, sizes))} indices, which go whole; "
             "raise the ratio"
         )

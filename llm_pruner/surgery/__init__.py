@@ -2,6 +2,7 @@
 
 from .apply import EquivalenceReport, Place, apply, in_memory, verify
 from .compensate import CompensationReport, compensate
+from .config_solver import skeleton
 from .heterogeneous import install
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "compensate",
     "in_memory",
     "install",
+    "skeleton",
     "verify",
 ]
