@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -45,8 +46,8 @@ def run(
     except PrunerError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except MemoryError:
-        print("error: out of memory; use --device cuda, a smaller --num_examples or --dtype bfloat16", file=sys.stderr)
+    except MemoryError as error:
+        print(f"error: {_out_of_memory(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -58,9 +59,22 @@ def run(
         if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
             traceback.print_exc()
             return 1
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_out_of_memory(str(error))}", file=sys.stderr)
         return 2
     return 0
+
+
+def _out_of_memory(message: str) -> str:
+    """One line: how much was asked for, as far as the allocator says, and what lowers it."""
+    found = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", message)
+    asked = ""
+    if found:
+        asked = f" by {found[2] or f'{int(found[1]) / 2**30:.2f} GiB'}"
+    where = " on the GPU" if "CUDA" in message else ""
+    return (
+        f"out of memory{where}{asked}: add --stream, which needs one block of the model at a time, or lower "
+        "--num_examples or --calib_seq_len"
+    )
 
 
 def evaluate_perplexity(args: PerplexityArguments) -> None:

@@ -258,3 +258,23 @@ def test_evaluate_is_no_package():
     code = "import evaluate; print(evaluate.__file__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "site-packages" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (
+            RuntimeError("can't allocate memory: you tried to allocate 8589934592 bytes."),
+            "8.00 GiB",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"), "on the GPU by 2.50 GiB"),
+        (MemoryError(), "out of memory:"),
+    ],
+)
+def test_out_of_memory_says_how_much_and_what_to_do(capsys, error, asked):
+    def action(_):
+        raise error
+
+    assert run(PruneArguments, action, [], "hf_prune.py") == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: out of memory") and asked in line and "--stream" in line

@@ -7,7 +7,6 @@ from registry import tiny_model
 
 import llm_pruner as lp
 from llm_pruner.checkpoint import on_disk
-from llm_pruner.cli import main
 from llm_pruner.evaluation import perplexity
 from llm_pruner.graph import StandIns, computing
 from llm_pruner.importance import VARIANTS
@@ -112,6 +111,8 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_the_command_streams(smollm2, tmp_path, monkeypatch):
     """--stream gives the plan that the plain way gives, and the same checkpoint."""
+    from llm_pruner.cli import main
+
     model, tokenizer = smollm2
     monkeypatch.chdir(tmp_path)
     lp.save(model, tokenizer, tmp_path / "m")
