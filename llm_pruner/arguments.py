@@ -17,6 +17,7 @@ from .errors import PrunerError
 from .graph import CouplingGraph
 from .importance import AGGREGATIONS, CRITERIA, VARIANTS
 from .presets import PRESETS, middle
+from .selection import NORMALIZERS
 from .surgery.compensate import MIN_SAMPLES
 
 # LLM-Pruner's flags that choose a method: giving one means its method.
@@ -89,6 +90,8 @@ class PruneArguments:
     calib_seed: int | None = flag(None, "draw calibration samples at random with this seed (default: the first ones)")
     eval_datasets: str = flag(EMBEDDED_TEXT, "texts to measure perplexity on, by comma ('' for none)")
     max_windows: int = flag(0, "use only the first N windows of each text (0: all)")
+    normalize: str = flag("none", "divide global scores by, to compare layers: " + ", ".join(NORMALIZERS))
+    floor: float = flag(0.0, "share of every unit's indices that stays in any case")
     target_params: str | None = flag(None, "parameters that stay, instead of a ratio: 0.8 of the model, or 5.4B")
     target_macs: str | None = flag(None, "multiply-accumulates of a forward pass that stay: 0.8, or 10G")
     target_memory: str | None = flag(None, "memory of weights and cache that stays: 0.8, or 6GiB")
@@ -116,6 +119,7 @@ class PruneArguments:
             ("grouping_strategy", AGGREGATIONS),
             ("dtype", DTYPES),
             ("compensate", COMPENSATIONS),
+            ("normalize", NORMALIZERS),
         ):
             if getattr(self, name) not in allowed:
                 raise PrunerError(f"unknown --{name} {getattr(self, name)!r}; choose from {', '.join(allowed)}")
@@ -133,6 +137,10 @@ class PruneArguments:
         for name in ranges:
             if getattr(self, name) is not None:
                 raise PrunerError(f"--{name} goes with --block_wise, not with --{modes[0]}")
+        if not 0 <= self.floor < 1:
+            raise PrunerError(f"--floor {self.floor} is out of range: give a share of at least 0 and below 1")
+        if self.normalize != "none" and not self.global_pruning:
+            raise PrunerError("--normalize compares layers: it goes with --global_pruning")
         targets = [
             name for name in ("target_params", "target_macs", "target_memory") if getattr(self, name) is not None
         ]

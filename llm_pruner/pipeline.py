@@ -244,7 +244,17 @@ def make_plan(
         try:
             with clock("select"):
                 plan = select(
-                    graph, scores, ratio, kinds, layers, scope, args.round_to, args.target_params, _budget(args, model)
+                    graph,
+                    scores,
+                    ratio,
+                    kinds,
+                    layers,
+                    scope,
+                    args.round_to,
+                    args.target_params,
+                    _budget(args, model),
+                    args.normalize,
+                    args.floor,
                 )
         except PrunerError as error:
             if step == args.iterative_steps:

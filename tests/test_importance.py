@@ -258,3 +258,34 @@ def test_criteria_that_read_say_nothing_of_layers():
     with pytest.raises(lp.PrunerError, match="says nothing of"):
         lp.score(model, lp.trace(model), tokens(), "wanda", kinds=["layers"])
     assert "model.layers.layers" not in lp.score(model, lp.trace(model), tokens(), "wanda").values
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "opt"))
+def test_layers_are_scored_by_what_they_do(family):
+    """Block influence by hand, and a layer that does nothing has none and costs no loss."""
+    model, ids = build(family), tokens(3, 16)
+    stack = {"llama": "model.layers", "gpt2": "transformer.h", "opt": "model.decoder.layers"}[family]
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states
+        expected = 1 - torch.cosine_similarity(states[0].double(), states[1].double(), dim=-1).mean()
+    graph = lp.trace(model)
+    found = lp.score(model, graph, ids, "block_influence").values[f"{stack}.layers"]
+    assert found[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    with torch.no_grad():
+        for name, parameter in model.get_submodule(f"{stack}.1").named_parameters():
+            if any(part in name for part in ("o_proj", "down_proj", "c_proj", "out_proj", "fc2")):
+                parameter.zero_()
+    influence = lp.score(model, graph, ids, "block_influence").values[f"{stack}.layers"]
+    change = lp.score(model, graph, ids, "loss_change", kinds=["layers"]).values[f"{stack}.layers"]
+    assert influence[1].abs() < 1e-6 and change[1].abs() < 1e-6
+    assert influence[0] > 1e-4 and change[0].abs() > 1e-4
+    plan = lp.select(graph, lp.Scores({f"{stack}.layers": influence}), 0.34, kinds=["layers"])
+    assert plan.units[f"{stack}.layers"].kept.tolist() == [0, 2]
+    pruned = lp.apply(model, plan)
+    assert torch.allclose(pruned(ids).logits, model(ids).logits, atol=1e-5)
+
+
+def test_layer_criteria_score_nothing_else():
+    model = build("llama")
+    with pytest.raises(lp.PrunerError, match="scores layers only"):
+        lp.score(model, lp.trace(model), tokens(), "block_influence", kinds=["neurons"])

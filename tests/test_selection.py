@@ -199,3 +199,40 @@ def test_targets_that_cannot_be(target, message):
     graph = lp.trace(model)
     with pytest.raises(lp.PrunerError, match=message):
         lp.select(graph, lp.score(model, graph, criterion="random"), kinds=["heads"], target_params=target)
+
+
+def test_global_scores_are_per_parameter():
+    """Of two layers' neurons that score alike, those that free more parameters go first."""
+    model = build("llama")
+    graph = lp.trace(model)
+    one, two, *_ = graph.of_kind("neurons")
+    scores = lp.Scores({u.name: torch.ones(u.size, dtype=torch.float64) for u in graph.units})
+    for key in list(two.dims)[:1]:  # as if the second layer's neurons had a third less to them
+        del two.dims[key]
+    plan = lp.select(graph, scores, 0.3, kinds=["neurons"], scope="global")
+    assert plan.units[one.name].kept.numel() < one.size and two.name not in plan.units
+
+
+@pytest.mark.parametrize(("normalize", "spared"), [("none", True), ("mean", False), ("sqrt", True)])
+def test_normalised_scores_compare_layers(normalize, spared):
+    """A layer whose scores are a thousand times larger is spared, unless each is measured by its own mean."""
+    graph = lp.trace(build("llama"))
+    units = graph.of_kind("neurons")
+    values = {u.name: torch.arange(1, u.size + 1, dtype=torch.float64) for u in units}
+    values[units[0].name] *= 1000
+    plan = lp.select(graph, lp.Scores(values), 0.25, kinds=["neurons"], scope="global", normalize=normalize)
+    assert (units[0].name not in plan.units) == spared
+    if not spared:
+        assert {c.kept.numel() for c in plan.units.values()} == {36}
+
+
+@pytest.mark.parametrize("scope", ("local", "global"))
+def test_a_floor_under_every_unit(scope):
+    graph = lp.trace(build("llama"))
+    scores = lp.score(build("llama"), graph, criterion="random")
+    plan = lp.select(graph, scores, 0.6, kinds=["neurons"], scope=scope, floor=0.5)
+    assert min(c.kept.numel() for c in plan.units.values()) == 24
+    with pytest.raises(lp.PrunerError, match="out of range"):
+        lp.select(graph, scores, 0.6, floor=1)
+    with pytest.raises(lp.PrunerError, match="choose from none, mean, sqrt"):
+        lp.select(graph, scores, 0.6, normalize="median")

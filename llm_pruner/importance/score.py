@@ -13,6 +13,7 @@ from ..errors import PrunerError
 from ..graph import Compute, CouplingGraph, Unit, context_length, native
 from .activation import activation
 from .aggregate import AGGREGATIONS, Salience, Scores, aggregate, slices_of
+from .depth import block_influence, loss_change
 from .magnitude import magnitude
 from .taylor import VARIANTS, taylor
 
@@ -42,8 +43,10 @@ CRITERIA: dict[str, Callable[[Request], Salience] | None] = {
     "wanda": lambda r: activation(r.model, r.slices, r.tokens, "wanda", r.compute),
     "flap": lambda r: activation(r.model, r.slices, r.tokens, "flap", r.compute),
 }
+# These score whole layers, and nothing else.
+OF_LAYERS = {"block_influence": block_influence, "loss_change": loss_change}
 READING = ("activation", "wanda", "flap")  # know only the slices that read a unit
-NEED_CALIBRATION = ("taylor", *READING)
+NEED_CALIBRATION = ("taylor", *READING, *OF_LAYERS)
 
 
 def score(
@@ -63,7 +66,8 @@ def score(
         model: the model that ``graph`` was traced from, with real weights. It is not changed.
         calibration: LongTensor ``[samples, tokens]`` of token ids; ``random``, ``l1`` and ``l2`` do without.
         criterion: ``random``, ``l1``, ``l2``, ``taylor`` (:mod:`llm_pruner.importance.taylor`), or one that needs
-            forward passes only: ``activation``, ``wanda`` or ``flap`` (:mod:`llm_pruner.importance.activation`).
+            forward passes only: ``activation``, ``wanda`` or ``flap`` (:mod:`llm_pruner.importance.activation`), or,
+            for layers alone, ``block_influence`` or ``loss_change`` (:mod:`llm_pruner.importance.depth`).
         taylor: ``vectorize``, ``param_first``, ``param_second`` or ``param_mix``; see
             :mod:`llm_pruner.importance.taylor`.
         aggregation: over the slices of a group: ``sum``, ``mean``, ``max``, ``prod``, ``first`` or ``last``.
@@ -76,7 +80,7 @@ def score(
         PrunerError: an unknown name, an unusable calibration set, or a gradient that is not finite.
     """
     for value, allowed, what in (
-        (criterion, CRITERIA, "criterion"),
+        (criterion, [*CRITERIA, *OF_LAYERS], "criterion"),
         (taylor, VARIANTS, "taylor variant"),
         (aggregation, AGGREGATIONS, "aggregation"),
     ):
@@ -84,6 +88,14 @@ def score(
             raise PrunerError(f"unknown {what} {value!r}; choose from {', '.join(allowed)}")
     units: list[Unit] = graph.units if kinds is None else graph.of_kind(*kinds)
     settings = {"criterion": criterion, "aggregation": aggregation, "seed": seed}
+    how = native(model) if device is None else native(model).on(torch.device(device))
+    if criterion in OF_LAYERS:
+        kinds = ["layers"] if kinds is None else list(kinds)
+        if kinds != ["layers"]:
+            raise PrunerError(f"{criterion} scores layers only: give kinds=['layers'], or another criterion")
+        ids = checked(model, calibration)
+        stacks = graph.of_kind("layers")
+        return Scores({u.name: OF_LAYERS[criterion](model, u, ids, how) for u in stacks}, settings)
     compute = CRITERIA[criterion]
     if compute is None:
         generator = torch.Generator().manual_seed(seed)
@@ -92,7 +104,6 @@ def score(
     if criterion == "taylor":
         settings["taylor"] = taylor
     ranks = {name: parameter.ndim for name, parameter in model.named_parameters()}
-    how = native(model) if device is None else native(model).on(torch.device(device))
     salience = compute(Request(model, slices_of(units, ranks), calibration, taylor, how))
     if criterion in READING:  # whole layers, and experts, are not read by any weight
         unread = [u for u in units if not any(key in salience for key in u.dims)]

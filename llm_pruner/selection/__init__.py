@@ -2,6 +2,17 @@
 
 from .budgets import BYTES, COUNTS, Budget
 from .plan import Choice, PruningPlan
-from .policies import first_layers, lifted, removable, select
+from .policies import NORMALIZERS, first_layers, lifted, removable, select
 
-__all__ = ["BYTES", "COUNTS", "Budget", "Choice", "PruningPlan", "first_layers", "lifted", "removable", "select"]
+__all__ = [
+    "BYTES",
+    "COUNTS",
+    "NORMALIZERS",
+    "Budget",
+    "Choice",
+    "PruningPlan",
+    "first_layers",
+    "lifted",
+    "removable",
+    "select",
+]

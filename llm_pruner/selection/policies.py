@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from math import lcm
+from collections.abc import Callable, Iterable, Mapping
+from math import ceil, lcm, prod
 
 import torch
 
@@ -26,6 +26,8 @@ def select(
     round_to: int = 1,
     target_params: float | str | None = None,
     budget: Budget | None = None,
+    normalize: str = "none",
+    floor: float = 0.0,
 ) -> PruningPlan:
     """Choose which indices of which units stay: those with the highest scores.
 
@@ -39,8 +41,8 @@ def select(
         layers: layer indices to prune in, None for all; or a mapping from kind to layer indices (a kind without an
             entry is pruned everywhere). ``hidden``, ``vocabulary`` and ``layers`` do not ask; other units that span
             layers are left out when layers are given.
-        scope: ``local`` takes the ratio from every unit, ``global`` from all units of a kind together,
-            lowest scores first.
+        scope: ``local`` takes the ratio from every unit, ``global`` from all units of a kind together: first what
+            scores least for each parameter that it frees.
         round_to: kept counts become multiples of this, and of the unit's own ``multiple``, rounded up.
         target_params: instead of a ratio, the parameters that stay: a fraction of the model, or a count such as
             ``"5.4B"``. The ratio is solved so that the plan leaves at most that many, and at most 0.5% fewer.
@@ -53,9 +55,17 @@ def select(
     if target_params is not None:
         budget = parameter_budget(graph, target_params)
     if budget is not None:
-        return solve(graph, budget, lambda share: select(graph, scores, share, kinds, layers, scope, round_to))
+
+        def at(share: float) -> PruningPlan:
+            return select(graph, scores, share, kinds, layers, scope, round_to, normalize=normalize, floor=floor)
+
+        return solve(graph, budget, at)
     wanted = _by_kind(layers, kinds)
     _check(graph, ratio, kinds, wanted, scope, round_to)
+    if normalize not in NORMALIZERS:
+        raise PrunerError(f"unknown normalize {normalize!r}; choose from {', '.join(NORMALIZERS)}")
+    if not 0 <= floor < 1:
+        raise PrunerError(f"floor {floor} is out of range: give a share of at least 0 and below 1")
     chosen = [unit for unit in graph.of_kind(*kinds) if _in_layers(unit, wanted)]
     if not chosen:
         raise PrunerError(_nothing(graph, kinds, wanted))
@@ -71,7 +81,10 @@ def select(
         units = [unit for unit in chosen if unit.kind == kind]
         if spanning := [u for u in graph.of_kind(kind) if u.layer is None and u not in units]:
             plan.notes.append(f"{kind}: {len(spanning)} units span layers and are left out, since layers were given")
-        removals = (_local if scope == "local" else _global)(units, scores, ratio, round_to)
+        if scope == "local":
+            removals = _local(units, scores, ratio, round_to, floor)
+        else:
+            removals = _global(units, scores, ratio, round_to, floor, _costs(units, graph), NORMALIZERS[normalize])
         idle = 0
         for unit, removed in zip(units, removals, strict=True):
             if removed.numel():
@@ -108,24 +121,70 @@ def _rounded(unit: Unit, kept: int, round_to: int) -> int:
     return min(-(-max(kept, unit.minimum) // multiple) * multiple, unit.size)
 
 
-def _local(units: list[Unit], scores: Scores, ratio: float, round_to: int) -> list[torch.Tensor]:
-    return [torch.argsort(scores.values[unit.name], stable=True)[: removable(unit, ratio, round_to)] for unit in units]
+def _local(units: list[Unit], scores: Scores, ratio: float, round_to: int, floor: float) -> list[torch.Tensor]:
+    out = []
+    for unit in units:
+        kept = max(unit.size - removable(unit, ratio), _least(unit, floor))
+        gone = unit.size - _rounded(unit, kept, round_to)
+        out.append(torch.argsort(scores.values[unit.name], stable=True)[:gone])
+    return out
 
 
-def _global(units: list[Unit], scores: Scores, ratio: float, round_to: int) -> list[torch.Tensor]:
-    """Remove the lowest-scored indices of all units together; every unit keeps its minimum."""
+# What the scores of a unit are divided by before they are compared with those of others.
+NORMALIZERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "none": torch.ones_like,
+    "mean": lambda scores: _mean(scores),
+    "sqrt": lambda scores: _mean(scores).sqrt(),
+}
+
+
+def _mean(scores: torch.Tensor) -> torch.Tensor:
+    """The mean of what has a score; what has gone in an earlier step, or must stay, has an infinite one."""
+    known = scores[torch.isfinite(scores)]
+    return known.mean().clamp_min(torch.finfo(torch.float64).tiny) if known.numel() else torch.ones(())
+
+
+def _least(unit: Unit, floor: float) -> int:
+    """The fewest indices that a unit keeps."""
+    return max(unit.minimum, ceil(floor * unit.size))
+
+
+def _costs(units: list[Unit], graph: CouplingGraph) -> list[float]:
+    """Parameters that go with one index of each unit."""
+    out = []
+    for unit in units:
+        freed = [
+            prod(graph.shapes[name]) * (label >= 0).double().mean().item() for (name, _), label in unit.dims.items()
+        ]
+        out.append(sum(freed) / unit.size)
+    return out
+
+
+def _global(
+    units: list[Unit],
+    scores: Scores,
+    ratio: float,
+    round_to: int,
+    floor: float,
+    costs: list[float],
+    normalizer: Callable[[torch.Tensor], torch.Tensor],
+) -> list[torch.Tensor]:
+    """Remove the indices of all units together that score least per parameter; every unit keeps its minimum."""
     if not units:
         return []
-    budget = sum(removable(unit, ratio) for unit in units)
+    budget = sum(removable(unit, ratio) * cost for unit, cost in zip(units, costs, strict=True))
     owner = torch.cat([torch.full((unit.size,), i) for i, unit in enumerate(units)])
     index = torch.cat([torch.arange(unit.size) for unit in units])
-    order = torch.argsort(torch.cat([scores.values[unit.name] for unit in units]), stable=True)
+    values = [scores.values[unit.name].double() for unit in units]
+    # Costs relative to the largest leave the order of units of one size to the scores, to the bit.
+    ranked = [v / normalizer(v) / (cost / max(costs)) for v, cost in zip(values, costs, strict=True)]
+    order = torch.argsort(torch.cat(ranked), stable=True)
     removed: list[list[int]] = [[] for _ in units]
     for position in order.tolist():
         i = int(owner[position])
-        if budget and len(removed[i]) < units[i].size - units[i].minimum:
+        if budget >= 0.999 * costs[i] and len(removed[i]) < units[i].size - _least(units[i], floor):
             removed[i].append(int(index[position]))
-            budget -= 1
+            budget -= costs[i]
     out = []
     for unit, gone in zip(units, removed, strict=True):
         kept = _rounded(unit, unit.size - len(gone), round_to)
