@@ -102,6 +102,7 @@ class PruneArguments:
         False, "keep weights mapped from their files and bring them in block by block, for large models"
     )
     round_to: int = flag(1, "keep multiples of this many indices")
+    hardware_align: bool | None = flag(None, "keep widths in multiples that kernels like (default: true; paper: false)")
     dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES) + " (auto: float32 on cpu)")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
     output_root: str = flag("prune_log", "folder of the runs")

@@ -255,6 +255,7 @@ def make_plan(
                     _budget(args, model),
                     args.normalize,
                     args.floor,
+                    bool(args.hardware_align),
                 )
         except PrunerError as error:
             if step == args.iterative_steps:

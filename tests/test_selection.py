@@ -8,6 +8,7 @@ from conftest import build
 
 import llm_pruner as lp
 from llm_pruner.selection import first_layers, lifted, removable
+from llm_pruner.selection.budgets import parameters
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +237,19 @@ def test_a_floor_under_every_unit(scope):
         lp.select(graph, scores, 0.6, floor=1)
     with pytest.raises(lp.PrunerError, match="choose from none, mean, sqrt"):
         lp.select(graph, scores, 0.6, normalize="median")
+
+
+@pytest.mark.parametrize("scope", ("local", "global"))
+def test_widths_that_kernels_like(scope):
+    model = build("llama", intermediate_size=256)
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, criterion="random")
+    plan = lp.select(graph, scores, 0.3, scope=scope, align=True)
+    kept = {kind: {c.kept.numel() for c in plan.units.values() if c.kind == kind} for kind in ("neurons", "heads")}
+    assert all(count % 16 == 0 for count in kept["neurons"]) and kept["neurons"]
+    assert kept["heads"] & {3}, "heads are not rounded"
+    size = parameters(graph, lp.select(graph, scores, 0.3, kinds=["neurons"], align=True))
+    solved = lp.select(graph, scores, kinds=["neurons"], target_params=size, align=True)
+    assert all(c.kept.numel() % 16 == 0 for c in solved.units.values()) and not solved.notes
+    between = lp.select(graph, scores, kinds=["neurons"], target_params=size + 700, align=True)
+    assert any("not aligned" in note for note in between.notes)

@@ -105,7 +105,7 @@ def solve(graph: CouplingGraph, budget: Budget, plan_at: Callable[[float], Pruni
             low, more = middle, plan
     best, above = _between(graph, more, less, wanted, cost)
     if cost(best) < wanted * (1 - NEAR):
-        raise PrunerError(
+        raise NotMet(
             f"{budget.name} {budget.target} ({wanted:,.0f}) cannot be met within {NEAR:.1%}: units go whole, and the "
             f"nearest are {cost(best):,.0f} and {above:,.0f}; give one of these"
         )
@@ -115,6 +115,10 @@ def solve(graph: CouplingGraph, budget: Budget, plan_at: Callable[[float], Pruni
 
 class NothingRemoved(PrunerError):
     """A ratio so small that no unit loses an index."""
+
+
+class NotMet(PrunerError):
+    """The steps in which units go are too large to come close to a target."""
 
 
 def _counts(plan: PruningPlan) -> tuple[tuple[str, int], ...]:

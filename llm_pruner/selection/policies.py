@@ -10,7 +10,7 @@ import torch
 from ..errors import PrunerError
 from ..graph import KINDS, CouplingGraph, Unit
 from ..importance import Scores
-from .budgets import Budget, NothingRemoved, parameter_budget, solve
+from .budgets import Budget, NothingRemoved, NotMet, parameter_budget, solve
 from .plan import PruningPlan
 
 LayerChoice = Iterable[int] | Mapping[str, Iterable[int]] | None
@@ -28,6 +28,7 @@ def select(
     budget: Budget | None = None,
     normalize: str = "none",
     floor: float = 0.0,
+    align: bool = False,
 ) -> PruningPlan:
     """Choose which indices of which units stay: those with the highest scores.
 
@@ -56,10 +57,20 @@ def select(
         budget = parameter_budget(graph, target_params)
     if budget is not None:
 
-        def at(share: float) -> PruningPlan:
-            return select(graph, scores, share, kinds, layers, scope, round_to, normalize=normalize, floor=floor)
+        def solved(align: bool) -> PruningPlan:
+            def at(share: float) -> PruningPlan:
+                return select(graph, scores, share, kinds, layers, scope, round_to, None, None, normalize, floor, align)
 
-        return solve(graph, budget, at)
+            return solve(graph, budget, at)
+
+        try:
+            return solved(align)
+        except NotMet:
+            if not align:
+                raise
+            plan = solved(align=False)
+            plan.notes.append("widths are not aligned: in steps that kernels like, the target cannot be met")
+            return plan
     wanted = _by_kind(layers, kinds)
     _check(graph, ratio, kinds, wanted, scope, round_to)
     if normalize not in NORMALIZERS:
@@ -81,10 +92,11 @@ def select(
         units = [unit for unit in chosen if unit.kind == kind]
         if spanning := [u for u in graph.of_kind(kind) if u.layer is None and u not in units]:
             plan.notes.append(f"{kind}: {len(spanning)} units span layers and are left out, since layers were given")
+        steps = [lcm(round_to, unit.multiple, _alignment(unit) if align else 1) for unit in units]
         if scope == "local":
-            removals = _local(units, scores, ratio, round_to, floor)
+            removals = _local(units, scores, ratio, steps, floor)
         else:
-            removals = _global(units, scores, ratio, round_to, floor, _costs(units, graph), NORMALIZERS[normalize])
+            removals = _global(units, scores, ratio, steps, floor, _costs(units, graph), NORMALIZERS[normalize])
         idle = 0
         for unit, removed in zip(units, removals, strict=True):
             if removed.numel():
@@ -108,24 +120,31 @@ def select(
     return plan
 
 
-def removable(unit: Unit, ratio: float, round_to: int = 1) -> int:
+def removable(unit: Unit, ratio: float) -> int:
     """How many of a unit's indices a ratio removes (LLM-Pruner's count), leaving at least the minimum."""
     channels = unit.size * unit.width
     removed = (channels - int(channels * (1 - ratio))) // unit.width
-    return unit.size - _rounded(unit, unit.size - removed, round_to)
+    return min(removed, unit.size - unit.minimum)
 
 
-def _rounded(unit: Unit, kept: int, round_to: int) -> int:
-    """A kept count as a multiple of ``round_to``, at least the unit's minimum and at most all of it."""
-    multiple = lcm(round_to, unit.multiple)
-    return min(-(-max(kept, unit.minimum) // multiple) * multiple, unit.size)
+def _rounded(unit: Unit, kept: int, step: int) -> int:
+    """A kept count as a multiple of ``step``, at least the unit's minimum and at most all of it."""
+    return min(-(-max(kept, unit.minimum) // step) * step, unit.size)
 
 
-def _local(units: list[Unit], scores: Scores, ratio: float, round_to: int, floor: float) -> list[torch.Tensor]:
+def _alignment(unit: Unit) -> int:
+    """The width in whose multiples kernels like a unit's channels."""
+    if unit.kind in ("heads", "query_heads", "experts", "layers"):
+        return 1
+    fits = (width for width in (128, 64, 32, 16, 8) if unit.size % width == 0 and unit.size >= 16 * width)
+    return next(fits, 1)
+
+
+def _local(units: list[Unit], scores: Scores, ratio: float, steps: list[int], floor: float) -> list[torch.Tensor]:
     out = []
-    for unit in units:
+    for unit, step in zip(units, steps, strict=True):
         kept = max(unit.size - removable(unit, ratio), _least(unit, floor))
-        gone = unit.size - _rounded(unit, kept, round_to)
+        gone = unit.size - _rounded(unit, kept, step)
         out.append(torch.argsort(scores.values[unit.name], stable=True)[:gone])
     return out
 
@@ -164,7 +183,7 @@ def _global(
     units: list[Unit],
     scores: Scores,
     ratio: float,
-    round_to: int,
+    steps: list[int],
     floor: float,
     costs: list[float],
     normalizer: Callable[[torch.Tensor], torch.Tensor],
@@ -186,8 +205,8 @@ def _global(
             removed[i].append(int(index[position]))
             budget -= costs[i]
     out = []
-    for unit, gone in zip(units, removed, strict=True):
-        kept = _rounded(unit, unit.size - len(gone), round_to)
+    for unit, gone, step in zip(units, removed, steps, strict=True):
+        kept = _rounded(unit, unit.size - len(gone), step)
         out.append(torch.tensor(gone[: unit.size - kept], dtype=torch.long))
     return out
 
