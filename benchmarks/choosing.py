@@ -2,7 +2,8 @@
 
     python benchmarks/choosing.py --calibration C4.jsonl --evaluation wikitext2_test.txt [--device cuda]
 
-One choice after the other is varied around the preset ``best``: criterion, aggregation, compensation, scope, kinds and
+One choice after the other is varied around the preset ``best`` without the samples that the model writes itself (the
+last choice): criterion, aggregation, compensation, scope, kinds and
 calibration set, each at three sizes of the pruned model. Perplexity is measured on the text given (256 windows of 128
 tokens) and on Python's documentation (128 windows), so that no choice is tuned to one text.
 """
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 import llm_pruner as lp
-from llm_pruner.data import EMBEDDED_TEXT, calibration, text
+from llm_pruner.data import EMBEDDED_TEXT, calibration, self_calibration, text
 from llm_pruner.evaluation import parameter_count, perplexity, windows
 from llm_pruner.presets import BEST, middle
 
@@ -32,6 +33,7 @@ USUAL: dict[str, Any] = {
     "kinds": ("neurons",),
     "compensate": True,
     "samples": SAMPLES,
+    "self_examples": 0,
 }
 SECOND, FIRST = {"taylor": "param_second"}, {"taylor": "param_first"}
 CRITERIA = [SECOND, FIRST, {"taylor": "param_mix"}, {"taylor": "vectorize"}]
@@ -42,6 +44,7 @@ def rows() -> list[dict[str, Any]]:
     """The settings to measure, each as what differs from ``best``."""
     out: list[dict[str, Any]] = [{**c, "compensate": compensate} for c in CRITERIA[:2] for compensate in (True, False)]
     out += [{"scope": "global", **c} for c in (SECOND, FIRST)]
+    out += [{"self_examples": BEST["self_examples"]}]
     out += [{"samples": n} for n in (32, 64)]
     out += [{"kinds": ("heads", "neurons")}]
     out += [{"aggregation": name} for name in ("mean", "max", "prod", "first", "last")]
@@ -104,7 +107,10 @@ def main() -> None:
                 graph, known[key], kinds=row["kinds"], layers=layers, scope=row["scope"], target_params=size
             )
             pruned = lp.apply(model, plan)
-            report = lp.compensate(model, pruned, ids[: row["samples"]]) if row["compensate"] else None
+            refit_on = ids[: row["samples"]]
+            if row["self_examples"]:
+                refit_on = torch.cat([self_calibration(model, refit_on, row["self_examples"]), refit_on])
+            report = lp.compensate(model, pruned, refit_on) if row["compensate"] else None
             seconds = round(time.perf_counter() - clock, 1)
             share = round(parameter_count(pruned) / whole, 4)
             scaled = report.temperature if report else None

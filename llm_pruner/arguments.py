@@ -98,6 +98,9 @@ class PruneArguments:
     budget_tokens: int = flag(2048, "length at which --target_macs and --target_memory are meant")
     budget_batch: int = flag(1, "sequences in the cache of --target_memory")
     compensate: str | None = flag(None, "refit projections of each layer afterwards: " + ", ".join(COMPENSATIONS))
+    self_examples: int | None = flag(
+        None, "samples that the model writes itself, for --compensate beside those of the text (default: 128; paper: 0)"
+    )
     stream: bool = flag(
         False, "keep weights mapped from their files and bring them in block by block, for large models"
     )
@@ -162,6 +165,8 @@ class PruneArguments:
                     f"--compensate least_squares needs --num_examples of at least {MIN_SAMPLES}, better 128; give "
                     "more, --compensate none or --preset paper"
                 )
+        if int(self.self_examples or 0) < 0:
+            raise PrunerError(f"--self_examples {self.self_examples} is out of range: give 0 or more")
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise PrunerError(f"--temperature {self.temperature} --top_p {self.top_p}: give above 0, and within 0 to 1")
         if self.max_seq_len < 2 or int(self.calib_seq_len or 0) < 2 or self.max_windows < 0:

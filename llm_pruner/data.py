@@ -11,11 +11,13 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import PrunerError
+from .graph import computing, context_length, evaluating
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,50 @@ def calibration(
         f"{name} gives {len(rows)} samples of {tokens} tokens (its longest document has {longest}), {samples} are "
         "needed: ask for fewer or shorter samples, or give more text"
     )
+
+
+@torch.no_grad()
+def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, seed: int = 0) -> torch.Tensor:
+    """Calibration samples that the model writes itself, going on where others end: LongTensor ``[samples, tokens]``.
+
+    They say what the model knows beyond a small text, and cost no data (Williams et al., arXiv 2410.17170, there from
+    nothing but a first token). Drawn from the whole distribution at temperature 1, after the last quarter of each
+    sample in turn; the prompt is not part of what is returned.
+
+    Args:
+        ids: LongTensor ``[n, tokens]``.
+        seed: of the drawing; the global random state is left as it was.
+
+    Raises:
+        PrunerError: the model cannot generate.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise PrunerError(f"{type(model).__name__} does not go on with a text")
+    longest = context_length(model) or 2**31
+    tokens = ids.shape[1]
+    prompt = max(1, min(tokens // 4, longest - tokens))
+    prompts = ids.repeat(-(-samples // len(ids)), 1)[:samples, -prompt:].to(model.device)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        pad_token_id=0,
+        eos_token_id=model.generation_config.eos_token_id if model.generation_config else None,
+    )
+    devices = [model.device] if model.device.type == "cuda" else []
+    rows = []
+    with torch.random.fork_rng(devices), evaluating(model), computing(model):
+        torch.manual_seed(seed)
+        for batch in prompts.split(64):
+            out = cast(Any, model).generate(
+                input_ids=batch, attention_mask=torch.ones_like(batch), generation_config=settings
+            )
+            rows.append(out[:, -tokens:].cpu())
+    return torch.cat(rows)
 
 
 def _take(rests: list[list[int]], i: int, rows: list[list[int]], tokens: int, rng: random.Random | None) -> None:

@@ -32,7 +32,7 @@ from .checkpoint import (
     on_disk,
     write_checkpoint,
 )
-from .data import calibration, text
+from .data import calibration, self_calibration, text
 from .errors import PrunerError
 from .evaluation import check_length, macs_budget, memory_budget, parameter_count, perplexity, windows
 from .graph import CouplingGraph, computing, context_length, native, trace
@@ -170,6 +170,9 @@ def _compensated(
 ) -> dict[str, Any]:
     """Compensate in place; a model that it does not know is left alone unless the user asked for it."""
     try:
+        if args.self_examples and not (args.stream and "self_examples" in args.by_preset):
+            ids = torch.cat([self_calibration(model, ids, args.self_examples, args.seed), ids])
+            log.info("compensating on %d samples, %d of them the model's own", len(ids), args.self_examples)
         report = compensate(model, pruned, ids)
     except PrunerError as error:
         if "compensate" not in args.by_preset:

@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
+from conftest import build, tokens
+from registry import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llm_pruner.data import calibration, documents, text
+from llm_pruner.data import calibration, documents, self_calibration, text
 from llm_pruner.errors import PrunerError
+from llm_pruner.evaluation import perplexity
 
 
 @pytest.fixture
@@ -106,3 +110,17 @@ def test_hub_data_sets_need_no_script(monkeypatch):
     assert seen[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test")
     assert seen[1][0] == "parquet" and "test/0000.parquet" in seen[1][2]
     assert seen[2][0] == "json" and "c4-validation" in seen[2][2]
+
+
+def test_samples_that_the_model_writes_itself():
+    model, ids = build("llama"), tokens(5, 16)
+    state = torch.random.get_rng_state()
+    a, b, c = (self_calibration(model, ids, 12, seed) for seed in (1, 1, 2))
+    assert a.shape == (12, 16) and torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    # They are drawn after the prompts, so that the model finds them likelier than other text.
+    joined = torch.cat([ids.repeat(3, 1)[:12, -4:], a], 1)
+    other = torch.cat([ids.repeat(3, 1)[:12, -4:], tokens(12, 16, seed=7)], 1)
+    assert perplexity(model, joined).loss < perplexity(model, other).loss
+    with pytest.raises(PrunerError, match="does not go on"):
+        self_calibration(tiny_model("t5:seq2seq"), ids, 4)
