@@ -78,3 +78,26 @@ def test_what_cannot_be_compensated_is_refused():
         lp.compensate(model, halved(model, kinds=("hidden",)), tokens(32, 16))
     with pytest.raises(lp.PrunerError, match="one stack"):
         lp.compensate(tiny_model("t5:seq2seq"), tiny_model("t5:seq2seq"), tokens(32, 16))
+
+
+def test_weights_of_16_bits():
+    """They are computed with in float32 here, and stay what they are."""
+    model = build("llama").to(torch.bfloat16)
+    pruned = halved(model)
+    ids, unseen = tokens(64, 16), tokens(16, 16, seed=9)
+    before = torch.nn.functional.mse_loss(logits(pruned, unseen).float(), logits(model, unseen).float())
+    lp.compensate(model, pruned, ids)
+    after = torch.nn.functional.mse_loss(logits(pruned, unseen).float(), logits(model, unseen).float())
+    assert after < 0.95 * before
+    assert {p.dtype for p in pruned.parameters()} == {torch.bfloat16}
+
+
+def test_logits_are_scaled_by_what_brings_them_closest():
+    """A pruned model whose only fault is a head twice as loud gets it back."""
+    model = build("llama")
+    loud = build("llama")
+    with torch.no_grad():
+        loud.lm_head.weight.mul_(1.25)
+    report = lp.compensate(model, loud, tokens(32, 16))
+    assert report.temperature == pytest.approx(0.8, abs=0.021)
+    assert torch.allclose(logits(loud, tokens(2, 8)), logits(model, tokens(2, 8)), rtol=0.05, atol=0.05)
