@@ -2,9 +2,9 @@
 
     python benchmarks/scoring.py [--calibration FILE] [--output FILE.json]
 
-Two fresh processes, so that their peaks are their own: one loads, traces, scores, selects and applies once and
-reports its peak memory; the other times Taylor scoring and a plain forward and backward pass in turn, and
-reports the medians and the ratio pair by pair.
+Fresh processes, so that their peaks are their own: one loads, traces, scores, selects and applies once and
+reports its peak memory (two more do so for the second-order variants); another times Taylor scoring and a plain
+forward and backward pass in turn, and reports the medians and the ratio pair by pair.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def peak_gib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
-def memory(text: str) -> dict:
+def memory(text: str, taylor: str) -> dict:
     out: dict = {"peak_gib": {"imports": peak_gib()}, "seconds": {}}
     clock = time.perf_counter()
 
@@ -48,7 +48,7 @@ def memory(text: str) -> dict:
     done("calibration")
     graph = lp.trace(model)
     done("trace")
-    scores = lp.score(model, graph, ids, kinds=KINDS)
+    scores = lp.score(model, graph, ids, taylor=taylor, kinds=KINDS)
     done("score")
     plan = lp.select(graph, scores, RATIO, KINDS, range(4, 28))
     done("select")
@@ -96,9 +96,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--part", choices=("memory", "timing"))
+    parser.add_argument("--taylor", default="param_first")
     args = parser.parse_args()
     if args.part:
-        part = memory(args.calibration) if args.part == "memory" else timing(args.calibration, args.pairs)
+        part = memory(args.calibration, args.taylor) if args.part == "memory" else timing(args.calibration, args.pairs)
         print(json.dumps(part))
         return
     results: dict = {
@@ -107,12 +108,17 @@ def main() -> None:
         "model": "smollm2-135m, float32",
         "calibration": f"{SAMPLES} x {TOKENS} tokens",
     }
-    for part in ("memory", "timing"):
-        command = [sys.executable, __file__, "--part", part, "--calibration", args.calibration]
+
+    def part(name: str, *flags: str) -> dict:
+        command = [sys.executable, __file__, "--part", name, "--calibration", args.calibration, *flags]
         done = subprocess.run(
             [*command, "--pairs", str(args.pairs)], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
-        results |= json.loads(done.stdout)
+        return json.loads(done.stdout)
+
+    results |= part("memory") | part("timing")
+    for taylor in ("param_second", "param_mix"):
+        results[f"{taylor}_peak_gib"] = part("memory", "--taylor", taylor)["peak_gib"]["score"]
     seconds = results["seconds"]
     results["trace_select_apply_seconds"] = round(seconds["trace"] + seconds["select"] + seconds["apply"], 3)
     print(json.dumps(results, indent=1))
