@@ -1,7 +1,7 @@
 """Discovery: which indices of which parameters belong together."""
 
 from .constants import Constant, hook_selecting
-from .stacks import layer_lists
+from .stacks import given, layer_lists, passed
 from .streaming import Compute, StandIns, computing, native, streamed
 from .tracer import (
     Answering,
@@ -29,11 +29,13 @@ __all__ = [
     "computing",
     "context_length",
     "evaluating",
+    "given",
     "hook_selecting",
     "implementations",
     "layer_lists",
     "model_inputs",
     "native",
+    "passed",
     "predicted",
     "sources",
     "streamed",

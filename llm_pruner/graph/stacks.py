@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -33,3 +35,13 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
                 continue
             out[path] = module
     return out
+
+
+def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments that a layer is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def passed(output: Any) -> torch.Tensor:
+    """The hidden states in what a layer returns."""
+    return output[0] if isinstance(output, tuple) else output

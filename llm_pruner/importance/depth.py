@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from ..errors import PrunerError
-from ..graph import Compute, Unit, computing, evaluating, layer_lists, model_inputs, predicted
+from ..graph import Compute, Unit, computing, evaluating, given, layer_lists, model_inputs, passed, predicted
 
 TOKENS = 2048  # in a forward pass
 
@@ -29,8 +29,8 @@ def block_influence(model: nn.Module, unit: Unit, calibration: torch.Tensor, com
 
     def hook(index: int) -> Callable[..., None]:
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given, passed = _given(args, kwargs), _passed(output)
-            similar[index] += cosine_similarity(given.double(), passed.double(), dim=-1).sum().cpu()
+            before, after = given(args, kwargs), passed(output)
+            similar[index] += cosine_similarity(before.double(), after.double(), dim=-1).sum().cpu()
 
         return look
 
@@ -54,8 +54,8 @@ def loss_change(model: nn.Module, unit: Unit, calibration: torch.Tensor, compute
     layers = _layers(model, unit)
 
     def skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        given = _given(args, kwargs)
-        return (given, *output[1:]) if isinstance(output, tuple) else given
+        hidden = given(args, kwargs)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def loss() -> float:
         total, tokens = 0.0, 0
@@ -88,11 +88,3 @@ def _layers(model: nn.Module, unit: Unit) -> list[nn.Module]:
 
 def _batches(calibration: torch.Tensor, compute: Compute) -> tuple[torch.Tensor, ...]:
     return calibration.to(compute.device).split(max(1, TOKENS // calibration.shape[1]))
-
-
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _passed(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output

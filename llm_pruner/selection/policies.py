@@ -48,6 +48,11 @@ def select(
         target_params: instead of a ratio, the parameters that stay: a fraction of the model, or a count such as
             ``"5.4B"``. The ratio is solved so that the plan leaves at most that many, and at most 0.5% fewer.
         budget: the same for another cost (:func:`llm_pruner.evaluation.macs_budget`, ``memory_budget``).
+        normalize: what global scores are divided by to compare layers: ``none``, ``mean`` (the mean of their unit) or
+            ``sqrt`` (the root of that).
+        floor: share of every unit's indices that stays in any case, at least 0 and below 1.
+        align: keep widths multiples of 8 to 128 channels, as kernels for matrix products want them: of the largest
+            power of two that divides a unit's size and leaves it at least 16 steps. Heads go as they are.
 
     Raises:
         PrunerError: an argument is out of range, or there is nothing to prune.

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
-from ..graph import computing, evaluating, layer_lists, model_inputs
+from ..graph import computing, evaluating, given, layer_lists, model_inputs, passed
 
 TEMPERATURES = [round(0.7 + 0.02 * i, 2) for i in range(21)]
 TEMPER_ON = 32  # samples
@@ -99,9 +99,6 @@ def compensate(model: PreTrainedModel, pruned: PreTrainedModel, calibration: tor
     return report
 
 
-Streams = dict[str, torch.Tensor]
-
-
 class _Stream:
     """The hidden states of a model between two layers, batch by batch, and how its layers are called."""
 
@@ -123,13 +120,12 @@ class _Stream:
         seen: dict[str, torch.Tensor] = {}
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            seen.setdefault("first", hidden)
+            seen.setdefault("first", given(args, kwargs))
             rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
             self.calls[-1].append((args[1:], rest))
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
-            seen["last"] = _first(output)
+            seen["last"] = passed(output)
 
         # First of all hooks: a layer with hooks of its own is given what the model gives it.
         handles = [m.register_forward_pre_hook(before, with_kwargs=True, prepend=True) for m in self.layers]
@@ -143,7 +139,7 @@ class _Stream:
 
     def run(self, layer: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self.calls[batch][layer]
-        return _first(self.layers[layer](hidden, *args, **kwargs))
+        return passed(self.layers[layer](hidden, *args, **kwargs))
 
     def behind(
         self, layer: int, batch: int, names: list[str]
@@ -178,10 +174,6 @@ class _Stream:
             for name in names:
                 out[name].append(behind[name])
         return out
-
-
-def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _refit(
