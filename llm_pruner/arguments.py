@@ -35,6 +35,7 @@ METHOD = (
     "block_mlp_layer_end",
     "global_pruning",
 )
+TARGETS = ("target_params", "target_macs", "target_memory", "target_latency")
 COMPENSATIONS = ("none", "least_squares")
 
 
@@ -95,8 +96,9 @@ class PruneArguments:
     target_params: str | None = flag(None, "parameters that stay, instead of a ratio: 0.8 of the model, or 5.4B")
     target_macs: str | None = flag(None, "multiply-accumulates of a forward pass that stay: 0.8, or 10G")
     target_memory: str | None = flag(None, "memory of weights and cache that stays: 0.8, or 6GiB")
-    budget_tokens: int = flag(2048, "length at which --target_macs and --target_memory are meant")
-    budget_batch: int = flag(1, "sequences in the cache of --target_memory")
+    target_latency: str | None = flag(None, "time of a forward pass on --device that stays: 0.8, or 30ms")
+    budget_tokens: int = flag(2048, "length at which --target_macs, --target_memory and --target_latency are meant")
+    budget_batch: int = flag(1, "sequences at which --target_memory and --target_latency are meant")
     compensate: str | None = flag(None, "refit projections of each layer afterwards: " + ", ".join(COMPENSATIONS))
     self_examples: int | None = flag(
         None, "samples that the model writes itself, for --compensate beside those of the text (default: 128; paper: 0)"
@@ -145,13 +147,16 @@ class PruneArguments:
             raise PrunerError(f"--floor {self.floor} is out of range: give a share of at least 0 and below 1")
         if self.normalize != "none" and not self.global_pruning:
             raise PrunerError("--normalize compares layers: it goes with --global_pruning")
-        targets = [
-            name for name in ("target_params", "target_macs", "target_memory") if getattr(self, name) is not None
-        ]
+        targets = [name for name in TARGETS if getattr(self, name) is not None]
         if len(targets) > 1:
             raise PrunerError(f"--{' and --'.join(targets)} exclude each other: give one")
         if targets and (self.layer_wise or self.iterative_steps > 1):
             raise PrunerError(f"--{targets[0]} is solved in one step: give no --layer_wise and no --iterative_steps")
+        if self.target_latency is not None and (self.stream or self.channel_wise):
+            raise PrunerError(
+                "--target_latency times layers of a model in memory: give no --stream and no --channel_wise, or "
+                "--target_macs"
+            )
         if not 0 <= self.seed < 2**32:
             raise PrunerError(f"--seed {self.seed} is out of range: give 0 to 4294967295")
         for name in ("num_examples", "iterative_steps", "round_to", "layer", "budget_batch", "budget_tokens"):

@@ -34,7 +34,16 @@ from .checkpoint import (
 )
 from .data import calibration, self_calibration, text
 from .errors import PrunerError
-from .evaluation import check_length, macs_budget, memory_budget, parameter_count, perplexity, windows
+from .evaluation import (
+    check_length,
+    latency,
+    latency_budget,
+    macs_budget,
+    memory_budget,
+    parameter_count,
+    perplexity,
+    windows,
+)
 from .graph import CouplingGraph, computing, context_length, native, trace
 from .importance import NEED_CALIBRATION, score
 from .selection import Budget, PruningPlan, first_layers, lifted, select
@@ -132,6 +141,9 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
         f"{metrics['parameters_after']:,}",
         metrics["parameters_ratio"],
     )
+    if args.target_latency is not None:
+        with clock("latency"):
+            metrics["latency"] = _latency(args, model, pruned)
     plan.settings |= {"base_model": args.base_model, "command": shlex.join(sys.argv)}
     plan.save(folder / PLAN_FILE)
     del model
@@ -228,6 +240,8 @@ def make_plan(
     if args.pruner_type in NEED_CALIBRATION:
         with clock("calibration"):
             ids = calibration_set(args, tokenizer)
+    with clock("budget"):
+        budget = _budget(args, model, graph, kinds)
     plan, pruned, current = PruningPlan(), model, graph
     for step in range(1, args.iterative_steps + 1):
         with clock("score"):
@@ -255,7 +269,7 @@ def make_plan(
                     scope,
                     args.round_to,
                     args.target_params,
-                    _budget(args, model),
+                    budget,
                     args.normalize,
                     args.floor,
                     bool(args.hardware_align),
@@ -275,12 +289,27 @@ def make_plan(
     return plan, pruned, graph
 
 
-def _budget(args: PruneArguments, model: PreTrainedModel) -> Budget | None:
+def _budget(
+    args: PruneArguments, model: PreTrainedModel, graph: CouplingGraph, kinds: tuple[str, ...]
+) -> Budget | None:
     if args.target_macs is not None:
         return macs_budget(model, args.target_macs, args.budget_tokens)
     if args.target_memory is not None:
         return memory_budget(model, args.target_memory, args.budget_tokens, args.budget_batch)
+    if args.target_latency is not None:
+        if args.stream:
+            raise PrunerError(
+                "--target_latency times a model in memory, and this one has to be streamed: give --target_macs"
+            )
+        return latency_budget(model, graph, args.target_latency, args.budget_tokens, args.budget_batch, kinds)
     return None
+
+
+def _latency(args: PruneArguments, model: PreTrainedModel, pruned: PreTrainedModel) -> dict[str, Any]:
+    """What a forward pass of both models takes, timed in turn."""
+    before, after = (latency(m, args.budget_tokens, args.budget_batch) for m in (model, pruned))
+    log.info("a forward pass takes %.1f ms, %.1f before (%.3f)", after / 1e3, before / 1e3, after / before)
+    return {"before_us": before, "after_us": after, "tokens": args.budget_tokens, "batch": args.budget_batch}
 
 
 def _evaluation_windows(

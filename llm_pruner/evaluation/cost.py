@@ -38,12 +38,12 @@ def memory(model: PreTrainedModel, tokens: int = 2048, batch: int = 1) -> int:
 
 def macs_budget(model: PreTrainedModel, target: float | str, tokens: int = 128) -> Budget:
     """At most so many multiply-accumulates: a fraction, or an amount such as ``"10G"``."""
-    return Budget("target_macs", target, _of_plan(model, lambda m: macs(m, tokens)), COUNTS)
+    return Budget("target_macs", target, _of_plan(model, lambda m: macs(m, tokens)), COUNTS, "multiply-accumulates")
 
 
 def memory_budget(model: PreTrainedModel, target: float | str, tokens: int = 2048, batch: int = 1) -> Budget:
     """At most so much memory for weights and cache: a fraction, or an amount such as ``"6GiB"``."""
-    return Budget("target_memory", target, _of_plan(model, lambda m: memory(m, tokens, batch)), BYTES)
+    return Budget("target_memory", target, _of_plan(model, lambda m: memory(m, tokens, batch)), BYTES, "bytes")
 
 
 def _of_plan(model: PreTrainedModel, cost: Callable[[PreTrainedModel], float]) -> Callable[[PruningPlan], float]:

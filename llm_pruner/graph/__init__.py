@@ -1,7 +1,7 @@
 """Discovery: which indices of which parameters belong together."""
 
 from .constants import Constant, hook_selecting
-from .stacks import given, layer_lists, passed
+from .stacks import Layers, given, layer_lists, passed
 from .streaming import Compute, StandIns, computing, native, streamed
 from .tracer import (
     Answering,
@@ -22,6 +22,7 @@ __all__ = [
     "Compute",
     "Constant",
     "CouplingGraph",
+    "Layers",
     "StandIns",
     "TraceError",
     "Unit",

@@ -26,12 +26,14 @@ class Budget:
         target: as the user gave it: ``0.8``, ``5.4B``, ``6GiB``.
         measure: the cost of the model that a plan leaves.
         units: suffixes that a target may have, with their factors.
+        noun: what is counted.
     """
 
     name: str
     target: float | str
     measure: Callable[[PruningPlan], float]
     units: dict[str, int]
+    noun: str
 
     def wanted(self) -> float:
         """The target as a number: a fraction of the whole model's cost up to 1, or an amount.
@@ -42,15 +44,18 @@ class Budget:
         whole = self.measure(PruningPlan())
         found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(self.target))
         suffix = found[2].upper() if found else ""
-        if not found or suffix not in self.units:
+        number = float(found[1]) if found else 0.0
+        share = not suffix and number <= 1
+        if not found or not (share or suffix in self.units):
             known = ", ".join(unit for unit in self.units if unit)
             raise PrunerError(
                 f"{self.name} {self.target!r} is no size: give a fraction such as 0.8, or an amount ({known})"
             )
-        number = float(found[1])
-        amount = number * whole if number <= 1 and not suffix else number * self.units[suffix]
+        amount = number * (whole if share else self.units[suffix])
         if not 0 < amount < whole:
-            raise PrunerError(f"{self.name} {self.target} is {amount:,.0f}; the model has {whole:,.0f}: give less")
+            raise PrunerError(
+                f"{self.name} {self.target} is {amount:,.0f}; the model has {whole:,.0f} {self.noun}: give less"
+            )
         return amount
 
 
@@ -61,7 +66,7 @@ def parameters(graph: CouplingGraph, plan: PruningPlan | None = None) -> int:
 
 
 def parameter_budget(graph: CouplingGraph, target: float | str) -> Budget:
-    return Budget("target_params", target, lambda plan: parameters(graph, plan), COUNTS)
+    return Budget("target_params", target, lambda plan: parameters(graph, plan), COUNTS, "parameters")
 
 
 def solve(graph: CouplingGraph, budget: Budget, plan_at: Callable[[float], PruningPlan]) -> PruningPlan:
@@ -94,7 +99,7 @@ def solve(graph: CouplingGraph, budget: Budget, plan_at: Callable[[float], Pruni
     if less is None or cost(less) > wanted:
         raise PrunerError(
             f"{budget.name} {budget.target} ({wanted:,.0f}) cannot be reached: with all that may go gone, "
-            f"{cost(less):,.0f} stay; prune more kinds or layers"
+            f"{cost(less):,.0f} {budget.noun} stay; prune more kinds or layers"
         )
     for _ in range(STEPS):
         middle = (low + high) / 2
@@ -107,7 +112,7 @@ def solve(graph: CouplingGraph, budget: Budget, plan_at: Callable[[float], Pruni
     if cost(best) < wanted * (1 - NEAR):
         raise NotMet(
             f"{budget.name} {budget.target} ({wanted:,.0f}) cannot be met within {NEAR:.1%}: units go whole, and the "
-            f"nearest are {cost(best):,.0f} and {above:,.0f}; give one of these"
+            f"nearest are {cost(best):,.0f} and {above:,.0f} {budget.noun}; give one of these"
         )
     best.settings[budget.name] = budget.target
     return best
