@@ -18,7 +18,7 @@ from .graph import CouplingGraph
 from .importance import AGGREGATIONS, CRITERIA, VARIANTS
 from .presets import PRESETS, middle
 from .selection import NORMALIZERS
-from .surgery.compensate import MIN_SAMPLES
+from .surgery import METHODS, MIN_SAMPLES
 
 # LLM-Pruner's flags that choose a method: giving one means its method.
 METHOD = (
@@ -36,7 +36,7 @@ METHOD = (
     "global_pruning",
 )
 TARGETS = ("target_params", "target_macs", "target_memory", "target_latency")
-COMPENSATIONS = ("none", "least_squares")
+COMPENSATIONS = ("none", *METHODS)
 
 
 def flag(default: Any, help: str) -> Any:
@@ -167,7 +167,7 @@ class PruneArguments:
                 raise PrunerError("--compensate goes with --block_wise: it needs layers of the same hidden size")
             if self.num_examples is not None and self.num_examples < MIN_SAMPLES:
                 raise PrunerError(
-                    f"--compensate least_squares needs --num_examples of at least {MIN_SAMPLES}, better 128; give "
+                    f"--compensate {self.compensate} needs --num_examples of at least {MIN_SAMPLES}, better 128; give "
                     "more, --compensate none or --preset paper"
                 )
         if int(self.self_examples or 0) < 0:

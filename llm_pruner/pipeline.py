@@ -47,7 +47,7 @@ from .evaluation import (
 from .graph import CouplingGraph, computing, context_length, native, trace
 from .importance import NEED_CALIBRATION, score
 from .selection import Budget, PruningPlan, first_layers, lifted, select
-from .surgery import Place, apply, compensate, in_memory, verify
+from .surgery import Place, apply, compensate, in_memory, verify, with_biases
 from .version import __version__
 
 log = logging.getLogger("llm_pruner")
@@ -132,7 +132,7 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
         log.info("pruned model equals the masked original (relative difference %.1e)", report.relative)
     if args.compensate != "none":
         with clock("compensate"):
-            metrics["compensation"] = _compensated(args, model, pruned, calibration_set(args, tokenizer))
+            pruned, metrics["compensation"] = _compensated(args, model, pruned, calibration_set(args, tokenizer))
     metrics["parameters_after"] = parameter_count(pruned)
     metrics["parameters_ratio"] = metrics["parameters_after"] / metrics["parameters_before"]
     log.info(
@@ -179,23 +179,25 @@ def calibration_set(args: PruneArguments, tokenizer: PreTrainedTokenizerBase) ->
 
 def _compensated(
     args: PruneArguments, model: PreTrainedModel, pruned: PreTrainedModel, ids: torch.Tensor
-) -> dict[str, Any]:
-    """Compensate in place; a model that it does not know is left alone unless the user asked for it."""
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The pruned model, compensated; one that cannot be is left alone unless the user asked for it."""
     try:
         if args.self_examples and not (args.stream and "self_examples" in args.by_preset):
             ids = torch.cat([self_calibration(model, ids, args.self_examples, args.seed), ids])
             log.info("compensating on %d samples, %d of them the model's own", len(ids), args.self_examples)
-        report = compensate(model, pruned, ids)
+        if args.compensate == "bias":
+            pruned = with_biases(pruned, ids)
+        report = compensate(model, pruned, ids, str(args.compensate))
     except PrunerError as error:
         if "compensate" not in args.by_preset:
             raise
         log.info("no compensation: %s", error)
-        return {"none": str(error)}
+        return pruned, {"none": str(error)}
     moved = sum(refit.ridge is not None for refit in report.layers)
     log.info(
         "compensation moved %d of %d projections, logits scaled by %s", moved, len(report.layers), report.temperature
     )
-    return asdict(report)
+    return pruned, asdict(report)
 
 
 def too_large(args: PruneArguments) -> bool:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from conftest import build, pruned_by, tokens
 from registry import tiny_model
+from transformers import AutoModelForCausalLM
 
 import llm_pruner as lp
 from llm_pruner.graph.verify import relative_difference
 from llm_pruner.selection import PruningPlan
+from llm_pruner.surgery import with_biases
 
 
 def logits(model, ids):
@@ -101,3 +103,51 @@ def test_logits_are_scaled_by_what_brings_them_closest():
     report = lp.compensate(model, loud, tokens(32, 16))
     assert report.temperature == pytest.approx(0.8, abs=0.021)
     assert torch.allclose(logits(loud, tokens(2, 8)), logits(model, tokens(2, 8)), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("family", ("llama_grouped", "gpt_neox", "opt"))
+def test_biases_alone(family, tmp_path):
+    """The mean of what is lost is put back, and nothing but biases changes; the checkpoint loads again."""
+    model = build(family)
+    with torch.no_grad():  # neurons that say something on average
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "up_proj.weight")):
+                parameter.add_(0.05)
+    pruned = halved(model)
+    ids, unseen = tokens(64, 16), tokens(16, 16, seed=9)
+    roomy = with_biases(pruned, ids)
+    assert torch.allclose(logits(roomy, unseen), logits(pruned, unseen), atol=1e-6)
+    assert (roomy is pruned) == (family != "llama_grouped")
+    biases = {n: p.clone() for n, p in roomy.named_parameters()}
+    lost = torch.nn.functional.mse_loss(logits(roomy, unseen), logits(model, unseen))
+    lp.compensate(model, roomy, ids, "bias")
+    moved = {n for n, p in roomy.named_parameters() if not torch.equal(p, biases[n]) and ".layers." in n}
+    assert moved and all(n.endswith(".bias") for n in moved)
+    assert torch.nn.functional.mse_loss(logits(roomy, unseen), logits(model, unseen)) < 0.98 * lost
+    lp.save(roomy, None, tmp_path / "m")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert torch.allclose(logits(again, unseen), logits(roomy, unseen), atol=1e-5)
+
+
+def test_per_layer_widths_get_biases_too(tmp_path):
+    model = build("llama_grouped")
+    graph = lp.trace(model)
+    plan = lp.select(graph, lp.score(model, graph, criterion="random"), kinds=("neurons",), layers=[1])
+    pruned = lp.apply(model, plan)
+    roomy = with_biases(pruned, tokens(32, 16))
+    assert roomy.model.layers[0].mlp.down_proj.bias is not None
+    assert torch.allclose(logits(roomy, tokens(2, 16)), logits(pruned, tokens(2, 16)), atol=1e-6)
+    lp.compensate(model, roomy, tokens(32, 16), "bias")
+    lp.save(roomy, None, tmp_path / "m")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert torch.allclose(logits(again, tokens(2, 16)), logits(roomy, tokens(2, 16)), atol=1e-5)
+
+
+def test_no_room_for_biases():
+    with pytest.raises(lp.PrunerError, match="by least_squares"):
+        with_biases(tiny_model("mistral"), tokens(1, 16))
+    model = tiny_model("mistral")
+    with pytest.raises(lp.PrunerError, match="has a bias"):
+        lp.compensate(model, halved(model), tokens(32, 16), "bias")
+    with pytest.raises(lp.PrunerError, match="choose from least_squares, bias"):
+        lp.compensate(model, model, tokens(32, 16), "biases")

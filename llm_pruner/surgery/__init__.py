@@ -1,11 +1,14 @@
 """Surgery: carrying out a plan."""
 
 from .apply import EquivalenceReport, Place, apply, in_memory, verify
-from .compensate import CompensationReport, compensate
+from .biases import with_biases
+from .compensate import METHODS, MIN_SAMPLES, CompensationReport, compensate
 from .config_solver import skeleton
 from .heterogeneous import install
 
 __all__ = [
+    "METHODS",
+    "MIN_SAMPLES",
     "CompensationReport",
     "EquivalenceReport",
     "Place",
@@ -15,4 +18,5 @@ __all__ = [
     "install",
     "skeleton",
     "verify",
+    "with_biases",
 ]

@@ -147,7 +147,12 @@ def _fill(model: PreTrainedModel, plan: PruningPlan, config: PreTrainedConfig, p
             if key not in done:
                 done[key] = place(cut(key, tensors[name].detach(), plan))
             state[new] = done[key]
-    # Weights are taken over, not allocated twice; tables that no checkpoint holds are computed.
+    return rebuilt_from(config, state, model)
+
+
+def rebuilt_from(config: PreTrainedConfig, state: dict[str, torch.Tensor], model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class as ``model``, of another config and with these tensors, which it takes over."""
+    # Weights are not allocated twice; tables that no checkpoint holds are computed.
     on_meta = model.device.type == "meta"
     with torch.device("meta") if on_meta else init_empty_weights(include_buffers=False), no_init_weights():
         pruned = type(model)._from_config(

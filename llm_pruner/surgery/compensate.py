@@ -9,7 +9,9 @@ to the stream as it is (``o_proj`` and ``down_proj`` of a Llama) is moved by the
 over the calibration tokens t, where x is what W reads and h_t - p_t the error of the stream just behind it. The prior
 is the same for every channel once its scale is taken out. v_t is 1 for ordinary tokens; the few of huge norm that
 language models have, which would decide alone otherwise, count 1 / |h_t|^2. As p carries the errors of all layers
-before, each layer also mends what those left. lambda is chosen on calibration samples held out.
+before, each layer also mends what those left. lambda is chosen on calibration samples held out. A projection with a
+bias has one more channel, always 1, whose column moves the bias; with the method ``bias`` that is the only one, which
+is FLAP's compensation (arXiv 2312.11983, section 3) of what all layers so far have lost on average.
 
 A damaged model is too sure of itself. Last of all its logits are scaled by the one number that brings its predictions
 closest to the original's (temperature scaling, Guo et al., arXiv 1706.04599, section 4.2, with the original's
@@ -18,6 +20,7 @@ probabilities as labels), folded into the weights before them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -37,6 +40,7 @@ BATCH = 8  # samples in a forward pass
 PROBE = 16  # tokens to find out on where projections lead
 HELD_OUT = 4  # every 4th batch chooses lambda
 MIN_SAMPLES = 4 * BATCH
+METHODS = ("least_squares", "bias")
 
 
 @dataclass
@@ -61,42 +65,80 @@ class CompensationReport:
 
 
 @torch.no_grad()
-def compensate(model: PreTrainedModel, pruned: PreTrainedModel, calibration: torch.Tensor) -> CompensationReport:
+def compensate(
+    model: PreTrainedModel, pruned: PreTrainedModel, calibration: torch.Tensor, method: str = "least_squares"
+) -> CompensationReport:
     """Refit the projections of ``pruned`` in place so that its layers say what those of ``model`` say.
 
     Args:
         model: the original.
         pruned: what :func:`llm_pruner.apply` made of it, with as many layers.
         calibration: LongTensor ``[samples, tokens]``; at least 32 samples, a quarter of which is held out.
+        method: ``least_squares`` moves weights and biases, ``bias`` nothing but biases
+            (:func:`llm_pruner.surgery.with_biases` gives a model some).
 
     Raises:
-        PrunerError: the two do not have one stack of as many layers, or these do not pass a stream on.
+        PrunerError: the two do not have one stack of as many layers, these do not pass a stream on, or there is no
+            bias to move.
     """
-    stacks = [list(layer_lists(m).items()) for m in (model, pruned)]
-    if [len(s) for s in stacks] != [1, 1] or len(stacks[0][0][1]) != len(stacks[1][0][1]):
-        raise PrunerError("compensation needs one stack of as many layers in both models")
+    if method not in METHODS:
+        raise PrunerError(f"unknown compensation {method!r}; choose from {', '.join(METHODS)}")
+    (_, original), (path, layers) = _stack(model), _stack(pruned)
+    if len(original) != len(layers):
+        raise PrunerError("compensation needs as many layers in both models")
     if len(calibration) < MIN_SAMPLES:
         raise PrunerError(f"compensation needs at least {MIN_SAMPLES} calibration samples, not {len(calibration)}")
-    path = stacks[1][0][0]
+    added = added_projections(pruned, calibration)
+    if method == "bias" and not any(_bias(layers[i].get_submodule(n)) is not None for i, n in _pairs(added)):
+        raise PrunerError("no projection whose output is added to the stream has a bias: use least_squares")
     batches = list(calibration.split(BATCH))
     report = CompensationReport()
     with evaluating(model), evaluating(pruned), computing(model), computing(pruned):
-        before, after = (_Stream(m, layers, batches) for m, [(_, layers)] in zip((model, pruned), stacks, strict=True))
+        before, after = _Stream(model, original, batches), _Stream(pruned, layers, batches)
         if before.hidden[0].shape != after.hidden[0].shape:
             raise PrunerError("compensation compares hidden states, and the pruned model's are narrower")
-        probe = _Stream(pruned, after.layers, [calibration[:1, :PROBE]])  # short: it is run many times
-        for i in range(len(after.layers)):
-            names = _added_projections(probe, i)
+        for i, names in enumerate(added):
             target = before.advance(i, names)
             floor = torch.cat([h.float().square().sum(-1).flatten() for h in before.hidden]).median().item()
             for name in names:
-                refit = _refit(after, i, name, names, target[name], floor)
+                refit = _refit(after, i, name, names, target[name], floor, method)
                 refit.module = f"{path}.{i}.{name}"
                 report.layers.append(refit)
             after.advance(i, [])
-            probe.advance(i, [])
     report.temperature = _temper(model, pruned, calibration[-TEMPER_ON:])
     return report
+
+
+@torch.no_grad()
+def added_projections(model: PreTrainedModel, calibration: torch.Tensor) -> list[list[str]]:
+    """For every layer, its projections whose output is added to the stream as it is, in the order in which they are.
+
+    Raises:
+        PrunerError: the model has no single stack of layers, or these do not pass a stream on.
+    """
+    _, layers = _stack(model)
+    with evaluating(model), computing(model):
+        stream = _Stream(model, layers, [calibration[:1, :PROBE]])  # short: it is run many times
+        out: list[list[str]] = []
+        for i in range(len(layers)):
+            out.append(_added(stream, i))
+            stream.advance(i, [])
+    return out
+
+
+def _stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    stacks = list(layer_lists(model).items())
+    if len(stacks) != 1:
+        raise PrunerError(f"compensation needs one stack of layers, not {len(stacks)}")
+    return stacks[0]
+
+
+def _pairs(added: list[list[str]]) -> Iterator[tuple[int, str]]:
+    return ((i, name) for i, names in enumerate(added) for name in names)
+
+
+def _bias(module: nn.Module) -> torch.Tensor | None:
+    return cast("torch.Tensor | None", module.bias)
 
 
 class _Stream:
@@ -177,28 +219,44 @@ class _Stream:
 
 
 def _refit(
-    stream: _Stream, layer: int, name: str, names: list[str], targets: list[torch.Tensor], floor: float
+    stream: _Stream,
+    layer: int,
+    name: str,
+    names: list[str],
+    targets: list[torch.Tensor],
+    floor: float,
+    method: str,
 ) -> Refit:
     """Move one projection of a layer so that the stream behind it comes close to ``targets``."""
     module = stream.layers[layer].get_submodule(name)
+    bias = _bias(module)
     sums = {True: _Sums(floor), False: _Sums(floor)}  # held out or not
     for i, target in enumerate(targets):
         reads, behind = stream.behind(layer, i, names)
-        sums[i % HELD_OUT == HELD_OUT - 1].add(reads[name], target, behind[name])
+        read = reads[name] if method == "least_squares" else reads[name][..., :0]
+        if bias is not None:
+            read = torch.cat([read, torch.ones_like(reads[name][..., :1])], -1)
+        sums[i % HELD_OUT == HELD_OUT - 1].add(read, target, behind[name])
     fitted, held_out = sums[False], sums[True]
+    before = held_out.error / held_out.tokens
+    if not fitted.inputs.numel():
+        return Refit(name, before, before, None)
     gains = {ridge: held_out.gain(fitted.solve(ridge)) for ridge in RIDGES}
     best = max(RIDGES, key=gains.__getitem__)
-    before = held_out.error / held_out.tokens
     if not gains[best] > 0:
         return Refit(name, before, before, None)
     change = (fitted + held_out).solve(best)
-    weight = cast(torch.Tensor, module.weight)
-    weight.add_((change if isinstance(module, Conv1D) else change.T).to(weight))
+    if bias is not None:
+        bias.add_(change[-1].to(bias))
+        change = change[:-1]
+    if len(change):
+        weight = cast(torch.Tensor, module.weight)
+        weight.add_((change if isinstance(module, Conv1D) else change.T).to(weight))
     return Refit(name, before, (held_out.error - gains[best]) / held_out.tokens, best)
 
 
-def _added_projections(stream: _Stream, layer: int) -> list[str]:
-    """The projections whose output is added to the stream as it is, in the order in which they are.
+def _added(stream: _Stream, layer: int) -> list[str]:
+    """The added projections of a layer.
 
     The last one moves the layer's output as it is moved itself; with that one silent, so does the one before.
     """

@@ -1,0 +1,66 @@
+"""Room for a bias: some configs can give the projections of their layers one."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import PrunerError
+from ..graph import layer_lists
+from .apply import rebuilt_from
+from .compensate import added_projections
+from .config_solver import skeleton
+from .heterogeneous import fields_of, set_field
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def with_biases(model: PreTrainedModel, calibration: torch.Tensor) -> PreTrainedModel:
+    """The same model, on the same weights, with a bias of zero for projections that write to the stream of its layers.
+
+    Switched on are the fields of the config that give such a projection a bias and change no other tensor. They may
+    give other projections one too, which stays zero. A model that has these biases is returned as it is.
+
+    Args:
+        calibration: LongTensor ``[samples, tokens]``, to see which projections write to the stream.
+
+    Raises:
+        PrunerError: no projection has a bias, and no field of the config gives it one.
+    """
+    path = next(iter(layer_lists(model)), "")
+    added = added_projections(model, calibration)
+    wanted = {f"{path}.{i}.{name}.bias" for i, names in enumerate(added) for name in names}
+    before = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if wanted <= before.keys():
+        return model
+    config = copy.deepcopy(model.config)
+    for name in [name for name, value in fields_of(config).items() if value is False]:
+        switched = copy.deepcopy(config)
+        set_field(switched, name, True)
+        if _only_more_biases(type(model), config, switched, wanted):
+            config = switched
+    after = _shapes(type(model), config)
+    if not wanted & after.keys():
+        raise PrunerError(
+            f"no config of {type(model).__name__} gives its projections a bias: compensate by least_squares"
+        )
+    missing = {name: torch.zeros(shape, dtype=model.dtype, device=model.device) for name, shape in after.items()}
+    return rebuilt_from(config, missing | model.state_dict(), model)
+
+
+def _only_more_biases(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, switched: PreTrainedConfig, wanted: set[str]
+) -> bool:
+    try:
+        old, new = _shapes(model_class, config), _shapes(model_class, switched)
+    except Exception:  # a field may be anything, and a model may refuse it in any way it likes
+        return False
+    more = new.keys() - old.keys()
+    kept = all(new.get(name) == shape for name, shape in old.items())
+    return kept and bool(more & wanted) and all(name.endswith(".bias") for name in more)
+
+
+def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes:
+    return {name: tuple(t.shape) for name, t in skeleton(model_class, config).state_dict().items()}
