@@ -72,6 +72,7 @@ class PruneArguments:
     global_pruning: bool = flag(False, "rank across layers instead of within each")
 
     device: str = flag("auto", "device to prune on: auto, cpu, cuda, cuda:1, ...")
+    device_map: str | None = flag(None, "auto: spread the layers over all GPUs, and what does not fit over the CPU")
     eval_device: str = flag("auto", "device to evaluate on")
     test_before_train: bool = flag(False, "generate before pruning (perplexity is always measured)")
     test_after_train: bool = flag(False, "generate after pruning (perplexity is always measured)")
@@ -152,10 +153,14 @@ class PruneArguments:
             raise PrunerError(f"--{' and --'.join(targets)} exclude each other: give one")
         if targets and (self.layer_wise or self.iterative_steps > 1):
             raise PrunerError(f"--{targets[0]} is solved in one step: give no --layer_wise and no --iterative_steps")
-        if self.target_latency is not None and (self.stream or self.channel_wise):
+        if self.device_map not in (None, "auto"):
+            raise PrunerError(f"unknown --device_map {self.device_map!r}; give auto or leave it out")
+        if self.device_map and self.stream:
+            raise PrunerError("--device_map spreads a model in memory and --stream leaves it in its files: give one")
+        if self.target_latency is not None and (self.stream or self.device_map or self.channel_wise):
             raise PrunerError(
-                "--target_latency times layers of a model in memory: give no --stream and no --channel_wise, or "
-                "--target_macs"
+                "--target_latency times the layers of a model on one device: give no --stream, --device_map or "
+                "--channel_wise, or else --target_macs"
             )
         if not 0 <= self.seed < 2**32:
             raise PrunerError(f"--seed {self.seed} is out of range: give 0 to 4294967295")

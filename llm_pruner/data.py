@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import PrunerError
-from .graph import computing, context_length, evaluating
+from .graph import computing, context_length, evaluating, native
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, se
     longest = context_length(model) or 2**31
     tokens = ids.shape[1]
     prompt = max(1, min(tokens // 4, longest - tokens))
-    prompts = ids.repeat(-(-samples // len(ids)), 1)[:samples, -prompt:].to(model.device)
+    prompts = ids.repeat(-(-samples // len(ids)), 1)[:samples, -prompt:].to(native(model).device)
     settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -167,7 +167,7 @@ def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, se
         pad_token_id=0,
         eos_token_id=model.generation_config.eos_token_id if model.generation_config else None,
     )
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = [prompts.device] if prompts.device.type == "cuda" else []
     rows = []
     with torch.random.fork_rng(devices), evaluating(model), computing(model):
         torch.manual_seed(seed)

@@ -102,17 +102,19 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
     set_seed(args.seed)
     clock = Stopwatch()
     with clock("load"):
-        args.stream = args.stream or too_large(args)
+        args.stream = args.stream or (not args.device_map and too_large(args))
         dtype = "float32" if args.dtype == "auto" and args.device == "cpu" and not args.stream else args.dtype
-        model, tokenizer = load(args.base_model, dtype, "cpu" if args.stream else args.device, args.trust_remote_code)
+        device = "cpu" if args.stream else args.device
+        model, tokenizer = load(
+            args.base_model, dtype, device, args.trust_remote_code, device_map=cast(Any, args.device_map)
+        )
     log.info("loaded %s: %s parameters; preset %s", args.base_model, f"{parameter_count(model):,}", args.preset)
     if "calib_seq_len" in args.by_preset:
         args.calib_seq_len = min(cast(int, args.calib_seq_len), context_length(model) or 2**31)
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
     evaluation = _evaluation_windows(args, model, tokenizer)
     metrics["before"] = _test("before pruning", args.test_before_train, model, tokenizer, args, evaluation, clock)
-    if not args.stream:
-        cast(Any, model).to(args.device)
+    _moved(args, model, args.device)
 
     plan, pruned, graph = make_plan(args, model, tokenizer, clock, on_disk(folder) if args.stream else in_memory)
     for line in plan.summary().splitlines():
@@ -291,6 +293,12 @@ def make_plan(
     return plan, pruned, graph
 
 
+def _moved(args: PruneArguments, model: PreTrainedModel, device: str) -> None:
+    """Move a model to where it is used next, unless its layers stay in their files or on several devices."""
+    if not args.stream and not args.device_map:
+        cast(Any, model).to(device)
+
+
 def _budget(
     args: PruneArguments, model: PreTrainedModel, graph: CouplingGraph, kinds: tuple[str, ...]
 ) -> Budget | None:
@@ -334,8 +342,7 @@ def _test(
 ) -> dict[str, Any]:
     """Perplexity on every text, and if asked continuations of LLM-Pruner's kind of prompts."""
     compute = native(model).on(torch.device(args.eval_device))
-    if not args.stream:
-        cast(Any, model).to(args.eval_device)
+    _moved(args, model, args.eval_device)
     metrics: dict[str, Any] = {"perplexity": {}}
     if samples:
         with clock("generate"), computing(model, compute):

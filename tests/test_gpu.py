@@ -8,7 +8,9 @@ from test_streaming import rounded
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llm_pruner as lp
-from llm_pruner.evaluation import perplexity
+from llm_pruner.checkpoint.spread import spread
+from llm_pruner.evaluation import latency, latency_budget, perplexity
+from llm_pruner.graph import layer_lists
 from llm_pruner.importance import VARIANTS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -77,3 +79,36 @@ def test_memory_is_that_of_the_weights(variant, most):
     torch.cuda.reset_peak_memory_stats()
     lp.score(model, graph, torch.randint(0, 32000, (10, 64)), taylor=variant, kinds=("heads", "neurons"))
     assert torch.cuda.max_memory_allocated() < most * weights
+
+
+def halfway(model):
+    """Embeddings, head and the first layers on the device, the others on the CPU."""
+    layers = list(next(iter(layer_lists(model).values())))
+    size = sum(t.nbytes for t in [*layers[0].parameters(), *layers[0].buffers()])
+    rest = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for layer in layers for p in layer.parameters())
+    spread(model, {torch.device("cuda", 0): rest + 1.5 * size})
+    assert {p.device.type for p in model.parameters()} == {"cpu", "cuda"}
+    return model
+
+
+@pytest.mark.parametrize("name", ("llama_grouped", "gpt2", "bloom"))
+def test_layers_on_several_devices(name):
+    model, ids = made(name), tokens(32, 16)
+    graph = lp.trace(model)
+    expected, loss = lp.score(model, graph, ids).values, perplexity(model, ids).loss
+    mixed = halfway(made(name))
+    assert perplexity(mixed, ids).loss == pytest.approx(loss, rel=1e-3)
+    for unit, values in lp.score(mixed, graph, ids).values.items():
+        torch.testing.assert_close(values, expected[unit], rtol=1e-2, atol=1e-3 * values.max().item())
+    plan, pruned = pruned_by(mixed, kinds=("neurons",))
+    assert {p.device.type for p in pruned.parameters()} == {"cpu", "cuda"}
+    assert lp.verify(mixed, pruned, plan).equivalent
+    before = perplexity(pruned, ids).loss
+    assert lp.compensate(mixed, pruned, ids).layers
+    assert perplexity(pruned, ids).loss != before
+
+
+def test_latency_on_the_device():
+    model = build("llama_grouped").cuda()
+    assert 0 < latency(model, 16) < 1e6
+    assert latency_budget(model, lp.trace(model), 0.9, 16).measure(lp.PruningPlan()) > 0

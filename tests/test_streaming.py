@@ -8,7 +8,7 @@ from registry import tiny_model
 import llm_pruner as lp
 from llm_pruner.checkpoint import on_disk
 from llm_pruner.evaluation import perplexity
-from llm_pruner.graph import StandIns, computing
+from llm_pruner.graph import StandIns, computing, native
 from llm_pruner.importance import VARIANTS
 
 FAMILIES = ("llama_grouped", "gpt2", "mixtral", "bloom", "gemma2", "t5:seq2seq", "bart:seq2seq", "mamba", "zamba2")
@@ -122,3 +122,31 @@ def test_the_command_streams(smollm2, tmp_path, monkeypatch):
     assert main(["prune", *flags, "--save_ckpt_log_name", "streamed", "--stream"]) == 0
     plain, streamed = (lp.load(str(tmp_path / "prune_log" / n))[0].state_dict() for n in ("plain", "streamed"))
     assert all(torch.equal(tensor, streamed[name]) for name, tensor in plain.items())
+
+
+def test_layers_go_to_devices_in_order(tmp_path):
+    """As many as there is room for; embeddings and head to the first; tied weights stay one."""
+    from llm_pruner.checkpoint.spread import spread
+
+    model = build("llama_grouped")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    size = sum(p.nbytes for p in model.model.layers[0].parameters())
+    rest = sum(p.nbytes for p in model.parameters()) - size * len(model.model.layers)
+    spread(model, {torch.device("meta"): rest + 1.5 * size})
+    where = [{p.device.type for p in layer.parameters()} for layer in model.model.layers]
+    assert where == [{"meta"}] + [{"cpu"}] * (len(where) - 1)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.device.type == model.model.rotary_emb.inv_freq.device.type == "meta"
+    with pytest.raises(lp.PrunerError, match="device_map='auto'"):  # as accelerate offloads
+        native(model)
+
+
+def test_without_gpus_a_device_map_changes_nothing(smollm2, tmp_path, monkeypatch):
+    model, tokenizer = smollm2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    lp.save(model, tokenizer, tmp_path / "m")
+    loaded, _ = lp.load(str(tmp_path / "m"), device_map="auto")
+    assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+    with pytest.raises(lp.PrunerError, match="give auto"):
+        lp.load(str(tmp_path / "m"), device_map="balanced")

