@@ -21,6 +21,7 @@ from .demo import demo
 from .errors import PrunerError
 from .inspect import inspect
 from .pipeline import prune
+from .recovery import RecoverArguments, recover
 
 T = TypeVar("T")
 
@@ -108,6 +109,7 @@ def write_text(path: Path, content: str) -> None:
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "prune": (PruneArguments, prune),
+    "recover": (RecoverArguments, recover),
     "evaluate": (PerplexityArguments, evaluate_perplexity),
     "inspect": (InspectArguments, inspect),
     "demo": (DemoArguments, demo),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import platform
 import resource
 import shlex
@@ -46,11 +45,11 @@ from .evaluation import (
 )
 from .graph import CouplingGraph, computing, context_length, native, trace
 from .importance import NEED_CALIBRATION, score
+from .logs import log, logging_to
 from .selection import Budget, PruningPlan, first_layers, lifted, select
 from .surgery import Place, apply, compensate, in_memory, verify, with_biases
 from .version import __version__
 
-log = logging.getLogger("llm_pruner")
 PROMPTS = (
     "I believe the meaning of life is",
     "Simply put, the theory of relativity states that",
@@ -90,7 +89,7 @@ def prune(args: PruneArguments) -> Path:
             )
         if Path(args.base_model).exists() and folder.samefile(args.base_model):
             raise PrunerError(f"{folder} is the model to be pruned: give the run another --save_ckpt_log_name")
-    with complete_folder(folder, owned_if=METRICS_FILE) as temporary, _logging_to(temporary / LOG_FILE):
+    with complete_folder(folder, owned_if=METRICS_FILE) as temporary, logging_to(temporary / LOG_FILE):
         log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
         metrics = _run(args, temporary)
         (temporary / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
@@ -372,23 +371,3 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
-
-
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Send the log to the terminal and to a file."""
-    handlers: list[logging.Handler] = [
-        logging.StreamHandler(sys.stderr),
-        logging.FileHandler(path, encoding="utf-8"),
-    ]
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            log.removeHandler(handler)
-            handler.close()

@@ -2,7 +2,7 @@
 
 from .load import DEFAULT_MODEL, DTYPES, EMBEDDED, load, load_config, locate, meta_model
 from .mapped import on_disk
-from .save import PLAN_FILE, complete_folder, save, write_checkpoint
+from .save import PLAN_FILE, complete_folder, save, sync_folder, write_checkpoint
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -16,5 +16,6 @@ __all__ = [
     "meta_model",
     "on_disk",
     "save",
+    "sync_folder",
     "write_checkpoint",
 ]

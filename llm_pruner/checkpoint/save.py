@@ -75,7 +75,7 @@ def complete_folder(folder: str | Path, owned_if: str) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         yield temporary
-        _sync(temporary)
+        sync_folder(temporary)
         _swap(temporary, target)
     except OSError as error:
         raise PrunerError(f"cannot write {target}: {error.strerror or error}") from error
@@ -88,7 +88,7 @@ def complete_folder(folder: str | Path, owned_if: str) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Force everything in a folder to disk, so that the rename cannot overtake the contents."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)

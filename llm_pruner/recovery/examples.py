@@ -1,0 +1,262 @@
+"""Training data: what a data set's rows say, and how they become token ids and labels.
+
+Four kinds of rows are known by their columns: chats (``messages`` or ``conversations``), instructions (``instruction``,
+perhaps ``input``, and ``output`` or ``response``), pairs (``prompt`` and ``completion`` or ``response``) and plain
+text. Of the first three only the answers are learnt; text is packed into windows without padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from ..data import EMBEDDED_TEXT, HUB, documents
+from ..errors import PrunerError
+from ..logs import log
+from .prompts import plain, prompt
+
+IGNORED = -100  # labels that no loss is taken of
+TEXTS = ("text", "content", "sentence")
+ANSWERS = ("output", "response", "completion", "answer", "chosen")
+CHATS = ("messages", "conversations")
+FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+Row = dict[str, Any]
+Example = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How rows are told and what of them is learnt.
+
+    Attributes:
+        cutoff_len: tokens of an example at most, and of a packed window exactly.
+        template: of an instruction, see :mod:`llm_pruner.recovery.prompts`; None for no template.
+        train_on_inputs: learn the prompts too.
+        add_eos_token: count the end-of-text token of a prompt tokenized on its own, as LLM-Pruner's flag does.
+        encoder_decoder: prompts go to the encoder, answers to the decoder.
+    """
+
+    cutoff_len: int = 256
+    template: str | None = "alpaca"
+    train_on_inputs: bool = False
+    add_eos_token: bool = False
+    encoder_decoder: bool = False
+
+
+def rows(source: str, streaming: bool = False) -> Any:
+    """A data set's training rows, as a ``datasets.Dataset`` (an ``IterableDataset`` when streaming).
+
+    Args:
+        source: ``python-docs``, a text by name (``wikitext2``, ``ptb``, ``c4``, ``bookcorpus``), a local ``.json``,
+            ``.jsonl``, ``.parquet``, ``.csv`` or ``.txt`` file, or a data set on the hub.
+
+    Raises:
+        PrunerError: it cannot be read, or is empty.
+    """
+    import datasets
+
+    path = Path(source).expanduser()
+    if source in HUB or source == EMBEDDED_TEXT or (path.suffix == ".txt" and path.is_file()):
+        if streaming:
+            return datasets.IterableDataset.from_generator(_texts, gen_kwargs={"source": source})
+        return datasets.Dataset.from_dict({"text": list(documents(source, "train"))})
+    try:
+        if path.is_file():
+            if path.suffix not in FILES:
+                raise PrunerError(f"cannot read {source}: give a {', '.join(FILES)} or .txt file")
+            found = datasets.load_dataset(
+                FILES[path.suffix], data_files=str(path), split="train", streaming=streaming, keep_in_memory=None
+            )
+        elif path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
+            raise PrunerError(f"there is no data file {source}")
+        else:
+            found = datasets.load_dataset(source, split="train", streaming=streaming)
+    except PrunerError:
+        raise
+    except Exception as error:  # the loaders of a dozen formats, and the network
+        why = " ".join(str(error).split())[:200]
+        raise PrunerError(f"cannot read the data set {source}: {type(error).__name__}: {why}") from error
+    if not streaming and not len(found):
+        raise PrunerError(f"the data set {source} is empty")
+    return found
+
+
+def _texts(source: str) -> Iterator[Row]:
+    for document in documents(source, "train"):
+        yield {"text": document}
+
+
+def kind_of(columns: Iterable[str], source: str) -> str:
+    """``chat``, ``instruction``, ``pair`` or ``text``.
+
+    Raises:
+        PrunerError: none of them; the message names the columns found.
+    """
+    found = set(columns)
+    if found & set(CHATS):
+        return "chat"
+    if "instruction" in found and found & set(ANSWERS):
+        return "instruction"
+    if found & {"prompt", "question"} and found & set(ANSWERS):
+        return "pair"
+    if found & set(TEXTS):
+        return "text"
+    raise PrunerError(
+        f"{source} has the columns {', '.join(sorted(found)) or 'none'}; needed are instruction and output, prompt and "
+        "completion, messages, or text"
+    )
+
+
+def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase, form: Format, source: str) -> Any:
+    """A data set of ``input_ids`` and ``labels``, lists of at most ``cutoff_len`` token ids.
+
+    Rows without an answer, or whose prompt alone fills ``cutoff_len``, teach nothing and are left out.
+    """
+    import datasets
+
+    streaming = isinstance(data, datasets.IterableDataset)
+    columns = data.column_names or list(next(iter(data)))
+    kind = kind_of(columns, source)
+    if kind == "text":
+        column = next(name for name in TEXTS if name in columns)
+        if streaming:
+            return datasets.IterableDataset.from_generator(
+                _windows, gen_kwargs={"data": data, "column": column, "tokenizer": tokenizer, "form": form}
+            )
+        windows = list(_windows(data, column, tokenizer, form))
+        if not windows:
+            raise PrunerError(f"{source} has less text than one window of {form.cutoff_len} tokens: lower --cutoff_len")
+        return datasets.Dataset.from_list(windows)
+    example = _example_maker(kind, tokenizer, form)
+    found = (
+        data.map(example, remove_columns=columns)
+        if streaming
+        else data.map(example, remove_columns=columns, keep_in_memory=True, load_from_cache_file=False)
+    )
+    found = found.filter(_teaches) if streaming else found.filter(_teaches, keep_in_memory=True)
+    if not streaming and len(found) < len(data):
+        log.info(
+            "%s: %d of %d rows have no answer within %d tokens",
+            source,
+            len(data) - len(found),
+            len(data),
+            form.cutoff_len,
+        )
+        if not len(found):
+            raise PrunerError(f"no row of {source} has an answer within {form.cutoff_len} tokens: raise --cutoff_len")
+    return found
+
+
+def _teaches(example: Example) -> bool:
+    return any(label != IGNORED for label in example["labels"])
+
+
+def _windows(data: Iterable[Row], column: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> Iterator[Example]:
+    """Documents one after the other, each ended by the end-of-text token, cut into windows of equal length."""
+    rest: list[int] = []
+    length = form.cutoff_len
+    for row in data:
+        rest += tokenizer(str(row[column] or ""), truncation=False, verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None and rest and rest[-1] != tokenizer.eos_token_id:
+            rest.append(cast(int, tokenizer.eos_token_id))
+        while len(rest) >= length:
+            window, rest = rest[:length], rest[length:]
+            if form.encoder_decoder:
+                yield {"input_ids": window[: length // 2], "labels": window[length // 2 :]}
+            else:
+                yield {"input_ids": window, "labels": list(window)}
+
+
+def _example_maker(kind: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> Callable[[Row], Example]:
+    if kind == "chat":
+        return lambda row: _chat(row, tokenizer, form)
+    as_prompt = plain if form.template is None else prompt(form.template)
+
+    def example(row: Row) -> Example:
+        answer = next((str(row[name] or "") for name in ANSWERS if name in row), "")
+        if kind == "instruction":
+            question = as_prompt(str(row["instruction"] or ""), str(row.get("input") or ""))
+        else:
+            question = str(row.get("prompt") or row.get("question") or "")
+        joint = " " if kind == "instruction" and form.template is None else ""
+        return _answered(question, joint + answer, tokenizer, form)
+
+    return example
+
+
+def _answered(question: str, answer: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> Example:
+    """A prompt and its answer; labels are those of the answer and of the end (LLM-Pruner's ``post_training.py``)."""
+
+    def ids(text: str, end: bool) -> list[int]:
+        found = list(tokenizer(text, truncation=True, max_length=form.cutoff_len)["input_ids"])
+        eos = tokenizer.eos_token_id
+        if end and eos is not None and len(found) < form.cutoff_len and found[-1:] != [eos]:
+            found.append(cast(int, eos))
+        return found
+
+    if not answer.strip():
+        return {"input_ids": [], "labels": []}
+    if form.encoder_decoder:
+        return {"input_ids": ids(question, True), "labels": ids(answer, True)}
+    whole = ids(question + answer, True)
+    if form.train_on_inputs:
+        return {"input_ids": whole, "labels": list(whole)}
+    known = len(ids(question, form.add_eos_token)) - int(form.add_eos_token)
+    return {"input_ids": whole, "labels": [IGNORED] * min(known, len(whole)) + whole[known:]}
+
+
+def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, form: Format) -> Example:
+    """A conversation by the tokenizer's chat template; labels are those of the assistant's turns."""
+    messages = _messages(row)
+    if tokenizer.chat_template is None:
+        raise PrunerError("the data set holds chats and the tokenizer has no chat template: give another data set")
+    pieces: list[tuple[str, bool]] = []
+    before = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        opened = str(tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True))
+        closed = str(tokenizer.apply_chat_template(messages[: i + 1], tokenize=False))
+        if not (opened.startswith(before) and closed.startswith(opened)):
+            # Some templates tell earlier turns otherwise once there are later ones: only the last is sure.
+            pieces, before = [], ""
+            if not closed.startswith(opened):
+                continue
+        pieces += [(opened[len(before) :], False), (closed[len(opened) :], True)]
+        before = closed
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for text, learnt in pieces:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        input_ids += ids
+        labels += ids if learnt or form.train_on_inputs else [IGNORED] * len(ids)
+    if form.encoder_decoder:
+        raise PrunerError("chats are for decoder models: give an encoder-decoder instructions or text")
+    return {"input_ids": input_ids[: form.cutoff_len], "labels": labels[: form.cutoff_len]}
+
+
+def _messages(row: Row) -> list[dict[str, str]]:
+    found = next(row[name] for name in CHATS if name in row)
+    out = []
+    for message in found or []:
+        role = message.get("role") or message.get("from")
+        content = message.get("content") or message.get("value") or ""
+        out.append({"role": ROLES.get(role, role), "content": content})
+    return out
+
+
+def fingerprint(source: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> str:
+    """Of everything that tokenized data depends on: the key of ``--cache_dataset``."""
+    path = Path(source).expanduser()
+    stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
+    template = Path(form.template or "")
+    told = template.read_text(encoding="utf-8") if template.suffix == ".json" and template.is_file() else ""
+    known = [source, stamp, told, asdict(form), sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]

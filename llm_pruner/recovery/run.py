@@ -1,0 +1,391 @@
+"""The recovery run behind ``post_training.py`` and ``llm-pruner recover``: load, train, measure, save."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..checkpoint import DTYPES, PLAN_FILE, complete_folder, load, load_config, sync_folder, write_checkpoint
+from ..data import EMBEDDED_TEXT, text
+from ..errors import PrunerError
+from ..evaluation import check_length, windows
+from ..logs import log, logging_to
+from ..selection import PruningPlan
+from ..version import __version__
+from .arguments import DEFAULT_DATA, RecoverArguments
+from .curves import Curves, Progress
+from .distill import Collator, Teacher, answers
+from .examples import Format, fingerprint, rows, tokenized
+from .trainer import RecoveryTrainer, newest_checkpoint
+
+VALIDATION = "validation"
+WINDOW = 128  # tokens of a window of --extra_val_dataset, as LLM-Pruner has it
+CACHE = Path("datasets/cache")
+LOG_FILE, METRICS_FILE = "recovery.log", "recovery.json"
+
+
+def recover(args: RecoverArguments) -> Path:
+    """Run what the arguments say; returns the output folder.
+
+    It holds the adapter in peft's format (or the model, with ``--method full`` or ``distill``), the tokenizer,
+    ``recovery.json``, ``curves.json``, ``curves.png``, checkpoints, and with ``--merge`` the merged model.
+
+    Raises:
+        PrunerError: bad arguments or anything else that the user can mend.
+    """
+    args.check()
+    plan = _plan(args)
+    folder = Path(args.output_dir)
+    try:
+        with logging_to(folder / LOG_FILE, quiet=os.environ.get("RANK", "0") != "0"):
+            log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
+            _run(args, plan, folder)
+    except OSError as error:
+        raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
+    set_seed(args.seed)
+    resume = _resume(args)
+    model, tokenizer = load(args.prune_model, _weights(args), "cpu", args.trust_remote_code)
+    check_length(model, args.cutoff_len)
+    form = Format(
+        args.cutoff_len,
+        None if args.no_instruction else args.prompt_template_name,
+        args.train_on_inputs,
+        args.add_eos_token,
+        bool(model.config.is_encoder_decoder),
+    )
+    train, validation = _data(args, tokenizer, form)
+    teacher = _teacher(args, plan, model)
+    collate = Collator(_collator(tokenizer, model))
+    if teacher is not None and args.teacher_cache:
+        train = _answered(args, teacher, train, collate, tokenizer, form)
+        teacher.model = None
+    student = _trainable(args, model)
+    texts = {
+        name: _text_set(name, args, model, tokenizer) for name in (args.extra_val_dataset or "").split(",") if name
+    }
+    evaluation = texts | ({VALIDATION: validation} if validation is not None else {})
+    trainer = RecoveryTrainer(
+        model=student,
+        args=_training_arguments(args, train, evaluation),
+        train_dataset=train,
+        eval_dataset=evaluation or None,
+        data_collator=collate,
+        callbacks=[Curves()],
+        teacher=teacher,
+    )
+    for shown in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(shown)
+    trainer.add_callback(Progress())
+    start = time.perf_counter()
+    outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds = time.perf_counter() - start
+    final = trainer.evaluate() if evaluation else {}
+    if trainer.is_world_process_zero():
+        metrics = {
+            "method": args.method,
+            "steps": outcome.global_step,
+            "seconds": round(seconds, 1),
+            "tokens": trainer.state.num_input_tokens_seen,
+            "training_loss": outcome.training_loss,
+            "trained_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
+            "losses": {name: _losses(trainer.state.log_history, final, name) for name in evaluation},
+            "command": shlex.join(sys.argv),
+            "arguments": asdict(args),
+        }
+        _save(args, trainer.accelerator.unwrap_model(trainer.model), tokenizer, plan, folder, metrics)
+        for name, losses in metrics["losses"].items():
+            first, last = (f"{math.exp(min(x, 700)):.2f}" if x is not None else "?" for x in losses)
+            log.info("perplexity on %s: %s -> %s", name, first, last)
+        log.info("recovered in %.0f s, %d steps: %s", seconds, outcome.global_step, folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _plan(args: RecoverArguments) -> PruningPlan:
+    folder = Path(args.prune_model)
+    if not folder.is_dir():
+        raise PrunerError(f"there is no pruned model {args.prune_model}: give the folder that pruning wrote")
+    if not (folder / "config.json").is_file():
+        raise PrunerError(f"{folder} holds no model: prune with --save_model")
+    if not (folder / PLAN_FILE).is_file():
+        raise PrunerError(f"{folder} is not a pruned model: it has no {PLAN_FILE}")
+    return PruningPlan.load(folder / PLAN_FILE)
+
+
+def _resume(args: RecoverArguments) -> Path | None:
+    """The checkpoint to go on from; what an interrupted run left half-written is removed."""
+    folder = Path(args.output_dir)
+    newest = newest_checkpoint(folder)
+    if args.resume_from_checkpoint is None:
+        if newest is not None:
+            raise PrunerError(
+                f"{folder} holds checkpoints of an earlier run: add --resume_from_checkpoint auto, or give another "
+                "--output_dir"
+            )
+        return None
+    if args.resume_from_checkpoint == "auto":
+        if newest is not None:
+            log.info("going on from %s", newest)
+        return newest
+    given = Path(args.resume_from_checkpoint)
+    if not (given / "trainer_state.json").is_file():
+        raise PrunerError(f"{given} is no checkpoint: give one of {folder}, or auto")
+    return given
+
+
+def _compute(args: RecoverArguments) -> torch.dtype:
+    asked = DTYPES[args.dtype]
+    if isinstance(asked, torch.dtype):
+        return asked
+    if not args.device.startswith("cuda"):
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _weights(args: RecoverArguments) -> torch.dtype:
+    """Of the model's weights: narrow where they are frozen, wide where they are trained."""
+    frozen = args.method in ("lora", "dora") and args.device.startswith("cuda")
+    return _compute(args) if frozen else torch.float32
+
+
+def _data(args: RecoverArguments, tokenizer: PreTrainedTokenizerBase, form: Format) -> tuple[Any, Any]:
+    """Training and validation examples; these None where there are to be none."""
+    import datasets
+
+    sources = (args.data_path or DEFAULT_DATA).split(",")
+    try:
+        parts = [_part(source, args, tokenizer, form) for source in sources]
+    except PrunerError:
+        if args.data_path:
+            raise
+        log.info("%s is out of reach: training on %s", DEFAULT_DATA, EMBEDDED_TEXT)
+        parts = [_part(EMBEDDED_TEXT, args, tokenizer, form)]
+    if args.streaming:
+        found = datasets.concatenate_datasets(parts).shuffle(seed=args.seed, buffer_size=1000)
+        held_out = 100 if args.val_set_size is None else args.val_set_size
+        validation = datasets.Dataset.from_list(list(found.take(held_out))) if held_out else None
+        return found.skip(held_out), validation
+    found = datasets.concatenate_datasets(parts)
+    held_out = min(2000, len(found) // 20) if args.val_set_size is None else args.val_set_size
+    if held_out >= len(found):
+        raise PrunerError(f"--val_set_size {held_out} leaves nothing of {len(found)} examples to train on")
+    if not held_out:
+        return found.shuffle(seed=42, keep_in_memory=True), None
+    split = found.train_test_split(test_size=held_out, shuffle=True, seed=42, keep_in_memory=True)
+    log.info("%d examples to train on, %d to validate", len(split["train"]), held_out)
+    return split["train"], split["test"]
+
+
+def _part(source: str, args: RecoverArguments, tokenizer: PreTrainedTokenizerBase, form: Format) -> Any:
+    import datasets
+
+    if not args.cache_dataset or args.streaming:
+        return _typed(tokenized(rows(source, args.streaming), tokenizer, form, source))
+    folder = CACHE / fingerprint(source, tokenizer, form)
+    if not folder.is_dir():
+        with complete_folder(folder, owned_if="dataset_info.json") as temporary:
+            _typed(tokenized(rows(source), tokenizer, form, source)).save_to_disk(str(temporary))
+    log.info("tokenized data of %s: %s", source, folder)
+    return datasets.load_from_disk(str(folder))
+
+
+def _typed(data: Any) -> Any:
+    import datasets
+
+    ids = datasets.List(datasets.Value("int64"))
+    return data.cast(datasets.Features({"input_ids": ids, "labels": ids}))
+
+
+def _text_set(name: str, args: RecoverArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    import datasets
+
+    check_length(model, WINDOW)
+    ids = windows(tokenizer, text(name, "test"), WINDOW, args.max_windows or None)
+    inputs, labels = (ids[:, : WINDOW // 2], ids[:, WINDOW // 2 :]) if model.config.is_encoder_decoder else (ids, ids)
+    return datasets.Dataset.from_dict({"input_ids": inputs.tolist(), "labels": labels.tolist()})
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> DataCollatorForSeq2Seq:
+    padding = copy.deepcopy(tokenizer)  # the tokenizer is saved as it came
+    if padding.pad_token_id is None:
+        padding.pad_token = padding.eos_token or padding.convert_ids_to_tokens(0)
+    padding.padding_side = "right"
+    of = model if model.config.is_encoder_decoder else None
+    return DataCollatorForSeq2Seq(padding, model=of, pad_to_multiple_of=8, return_tensors="pt", padding=True)
+
+
+def _teacher(args: RecoverArguments, plan: PruningPlan, model: PreTrainedModel) -> Teacher | None:
+    if args.teacher is None:
+        return None
+    name = args.teacher
+    if name == "auto":
+        name = str(plan.settings.get("base_model", ""))
+        if not name:
+            raise PrunerError("the plan does not say which model was pruned: give it as --teacher")
+    dtype = _compute(args) if args.teacher_device.startswith("cuda") else torch.float32
+    found, _ = load(name, dtype, args.teacher_device, args.trust_remote_code)
+    found.requires_grad_(False)
+    teacher = Teacher(found, args.distill_weight, args.distill_temperature, args.distill_hidden)
+    teacher.check(model)
+    return teacher
+
+
+def _answered(
+    args: RecoverArguments,
+    teacher: Teacher,
+    data: Any,
+    collate: Collator,
+    tokenizer: PreTrainedTokenizerBase,
+    form: Format,
+) -> Any:
+    """The data with the teacher's answers, from ``--teacher_cache`` or into it."""
+    from accelerate import PartialState
+
+    assert teacher.model is not None
+    told = [fingerprint(args.data_path or DEFAULT_DATA, tokenizer, form), data._fingerprint, args.teacher]
+    told += [args.teacher_top, args.distill_temperature]
+    file = Path(str(args.teacher_cache)) / f"{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.arrow"
+    with PartialState().main_process_first():
+        return answers(data, teacher.model, collate, args.teacher_top, args.distill_temperature, file)
+
+
+def _trainable(args: RecoverArguments, model: PreTrainedModel) -> Any:
+    """The model with what is to be trained: an adapter, or all of it."""
+    model.config.use_cache = False
+    if args.method not in ("lora", "dora"):
+        return model.requires_grad_(True).train()
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    asked = [name.strip() for name in (args.lora_target_modules or "").split(",") if name.strip()]
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    for name in asked:
+        if name not in known:
+            raise PrunerError(f"--lora_target_modules: the model has no linear layer {name}; it has {', '.join(known)}")
+    head = model.get_output_embeddings()
+    for name, module in linear.items():
+        chosen = name.rpartition(".")[2] in asked if asked else module is not head
+        shape = tuple(cast(torch.Tensor, module.weight).shape)
+        if chosen and args.lora_r > min(shape):
+            raise PrunerError(f"--lora_r {args.lora_r} is more than {name} {list(shape)} is wide: lower it")
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=asked or "all-linear",
+        use_dora=args.method == "dora",
+        bias="none",
+        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
+        base_model_name_or_path=str(Path(args.prune_model).resolve()),
+    )
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    found = get_peft_model(model, config)
+    found.peft_config["default"].base_model_name_or_path = str(Path(args.prune_model).resolve())
+    return found
+
+
+def _training_arguments(args: RecoverArguments, train: Any, evaluation: dict[str, Any]) -> TrainingArguments:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.batch_size % (args.micro_batch_size * processes):
+        raise PrunerError(
+            f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} times "
+            f"{processes} processes"
+        )
+    steps = args.max_steps or math.ceil(math.ceil(len(train) / args.batch_size) * args.num_epochs)
+    compute = _compute(args)
+    best = VALIDATION in evaluation and (steps >= args.save_steps)
+    return TrainingArguments(
+        output_dir=args.output_dir,
+        per_device_train_batch_size=args.micro_batch_size,
+        per_device_eval_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=args.batch_size // args.micro_batch_size // processes,
+        num_train_epochs=args.num_epochs,
+        max_steps=args.max_steps or -1,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=min(100, steps // 10) if args.warmup_steps is None else args.warmup_steps,
+        weight_decay=args.weight_decay,
+        optim=args.optim,
+        bf16=compute is torch.bfloat16,
+        fp16=compute is torch.float16,
+        gradient_checkpointing=args.gradient_checkpointing,
+        train_sampling_strategy="group_by_length" if args.group_by_length else "random",
+        logging_steps=args.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        eval_strategy="steps" if evaluation else "no",
+        eval_steps=args.eval_steps,
+        eval_on_start=bool(evaluation),
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=args.save_steps,
+        save_total_limit=args.save_total_limit,
+        load_best_model_at_end=best,
+        metric_for_best_model=f"eval_{VALIDATION}_loss" if best else None,
+        greater_is_better=False if best else None,
+        report_to=args.report_to,
+        run_name=Path(args.output_dir).name,
+        project=args.wandb_project or "huggingface",
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        use_cpu=args.device == "cpu",
+        seed=args.seed,
+        data_seed=args.seed,
+    )
+
+
+def _losses(history: list[dict[str, Any]], final: dict[str, float], name: str) -> list[float | None]:
+    """The first and the last loss of a validation set."""
+    key = f"eval_{name}_loss"
+    return [next((entry[key] for entry in history if key in entry), None), final.get(key)]
+
+
+def _save(
+    args: RecoverArguments,
+    student: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: PruningPlan,
+    folder: Path,
+    metrics: dict[str, Any],
+) -> None:
+    """Write what was trained: first beside, then moved into the output folder, which checkpoints share."""
+    stored = load_config(args.prune_model, args.trust_remote_code).dtype or torch.float32
+    with tempfile.TemporaryDirectory(prefix=".final-", dir=folder) as name:
+        temporary = Path(name)
+        student.config.use_cache = True
+        if args.method in ("lora", "dora"):
+            student.save_pretrained(temporary)
+            (temporary / "README.md").unlink(missing_ok=True)  # peft's, an empty form
+            tokenizer.save_pretrained(temporary)
+        else:
+            write_checkpoint(student.to(stored), tokenizer, temporary, plan)
+        (temporary / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        sync_folder(temporary)
+        for file in sorted(temporary.iterdir(), key=lambda f: f.name.endswith("config.json")):
+            file.chmod(0o644)
+            os.replace(file, folder / file.name)
+    if args.merge:
+        with complete_folder(folder / "merged", owned_if="config.json") as temporary:
+            merged = student.merge_and_unload(safe_merge=True)
+            write_checkpoint(merged.to(stored), tokenizer, temporary, plan)

@@ -1,0 +1,160 @@
+"""The Trainer, with checkpoints that are complete or absent, a stop at the first NaN, and a teacher if there is one."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from ..checkpoint import sync_folder
+from ..errors import PrunerError
+from .distill import CACHED, Teacher, shifted
+from .examples import IGNORED
+
+DISK = ("No space left", "os error 28", "Disk quota", "file write failed", "unexpected pos")  # torch, safetensors
+PARTIAL = ".partial-"  # prefix of a checkpoint's folder while it is written
+
+
+class RecoveryTrainer(Trainer):
+    """``Trainer`` that can be trusted with days of training.
+
+    Args:
+        teacher: what to learn from beside the labels.
+    """
+
+    def __init__(self, *args: Any, teacher: Teacher | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher
+        self._folder: str | None = None
+
+    # --- Learning -----------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.teacher is None or not model.training:
+            inputs = {key: value for key, value in inputs.items() if key not in CACHED}
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = self.teacher.loss(model, inputs, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, tokens counted in all
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise self._not_finite("loss", loss.item())
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        # With fp16 a step whose gradients overflow is left out, and the loss scaled less; otherwise weights are lost.
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            raise self._not_finite("gradient", float(norm))
+        return norm
+
+    def _not_finite(self, what: str, value: float) -> PrunerError:
+        last = newest_checkpoint(str(self.args.output_dir))
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        return PrunerError(
+            f"the {what} is {value} at step {self.state.global_step + 1}: lower --learning_rate, or give --dtype "
+            f"bfloat16 or float32; {kept}"
+        )
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The loss as the mean over all tokens, in whatever batches and on however many processes they come."""
+        model = self.model_wrapped
+        self.callback_handler.eval_dataloader = dataloader
+        total, tokens, samples = 0.0, 0, 0
+        was_training = model.training
+        model.eval()
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            asked = {key: value for key, value in inputs.items() if key not in (*CACHED, "labels")}
+            with self.compute_loss_context_manager():
+                logits = model(**asked, use_cache=False).logits
+            sums, counts = [], []
+            for row, labels in zip(logits, shifted(inputs), strict=True):
+                here = labels != IGNORED
+                sums.append(cross_entropy(row[here].float(), labels[here], reduction="sum"))
+                counts.append(here.sum())
+            gathered = self.accelerator.gather_for_metrics((torch.stack(sums), torch.stack(counts)))
+            total, tokens = total + gathered[0].double().sum().item(), tokens + int(gathered[1].sum())
+            samples += len(gathered[0])
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        model.train(was_training)
+        metrics = {f"{metric_key_prefix}_loss": total / max(tokens, 1)}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
+
+    # --- Checkpoints ----------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return self._folder or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Write beside, force to disk, rename: whoever finds a checkpoint finds all of it."""
+        home = Path(str(self.args.output_dir))
+        step = self.state.global_step
+        name = f"checkpoint-{step}"
+        partial = home / f"{PARTIAL}{step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._folder = str(partial)
+        try:
+            if self.args.process_index == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            self._barrier()
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                if self.state.best_global_step == step:
+                    self.state.best_model_checkpoint = str(home / name)
+                self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
+                (partial / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+            self._barrier()
+            if self.args.local_process_index == 0 and (partial / name).is_dir():
+                sync_folder(partial / name)
+                shutil.rmtree(home / name, ignore_errors=True)
+                os.replace(partial / name, home / name)
+                shutil.rmtree(partial, ignore_errors=True)
+            self._barrier()
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not isinstance(error, OSError) and not any(sign in str(error) for sign in DISK):
+                raise
+            last = newest_checkpoint(home)
+            raise PrunerError(
+                f"cannot write the checkpoint of step {step} to {home}: {error}; "
+                + (f"the last good one is {last}" if last else "there is none yet")
+            ) from error
+        finally:
+            self._folder, self.args.save_total_limit = None, limit
+        if self.args.should_save:
+            rotate_checkpoints(str(home), limit, self.state.best_model_checkpoint)
+
+    def _barrier(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint of the latest step in a folder."""
+    found = [
+        p for p in Path(folder).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit() and p.is_dir()
+    ]
+    return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)

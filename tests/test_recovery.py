@@ -1,0 +1,416 @@
+"""Recovery: what is learnt, that it is learnt again alike after a crash, and that nothing half-written stays."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import llm_pruner as lp
+from llm_pruner.cli import run
+from llm_pruner.data import documents
+from llm_pruner.graph.verify import relative_difference
+from llm_pruner.recovery import RecoverArguments, RecoveryTrainer, recover
+from llm_pruner.recovery.distill import Collator, Teacher, labelled
+from llm_pruner.recovery.examples import IGNORED, Format, kind_of, rows, tokenized
+from llm_pruner.recovery.prompts import ALPACA, plain, prompt
+
+CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.decoder = decoders.ByteLevel()
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    texts = [text for _, text in zip(range(40), documents("python-docs"), strict=False)]
+    texts += [*ALPACA.values(), "This is 1 times 2."] * 300  # so that prompts are short
+    inner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    )
+    out = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    out.chat_template = CHAT
+    return out
+
+
+@pytest.fixture(scope="module")
+def home(tokenizer, tmp_path_factory):
+    """A folder with ``base``, ``pruned`` (widths differ by layer), ``uniform`` and ``data.jsonl``."""
+    folder = tmp_path_factory.mktemp("recovery")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    lp.save(model, tokenizer, folder / "base")
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, criterion="l2")
+    for name, layers in (("pruned", [1]), ("uniform", None)):
+        plan = lp.select(graph, scores, 0.5, kinds=("neurons",), layers=layers)
+        plan.settings["base_model"] = str(folder / "base")
+        lp.save(lp.apply(model, plan), tokenizer, folder / name, plan=plan)
+    with (folder / "data.jsonl").open("w") as file:
+        for i in range(60):
+            row = {"instruction": f"Say {i}.", "input": "" if i % 2 else "now", "output": f"This is {i} times {i % 7}."}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def arguments(home, out, **changes):
+    usual = {
+        "prune_model": str(home / "pruned"),
+        "data_path": str(home / "data.jsonl"),
+        "output_dir": str(out),
+        "device": "cpu",
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "max_steps": 8,
+        "val_set_size": 8,
+        "cutoff_len": 96,
+        "lora_r": 4,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+    }
+    return RecoverArguments(**(usual | changes))
+
+
+def losses(folder):
+    return json.loads((Path(folder) / "curves.json").read_text())["loss"]
+
+
+def final(folder):
+    return json.loads((Path(folder) / "recovery.json").read_text())
+
+
+# --- Data ---------------------------------------------------------------------------------------------------------
+
+
+def learnt(example, tokenizer):
+    return tokenizer.decode([i for i, label in zip(*example.values(), strict=True) if label != IGNORED])
+
+
+@pytest.mark.parametrize("template", ("alpaca", None))
+def test_answers_are_learnt_and_prompts_are_not(home, tokenizer, template):
+    data = tokenized(rows(str(home / "data.jsonl")), tokenizer, Format(96, template), "data")
+    assert len(data) == 60 and set(data.column_names) == {"input_ids", "labels"}
+    for i, example in enumerate(data):
+        answer = learnt(example, tokenizer)
+        assert answer.strip() == f"This is {i} times {i % 7}.</s>"
+        assert all(label in (IGNORED, token) for token, label in zip(*example.values(), strict=True))
+        assert tokenizer.decode(example["input_ids"]).count(f"Say {i}") == 1
+    whole = tokenized(rows(str(home / "data.jsonl")), tokenizer, Format(96, template, train_on_inputs=True), "data")
+    assert all(example["input_ids"] == example["labels"] for example in whole)
+
+
+def test_prompts():
+    ask = prompt("alpaca")
+    assert ask("Do {input} it", "") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nDo {input} it\n\n### Response:\n"
+    )
+    assert "### Input:\nthis\n\n### Response:\n" in ask("Do it", "this")
+    assert (plain("Do it.", ""), plain("Why?", "that")) == ("Do it: ", "Why? that.")
+    with pytest.raises(lp.PrunerError, match="no prompt template"):
+        prompt("vicuna")
+
+
+def test_a_template_of_ones_own(tmp_path):
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps({"prompt_input": "{instruction}|{input}|", "prompt_no_input": "{instruction}|"}))
+    assert prompt(str(file))("a", "b") == "a|b|"
+    file.write_text(json.dumps({"prompt_input": "{instruction}|"}))
+    with pytest.raises(lp.PrunerError, match="prompt_no_input"):
+        prompt(str(file))
+
+
+def test_long_answers_are_cut_and_rows_without_any_left_out(tmp_path, tokenizer):
+    file = tmp_path / "d.jsonl"
+    cases = [("a", "long " * 200), ("question " * 200, "x"), ("b", ""), ("c", "fine")]
+    file.write_text("\n".join(json.dumps({"instruction": a, "output": b}) for a, b in cases))
+    data = tokenized(rows(str(file)), tokenizer, Format(64, None), "d")
+    assert len(data[0]["input_ids"]) == 64 and len(data) == 2
+    assert data[0]["labels"][-1] != tokenizer.eos_token_id and data[1]["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_only_the_assistant_of_a_chat_is_learnt(tmp_path, tokenizer):
+    file = tmp_path / "d.jsonl"
+    turns = [("user", "Hello"), ("assistant", "Good day"), ("user", "And now"), ("assistant", "Farewell")]
+    file.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}))
+    (example,) = tokenized(rows(str(file)), tokenizer, Format(96), "d")
+    assert learnt(example, tokenizer) == "Good day</s>Farewell</s>"
+    shared = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day"}]
+    file.write_text(json.dumps({"conversations": shared}))
+    (example,) = tokenized(rows(str(file)), tokenizer, Format(96), "d")
+    assert learnt(example, tokenizer) == "Good day</s>"
+
+
+def test_text_is_packed_without_loss(tmp_path, tokenizer):
+    file = tmp_path / "d.jsonl"
+    texts = ["one two three " * n for n in (1, 9, 4, 30)]
+    file.write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    data = tokenized(rows(str(file)), tokenizer, Format(16), "d")
+    assert {len(e["input_ids"]) for e in data} == {16} and all(e["labels"] == e["input_ids"] for e in data)
+    stream = [i for t in texts for i in [*tokenizer(t)["input_ids"], tokenizer.eos_token_id]]
+    packed = [i for e in data for i in e["input_ids"]]
+    assert packed == stream[: len(packed)] and len(stream) - len(packed) < 16
+    streamed = list(tokenized(rows(str(file), streaming=True), tokenizer, Format(16), "d"))
+    assert streamed == list(data)
+
+
+@pytest.mark.parametrize("suffix", (".json", ".parquet", ".csv", ".txt"))
+def test_files(tmp_path, suffix):
+    import datasets
+
+    data = datasets.Dataset.from_dict({"text": ["some words", "and more"]})
+    file = tmp_path / f"d{suffix}"
+    if suffix == ".txt":
+        file.write_text("some words\nand more")
+    else:
+        getattr(data, f"to_{suffix[1:]}")(str(file))
+    assert " ".join(r["text"] for r in rows(str(file))).split() == ["some", "words", "and", "more"]
+
+
+def test_columns_that_say_nothing():
+    with pytest.raises(lp.PrunerError, match="has the columns id, title"):
+        kind_of(["title", "id"], "d")
+    assert [kind_of(c, "d") for c in (["prompt", "completion"], ["instruction", "response"], ["text"])] == [
+        "pair",
+        "instruction",
+        "text",
+    ]
+
+
+# --- Training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ("lora", "dora"))
+@pytest.mark.parametrize("model", ("pruned", "uniform"))
+def test_adapters(home, tmp_path, method, model):
+    out = tmp_path / "out"
+    ids = torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    recover(arguments(home, out, method=method, prune_model=str(home / model), merge=True))
+    base, _ = lp.load(str(home / model))
+    adapted = PeftModel.from_pretrained(base, str(out)).eval()
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    with torch.no_grad():
+        expected, found = adapted(ids).logits, merged(ids).logits
+        untouched = lp.load(str(home / model))[0](ids).logits
+    assert relative_difference(found, expected) < 1e-4 < relative_difference(untouched, expected)
+    adapted_layers = {name.split(".")[-2] for name, _ in adapted.named_modules() if name.endswith(".lora_A")}
+    assert adapted_layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    told = final(out)
+    first, last = told["losses"]["validation"]
+    assert last < first and told["steps"] == 8 and told["tokens"] > 0
+    assert (out / "curves.png").stat().st_size > 1000 and len(losses(out)) == 8
+    assert not list(out.glob(".*"))
+    again, _ = lp.load(str(out))  # the adapter's folder alone, merged into what it names
+    with torch.no_grad():
+        assert relative_difference(again(ids).logits, expected) < 1e-4
+
+
+def test_all_weights(home, tmp_path):
+    recover(arguments(home, tmp_path / "out", method="full"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before, _ = lp.load(str(home / "pruned"))
+    assert [tuple(p.shape) for p in model.parameters()] == [tuple(p.shape) for p in before.parameters()]
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert lp.PruningPlan.load(tmp_path / "out" / "pruning_plan.json").units
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(monkeypatch, step):
+    plain_step = RecoveryTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise Killed
+        return plain_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize("method", ("lora", "full"))
+def test_going_on_after_an_interruption(home, tmp_path, monkeypatch, method):
+    """The same data in the same order, the same dropout: the same losses as if nothing had happened."""
+    recover(arguments(home, tmp_path / "whole", method=method, max_steps=10))
+    with monkeypatch.context() as patch:
+        killed_at(patch, 7)
+        with pytest.raises(Killed):
+            recover(arguments(home, tmp_path / "out", method=method, max_steps=10))
+    (tmp_path / "out" / ".partial-8").mkdir()
+    with pytest.raises(lp.PrunerError, match="resume_from_checkpoint auto"):
+        recover(arguments(home, tmp_path / "out", method=method, max_steps=10))
+    recover(arguments(home, tmp_path / "out", method=method, max_steps=10, resume_from_checkpoint="auto"))
+    whole, resumed = dict(losses(tmp_path / "whole")), dict(losses(tmp_path / "out"))
+    assert set(whole) == set(resumed) == set(range(1, 11))
+    for step, loss in whole.items():
+        assert resumed[step] == pytest.approx(loss, abs=1e-5)
+    assert final(tmp_path / "out")["losses"] == final(tmp_path / "whole")["losses"]
+    left = sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*"))
+    assert left == ["checkpoint-10", "checkpoint-6", "checkpoint-8"]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_going_on_where_nothing_is(home, tmp_path):
+    recover(arguments(home, tmp_path / "out", resume_from_checkpoint="auto", max_steps=2))
+    assert final(tmp_path / "out")["steps"] == 2
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(home, tmp_path, monkeypatch):
+    plain_save = RecoveryTrainer._save_rng_state
+
+    def full(self, folder):
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain_save(self, folder)
+
+    monkeypatch.setattr(RecoveryTrainer, "_save_rng_state", full)
+    with pytest.raises(lp.PrunerError, match=r"step 4 .*No space left.*last good one is .*checkpoint-2"):
+        recover(arguments(home, tmp_path / "out"))
+    assert [p.name for p in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-2"]
+    assert not list((tmp_path / "out").glob(".partial*"))
+
+
+def test_nan_stops_the_training(home, tmp_path, monkeypatch):
+    plain_step = RecoveryTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        loss = plain_step(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 3 and self.model.training else loss
+
+    monkeypatch.setattr(RecoveryTrainer, "compute_loss", compute_loss)
+    with pytest.raises(lp.PrunerError, match=r"loss is nan at step 4.*checkpoint-2"):
+        recover(arguments(home, tmp_path / "out"))
+    monkeypatch.undo()
+    with pytest.raises(lp.PrunerError, match=r"is (nan|inf) at step"):
+        recover(arguments(home, tmp_path / "wild", method="full", learning_rate=1e30, warmup_steps=0))
+
+
+# --- Distillation -----------------------------------------------------------------------------------------------------
+
+
+def batch(tokenizer):
+    examples = [{"input_ids": [5, 6, 7, 8], "labels": [IGNORED, 6, 7, 8]}, {"input_ids": [9, 4], "labels": [9, 4]}]
+    from transformers import DataCollatorForSeq2Seq
+
+    padding = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<unk>")
+    return Collator(DataCollatorForSeq2Seq(padding, return_tensors="pt"))(examples)
+
+
+def test_the_loss_of_a_teacher_by_hand(home, tokenizer):
+    teacher, student = (lp.load(str(home / name))[0] for name in ("base", "pruned"))
+    inputs = batch(tokenizer)
+    here, targets = labelled(inputs)
+    assert targets.tolist() == [6, 7, 8, 4] and here.tolist()[1] == [True, False, False, False]
+    found, _ = Teacher(teacher, weight=0.3, temperature=2.0, hidden=0.1).loss(student, inputs)
+    total = 0.0
+    for i, t, label in ((0, 0, 6), (0, 1, 7), (0, 2, 8), (1, 0, 4)):
+        theirs, ours = (
+            m(inputs["input_ids"], attention_mask=inputs["attention_mask"], output_hidden_states=True)
+            for m in (teacher, student)
+        )
+        q, p = ours.logits[i, t], theirs.logits[i, t]
+        total = total - 0.7 * q.log_softmax(-1)[label]
+        divergence = (p / 2).softmax(-1) @ ((p / 2).log_softmax(-1) - (q / 2).log_softmax(-1))
+        total = total + 0.3 * 4 * divergence
+        h, g = theirs.hidden_states[-1][i, t], ours.hidden_states[-1][i, t]
+        total = total + 0.1 * (h - g).square().sum() / h.square().sum()
+    assert found.item() == pytest.approx(total.item() / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ("distill", "lora"))
+def test_distillation(home, tmp_path, method):
+    """Closer to the teacher than before, and a teacher asked once teaches what one that is asked each time does."""
+    options = {"method": method, "teacher": "auto", "distill_weight": 1.0, "lora_dropout": 0.0, "learning_rate": 1e-3}
+    options |= {"max_steps": 20}
+    recover(arguments(home, tmp_path / "asked", **options))
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_top": 500}
+    recover(arguments(home, tmp_path / "cached", **options, **cache))
+    for (step, a), (_, b) in zip(losses(tmp_path / "asked"), losses(tmp_path / "cached"), strict=True):
+        assert a == pytest.approx(b, abs=5e-3), step
+    (file,) = (tmp_path / "cache").glob("*.arrow")
+    made = file.stat().st_mtime_ns
+    recover(arguments(home, tmp_path / "again", **options, **cache))
+    assert file.stat().st_mtime_ns == made
+    assert losses(tmp_path / "again") == losses(tmp_path / "cached")
+    assert losses(tmp_path / "asked")[-1][1] < losses(tmp_path / "asked")[0][1]
+
+
+# --- Many processes ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_learn_what_one_does(home, tmp_path):
+    settings = {"prune_model": home / "pruned", "data_path": home / "data.jsonl", "device": "cpu"}
+    settings |= {"batch_size": 8, "micro_batch_size": 2, "max_steps": 5, "val_set_size": 8, "cutoff_len": 96}
+    settings |= {"lora_r": 4, "lora_dropout": 0, "eval_steps": 5, "save_steps": 5, "logging_steps": 1}
+    common = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    script = str(Path(__file__).parents[1] / "post_training.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533", script]
+    two = subprocess.run([*launch, *common, "--output_dir", str(tmp_path / "two")], capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr[-2000:]
+    one = subprocess.run(
+        [sys.executable, script, *common, "--output_dir", str(tmp_path / "one")], capture_output=True, text=True
+    )
+    assert one.returncode == 0, one.stderr[-2000:]
+    for (_, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+    a, b = (final(tmp_path / n)["losses"]["validation"] for n in ("one", "two"))
+    assert a == pytest.approx(b, abs=1e-3)
+
+
+# --- Bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prune_model": "/nowhere"}, "there is no pruned model /nowhere"),
+        ({"prune_model": None}, "--prune_model is needed"),
+        ({"prune_model": "base"}, "is not a pruned model"),
+        ({"data_path": "/nowhere.json"}, "there is no data file"),
+        ({"lora_r": 33}, "--lora_r 33 is more than model.layers.0.self_attn.q_proj"),
+        ({"lora_target_modules": "c_attn"}, "has no linear layer c_attn; it has down_proj"),
+        ({"prompt_template_name": "vicuna"}, "no prompt template 'vicuna'"),
+        ({"method": "qlora"}, "choose from lora, dora, full, distill"),
+        ({"batch_size": 5}, "no multiple"),
+        ({"val_set_size": 60}, "leaves nothing of 60"),
+        ({"learning_rate": 0.0}, "above 0"),
+        ({"teacher": "/nowhere"}, "there is no model folder"),
+        ({"resume_from_checkpoint": "/nowhere"}, "is no checkpoint"),
+        ({"report_to": "wandb"}, "pip install wandb"),
+        ({"cutoff_len": 500}, "the model reads at most 128"),
+        ({"streaming": True, "max_steps": 0}, "give --max_steps"),
+        ({"objective": "gpt"}, "unknown --objective"),
+    ],
+)
+def test_bad_input_is_one_clear_line(home, tmp_path, changes, message):
+    if changes.get("prune_model") == "base":
+        changes = {"prune_model": str(home / "base")}
+    with pytest.raises(lp.PrunerError, match=message):
+        recover(arguments(home, tmp_path / "out", **changes))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_the_command(home, tmp_path, capsys):
+    code = run(RecoverArguments, recover, ["--prune_model", str(tmp_path)])
+    assert code == 2 and capsys.readouterr().err.startswith("error: ")
