@@ -1,5 +1,6 @@
 """Recovery: what is learnt, that it is learnt again alike after a crash, and that nothing half-written stays."""
 
+import copy
 import errno
 import json
 import subprocess
@@ -10,7 +11,14 @@ import pytest
 import torch
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import llm_pruner as lp
 from llm_pruner.cli import run
@@ -354,6 +362,28 @@ def test_distillation(home, tmp_path, method):
     assert file.stat().st_mtime_ns == made
     assert losses(tmp_path / "again") == losses(tmp_path / "cached")
     assert losses(tmp_path / "asked")[-1][1] < losses(tmp_path / "asked")[0][1]
+
+
+@pytest.mark.parametrize("objective", ("causal", "ul2", "o_ul2"))
+@pytest.mark.parametrize("method", ("lora", "distill"))
+def test_encoder_decoders(tokenizer, tmp_path, objective, method):
+    torch.manual_seed(0)
+    words = copy.deepcopy(tokenizer)
+    words.add_special_tokens(
+        {"additional_special_tokens": [f"<extra_id_{i}>" for i in range(64)], "pad_token": "<unk>"}
+    )
+    config = T5Config(
+        vocab_size=len(words), d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    lp.save(model, words, tmp_path / "base")
+    graph = lp.trace(model)
+    plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.5, kinds=("neurons",))
+    plan.settings["base_model"] = str(tmp_path / "base")
+    lp.save(lp.apply(model, plan), words, tmp_path / "pruned", plan=plan)
+    recover(arguments(tmp_path, tmp_path / "out", data_path="python-docs", method=method, objective=objective))
+    first, last = final(tmp_path / "out")["losses"]["validation"]
+    assert last < first
 
 
 # --- Many processes ------------------------------------------------------------------------------------------------

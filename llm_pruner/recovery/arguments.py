@@ -9,6 +9,7 @@ from pathlib import Path
 from ..arguments import device_of, flag
 from ..checkpoint import DTYPES
 from ..errors import PrunerError
+from .objectives import OBJECTIVES
 
 METHODS = ("lora", "dora", "full", "distill")
 REPORTS = ("none", "tensorboard", "wandb", "trackio")
@@ -96,7 +97,12 @@ class RecoverArguments:
         path = Path(self.prune_model)
         if path.name == "pytorch_model.bin" and not path.exists() and (path.parent / "config.json").is_file():
             self.prune_model = str(path.parent)  # as LLM-Pruner's documentation names it
-        for name, allowed in (("method", METHODS), ("report_to", REPORTS), ("dtype", DTYPES)):
+        for name, allowed in (
+            ("method", METHODS),
+            ("objective", OBJECTIVES),
+            ("report_to", REPORTS),
+            ("dtype", DTYPES),
+        ):
             if getattr(self, name) not in allowed:
                 raise PrunerError(f"unknown --{name} {getattr(self, name)!r}; choose from {', '.join(allowed)}")
         for name in COUNTS:

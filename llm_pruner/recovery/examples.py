@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data import EMBEDDED_TEXT, HUB, documents
 from ..errors import PrunerError
 from ..logs import log
+from .objectives import Vocabulary, denoised
 from .prompts import plain, prompt
 
 IGNORED = -100  # labels that no loss is taken of
@@ -41,6 +42,9 @@ class Format:
         train_on_inputs: learn the prompts too.
         add_eos_token: count the end-of-text token of a prompt tokenized on its own, as LLM-Pruner's flag does.
         encoder_decoder: prompts go to the encoder, answers to the decoder.
+        objective: what an encoder-decoder makes of text, see :mod:`llm_pruner.recovery.objectives`; with ``causal`` it
+            reads the first half of a window and writes the second.
+        seed: of the denoisers.
     """
 
     cutoff_len: int = 256
@@ -48,6 +52,8 @@ class Format:
     train_on_inputs: bool = False
     add_eos_token: bool = False
     encoder_decoder: bool = False
+    objective: str = "causal"
+    seed: int = 0
 
 
 def rows(source: str, streaming: bool = False) -> Any:
@@ -160,18 +166,27 @@ def _teaches(example: Example) -> bool:
 
 def _windows(data: Iterable[Row], column: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> Iterator[Example]:
     """Documents one after the other, each ended by the end-of-text token, cut into windows of equal length."""
+    windows = _cut((str(row[column] or "") for row in data), tokenizer, form.cutoff_len)
+    if form.objective != "causal":
+        yield from denoised(windows, form.objective, Vocabulary.of(tokenizer), form.seed)
+        return
+    half = form.cutoff_len // 2
+    for window in windows:
+        if form.encoder_decoder:
+            yield {"input_ids": window[:half], "labels": window[half:]}
+        else:
+            yield {"input_ids": window, "labels": list(window)}
+
+
+def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
     rest: list[int] = []
-    length = form.cutoff_len
-    for row in data:
-        rest += tokenizer(str(row[column] or ""), truncation=False, verbose=False)["input_ids"]
+    for text in texts:
+        rest += tokenizer(text, truncation=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None and rest and rest[-1] != tokenizer.eos_token_id:
             rest.append(cast(int, tokenizer.eos_token_id))
         while len(rest) >= length:
-            window, rest = rest[:length], rest[length:]
-            if form.encoder_decoder:
-                yield {"input_ids": window[: length // 2], "labels": window[length // 2 :]}
-            else:
-                yield {"input_ids": window, "labels": list(window)}
+            yield rest[:length]
+            rest = rest[length:]
 
 
 def _example_maker(kind: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> Callable[[Row], Example]:

@@ -72,7 +72,13 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
         args.train_on_inputs,
         args.add_eos_token,
         bool(model.config.is_encoder_decoder),
+        args.objective,
+        args.seed,
     )
+    if args.objective != "causal" and not form.encoder_decoder:
+        raise PrunerError(
+            f"--objective {args.objective} is for encoder-decoders, {args.prune_model} is a decoder: causal"
+        )
     train, validation = _data(args, tokenizer, form)
     teacher = _teacher(args, plan, model)
     collate = Collator(_collator(tokenizer, model))
