@@ -121,9 +121,9 @@ class RecoveryTrainer(Trainer):
                 shutil.rmtree(partial, ignore_errors=True)
             self._barrier()
             super()._save_checkpoint(model, trial)
+            if self.state.best_global_step == step:
+                self.state.best_model_checkpoint = str(home / name)
             if self.args.should_save:
-                if self.state.best_global_step == step:
-                    self.state.best_model_checkpoint = str(home / name)
                 self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
                 (partial / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
             self._barrier()
