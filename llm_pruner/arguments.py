@@ -260,14 +260,59 @@ def device_of(flag_name: str, value: str) -> str:
 
 
 @dataclass
+class EvaluateArguments:
+    """Measure models side by side: perplexity, tasks, size and speed."""
+
+    models: list[str] = field(
+        default_factory=list,
+        metadata={"help": "aliases, hub ids, folders (of adapters too) or .gguf files; the first is compared to"},
+    )
+    datasets: str = flag(
+        EMBEDDED_TEXT, "texts for perplexity, by comma: wikitext2, ptb, c4, python-docs, files ('': none)"
+    )
+    seq_len: int = flag(128, "tokens in a window")
+    stride: int = flag(0, "tokens from window to window (0: they lie side by side)")
+    max_windows: int = flag(0, "use only the first N windows of each text (0: all)")
+    batch_size: int = flag(0, "windows or requests in a forward pass (0: as many as fit)")
+    tasks: str = flag("", "lm-eval's tasks, by comma; paper: the seven of LLM-Pruner's table 1")
+    include_path: str | None = flag(None, "folder with lm-eval task files of your own")
+    limit: int | None = flag(None, "use only the first N documents of each task")
+    num_fewshot: int | None = flag(None, "worked examples before each question (default: the task's)")
+    tokens: int = flag(128, "length at which speed, compute and cache are meant; 0: measure no speed")
+    batch: int = flag(1, "sequences at which they are meant")
+    new_tokens: int = flag(32, "tokens to write when timing")
+    device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, ...")
+    dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES))
+    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+    output: str | None = flag(None, "write table.csv, table.md, table.tex, evaluation.json and lm_eval/ to this folder")
+
+
+@dataclass
+class ZeroShotArguments(EvaluateArguments):
+    """Measure accuracy on lm-eval's tasks."""
+
+    datasets: str = flag("", "texts for perplexity as well, by comma")
+    tasks: str = flag("paper", "lm-eval's tasks, by comma; paper: the seven of LLM-Pruner's table 1")
+    tokens: int = flag(0, "length at which speed, compute and cache are meant; 0: measure no speed")
+
+
+@dataclass
+class CostArguments(EvaluateArguments):
+    """Measure size, compute, memory and speed."""
+
+    datasets: str = flag("", "texts for perplexity as well, by comma")
+
+
+@dataclass
 class PerplexityArguments:
     """Measure perplexity."""
 
     model: str = flag(DEFAULT_MODEL, "alias of the embedded model, hub id, folder, or .gguf file")
     dataset: str = flag(EMBEDDED_TEXT, "wikitext2, ptb, c4, python-docs, or a .txt, .json or .jsonl file")
-    seq_len: int = flag(128, "tokens in a window; windows lie side by side")
+    seq_len: int = flag(128, "tokens in a window")
+    stride: int = flag(0, "tokens from window to window (0: they lie side by side)")
     max_windows: int = flag(0, "use only the first N windows (0: all)")
-    batch_size: int = flag(4, "windows in a batch")
+    batch_size: int = flag(0, "windows in a batch (0: as many as fit)")
     device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, ...")
     dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES))
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")

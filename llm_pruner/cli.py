@@ -16,7 +16,14 @@ from typing import Any, TypeVar
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from .arguments import DemoArguments, InspectArguments, PerplexityArguments, PruneArguments, device_of
+from .arguments import (
+    DemoArguments,
+    EvaluateArguments,
+    InspectArguments,
+    PerplexityArguments,
+    PruneArguments,
+    device_of,
+)
 from .demo import demo
 from .errors import PrunerError
 from .inspect import inspect
@@ -84,15 +91,74 @@ def evaluate_perplexity(args: PerplexityArguments) -> None:
     from .data import text
     from .evaluation import perplexity, windows
 
-    if args.batch_size < 1 or args.max_windows < 0:
-        raise PrunerError("--batch_size is at least 1, --max_windows at least 0")
+    if args.batch_size < 0 or args.max_windows < 0:
+        raise PrunerError("--batch_size and --max_windows are at least 0")
     content = text(args.dataset, "test")
     model, tokenizer = load(args.model, args.dtype, device_of("device", args.device), args.trust_remote_code)
-    result = perplexity(model, windows(tokenizer, content, args.seq_len, args.max_windows or None), args.batch_size)
+    stride = args.stride or None
+    ids = windows(tokenizer, content, args.seq_len, args.max_windows or None, stride)
+    result = perplexity(model, ids, args.batch_size or None, stride=stride)
     record = {"model": args.model, "dataset": args.dataset, **asdict(result)}
     print(f"{args.model} on {args.dataset}: perplexity {result.perplexity:.4f} ({result.tokens} tokens)")
     if args.output:
         write_text(Path(args.output), json.dumps(record, indent=1) + "\n")
+
+
+def evaluate(args: EvaluateArguments) -> None:
+    """Measure models side by side; print one table, and write it in all forms to ``--output``."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .checkpoint import load, locate
+    from .data import text
+    from .evaluation import PAPER_TASKS, Wanted, as_json, compare, table
+
+    if not args.models:
+        raise PrunerError("name at least one model: llm-pruner evaluate MODEL [MODEL ...]")
+    for name in ("batch_size", "max_windows", "stride", "tokens"):
+        if getattr(args, name) < 0:
+            raise PrunerError(f"--{name} {getattr(args, name)} is out of range: give 0 or more")
+    for name in ("batch", "new_tokens"):
+        if getattr(args, name) < 1:
+            raise PrunerError(f"--{name} {getattr(args, name)} is out of range: give 1 or more")
+    for model in args.models:
+        locate(model)
+    device = device_of("device", args.device)
+    tasks = PAPER_TASKS if args.tasks == "paper" else tuple(t.strip() for t in args.tasks.split(",") if t.strip())
+    wanted = Wanted(
+        {name: text(name, "test") for name in args.datasets.split(",") if name},
+        args.seq_len,
+        args.stride or None,
+        args.max_windows or None,
+        args.batch_size or None,
+        tasks,
+        args.include_path,
+        args.limit,
+        args.num_fewshot,
+        args.tokens,
+        args.batch,
+        args.new_tokens,
+    )
+    found = compare(args.models, lambda name: load(name, args.dtype, device, args.trust_remote_code), wanted)
+    result = table(found)
+    shown = Table(*result.cells()[0])
+    for row in result.cells()[1:]:
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    for note in result.notes:
+        console.print(note)
+    if args.output:
+        folder = Path(args.output)
+        files = {"table.csv": result.csv(), "table.md": result.markdown(), "table.tex": result.latex()}
+        files["evaluation.json"] = as_json(found)
+        files |= {
+            f"lm_eval/{i}_{Path(one.model).name}.json": json.dumps(one.results, indent=1, default=str) + "\n"
+            for i, one in enumerate(found)
+            if one.results
+        }
+        for name, content in files.items():
+            write_text(folder / name, content)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -110,7 +176,7 @@ def write_text(path: Path, content: str) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "prune": (PruneArguments, prune),
     "recover": (RecoverArguments, recover),
-    "evaluate": (PerplexityArguments, evaluate_perplexity),
+    "evaluate": (EvaluateArguments, evaluate),
     "inspect": (InspectArguments, inspect),
     "demo": (DemoArguments, demo),
 }
@@ -132,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if argv[0] == "inspect" and len(argv) > 1 and not argv[1].startswith("-"):  # inspect MODEL
         argv[1:2] = ["--model", argv[1]]
+    if argv[0] == "evaluate" and len(argv) > 1 and not argv[1].startswith("-"):  # evaluate MODEL MODEL ...
+        argv.insert(1, "--models")
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         print(

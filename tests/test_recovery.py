@@ -5,16 +5,14 @@ import errno
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -22,61 +20,11 @@ from transformers import (
 
 import llm_pruner as lp
 from llm_pruner.cli import run
-from llm_pruner.data import documents
 from llm_pruner.graph.verify import relative_difference
 from llm_pruner.recovery import RecoverArguments, RecoveryTrainer, recover
 from llm_pruner.recovery.distill import Collator, Teacher, labelled
 from llm_pruner.recovery.examples import IGNORED, Format, kind_of, rows, tokenized
-from llm_pruner.recovery.prompts import ALPACA, plain, prompt
-
-CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"  # noqa: E501
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    inner = Tokenizer(models.BPE(unk_token="<unk>"))
-    inner.decoder = decoders.ByteLevel()
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    texts = [text for _, text in zip(range(40), documents("python-docs"), strict=False)]
-    texts += [*ALPACA.values(), "This is 1 times 2."] * 300  # so that prompts are short
-    inner.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    )
-    out = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    out.chat_template = CHAT
-    return out
-
-
-@pytest.fixture(scope="module")
-def home(tokenizer, tmp_path_factory):
-    """A folder with ``base``, ``pruned`` (widths differ by layer), ``uniform`` and ``data.jsonl``."""
-    folder = tmp_path_factory.mktemp("recovery")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config).eval()
-    lp.save(model, tokenizer, folder / "base")
-    graph = lp.trace(model)
-    scores = lp.score(model, graph, criterion="l2")
-    for name, layers in (("pruned", [1]), ("uniform", None)):
-        plan = lp.select(graph, scores, 0.5, kinds=("neurons",), layers=layers)
-        plan.settings["base_model"] = str(folder / "base")
-        lp.save(lp.apply(model, plan), tokenizer, folder / name, plan=plan)
-    with (folder / "data.jsonl").open("w") as file:
-        for i in range(60):
-            row = {"instruction": f"Say {i}.", "input": "" if i % 2 else "now", "output": f"This is {i} times {i % 7}."}
-            file.write(json.dumps(row) + "\n")
-    return folder
+from llm_pruner.recovery.prompts import plain, prompt
 
 
 def arguments(home, out, **changes):
@@ -408,13 +356,41 @@ def test_two_processes_learn_what_one_does(home, tmp_path):
     assert a == pytest.approx(b, abs=1e-3)
 
 
+@pytest.mark.slow
+def test_killed_for_good(home, tmp_path):
+    """SIGKILL at any moment, again and again: the run ends where one without interruption does."""
+    settings = {"prune_model": home / "pruned", "data_path": home / "data.jsonl", "device": "cpu", "batch_size": 8}
+    settings |= {"micro_batch_size": 2, "max_steps": 40, "val_set_size": 8, "cutoff_len": 96, "lora_r": 4}
+    settings |= {"eval_steps": 2, "save_steps": 2, "logging_steps": 1, "resume_from_checkpoint": "auto"}
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    script = str(Path(__file__).parents[1] / "post_training.py")
+
+    def start(folder):
+        command = [sys.executable, script, *flags, "--output_dir", str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    for wanted in (2, 10, 24):  # as soon as there is a checkpoint of that step
+        process = start(tmp_path / "out")
+        while not any(int(p.name[11:]) >= wanted for p in (tmp_path / "out").glob("checkpoint-*")):
+            time.sleep(0.02)
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+    assert start(tmp_path / "out").wait() == 0
+    whole, resumed = dict(losses(tmp_path / "whole")), dict(losses(tmp_path / "out"))
+    assert resumed == pytest.approx(whole, abs=1e-5)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 # --- Bad input -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prune_model": "/nowhere"}, "there is no pruned model /nowhere"),
+        ({"prune_model": "/nowhere"}, "there is no model folder /nowhere"),
+        ({"prune_model": "nobody/nothing"}, "there is no pruned model nobody/nothing"),
         ({"prune_model": None}, "--prune_model is needed"),
         ({"prune_model": "base"}, "is not a pruned model"),
         ({"data_path": "/nowhere.json"}, "there is no data file"),

@@ -1,12 +1,23 @@
 """Measuring: what a model is worth, and what it costs."""
 
+from .compare import Evaluation, Wanted, as_json, compare, evaluate, table
 from .cost import macs, macs_budget, memory, memory_budget
 from .perplexity import Perplexity, check_length, parameter_count, perplexity, windows
+from .speed import Speed, speed
 from .timing import latency, latency_budget
+from .zero_shot import PAPER_TASKS, ZeroShot, zero_shot
 
 __all__ = [
+    "PAPER_TASKS",
+    "Evaluation",
     "Perplexity",
+    "Speed",
+    "Wanted",
+    "ZeroShot",
+    "as_json",
     "check_length",
+    "compare",
+    "evaluate",
     "latency",
     "latency_budget",
     "macs",
@@ -15,5 +26,8 @@ __all__ = [
     "memory_budget",
     "parameter_count",
     "perplexity",
+    "speed",
+    "table",
     "windows",
+    "zero_shot",
 ]

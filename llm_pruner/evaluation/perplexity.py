@@ -1,4 +1,4 @@
-"""Perplexity by LLM-Pruner's protocol: windows of ``seq_len`` tokens side by side, mean over all tokens."""
+"""Perplexity: by LLM-Pruner's protocol, windows of ``seq_len`` tokens side by side, or by windows that overlap."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import find_executable_batch_size
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
-from ..graph import Compute, computing, context_length, evaluating, model_inputs, predicted
+from ..graph import Compute, computing, context_length, evaluating, total_loss
+
+FITTING = 32  # windows to try first; fewer as long as memory runs out
 
 
 @dataclass
@@ -23,23 +25,34 @@ class Perplexity:
     tokens: int
     windows: int
     seq_len: int
+    stride: int
 
 
 def windows(
-    tokenizer: PreTrainedTokenizerBase, text: str, seq_len: int, max_windows: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    seq_len: int,
+    max_windows: int | None = None,
+    stride: int | None = None,
 ) -> torch.Tensor:
     """A text as LongTensor ``[windows, seq_len]``; the rest that fills no window is left out.
 
+    Args:
+        stride: tokens from the beginning of a window to that of the next; by default ``seq_len``: side by side.
+
     Raises:
-        PrunerError: the text is shorter than one window.
+        PrunerError: the text is shorter than one window, or ``stride`` out of range.
     """
+    stride = seq_len if stride is None else stride
+    if not 1 <= stride <= seq_len:
+        raise PrunerError(f"stride {stride} is out of range: give 1 to seq_len, {seq_len}")
     if seq_len < 2:
         raise PrunerError(f"seq_len {seq_len} is out of range: a window needs at least 2 tokens")
     ids = torch.tensor(tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=torch.long)
     count = len(ids) // seq_len
     if count == 0:
         raise PrunerError(f"the text has {len(ids)} tokens, less than one window of {seq_len}: lower --seq_len")
-    return ids[: count * seq_len].view(count, seq_len)[:max_windows]
+    return ids.unfold(0, seq_len, stride)[:max_windows]
 
 
 def check_length(model: PreTrainedModel, tokens: int) -> None:
@@ -57,7 +70,11 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel, ids: torch.Tensor, batch_size: int = 4, compute: Compute | None = None
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    batch_size: int | None = 4,
+    compute: Compute | None = None,
+    stride: int | None = None,
 ) -> Perplexity:
     """Perplexity of a model on windows ``[windows, seq_len]``.
 
@@ -65,23 +82,33 @@ def perplexity(
     given the first half of each window and predicts the second.
 
     Args:
+        batch_size: windows in a forward pass; None finds out how many fit.
         compute: where and how to compute, if not as the model is: weights are then converted block by block.
+        stride: that the windows were cut with, if they overlap: of all but the first only the last ``stride`` tokens
+            count, the others are there to be read.
 
     Raises:
         PrunerError: the windows are longer than the model reads.
     """
     check_length(model, ids.shape[1])
-    total, tokens = 0.0, 0
-    with evaluating(model), computing(model, compute) as used:
-        for batch in ids.to(used.device).split(batch_size):
-            inputs = model_inputs(model, batch)
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-            targets = predicted(inputs)[:, 1:]
-            tokens += targets.numel()
-            for row, target in zip(logits, targets, strict=True):  # one window in fp32 at a time
-                total += cross_entropy(row.float(), target, reduction="sum").item()
+    stride = ids.shape[1] if stride is None else stride
+
+    def measured(batch_size: int) -> tuple[float, int]:
+        with evaluating(model), computing(model, compute) as used:
+            there = ids.to(used.device)
+            if stride == ids.shape[1]:
+                return total_loss(model, there.split(batch_size))
+            first, tokens = total_loss(model, [there[:1]])
+            others, more = total_loss(model, there[1:].split(batch_size), stride)
+            return first + others, tokens + more
+
+    if batch_size is None:
+        total, tokens = find_executable_batch_size(measured, starting_batch_size=FITTING)()
+    else:
+        total, tokens = measured(batch_size)
     loss = total / tokens
-    return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, tokens, ids.shape[0], ids.shape[1])
+    value = math.exp(loss) if loss < 700 else math.inf
+    return Perplexity(value, loss, tokens, ids.shape[0], ids.shape[1], stride)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -54,6 +54,13 @@ def latency_budget(
     return Budget("target_latency", target, table.predict, MICROSECONDS, "microseconds")
 
 
+def random_ids(model: PreTrainedModel, tokens: int, batch: int) -> torch.Tensor:
+    """Token ids ``[batch, tokens]`` where the model lies, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
+    return torch.randint(0, vocabulary, (batch, tokens), generator=generator).to(model.device)
+
+
 class LatencyTable:
     """Times of a model's layers, in microseconds.
 
@@ -153,9 +160,7 @@ def _shared(times: dict[Layer, float], alike: dict[Layer, Any]) -> dict[Layer, f
 @torch.no_grad()
 def _timed(model: PreTrainedModel, tokens: int, batch: int) -> tuple[float, dict[Layer, float]]:
     """Microseconds of a forward pass, and of each layer in it: medians of a few passes, after one to warm up."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
-    ids = torch.randint(0, vocabulary, (batch, tokens), generator=generator).to(model.device)
+    ids = random_ids(model, tokens, batch)
     inputs = model_inputs(model, ids)
     # Events of the device's own clock, so that kernels queue up as they do when nobody looks.
     cuda = model.device.type == "cuda"

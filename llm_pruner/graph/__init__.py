@@ -1,6 +1,7 @@
 """Discovery: which indices of which parameters belong together."""
 
 from .constants import Constant, hook_selecting
+from .loss import total_loss
 from .stacks import Layers, given, layer_lists, passed
 from .streaming import Compute, StandIns, computing, native, streamed
 from .tracer import (
@@ -40,6 +41,7 @@ __all__ = [
     "predicted",
     "sources",
     "streamed",
+    "total_loss",
     "trace",
     "traceable",
 ]

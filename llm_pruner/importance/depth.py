@@ -13,10 +13,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity
 
 from ..errors import PrunerError
-from ..graph import Compute, Unit, computing, evaluating, given, layer_lists, model_inputs, passed, predicted
+from ..graph import (
+    Compute,
+    Unit,
+    computing,
+    evaluating,
+    given,
+    layer_lists,
+    model_inputs,
+    passed,
+    predicted,
+    total_loss,
+)
 
 TOKENS = 2048  # in a forward pass
 
@@ -58,14 +69,7 @@ def loss_change(model: nn.Module, unit: Unit, calibration: torch.Tensor, compute
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def loss() -> float:
-        total, tokens = 0.0, 0
-        for ids in _batches(calibration, compute):
-            inputs = model_inputs(model, ids)
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-            targets = predicted(inputs)[:, 1:]
-            tokens += targets.numel()
-            for row, target in zip(logits, targets, strict=True):
-                total += cross_entropy(row.float(), target, reduction="sum").item()
+        total, tokens = total_loss(model, _batches(calibration, compute))
         return total / tokens
 
     out = torch.zeros(len(layers), dtype=torch.float64)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..checkpoint import DTYPES, PLAN_FILE, complete_folder, load, load_config, sync_folder, write_checkpoint
+from ..checkpoint import DTYPES, PLAN_FILE, complete_folder, load, load_config, locate, sync_folder, write_checkpoint
 from ..data import EMBEDDED_TEXT, text
 from ..errors import PrunerError
 from ..evaluation import check_length, windows
@@ -32,11 +34,12 @@ from .arguments import DEFAULT_DATA, RecoverArguments
 from .curves import Curves, Progress
 from .distill import Collator, Teacher, answers
 from .examples import Format, fingerprint, rows, tokenized
-from .trainer import RecoveryTrainer, newest_checkpoint
+from .trainer import PARTIAL, RecoveryTrainer, newest_checkpoint
 
 VALIDATION = "validation"
 WINDOW = 128  # tokens of a window of --extra_val_dataset, as LLM-Pruner has it
 CACHE = Path("datasets/cache")
+FINAL = ".final-"  # prefix of the folder where what was trained is written first
 LOG_FILE, METRICS_FILE = "recovery.log", "recovery.json"
 
 
@@ -127,19 +130,31 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
 
 
 def _plan(args: RecoverArguments) -> PruningPlan:
-    folder = Path(args.prune_model)
-    if not folder.is_dir():
-        raise PrunerError(f"there is no pruned model {args.prune_model}: give the folder that pruning wrote")
-    if not (folder / "config.json").is_file():
-        raise PrunerError(f"{folder} holds no model: prune with --save_model")
-    if not (folder / PLAN_FILE).is_file():
-        raise PrunerError(f"{folder} is not a pruned model: it has no {PLAN_FILE}")
-    return PruningPlan.load(folder / PLAN_FILE)
+    """The plan by which the model was pruned, from its folder or its repository on the hub."""
+    path, _ = locate(args.prune_model)
+    file = Path(path) / PLAN_FILE
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise PrunerError(f"{path} holds an adapter, no pruned model: give the folder that pruning wrote")
+        if not file.is_file():
+            raise PrunerError(f"{path} is not a pruned model: it has no {PLAN_FILE}")
+        return PruningPlan.load(file)
+    try:
+        return PruningPlan.load(hf_hub_download(path, PLAN_FILE))
+    except Exception as error:  # the hub raises whatever it raises
+        why = " ".join(str(error).split())[:160]
+        raise PrunerError(
+            f"there is no pruned model {args.prune_model}: no such folder here, and on the hub no {PLAN_FILE} of that "
+            f"name ({type(error).__name__}: {why})"
+        ) from error
 
 
 def _resume(args: RecoverArguments) -> Path | None:
     """The checkpoint to go on from; what an interrupted run left half-written is removed."""
     folder = Path(args.output_dir)
+    if os.environ.get("RANK", "0") == "0":
+        for left in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{FINAL}*")]:
+            shutil.rmtree(left, ignore_errors=True)
     newest = newest_checkpoint(folder)
     if args.resume_from_checkpoint is None:
         if newest is not None:
@@ -318,6 +333,8 @@ def _training_arguments(args: RecoverArguments, train: Any, evaluation: dict[str
             f"{processes} processes"
         )
     steps = args.max_steps or math.ceil(math.ceil(len(train) / args.batch_size) * args.num_epochs)
+    if args.wandb_project:
+        os.environ["WANDB_PROJECT"] = args.wandb_project
     compute = _compute(args)
     best = VALIDATION in evaluation and (steps >= args.save_steps)
     return TrainingArguments(
@@ -377,7 +394,7 @@ def _save(
 ) -> None:
     """Write what was trained: first beside, then moved into the output folder, which checkpoints share."""
     stored = load_config(args.prune_model, args.trust_remote_code).dtype or torch.float32
-    with tempfile.TemporaryDirectory(prefix=".final-", dir=folder) as name:
+    with tempfile.TemporaryDirectory(prefix=FINAL, dir=folder) as name:
         temporary = Path(name)
         student.config.use_cache = True
         if args.method in ("lora", "dora"):

@@ -1,0 +1,231 @@
+"""Several models side by side: what they are worth and what they cost."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import hashlib
+import io
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..graph import Layers, context_length, layer_lists
+from .cost import macs, memory
+from .perplexity import Perplexity, parameter_count, perplexity, windows
+from .speed import Speed, speed
+from .zero_shot import ZeroShot, zero_shot
+
+
+@dataclass
+class Wanted:
+    """What to measure.
+
+    Attributes:
+        texts: by name; perplexity is measured on each.
+        tasks: of lm-eval.
+        tokens, batch, new_tokens: at which speed, multiply-accumulates and the cache are meant; 0 tokens: no speed.
+    """
+
+    texts: dict[str, str] = field(default_factory=dict)
+    seq_len: int = 128
+    stride: int | None = None
+    max_windows: int | None = None
+    batch_size: int | None = None
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    tokens: int = 128
+    batch: int = 1
+    new_tokens: int = 32
+
+
+@dataclass
+class Evaluation:
+    """A model's measurements.
+
+    Attributes:
+        parameters: all of them, tied ones once.
+        parts: of them in each part: ``embeddings``, and what layers are made of, such as ``self_attn`` and ``mlp``.
+        macs: multiply-accumulates of reading ``tokens`` tokens.
+        weight_bytes, cache_bytes: of the weights, and of the cache that ``[batch, tokens]`` fill.
+        tokenizer: a hash of its vocabulary; perplexities of two tokenizers do not compare.
+    """
+
+    model: str
+    parameters: int
+    parts: dict[str, int]
+    macs: int
+    weight_bytes: int
+    cache_bytes: int
+    perplexity: dict[str, Perplexity]
+    tasks: dict[str, dict[str, float]]
+    speed: Speed | None
+    tokenizer: str
+    results: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def non_embedding(self) -> int:
+        return self.parameters - self.parts.get("embeddings", 0)
+
+
+def evaluate(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Wanted) -> Evaluation:
+    """Measure a model where it lies."""
+    found = {}
+    for title, text in wanted.texts.items():
+        ids = windows(tokenizer, text, wanted.seq_len, wanted.max_windows, wanted.stride)
+        found[title] = perplexity(model, ids, wanted.batch_size, stride=wanted.stride)
+    tasks = ZeroShot()
+    if wanted.tasks:
+        tasks = zero_shot(
+            model,
+            tokenizer,
+            wanted.tasks,
+            wanted.include_path,
+            wanted.limit,
+            wanted.num_fewshot,
+            wanted.batch_size or "auto",
+        )
+    tokens = min(wanted.tokens or 128, context_length(model) or 2**31)
+    weights = sum(p.nbytes for p in model.parameters())
+    return Evaluation(
+        name,
+        parameter_count(model),
+        parts(model),
+        macs(model, tokens, wanted.batch),
+        weights,
+        memory(model, tokens, wanted.batch) - weights,
+        found,
+        tasks.tasks,
+        speed(model, tokens, wanted.batch, wanted.new_tokens) if wanted.tokens else None,
+        hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16],
+        tasks.results,
+    )
+
+
+def compare(names: Iterable[str], load: Callable[[str], Any], wanted: Wanted) -> list[Evaluation]:
+    """Measure models one after the other, each loaded, measured and dropped before the next."""
+    out = []
+    for name in names:
+        model, tokenizer = load(name)
+        out.append(evaluate(name, model, tokenizer, wanted))
+        del model, tokenizer
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return out
+
+
+def parts(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters of the embeddings, the head if it has its own, and of what layers are made of."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    known = {id(p): "embeddings" for p in embeddings.parameters()}
+    for parameter in head.parameters() if head is not None else ():
+        known.setdefault(id(parameter), "head")
+    layer_of = Layers(list(layer_lists(model)))
+    out: dict[str, int] = defaultdict(int)
+    for name, parameter in model.named_parameters():
+        found = layer_of(name)
+        within = name.removeprefix(f"{found[0]}.{found[1]}.").split(".")[0] if found else "other"
+        out[known.get(id(parameter), within)] += parameter.numel()
+    return dict(out)
+
+
+# --- Tables ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """Rows of numbers, a column for each model."""
+
+    models: list[str]
+    rows: list[tuple[str, str, list[float | None]]]  # what, format, values
+    notes: list[str]
+
+    def cells(self) -> list[list[str]]:
+        """The table as text, head first; every model after the first also shows its ratio to the first."""
+        out = [["", *self.models]]
+        for name, form, values in self.rows:
+            row = [name]
+            for i, value in enumerate(values):
+                text = "" if value is None else form.format(value)
+                first = values[0]
+                if i and value is not None and first:
+                    text += f" ({value / first:.3f})"
+                row.append(text)
+            out.append(row)
+        return out
+
+    def csv(self) -> str:
+        buffer = io.StringIO()
+        writer = csv.writer(buffer)
+        writer.writerow(["", *self.models])
+        for name, _, values in self.rows:
+            writer.writerow([name, *("" if value is None else value for value in values)])
+        return buffer.getvalue()
+
+    def markdown(self) -> str:
+        head, *rows = self.cells()
+        lines = [head, ["---"] * len(head), *rows]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
+        return "\n\n".join([table, *self.notes]) + "\n"
+
+    def latex(self) -> str:
+        """For a paper, with booktabs."""
+        head, *rows = self.cells()
+        special = str.maketrans({c: f"\\{c}" for c in "_%&#$"})
+
+        def line(cells: list[str]) -> str:
+            return " & ".join(cell.translate(special) for cell in cells) + " \\\\"
+
+        body = "\n".join(map(line, rows))
+        columns = "l" + "r" * len(self.models)
+        head_line = line(head)
+        lines = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", head_line, "\\midrule", body, "\\bottomrule"]
+        return "\n".join([*lines, "\\end{tabular}"]) + "\n"
+
+
+def table(found: list[Evaluation]) -> Table:
+    """One table of all measurements."""
+    rows: list[tuple[str, str, list[float | None]]] = []
+
+    def add(name: str, form: str, value: Callable[[Evaluation], float | None]) -> None:
+        values = [value(one) for one in found]
+        if any(v is not None for v in values):
+            rows.append((name, form, values))
+
+    add("parameters", "{:,}", lambda e: e.parameters)
+    add("not in embeddings", "{:,}", lambda e: e.non_embedding)
+    for part in dict.fromkeys(part for one in found for part in one.parts):
+        add(f"... {part}", "{:,}", lambda e, part=part: e.parts.get(part))  # type: ignore[misc]
+    at = found[0].speed
+    where = f" ({at.batch} x {at.tokens})" if at else ""
+    add(f"multiply-accumulates{where}", "{:,}", lambda e: e.macs)
+    add("weights, MiB", "{:.1f}", lambda e: e.weight_bytes / 2**20)
+    add(f"cache, MiB{where}", "{:.2f}", lambda e: e.cache_bytes / 2**20)
+    for title in dict.fromkeys(title for one in found for title in one.perplexity):
+        add(f"perplexity, {title}", "{:.2f}", lambda e, t=title: e.perplexity[t].perplexity)  # type: ignore[misc]
+    for task in dict.fromkeys(task for one in found for task in one.tasks):
+        for metric in ("acc", "acc_norm"):
+            add(f"{task}, {metric}", "{:.4f}", lambda e, t=task, m=metric: e.tasks.get(t, {}).get(m))  # type: ignore[misc]
+    add("tokens/s, prefill", "{:.0f}", lambda e: e.speed.prefill if e.speed else None)
+    add("tokens/s, decode", "{:.1f}", lambda e: e.speed.decode if e.speed else None)
+    peaks = {one.model: one.speed.peak_bytes / 2**20 for one in found if one.speed and one.speed.peak_bytes}
+    add("peak memory, MiB", "{:.0f}", lambda e: peaks.get(e.model))
+    notes = []
+    if len({one.tokenizer for one in found}) > 1 and found[0].perplexity:
+        notes.append("The models have different tokenizers: their perplexities do not compare.")
+    counted = {t: p for one in found for t, p in one.perplexity.items()}
+    for title, p in counted.items():
+        notes.append(f"{title}: {p.tokens:,} tokens in {p.windows} windows of {p.seq_len}, stride {p.stride}.")
+    return Table([one.model for one in found], rows, notes)
+
+
+def as_json(found: list[Evaluation]) -> str:
+    return json.dumps([{**asdict(one), "results": None} for one in found], indent=1, default=str) + "\n"
