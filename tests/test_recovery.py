@@ -190,6 +190,27 @@ def test_all_weights(home, tmp_path):
     assert lp.PruningPlan.load(tmp_path / "out" / "pruning_plan.json").units
 
 
+def test_activations_computed_again_and_streamed_data(home, tmp_path):
+    """Less memory, the same losses; and data that comes as it is read trains as well."""
+    for method in ("lora", "full"):
+        options = {"method": method, "lora_dropout": 0.0, "max_steps": 3}
+        recover(arguments(home, tmp_path / f"plain{method}", **options))
+        recover(arguments(home, tmp_path / f"again{method}", **options, gradient_checkpointing=True))
+        plain, again = (losses(tmp_path / f"{n}{method}") for n in ("plain", "again"))
+        assert again == [[step, pytest.approx(loss, abs=1e-5)] for step, loss in plain]
+    recover(arguments(home, tmp_path / "streamed", streaming=True, max_steps=3, data_path="python-docs"))
+    assert len(losses(tmp_path / "streamed")) == 3
+
+
+def test_tokenized_data_is_kept(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recover(arguments(home, tmp_path / "a", cache_dataset=True, max_steps=2))
+    (kept,) = (tmp_path / "datasets" / "cache").iterdir()
+    monkeypatch.setattr("llm_pruner.recovery.run.tokenized", None)  # not asked again
+    recover(arguments(home, tmp_path / "b", cache_dataset=True, max_steps=2))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") and kept.is_dir()
+
+
 class Killed(Exception):
     pass
 
