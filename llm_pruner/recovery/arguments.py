@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from ..arguments import device_of, flag
 from ..checkpoint import DTYPES
 from ..errors import PrunerError
@@ -147,5 +149,10 @@ class RecoverArguments:
             if find_spec(package) is None:
                 raise PrunerError(f"{package} is not installed: pip install {package}")
         self.device = device_of("device", self.device)
+        if (torch.device(self.device).index or 0) > 0:
+            raise PrunerError(
+                f"--device {self.device}: to train on this one alone set CUDA_VISIBLE_DEVICES="
+                f"{torch.device(self.device).index} and give --device cuda"
+            )
         other = device_of("teacher_device", self.teacher_device)
         self.teacher_device = self.device if self.teacher_device == "auto" else other

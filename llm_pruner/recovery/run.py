@@ -337,7 +337,7 @@ def _training_arguments(args: RecoverArguments, train: Any, evaluation: dict[str
         os.environ["WANDB_PROJECT"] = args.wandb_project
     compute = _compute(args)
     best = VALIDATION in evaluation and (steps >= args.save_steps)
-    return TrainingArguments(
+    settings = TrainingArguments(
         output_dir=args.output_dir,
         per_device_train_batch_size=args.micro_batch_size,
         per_device_eval_batch_size=args.micro_batch_size,
@@ -377,6 +377,8 @@ def _training_arguments(args: RecoverArguments, train: Any, evaluation: dict[str
         seed=args.seed,
         data_seed=args.seed,
     )
+    settings._n_gpu = min(settings.n_gpu, 1)  # several GPUs are for several processes, not for DataParallel
+    return settings
 
 
 def _losses(history: list[dict[str, Any]], final: dict[str, float], name: str) -> list[float | None]:
