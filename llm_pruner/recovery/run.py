@@ -206,12 +206,13 @@ def _data(args: RecoverArguments, tokenizer: PreTrainedTokenizerBase, form: Form
         validation = datasets.Dataset.from_list(list(found.take(held_out))) if held_out else None
         return found.skip(held_out), validation
     found = datasets.concatenate_datasets(parts)
+    in_memory = not found.cache_files
     held_out = min(2000, len(found) // 20) if args.val_set_size is None else args.val_set_size
     if held_out >= len(found):
         raise PrunerError(f"--val_set_size {held_out} leaves nothing of {len(found)} examples to train on")
     if not held_out:
-        return found.shuffle(seed=42, keep_in_memory=True), None
-    split = found.train_test_split(test_size=held_out, shuffle=True, seed=42, keep_in_memory=True)
+        return found.shuffle(seed=42, keep_in_memory=in_memory), None
+    split = found.train_test_split(test_size=held_out, shuffle=True, seed=42, keep_in_memory=in_memory)
     log.info("%d examples to train on, %d to validate", len(split["train"]), held_out)
     return split["train"], split["test"]
 
