@@ -94,5 +94,5 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
-        if name != "alias" and isinstance(value, (int, float))
+        if name not in ("alias", "sample_len") and isinstance(value, (int, float))
     }
