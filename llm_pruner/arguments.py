@@ -44,6 +44,21 @@ def flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def one_of(args: Any, **choices: Iterable[str]) -> None:
+    """Raises: PrunerError: a flag has none of the values that it may have."""
+    for name, allowed in choices.items():
+        if getattr(args, name) not in allowed:
+            raise PrunerError(f"unknown --{name} {getattr(args, name)!r}; choose from {', '.join(allowed)}")
+
+
+def at_least(args: Any, least: int, *names: str) -> None:
+    """Raises: PrunerError: a flag is below the least value that it may have; one that is not given is not."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise PrunerError(f"--{name} {value} is out of range: give {least} or more")
+
+
 @dataclass
 class PruneArguments:
     """Prune a model and measure it before and after."""
@@ -120,16 +135,15 @@ class PruneArguments:
             PrunerError: with the one line that the user reads.
         """
         self._fill_in()
-        for name, allowed in (
-            ("pruner_type", CRITERIA),
-            ("taylor", VARIANTS),
-            ("grouping_strategy", AGGREGATIONS),
-            ("dtype", DTYPES),
-            ("compensate", COMPENSATIONS),
-            ("normalize", NORMALIZERS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise PrunerError(f"unknown --{name} {getattr(self, name)!r}; choose from {', '.join(allowed)}")
+        one_of(
+            self,
+            pruner_type=CRITERIA,
+            taylor=VARIANTS,
+            grouping_strategy=AGGREGATIONS,
+            dtype=DTYPES,
+            compensate=COMPENSATIONS,
+            normalize=NORMALIZERS,
+        )
         modes = [m for m in ("block_wise", "channel_wise", "layer_wise") if getattr(self, m)]
         if len(modes) > 1:
             raise PrunerError(f"--{' and --'.join(modes)} exclude each other: give one")
@@ -164,9 +178,7 @@ class PruneArguments:
             )
         if not 0 <= self.seed < 2**32:
             raise PrunerError(f"--seed {self.seed} is out of range: give 0 to 4294967295")
-        for name in ("num_examples", "iterative_steps", "round_to", "layer", "budget_batch", "budget_tokens"):
-            if getattr(self, name) < 1:
-                raise PrunerError(f"--{name} {getattr(self, name)} is out of range: give 1 or more")
+        at_least(self, 1, "num_examples", "iterative_steps", "round_to", "layer", "budget_batch", "budget_tokens")
         if self.compensate != "none":
             if self.layer_wise or self.channel_wise:
                 raise PrunerError("--compensate goes with --block_wise: it needs layers of the same hidden size")
@@ -175,8 +187,7 @@ class PruneArguments:
                     f"--compensate {self.compensate} needs --num_examples of at least {MIN_SAMPLES}, better 128; give "
                     "more, --compensate none or --preset paper"
                 )
-        if int(self.self_examples or 0) < 0:
-            raise PrunerError(f"--self_examples {self.self_examples} is out of range: give 0 or more")
+        at_least(self, 0, "self_examples")
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise PrunerError(f"--temperature {self.temperature} --top_p {self.top_p}: give above 0, and within 0 to 1")
         if self.max_seq_len < 2 or int(self.calib_seq_len or 0) < 2 or self.max_windows < 0:
@@ -260,7 +271,19 @@ def device_of(flag_name: str, value: str) -> str:
 
 
 @dataclass
-class EvaluateArguments:
+class MeasuringArguments:
+    """What is given whenever a model is measured on texts."""
+
+    seq_len: int = flag(128, "tokens in a window")
+    stride: int = flag(0, "tokens from window to window (0: they lie side by side)")
+    max_windows: int = flag(0, "use only the first N windows of a text (0: all)")
+    device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, ...")
+    dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES))
+    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+
+
+@dataclass
+class EvaluateArguments(MeasuringArguments):
     """Measure models side by side: perplexity, tasks, size and speed."""
 
     models: list[str] = field(
@@ -270,9 +293,6 @@ class EvaluateArguments:
     datasets: str = flag(
         EMBEDDED_TEXT, "texts for perplexity, by comma: wikitext2, ptb, c4, python-docs, files ('': none)"
     )
-    seq_len: int = flag(128, "tokens in a window")
-    stride: int = flag(0, "tokens from window to window (0: they lie side by side)")
-    max_windows: int = flag(0, "use only the first N windows of each text (0: all)")
     batch_size: int = flag(0, "windows or requests in a forward pass (0: as many as fit)")
     tasks: str = flag("", "lm-eval's tasks, by comma; paper: the seven of LLM-Pruner's table 1")
     include_path: str | None = flag(None, "folder with lm-eval task files of your own")
@@ -281,9 +301,6 @@ class EvaluateArguments:
     tokens: int = flag(128, "length at which speed, compute and cache are meant; 0: measure no speed")
     batch: int = flag(1, "sequences at which they are meant")
     new_tokens: int = flag(32, "tokens to write when timing")
-    device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, ...")
-    dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES))
-    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
     output: str | None = flag(None, "write table.csv, table.md, table.tex, evaluation.json and lm_eval/ to this folder")
 
 
@@ -304,18 +321,12 @@ class CostArguments(EvaluateArguments):
 
 
 @dataclass
-class PerplexityArguments:
+class PerplexityArguments(MeasuringArguments):
     """Measure perplexity."""
 
     model: str = flag(DEFAULT_MODEL, "alias of the embedded model, hub id, folder, or .gguf file")
     dataset: str = flag(EMBEDDED_TEXT, "wikitext2, ptb, c4, python-docs, or a .txt, .json or .jsonl file")
-    seq_len: int = flag(128, "tokens in a window")
-    stride: int = flag(0, "tokens from window to window (0: they lie side by side)")
-    max_windows: int = flag(0, "use only the first N windows (0: all)")
     batch_size: int = flag(0, "windows in a batch (0: as many as fit)")
-    device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, ...")
-    dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES))
-    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
     output: str | None = flag(None, "write the result to this JSON file")
 
 

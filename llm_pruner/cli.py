@@ -22,8 +22,10 @@ from .arguments import (
     InspectArguments,
     PerplexityArguments,
     PruneArguments,
+    at_least,
     device_of,
 )
+from .checkpoint import load, locate, write_text
 from .demo import demo
 from .errors import PrunerError
 from .inspect import inspect
@@ -87,7 +89,6 @@ def _out_of_memory(message: str) -> str:
 
 def evaluate_perplexity(args: PerplexityArguments) -> None:
     """Print perplexity, and write it to ``--output``."""
-    from .checkpoint import load
     from .data import text
     from .evaluation import perplexity, windows
 
@@ -109,18 +110,13 @@ def evaluate(args: EvaluateArguments) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .checkpoint import load, locate
     from .data import text
     from .evaluation import PAPER_TASKS, Wanted, as_json, compare, table
 
     if not args.models:
         raise PrunerError("name at least one model: llm-pruner evaluate MODEL [MODEL ...]")
-    for name in ("batch_size", "max_windows", "stride", "tokens"):
-        if getattr(args, name) < 0:
-            raise PrunerError(f"--{name} {getattr(args, name)} is out of range: give 0 or more")
-    for name in ("batch", "new_tokens"):
-        if getattr(args, name) < 1:
-            raise PrunerError(f"--{name} {getattr(args, name)} is out of range: give 1 or more")
+    at_least(args, 0, "batch_size", "max_windows", "stride", "tokens")
+    at_least(args, 1, "batch", "new_tokens")
     for model in args.models:
         locate(model)
     device = device_of("device", args.device)
@@ -159,18 +155,6 @@ def evaluate(args: EvaluateArguments) -> None:
         }
         for name, content in files.items():
             write_text(folder / name, content)
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {

@@ -2,7 +2,7 @@
 
 from .load import DEFAULT_MODEL, DTYPES, EMBEDDED, load, load_config, locate, meta_model
 from .mapped import on_disk
-from .save import PLAN_FILE, complete_folder, save, sync_folder, write_checkpoint
+from .save import PLAN_FILE, complete_folder, save, sync_folder, write_checkpoint, write_text
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -18,4 +18,5 @@ __all__ = [
     "save",
     "sync_folder",
     "write_checkpoint",
+    "write_text",
 ]

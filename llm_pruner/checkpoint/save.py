@@ -54,6 +54,18 @@ def write_checkpoint(
         file.chmod(0o644)
 
 
+def write_text(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 @contextmanager
 def complete_folder(folder: str | Path, owned_if: str) -> Iterator[Path]:
     """A temporary folder that takes the place of ``folder`` when the block succeeds, and vanishes when it fails.

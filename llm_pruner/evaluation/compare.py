@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gc
-import hashlib
 import io
 import json
 from collections import defaultdict
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data import digest
 from ..graph import Layers, context_length, layer_lists
 from .cost import macs, memory
 from .perplexity import Perplexity, parameter_count, perplexity, windows
@@ -104,7 +104,7 @@ def evaluate(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         found,
         tasks.tasks,
         speed(model, tokens, wanted.batch, wanted.new_tokens) if wanted.tokens else None,
-        hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16],
+        digest(sorted(tokenizer.get_vocab().items())),
         tasks.results,
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..arguments import device_of, flag
+from ..arguments import at_least, device_of, flag, one_of
 from ..checkpoint import DTYPES
 from ..errors import PrunerError
 from .objectives import OBJECTIVES
@@ -99,24 +99,9 @@ class RecoverArguments:
         path = Path(self.prune_model)
         if path.name == "pytorch_model.bin" and not path.exists() and (path.parent / "config.json").is_file():
             self.prune_model = str(path.parent)  # as LLM-Pruner's documentation names it
-        for name, allowed in (
-            ("method", METHODS),
-            ("objective", OBJECTIVES),
-            ("report_to", REPORTS),
-            ("dtype", DTYPES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise PrunerError(f"unknown --{name} {getattr(self, name)!r}; choose from {', '.join(allowed)}")
-        for name in COUNTS:
-            if getattr(self, name) < 1:
-                raise PrunerError(f"--{name} {getattr(self, name)} is out of range: give 1 or more")
-        for name in ("max_steps", "max_windows", "weight_decay", "distill_hidden"):
-            if getattr(self, name) < 0:
-                raise PrunerError(f"--{name} {getattr(self, name)} is out of range: give 0 or more")
-        if self.val_set_size is not None and self.val_set_size < 0:
-            raise PrunerError(f"--val_set_size {self.val_set_size} is out of range: give 0 or more")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise PrunerError(f"--warmup_steps {self.warmup_steps} is out of range: give 0 or more")
+        one_of(self, method=METHODS, objective=OBJECTIVES, report_to=REPORTS, dtype=DTYPES)
+        at_least(self, 1, *COUNTS)
+        at_least(self, 0, "max_steps", "max_windows", "weight_decay", "distill_hidden", "val_set_size", "warmup_steps")
         if self.batch_size % self.micro_batch_size:
             raise PrunerError(
                 f"--batch_size {self.batch_size} is no multiple of --micro_batch_size {self.micro_batch_size}"

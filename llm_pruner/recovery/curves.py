@@ -10,6 +10,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from ..checkpoint import write_text
+
 CURVES = "curves"
 
 
@@ -64,10 +66,7 @@ def curves(history: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
 
 
 def write_json(history: list[dict[str, Any]], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{CURVES}.tmp"
-    temporary.write_text(json.dumps(curves(history), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / f"{CURVES}.json")
+    write_text(folder / f"{CURVES}.json", json.dumps(curves(history), indent=1) + "\n")
 
 
 def draw(history: list[dict[str, Any]], folder: Path) -> None:

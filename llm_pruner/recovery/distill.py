@@ -68,7 +68,7 @@ class Teacher:
         Args:
             count: by how many labels to divide; by default those of this batch.
         """
-        asked = {key: value for key, value in inputs.items() if key not in (*CACHED, "labels")}
+        asked = read(inputs)
         here, targets = labelled(inputs)
         outputs = model(**asked, output_hidden_states=bool(self.hidden), use_cache=False)
         logits = outputs.logits[here].float()
@@ -91,6 +91,11 @@ class Teacher:
                 total = total + self.hidden * ((known - found).square().sum(-1) / known.square().sum(-1)).sum()
         total = total + self.weight * self.temperature**2 * divergence
         return total / (len(targets) if count is None else count), outputs
+
+
+def read(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch a model reads: no labels, no answers of a teacher."""
+    return {key: value for key, value in inputs.items() if key not in (*CACHED, "labels")}
 
 
 def shifted(inputs: dict[str, Any]) -> torch.Tensor:
@@ -137,8 +142,7 @@ def answers(
 
     def ask(batch: dict[str, list[Any]]) -> dict[str, Any]:
         examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        inputs = {key: value.to(model.device) for key, value in collate(examples).items()}
-        labels = inputs.pop("labels")
+        inputs = {key: value.to(model.device) for key, value in read(collate(examples)).items()}
         logits = model(**inputs, use_cache=False).logits
         tokens, logs = [], []
         for example, row in zip(examples, logits, strict=True):
@@ -147,7 +151,6 @@ def answers(
             best = found.topk(min(top, found.shape[-1]), -1).indices
             tokens.append(best.cpu().numpy().astype("int32"))
             logs.append(_grouped(found, best).cpu().numpy().astype("float16"))
-        del labels
         return {**batch, CACHED[0]: tokens, CACHED[1]: logs}
 
     lists = datasets.List

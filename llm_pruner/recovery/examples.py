@@ -7,8 +7,6 @@ text. Of the first three only the answers are learnt; text is packed into window
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +14,10 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data import EMBEDDED_TEXT, HUB, documents
+from ..data import EMBEDDED_TEXT, HUB, digest, documents
 from ..errors import PrunerError
 from ..logs import log
-from .objectives import Vocabulary, denoised
+from .objectives import Example, Vocabulary, denoised
 from .prompts import plain, prompt
 
 IGNORED = -100  # labels that no loss is taken of
@@ -29,7 +27,6 @@ CHATS = ("messages", "conversations")
 FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 Row = dict[str, Any]
-Example = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -77,9 +74,7 @@ def rows(source: str, streaming: bool = False) -> Any:
         if path.is_file():
             if path.suffix not in FILES:
                 raise PrunerError(f"cannot read {source}: give a {', '.join(FILES)} or .txt file")
-            found = datasets.load_dataset(
-                FILES[path.suffix], data_files=str(path), split="train", streaming=streaming, keep_in_memory=None
-            )
+            found = datasets.load_dataset(FILES[path.suffix], data_files=str(path), split="train", streaming=streaming)
         elif path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
             raise PrunerError(f"there is no data file {source}")
         else:
@@ -141,12 +136,8 @@ def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase, form: Format, sourc
             raise PrunerError(f"{source} has less text than one window of {form.cutoff_len} tokens: lower --cutoff_len")
         return datasets.Dataset.from_list(windows)
     example = _example_maker(kind, tokenizer, form)
-    found = (
-        data.map(example, remove_columns=columns)
-        if streaming
-        else data.map(example, remove_columns=columns, keep_in_memory=True, load_from_cache_file=False)
-    )
-    found = found.filter(_teaches) if streaming else found.filter(_teaches, keep_in_memory=True)
+    how: dict[str, bool] = {} if streaming else {"keep_in_memory": True, "load_from_cache_file": False}
+    found = data.map(example, remove_columns=columns, **how).filter(_teaches, **how)
     if not streaming and len(found) < len(data):
         log.info(
             "%s: %d of %d rows have no answer within %d tokens",
@@ -191,6 +182,10 @@ def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) 
 
 def _example_maker(kind: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> Callable[[Row], Example]:
     if kind == "chat":
+        if tokenizer.chat_template is None:
+            raise PrunerError("the data set holds chats and the tokenizer has no chat template: give another data set")
+        if form.encoder_decoder:
+            raise PrunerError("chats are for decoder models: give an encoder-decoder instructions or text")
         return lambda row: _chat(row, tokenizer, form)
     as_prompt = plain if form.template is None else prompt(form.template)
 
@@ -230,8 +225,6 @@ def _answered(question: str, answer: str, tokenizer: PreTrainedTokenizerBase, fo
 def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, form: Format) -> Example:
     """A conversation by the tokenizer's chat template; labels are those of the assistant's turns."""
     messages = _messages(row)
-    if tokenizer.chat_template is None:
-        raise PrunerError("the data set holds chats and the tokenizer has no chat template: give another data set")
     pieces: list[tuple[str, bool]] = []
     before = ""
     for i, message in enumerate(messages):
@@ -252,8 +245,6 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, form: Format) -> Example
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         input_ids += ids
         labels += ids if learnt or form.train_on_inputs else [IGNORED] * len(ids)
-    if form.encoder_decoder:
-        raise PrunerError("chats are for decoder models: give an encoder-decoder instructions or text")
     return {"input_ids": input_ids[: form.cutoff_len], "labels": labels[: form.cutoff_len]}
 
 
@@ -274,4 +265,4 @@ def fingerprint(source: str, tokenizer: PreTrainedTokenizerBase, form: Format) -
     template = Path(form.template or "")
     told = template.read_text(encoding="utf-8") if template.suffix == ".json" and template.is_file() else ""
     known = [source, stamp, told, asdict(form), sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    return digest(known)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..checkpoint import DTYPES, PLAN_FILE, complete_folder, load, load_config, locate, sync_folder, write_checkpoint
-from ..data import EMBEDDED_TEXT, text
+from ..data import EMBEDDED_TEXT, digest, text
 from ..errors import PrunerError
 from ..evaluation import check_length, windows
 from ..logs import log, logging_to
@@ -285,7 +284,7 @@ def _answered(
     assert teacher.model is not None
     told = [fingerprint(args.data_path or DEFAULT_DATA, tokenizer, form), data._fingerprint, args.teacher]
     told += [args.teacher_top, args.distill_temperature]
-    file = Path(str(args.teacher_cache)) / f"{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.arrow"
+    file = Path(str(args.teacher_cache)) / f"{digest(told)}.arrow"
     with PartialState().main_process_first():
         return answers(data, teacher.model, collate, args.teacher_top, args.distill_temperature, file)
 
@@ -317,7 +316,6 @@ def _trainable(args: RecoverArguments, model: PreTrainedModel) -> Any:
         use_dora=args.method == "dora",
         bias="none",
         task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
-        base_model_name_or_path=str(Path(args.prune_model).resolve()),
     )
     if args.gradient_checkpointing:
         model.enable_input_require_grads()

@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from ..checkpoint import sync_folder
 from ..errors import PrunerError
-from .distill import CACHED, Teacher, shifted
+from .distill import CACHED, Teacher, read, shifted
 from .examples import IGNORED
 
 DISK = ("No space left", "os error 28", "Disk quota", "file write failed", "unexpected pos")  # torch, safetensors
@@ -87,9 +87,8 @@ class RecoveryTrainer(Trainer):
         model.eval()
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
-            asked = {key: value for key, value in inputs.items() if key not in (*CACHED, "labels")}
             with self.compute_loss_context_manager():
-                logits = model(**asked, use_cache=False).logits
+                logits = model(**read(inputs), use_cache=False).logits
             sums, counts = [], []
             for row, labels in zip(logits, shifted(inputs), strict=True):
                 here = labels != IGNORED

@@ -36,30 +36,24 @@ def with_biases(model: PreTrainedModel, calibration: torch.Tensor) -> PreTrained
     if wanted <= before.keys():
         return model
     config = copy.deepcopy(model.config)
+    shapes = _shapes(type(model), config)
     for name in [name for name, value in fields_of(config).items() if value is False]:
         switched = copy.deepcopy(config)
         set_field(switched, name, True)
-        if _only_more_biases(type(model), config, switched, wanted):
-            config = switched
-    after = _shapes(type(model), config)
-    if not wanted & after.keys():
+        try:
+            found = _shapes(type(model), switched)
+        except Exception:  # a field may be anything, and a model may refuse it in any way it likes
+            continue
+        more = found.keys() - shapes.keys()
+        kept = all(found.get(name) == shape for name, shape in shapes.items())
+        if kept and more & wanted and all(name.endswith(".bias") for name in more):
+            config, shapes = switched, found
+    if not wanted & shapes.keys():
         raise PrunerError(
             f"no config of {type(model).__name__} gives its projections a bias: compensate by least_squares"
         )
-    missing = {name: torch.zeros(shape, dtype=model.dtype, device=model.device) for name, shape in after.items()}
+    missing = {name: torch.zeros(shape, dtype=model.dtype, device=model.device) for name, shape in shapes.items()}
     return rebuilt_from(config, missing | model.state_dict(), model)
-
-
-def _only_more_biases(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, switched: PreTrainedConfig, wanted: set[str]
-) -> bool:
-    try:
-        old, new = _shapes(model_class, config), _shapes(model_class, switched)
-    except Exception:  # a field may be anything, and a model may refuse it in any way it likes
-        return False
-    more = new.keys() - old.keys()
-    kept = all(new.get(name) == shape for name, shape in old.items())
-    return kept and bool(more & wanted) and all(name.endswith(".bias") for name in more)
 
 
 def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes:

@@ -20,7 +20,6 @@ probabilities as labels), folded into the weights before them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -89,7 +88,9 @@ def compensate(
     if len(calibration) < MIN_SAMPLES:
         raise PrunerError(f"compensation needs at least {MIN_SAMPLES} calibration samples, not {len(calibration)}")
     added = added_projections(pruned, calibration)
-    if method == "bias" and not any(_bias(layers[i].get_submodule(n)) is not None for i, n in _pairs(added)):
+    if method == "bias" and not any(
+        _bias(layers[i].get_submodule(name)) is not None for i, names in enumerate(added) for name in names
+    ):
         raise PrunerError("no projection whose output is added to the stream has a bias: use least_squares")
     batches = list(calibration.split(BATCH))
     report = CompensationReport()
@@ -131,10 +132,6 @@ def _stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(stacks) != 1:
         raise PrunerError(f"compensation needs one stack of layers, not {len(stacks)}")
     return stacks[0]
-
-
-def _pairs(added: list[list[str]]) -> Iterator[tuple[int, str]]:
-    return ((i, name) for i, names in enumerate(added) for name in names)
 
 
 def _bias(module: nn.Module) -> torch.Tensor | None:
