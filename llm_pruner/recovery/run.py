@@ -320,7 +320,8 @@ def _trainable(args: RecoverArguments, model: PreTrainedModel) -> Any:
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     found = get_peft_model(model, config)
-    found.peft_config["default"].base_model_name_or_path = str(Path(args.prune_model).resolve())
+    if Path(args.prune_model).is_dir():  # so that the adapter finds it from anywhere; a hub id is its own name
+        found.peft_config["default"].base_model_name_or_path = str(Path(args.prune_model).resolve())
     return found
 
 
