@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -300,7 +301,8 @@ class EvaluateArguments(MeasuringArguments):
     num_fewshot: int | None = flag(None, "worked examples before each question (default: the task's)")
     tokens: int = flag(128, "length at which speed, compute and cache are meant; 0: measure no speed")
     batch: int = flag(1, "sequences at which they are meant")
-    new_tokens: int = flag(32, "tokens to write when timing")
+    new_tokens: int = flag(32, "tokens to write when timing, and for each of --samples")
+    samples: bool = flag(False, "have each model go on with a few prompts")
     output: str | None = flag(None, "write table.csv, table.md, table.tex, evaluation.json and lm_eval/ to this folder")
 
 
@@ -318,6 +320,76 @@ class CostArguments(EvaluateArguments):
     """Measure size, compute, memory and speed."""
 
     datasets: str = flag("", "texts for perplexity as well, by comma")
+
+
+@dataclass
+class ReportArguments:
+    """Make one page of runs: tables, figures, samples, and what made them."""
+
+    runs: list[str] = field(
+        default_factory=list, metadata={"help": "folders of runs of prune and recover, and of evaluate --output"}
+    )
+    output: str = flag("report.html", "the page to write: one file that needs no network")
+    figures: str | None = flag(None, "write every figure to this folder too, as SVG and PNG")
+    title: str = flag("Pruning report", "title of the page")
+
+
+@dataclass
+class ChatArguments:
+    """Serve a page where one prompt goes to up to three models, side by side."""
+
+    models: list[str] = field(
+        default_factory=list, metadata={"help": "aliases, hub ids, folders (of adapters too) or .gguf files"}
+    )
+    device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, ...")
+    dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES))
+    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+    host: str = flag("127.0.0.1", "address to serve on; 0.0.0.0 lets everybody in who reaches this machine")
+    port: int = flag(7860, "port to serve on")
+    share_gradio: bool = flag(False, "open a public address through gradio's servers too")
+
+    def chosen(self) -> list[str]:
+        """The models to load.
+
+        Raises:
+            PrunerError: none, or more than fit beside each other.
+        """
+        if not 1 <= len(self.models) <= 3 or len(set(self.models)) < len(self.models):
+            raise PrunerError("name one to three different models: llm-pruner chat MODEL [MODEL [MODEL]]")
+        if not 0 < self.port < 65536:
+            raise PrunerError(f"--port {self.port} is out of range: give 1 to 65535")
+        return self.models
+
+
+MODEL_TYPES = ("pretrain", "pruneLLM", "tune_prune_LLM")
+
+
+@dataclass
+class GenerateArguments(ChatArguments):
+    """Serve a page to try a model, chosen as LLM-Pruner's generate.py does."""
+
+    base_model: str = flag(DEFAULT_MODEL, "the model of --model_type pretrain")
+    model_type: str = flag("pretrain", "which of the models to serve: " + ", ".join(MODEL_TYPES))
+    ckpt: str | None = flag(None, "folder of the pruned model, for --model_type pruneLLM and tune_prune_LLM")
+    lora_ckpt: str | None = flag(None, "folder of the adapter, for --model_type tune_prune_LLM")
+
+    def chosen(self) -> list[str]:
+        one_of(self, model_type=MODEL_TYPES)
+        flags = {"pretrain": "base_model", "pruneLLM": "ckpt", "tune_prune_LLM": "lora_ckpt"}
+        if not self.models:
+            name = getattr(self, flags[self.model_type])
+            if name is None:
+                raise PrunerError(f"--model_type {self.model_type} needs --{flags[self.model_type]}")
+            self.models = [folder_of(name)]
+        return super().chosen()
+
+
+def folder_of(name: str) -> str:
+    """The folder of a checkpoint that LLM-Pruner's documentation names by its pickle, which ours has not."""
+    path = Path(name)
+    if path.name == "pytorch_model.bin" and not path.exists() and (path.parent / "config.json").is_file():
+        return str(path.parent)
+    return name
 
 
 @dataclass

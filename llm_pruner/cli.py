@@ -17,11 +17,13 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from .arguments import (
+    ChatArguments,
     DemoArguments,
     EvaluateArguments,
     InspectArguments,
     PerplexityArguments,
     PruneArguments,
+    ReportArguments,
     at_least,
     device_of,
 )
@@ -30,6 +32,7 @@ from .demo import demo
 from .errors import PrunerError
 from .inspect import inspect
 from .pipeline import prune
+from .provenance import provenance
 from .recovery import RecoverArguments, recover
 
 T = TypeVar("T")
@@ -105,13 +108,27 @@ def evaluate_perplexity(args: PerplexityArguments) -> None:
         write_text(Path(args.output), json.dumps(record, indent=1) + "\n")
 
 
+def chat(args: ChatArguments) -> None:
+    """Serve a page to try models on."""
+    from .chat import chat as serve
+
+    serve(args)
+
+
+def report(args: ReportArguments) -> None:
+    """Write a page, and say where it is."""
+    from .report import report as write
+
+    print(write(args))
+
+
 def evaluate(args: EvaluateArguments) -> None:
     """Measure models side by side; print one table, and write it in all forms to ``--output``."""
     from rich.console import Console
     from rich.table import Table
 
     from .data import text
-    from .evaluation import PAPER_TASKS, Wanted, as_json, compare, table
+    from .evaluation import PAPER_TASKS, PROMPTS, Wanted, as_json, compare, table
 
     if not args.models:
         raise PrunerError("name at least one model: llm-pruner evaluate MODEL [MODEL ...]")
@@ -134,6 +151,7 @@ def evaluate(args: EvaluateArguments) -> None:
         args.tokens,
         args.batch,
         args.new_tokens,
+        PROMPTS if args.samples else (),
     )
     found = compare(args.models, lambda name: load(name, args.dtype, device, args.trust_remote_code), wanted)
     result = table(found)
@@ -147,7 +165,7 @@ def evaluate(args: EvaluateArguments) -> None:
     if args.output:
         folder = Path(args.output)
         files = {"table.csv": result.csv(), "table.md": result.markdown(), "table.tex": result.latex()}
-        files["evaluation.json"] = as_json(found)
+        files["evaluation.json"] = as_json(found, provenance())
         files |= {
             f"lm_eval/{i}_{Path(one.model).name}.json": json.dumps(one.results, indent=1, default=str) + "\n"
             for i, one in enumerate(found)
@@ -161,9 +179,13 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "prune": (PruneArguments, prune),
     "recover": (RecoverArguments, recover),
     "evaluate": (EvaluateArguments, evaluate),
+    "report": (ReportArguments, report),
+    "chat": (ChatArguments, chat),
     "inspect": (InspectArguments, inspect),
     "demo": (DemoArguments, demo),
 }
+# The flag that a command's first arguments belong to.
+POSITIONAL = {"inspect": ["--model"], "evaluate": ["--models"], "chat": ["--models"], "report": ["--runs"]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,10 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if argv[0] == "inspect" and len(argv) > 1 and not argv[1].startswith("-"):  # inspect MODEL
-        argv[1:2] = ["--model", argv[1]]
-    if argv[0] == "evaluate" and len(argv) > 1 and not argv[1].startswith("-"):  # evaluate MODEL MODEL ...
-        argv.insert(1, "--models")
+    if len(argv) > 1 and not argv[1].startswith("-"):  # inspect MODEL, evaluate MODEL MODEL ...
+        argv[1:1] = POSITIONAL.get(argv[0], [])
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         print(

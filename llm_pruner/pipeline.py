@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import shlex
 import sys
@@ -16,7 +15,6 @@ from typing import Any, cast
 
 import psutil
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .arguments import PruneArguments
@@ -34,6 +32,7 @@ from .checkpoint import (
 from .data import calibration, self_calibration, text
 from .errors import PrunerError
 from .evaluation import (
+    PROMPTS,
     check_length,
     latency,
     latency_budget,
@@ -44,17 +43,13 @@ from .evaluation import (
     windows,
 )
 from .graph import CouplingGraph, computing, context_length, native, trace
-from .importance import NEED_CALIBRATION, score
+from .importance import NEED_CALIBRATION, SCORES_FILE, Scores, score
 from .logs import log, logging_to
+from .provenance import provenance
 from .selection import Budget, PruningPlan, first_layers, lifted, select
 from .surgery import Place, apply, compensate, in_memory, verify, with_biases
 from .version import __version__
 
-PROMPTS = (
-    "I believe the meaning of life is",
-    "Simply put, the theory of relativity states that",
-    "Building a website can be done in 10 simple steps:\n",
-)
 LOG_FILE, METRICS_FILE = "prune.log", "metrics.json"
 
 
@@ -119,7 +114,7 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
     if not args.layer_wise and (args.pruner_type in NEED_CALIBRATION or args.compensate != "none"):
         with clock("calibration"):
             ids = calibration_set(args, tokenizer)
-    plan, pruned, graph = make_plan(args, model, ids, clock, on_disk(folder) if args.stream else in_memory)
+    plan, pruned, graph, scores = make_plan(args, model, ids, clock, on_disk(folder) if args.stream else in_memory)
     for line in plan.summary().splitlines():
         log.info("%s", line)
     normed = {u.kind for u in graph.units if u.name in plan.units and u.flags and u.kind != "hidden"}
@@ -151,6 +146,8 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
             metrics["latency"] = _latency(args, model, pruned)
     plan.settings |= {"base_model": args.base_model, "command": shlex.join(sys.argv)}
     plan.save(folder / PLAN_FILE)
+    if scores is not None:
+        scores.save(folder / SCORES_FILE)
     del model
     if args.save_model:
         with clock("save"):
@@ -160,15 +157,8 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
         "seconds": clock.seconds,
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         "peak_cuda_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if torch.cuda.is_available() else None,
-        "seed": args.seed,
-        "command": shlex.join(sys.argv),
         "arguments": asdict(args),
-        "versions": {
-            "llm_pruner": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **provenance(args.seed),
     }
 
 
@@ -229,8 +219,8 @@ def too_large(args: PruneArguments) -> bool:
 
 def make_plan(
     args: PruneArguments, model: PreTrainedModel, ids: torch.Tensor | None, clock: Stopwatch, place: Place
-) -> tuple[PruningPlan, PreTrainedModel, CouplingGraph]:
-    """The plan by the calibration set ``ids``, the pruned model, its tensors in their ``place``, and the graph.
+) -> tuple[PruningPlan, PreTrainedModel, CouplingGraph, Scores | None]:
+    """The plan by the calibration set ``ids``, the pruned model, its tensors in their ``place``, the graph, the scores.
 
     With several iterative steps, each step scores the last step's model and plans anew for the original, in
     which what is gone already scores lowest.
@@ -240,12 +230,12 @@ def make_plan(
     if args.layer_wise:
         plan = first_layers(graph, args.layer or 0)
         with clock("apply"):
-            return plan, apply(model, plan, place), graph
+            return plan, apply(model, plan, place), graph, None
     layers, kinds = args.layers(graph), args.kinds(graph)
     scope = "global" if args.global_pruning else "local"
     with clock("budget"):
         budget = _budget(args, model, graph, kinds)
-    plan, pruned, current = PruningPlan(), model, graph
+    plan, pruned, current, scores = PruningPlan(), model, graph, None
     for step in range(1, args.iterative_steps + 1):
         with clock("score"):
             scores = score(
@@ -289,7 +279,7 @@ def make_plan(
             with clock("trace"):
                 current = trace(pruned)
     plan.settings["iterative_steps"] = args.iterative_steps
-    return plan, pruned, graph
+    return plan, pruned, graph, scores
 
 
 def _moved(args: PruneArguments, model: PreTrainedModel, device: str) -> None:

@@ -227,7 +227,7 @@ def test_the_command_writes_everything(home, tasks, tmp_path, capsys):
     flags += ["--tokens", "16", "--new_tokens", "2", "--output", str(tmp_path / "out")]
     assert main(["evaluate", *models, *flags]) == 0
     assert "perplexity, python-docs" in capsys.readouterr().out
-    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]
     assert [one["model"] for one in found] == models and found[0]["tasks"]["ours"]["acc"] >= 0
     names = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*"))
     assert names == [

@@ -16,7 +16,8 @@ from ..selection import PruningPlan
 
 PLAN_FILE = "pruning_plan.json"
 SHARD = "4GB"
-OURS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".log", ".py"}  # what checkpoints and runs are made of
+# What checkpoints and runs are made of.
+OURS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".log", ".scores", ".py"}
 
 
 def save(

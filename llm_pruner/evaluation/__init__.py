@@ -1,6 +1,6 @@
 """Measuring: what a model is worth, and what it costs."""
 
-from .compare import Evaluation, Wanted, as_json, compare, evaluate, table
+from .compare import PROMPTS, Evaluation, Wanted, as_json, compare, evaluate, table
 from .cost import macs, macs_budget, memory, memory_budget
 from .perplexity import Perplexity, check_length, parameter_count, perplexity, windows
 from .speed import Speed, speed
@@ -9,6 +9,7 @@ from .zero_shot import PAPER_TASKS, ZeroShot, zero_shot
 
 __all__ = [
     "PAPER_TASKS",
+    "PROMPTS",
     "Evaluation",
     "Perplexity",
     "Speed",

@@ -9,17 +9,24 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import digest
-from ..graph import Layers, context_length, layer_lists
+from ..graph import Layers, context_length, evaluating, layer_lists
 from .cost import macs, memory
 from .perplexity import Perplexity, parameter_count, perplexity, windows
 from .speed import Speed, speed
 from .zero_shot import ZeroShot, zero_shot
+
+# LLM-Pruner's.
+PROMPTS = (
+    "I believe the meaning of life is",
+    "Simply put, the theory of relativity states that",
+    "Building a website can be done in 10 simple steps:\n",
+)
 
 
 @dataclass
@@ -30,6 +37,7 @@ class Wanted:
         texts: by name; perplexity is measured on each.
         tasks: of lm-eval.
         tokens, batch, new_tokens: at which speed, multiply-accumulates and the cache are meant; 0 tokens: no speed.
+        prompts: to be gone on with, the most probable token each time.
     """
 
     texts: dict[str, str] = field(default_factory=dict)
@@ -44,6 +52,7 @@ class Wanted:
     tokens: int = 128
     batch: int = 1
     new_tokens: int = 32
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -56,6 +65,7 @@ class Evaluation:
         macs: multiply-accumulates of reading ``tokens`` tokens.
         weight_bytes, cache_bytes: of the weights, and of the cache that ``[batch, tokens]`` fill.
         tokenizer: a hash of its vocabulary; perplexities of two tokenizers do not compare.
+        samples: what it writes after each prompt.
     """
 
     model: str
@@ -68,6 +78,7 @@ class Evaluation:
     tasks: dict[str, dict[str, float]]
     speed: Speed | None
     tokenizer: str
+    samples: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -105,6 +116,7 @@ def evaluate(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         tasks.tasks,
         speed(model, tokens, wanted.batch, wanted.new_tokens) if wanted.tokens else None,
         digest(sorted(tokenizer.get_vocab().items())),
+        {prompt: written(model, tokenizer, prompt, wanted.new_tokens) for prompt in wanted.prompts},
         tasks.results,
     )
 
@@ -120,6 +132,17 @@ def compare(names: Iterable[str], load: Callable[[str], Any], wanted: Wanted) ->
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return out
+
+
+@torch.no_grad()
+def written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
+    """What a model writes after a prompt."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with evaluating(model):
+        out = cast(Any, model).generate(**inputs, do_sample=False, max_new_tokens=new_tokens, pad_token_id=pad)
+    start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    return str(tokenizer.decode(out[0, start:], skip_special_tokens=True))
 
 
 def parts(model: PreTrainedModel) -> dict[str, int]:
@@ -227,5 +250,7 @@ def table(found: list[Evaluation]) -> Table:
     return Table([one.model for one in found], rows, notes)
 
 
-def as_json(found: list[Evaluation]) -> str:
-    return json.dumps([{**asdict(one), "results": None} for one in found], indent=1, default=str) + "\n"
+def as_json(found: list[Evaluation], about: dict[str, Any]) -> str:
+    """All numbers, and what ``about`` says of how they came to be."""
+    models = [{**asdict(one), "results": None} for one in found]
+    return json.dumps({**about, "models": models}, indent=1, default=str) + "\n"

@@ -7,13 +7,21 @@ the channels of one index (the head_dim channels of a head) are summed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 
+from ..errors import PrunerError
 from ..graph import Unit
+
+# Safetensors inside, by a name that no loader of checkpoints takes for weights.
+SCORES_FILE = "importance.scores"
 
 Salience = Mapping[tuple[str, int], torch.Tensor]  # (parameter, dim) -> [size of the dim]
 
@@ -34,6 +42,25 @@ class Scores:
 
     values: dict[str, torch.Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write the scores as safetensors, the settings in its header."""
+        values = {name: value.contiguous() for name, value in self.values.items()}
+        Path(path).write_bytes(to_bytes(values, {"settings": json.dumps(self.settings)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            PrunerError: the file is missing or holds something else.
+        """
+        try:
+            with safe_open(str(path), "pt") as file:
+                settings, names = json.loads(file.metadata()["settings"]), file.keys()
+                return cls({name: file.get_tensor(name) for name in names}, settings)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise PrunerError(f"cannot read the scores {path}: {error}") from error
 
 
 def scored_slices(unit: Unit, ranks: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
-from ..arguments import at_least, device_of, flag, one_of
+from ..arguments import at_least, device_of, flag, folder_of, one_of
 from ..checkpoint import DTYPES
 from ..errors import PrunerError
 from .objectives import OBJECTIVES
@@ -96,9 +95,7 @@ class RecoverArguments:
         """
         if not self.prune_model:
             raise PrunerError("--prune_model is needed: the folder of a pruned model")
-        path = Path(self.prune_model)
-        if path.name == "pytorch_model.bin" and not path.exists() and (path.parent / "config.json").is_file():
-            self.prune_model = str(path.parent)  # as LLM-Pruner's documentation names it
+        self.prune_model = folder_of(self.prune_model)
         one_of(self, method=METHODS, objective=OBJECTIVES, report_to=REPORTS, dtype=DTYPES)
         at_least(self, 1, *COUNTS)
         at_least(self, 0, "max_steps", "max_windows", "weight_decay", "distill_hidden", "val_set_size", "warmup_steps")

@@ -25,8 +25,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ..checkpoint import DTYPES, PLAN_FILE, complete_folder, load, load_config, locate, sync_folder, write_checkpoint
 from ..data import EMBEDDED_TEXT, digest, text
 from ..errors import PrunerError
-from ..evaluation import check_length, windows
+from ..evaluation import check_length, parameter_count, windows
 from ..logs import log, logging_to
+from ..provenance import provenance
 from ..selection import PruningPlan
 from ..version import __version__
 from .arguments import DEFAULT_DATA, RecoverArguments
@@ -87,6 +88,7 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
     if teacher is not None and args.teacher_cache:
         train = _answered(args, teacher, train, collate, tokenizer, form)
         teacher.model = None
+    parameters = parameter_count(model)
     student = _trainable(args, model)
     texts = {
         name: _text_set(name, args, model, tokenizer) for name in (args.extra_val_dataset or "").split(",") if name
@@ -117,8 +119,10 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
             "training_loss": outcome.training_loss,
             "trained_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
             "losses": {name: _losses(trainer.state.log_history, final, name) for name in evaluation},
-            "command": shlex.join(sys.argv),
+            "texts": {name: {"tokens": len(t) * (WINDOW - 1), "seq_len": WINDOW} for name, t in texts.items()},
+            "parameters": parameters,
             "arguments": asdict(args),
+            **provenance(args.seed),
         }
         _save(args, trainer.accelerator.unwrap_model(trainer.model), tokenizer, plan, folder, metrics)
         for name, losses in metrics["losses"].items():

@@ -1,0 +1,114 @@
+"""The page to try models on."""
+
+import sys
+
+import pytest
+from conftest import browser_page
+
+import llm_pruner as lp
+from llm_pruner.arguments import ChatArguments, GenerateArguments
+from llm_pruner.chat import Sampling, answer, page_of
+from llm_pruner.cli import main
+from llm_pruner.errors import PrunerError
+
+
+def test_an_answer_is_what_generate_writes(home):
+    model, tokenizer = lp.load(str(home / "pruned"))
+    ids = tokenizer("This is", return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=12, do_sample=False)
+    expected = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    *parts, last = answer(model, tokenizer, "This is", Sampling(max_new_tokens=12))
+    assert last.text == expected and last.tokens == out.shape[1] - ids["input_ids"].shape[1]
+    assert len(parts) > 1 and all(last.text.startswith(part.text) for part in parts)
+    assert "tokens/s" in last.speed
+
+
+def test_closing_an_answer_stops_the_model(home):
+    model, tokenizer = lp.load(str(home / "base"))
+    model.generation_config.eos_token_id = None
+    written = answer(model, tokenizer, "This is", Sampling(max_new_tokens=100))
+    first = next(written)
+    written.close()  # returns only when the thread that writes has ended
+    assert first.tokens < 100
+
+
+def test_the_chat_template_is_used(home):
+    model, tokenizer = lp.load(str(home / "base"))
+    plain = list(answer(model, tokenizer, "hello", Sampling(max_new_tokens=5)))[-1]
+    message = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True, tokenize=False
+    )
+    templated = list(answer(model, tokenizer, "hello", Sampling(max_new_tokens=5, chat=True)))[-1]
+    same = list(answer(model, tokenizer, message, Sampling(max_new_tokens=5)))[-1]
+    assert templated.text == same.text != plain.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [(" ", "write a prompt"), ("x" * 20_001, "at most 20,000"), ("a b " * 300, "reads at most")]
+)
+def test_bad_prompts(prompt, message, home):
+    model, tokenizer = lp.load(str(home / "base"))
+    with pytest.raises(PrunerError, match=message):
+        next(answer(model, tokenizer, prompt))
+
+
+def test_an_error_of_the_model_reaches_the_reader(home, monkeypatch):
+    model, tokenizer = lp.load(str(home / "base"))
+    monkeypatch.setattr(model, "forward", None)
+    with pytest.raises(PrunerError, match="the model stopped"):
+        list(answer(model, tokenizer, "hello"))
+
+
+def test_the_page_in_a_browser(home):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    theme, page = page_of({name: lp.load(str(home / name)) for name in ("base", "pruned")})
+    try:
+        _, address, _ = page.launch(
+            server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, theme=theme, footer_links=[]
+        )
+        assert address.startswith("http://127.0.0.1:")
+        with browser_page() as (tab, faults):
+            tab.goto(address)
+            tab.locator("#prompt textarea").fill("This is")
+            tab.locator("#generate").click()
+            for i in range(2):
+                tab.wait_for_function(
+                    f"document.querySelector('#answer{i} textarea')?.value.length > 0", timeout=30_000
+                )
+                tab.wait_for_function(f"document.querySelector('#speed{i}')?.innerText.includes('tokens/s')")
+            assert faults == []
+    finally:
+        page.close()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["chat"], "name one to three"),
+        (["chat", "a", "b", "c", "d"], "name one to three"),
+        (["chat", "/nowhere"], "there is no model folder"),
+        (["chat", "smollm2-135m", "--port", "0"], "--port 0"),
+    ],
+)
+def test_bad_input_of_the_command(argv, message, capsys):
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_gradio_the_command_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr("llm_pruner.chat.find_spec", lambda name: None)
+    assert main(["chat", "smollm2-135m"]) == 2
+    assert "pip install gradio" in capsys.readouterr().err
+
+
+def test_generate_takes_the_flags_of_llm_pruner(home):
+    assert GenerateArguments().chosen() == ["smollm2-135m"]
+    pickle = str(home / "pruned" / "pytorch_model.bin")
+    assert GenerateArguments(model_type="pruneLLM", ckpt=pickle).chosen() == [str(home / "pruned")]
+    assert GenerateArguments(model_type="tune_prune_LLM", ckpt=pickle, lora_ckpt="x").chosen() == ["x"]
+    with pytest.raises(PrunerError, match="needs --ckpt"):
+        GenerateArguments(model_type="pruneLLM").chosen()
+    with pytest.raises(PrunerError, match="unknown --model_type 'vicuna'"):
+        GenerateArguments(model_type="vicuna").chosen()
+    assert ChatArguments().host == "127.0.0.1"
