@@ -414,6 +414,17 @@ class InspectArguments:
 
 
 @dataclass
+class ApplyArguments:
+    """Carry out a plan on a checkpoint, file by file, without loading it."""
+
+    plan: str = flag("", "the plan, a JSON file")
+    checkpoint: str = flag("", "folder of the model that the plan is for, in safetensors")
+    out: str = flag("", "folder to write")
+    verify: bool = flag(False, "refuse a plan that was changed after it was written, and check what was written")
+    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+
+
+@dataclass
 class DemoArguments:
     """Prune the embedded model and show what it does to it."""
 

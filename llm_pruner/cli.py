@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from .arguments import (
+    ApplyArguments,
     ChatArguments,
     DemoArguments,
     EvaluateArguments,
@@ -115,6 +117,20 @@ def chat(args: ChatArguments) -> None:
     serve(args)
 
 
+def apply(args: ApplyArguments) -> None:
+    """Carry out a plan on a checkpoint of files."""
+    from .checkpoint import apply_to_files, check
+    from .selection import PruningPlan
+
+    if not (args.plan and args.checkpoint and args.out):
+        raise PrunerError("give a plan, a checkpoint and a folder to write: llm-pruner apply PLAN CHECKPOINT OUT")
+    plan = PruningPlan.load(args.plan, args.verify)
+    out = apply_to_files(plan, args.checkpoint, args.out, args.trust_remote_code)
+    if args.verify:
+        check(out, args.trust_remote_code)
+    print(out)
+
+
 def report(args: ReportArguments) -> None:
     """Write a page, and say where it is."""
     from .report import report as write
@@ -179,13 +195,20 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "prune": (PruneArguments, prune),
     "recover": (RecoverArguments, recover),
     "evaluate": (EvaluateArguments, evaluate),
+    "apply": (ApplyArguments, apply),
     "report": (ReportArguments, report),
     "chat": (ChatArguments, chat),
     "inspect": (InspectArguments, inspect),
     "demo": (DemoArguments, demo),
 }
-# The flag that a command's first arguments belong to.
-POSITIONAL = {"inspect": ["--model"], "evaluate": ["--models"], "chat": ["--models"], "report": ["--runs"]}
+# The flags that a command's first arguments belong to; more of them belong to the last.
+POSITIONAL = {
+    "inspect": ["--model"],
+    "evaluate": ["--models"],
+    "chat": ["--models"],
+    "report": ["--runs"],
+    "apply": ["--plan", "--checkpoint", "--out"],
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -202,8 +225,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if len(argv) > 1 and not argv[1].startswith("-"):  # inspect MODEL, evaluate MODEL MODEL ...
-        argv[1:1] = POSITIONAL.get(argv[0], [])
+    flags, first = POSITIONAL.get(argv[0], []), list(takewhile(lambda a: not a.startswith("-"), argv[1:]))
+    if flags:
+        named = [part for pair in zip(flags, first, strict=False) for part in pair]
+        argv[1 : 1 + len(first)] = named + first[len(flags) :]
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         print(

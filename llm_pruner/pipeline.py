@@ -7,7 +7,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,11 +22,13 @@ from .checkpoint import (
     DTYPES,
     PLAN_FILE,
     complete_folder,
+    cut_files,
     load,
     load_config,
     locate,
     meta_model,
     on_disk,
+    weights_in,
     write_checkpoint,
 )
 from .data import calibration, self_calibration, text
@@ -43,7 +45,7 @@ from .evaluation import (
     windows,
 )
 from .graph import CouplingGraph, computing, context_length, native, trace
-from .importance import NEED_CALIBRATION, SCORES_FILE, Scores, score
+from .importance import NEED_CALIBRATION, OF_WEIGHTS, SCORES_FILE, Scores, score
 from .logs import log, logging_to
 from .provenance import provenance
 from .selection import Budget, PruningPlan, first_layers, lifted, select
@@ -86,7 +88,8 @@ def prune(args: PruneArguments) -> Path:
             raise PrunerError(f"{folder} is the model to be pruned: give the run another --save_ckpt_log_name")
     with complete_folder(folder, owned_if=METRICS_FILE) as temporary, logging_to(temporary / LOG_FILE):
         log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
-        metrics = _run(args, temporary)
+        args.stream = args.stream or (not args.device_map and too_large(args))
+        metrics = (_on_files if files_do(args) else _run)(args, temporary)
         (temporary / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     log.info("run folder: %s", folder)
     return folder
@@ -96,7 +99,6 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
     set_seed(args.seed)
     clock = Stopwatch()
     with clock("load"):
-        args.stream = args.stream or (not args.device_map and too_large(args))
         dtype = "float32" if args.dtype == "auto" and args.device == "cpu" and not args.stream else args.dtype
         device = "cpu" if args.stream else args.device
         model, tokenizer = load(
@@ -153,7 +155,44 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
         with clock("save"):
             write_checkpoint(pruned, tokenizer, folder, plan)
     metrics["after"] = _test("after pruning", args.test_after_train, pruned, tokenizer, args, evaluation, clock)
-    return metrics | {
+    return metrics | _told(args, clock)
+
+
+def files_do(args: PruneArguments) -> bool:
+    """Whether the weights can stay in their files all along: nothing asked for computes with the model."""
+    evaluated = args.eval_datasets.strip() or args.test_before_train or args.test_after_train
+    by_weights = args.layer_wise or (args.pruner_type in OF_WEIGHTS and args.iterative_steps == 1)
+    path, gguf = locate(args.base_model)
+    return bool(
+        args.stream and by_weights and not evaluated and args.compensate == "none" and not gguf and Path(path).is_dir()
+    )
+
+
+def _on_files(args: PruneArguments, folder: Path) -> dict[str, Any]:
+    """Score and cut a checkpoint tensor by tensor, without loading it."""
+    set_seed(args.seed)
+    clock = Stopwatch()
+    model = meta_model(load_config(args.base_model, args.trust_remote_code), args.trust_remote_code)
+    weights = weights_in(args.base_model, args.trust_remote_code)
+    plan, pruned, _, scores = make_plan(args, model, None, clock, in_memory, weights)
+    for line in plan.summary().splitlines():
+        log.info("%s", line)
+    before, after = parameter_count(model), parameter_count(pruned)
+    log.info("parameters: %s -> %s (%.4f); no logits compared, since nothing was loaded", before, after, after / before)
+    plan.settings |= {"base_model": args.base_model, "command": shlex.join(sys.argv)}
+    plan.save(folder / PLAN_FILE)
+    if scores is not None:
+        scores.save(folder / SCORES_FILE)
+    if args.save_model:
+        with clock("save"):
+            cut_files(plan, args.base_model, folder, args.trust_remote_code)
+    counts = {"parameters_before": before, "parameters_after": after, "parameters_ratio": after / before}
+    return counts | {"before": {"perplexity": {}}, "after": {"perplexity": {}}} | _told(args, clock)
+
+
+def _told(args: PruneArguments, clock: Stopwatch) -> dict[str, Any]:
+    """What the record of every run says of how it went."""
+    return {
         "seconds": clock.seconds,
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         "peak_cuda_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if torch.cuda.is_available() else None,
@@ -218,7 +257,12 @@ def too_large(args: PruneArguments) -> bool:
 
 
 def make_plan(
-    args: PruneArguments, model: PreTrainedModel, ids: torch.Tensor | None, clock: Stopwatch, place: Place
+    args: PruneArguments,
+    model: PreTrainedModel,
+    ids: torch.Tensor | None,
+    clock: Stopwatch,
+    place: Place,
+    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
 ) -> tuple[PruningPlan, PreTrainedModel, CouplingGraph, Scores | None]:
     """The plan by the calibration set ``ids``, the pruned model, its tensors in their ``place``, the graph, the scores.
 
@@ -248,6 +292,7 @@ def make_plan(
                 kinds,
                 args.seed,
                 args.device,
+                weights,
             )
             scores = lifted(scores, graph, plan)
         ratio = args.pruning_ratio * step / args.iterative_steps

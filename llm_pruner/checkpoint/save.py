@@ -7,12 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
 from ..selection import PruningPlan
+from .shards import sha256
 
 PLAN_FILE = "pruning_plan.json"
 SHARD = "4GB"
@@ -50,7 +52,8 @@ def write_checkpoint(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if plan is not None:
-        plan.save(folder / PLAN_FILE)
+        weights = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+        replace(plan, weights=weights).save(folder / PLAN_FILE)
     for file in folder.iterdir():  # safetensors writes for its owner alone
         file.chmod(0o644)
 

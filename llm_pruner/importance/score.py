@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
-from ..graph import Compute, CouplingGraph, Unit, context_length, native
+from ..graph import Compute, CouplingGraph, Unit, context_length, native, sources
 from .activation import activation
 from .aggregate import AGGREGATIONS, Salience, Scores, aggregate, slices_of
 from .depth import block_influence, loss_change
@@ -27,6 +27,7 @@ class Request:
     calibration: torch.Tensor | None
     taylor: str
     compute: Compute
+    weights: Iterable[tuple[str, torch.Tensor]]
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -36,8 +37,8 @@ class Request:
 # A criterion returns numbers per channel; ``random`` needs none.
 CRITERIA: dict[str, Callable[[Request], Salience] | None] = {
     "random": None,
-    "l1": lambda r: magnitude(r.model, r.slices, power=1),
-    "l2": lambda r: magnitude(r.model, r.slices, power=2),
+    "l1": lambda r: magnitude(r.weights, r.slices, power=1),
+    "l2": lambda r: magnitude(r.weights, r.slices, power=2),
     "taylor": lambda r: taylor(r.model, r.slices, r.tokens, r.taylor, r.compute),
     "activation": lambda r: activation(r.model, r.slices, r.tokens, "activation", r.compute),
     "wanda": lambda r: activation(r.model, r.slices, r.tokens, "wanda", r.compute),
@@ -45,6 +46,7 @@ CRITERIA: dict[str, Callable[[Request], Salience] | None] = {
 }
 # These score whole layers, and nothing else.
 OF_LAYERS = {"block_influence": block_influence, "loss_change": loss_change}
+OF_WEIGHTS = ("random", "l1", "l2")  # need no forward pass
 READING = ("activation", "wanda", "flap")  # know only the slices that read a unit
 NEED_CALIBRATION = ("taylor", *READING, *OF_LAYERS)
 
@@ -59,6 +61,7 @@ def score(
     kinds: Iterable[str] | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
+    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
 ) -> Scores:
     """Score every index of every unit of the graph; higher is worth more.
 
@@ -75,6 +78,8 @@ def score(
         seed: of the ``random`` criterion.
         device: where to compute, if not where the weights are: these are then brought there block by block. 16-bit
             weights on the CPU are always computed with in float32, block by block.
+        weights: for ``l1`` and ``l2``: weights by name to read one after the other instead of the model's, which may
+            then be on the meta device (:func:`llm_pruner.checkpoint.weights_in` reads them from files).
 
     Raises:
         PrunerError: an unknown name, an unusable calibration set, or a gradient that is not finite.
@@ -104,7 +109,9 @@ def score(
     if criterion == "taylor":
         settings["taylor"] = taylor
     ranks = {name: parameter.ndim for name, parameter in model.named_parameters()}
-    salience = compute(Request(model, slices_of(units, ranks), calibration, taylor, how))
+    salience = compute(
+        Request(model, slices_of(units, ranks), calibration, taylor, how, weights or sources(model).items())
+    )
     if criterion in READING:  # whole layers, and experts, are not read by any weight
         unread = [u for u in units if not any(key in salience for key in u.dims)]
         if unread and (kinds is not None or len(unread) == len(units)):

@@ -6,6 +6,7 @@ the model nor the graph to be read, printed, put under version control or applie
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterable
@@ -62,6 +63,7 @@ class PruningPlan:
         shapes: shape of every touched parameter before pruning; a plan fits only a model that has them.
         settings: how the plan was made, for the record.
         notes: what the reader should know, such as units too small to lose anything.
+        weights: SHA-256 of the files that hold what it left, by name; empty unless it lies with a checkpoint.
     """
 
     kept: Kept = field(default_factory=dict)
@@ -69,6 +71,7 @@ class PruningPlan:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    weights: dict[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> dict[str, torch.Tensor]:
@@ -104,7 +107,7 @@ class PruningPlan:
         for name in sorted(self.kept):
             kept = {str(d): sets.setdefault(_ranges(k), len(sets)) for d, k in sorted(self.kept[name].items())}
             parameters[name] = {"shape": list(self.shapes[name]), "kept": kept}
-        document = {
+        document: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "settings": self.settings,
@@ -117,11 +120,17 @@ class PruningPlan:
             "positions": list(sets),
             "parameters": parameters,
         }
+        if self.weights:
+            document["weights"] = self.weights
+        document["sha256"] = _digest(document)
         Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> PruningPlan:
+    def load(cls, path: str | Path, verify: bool = False) -> PruningPlan:
         """Read a plan written by :meth:`save`.
+
+        Args:
+            verify: refuse a plan that was changed since.
 
         Raises:
             PrunerError: the file is missing, no plan, or names positions outside the shapes it states.
@@ -134,8 +143,12 @@ class PruningPlan:
             raise PrunerError(f"{path} is not a pruning plan (no format {FORMAT!r})")
         if document.get("version") != VERSION:
             raise PrunerError(f"{path} has plan version {document.get('version')}; this program reads {VERSION}")
+        stated = document.pop("sha256", None)
+        if verify and stated != _digest(document):
+            raise PrunerError(f"the plan {path} was changed after it was written: its hash does not fit its contents")
         try:
             plan = cls(settings=document["settings"], notes=list(document["notes"]))
+            plan.weights = {str(name): str(digest) for name, digest in document.get("weights", {}).items()}
             sets = [_positions(text) for text in document["positions"]]
             for name, entry in document["parameters"].items():
                 plan.shapes[name] = tuple(entry["shape"])
@@ -166,6 +179,10 @@ class PruningPlan:
             kept, total = sum(c.kept.numel() for c in chosen), sum(c.size for c in chosen)
             lines.append(f"{kind}: {kept} of {total} kept in {len(chosen)} unit{'s' * (len(chosen) > 1)}")
         return "\n".join([*lines, *self.notes])
+
+
+def _digest(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _ranges(positions: torch.Tensor) -> str:

@@ -52,7 +52,7 @@ def select(
             ``sqrt`` (the root of that).
         floor: share of every unit's indices that stays in any case, at least 0 and below 1.
         align: keep widths multiples of 8 to 128 channels, as kernels for matrix products want them: of the largest
-            power of two that divides a unit's size and leaves it at least 16 steps. Heads go as they are.
+            power of two that divides a unit's size and leaves it at least 32 steps. Heads go as they are.
 
     Raises:
         PrunerError: an argument is out of range, or there is nothing to prune.
@@ -141,7 +141,7 @@ def _alignment(unit: Unit) -> int:
     """The width in whose multiples kernels like a unit's channels."""
     if unit.kind in ("heads", "query_heads", "experts", "layers"):
         return 1
-    fits = (width for width in (128, 64, 32, 16, 8) if unit.size % width == 0 and unit.size >= 16 * width)
+    fits = (width for width in (128, 64, 32, 16, 8) if unit.size % width == 0 and unit.size >= 32 * width)
     return next(fits, 1)
 
 

@@ -1,0 +1,50 @@
+"""Whether a checkpoint is still what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import PrunerError
+from ..selection import PruningPlan
+from .load import load_config, meta_model
+from .save import PLAN_FILE
+from .shards import Shards, sha256
+from .stream import OtherForm, stored_names
+
+
+def check(folder: str | Path, trust_remote_code: bool = False) -> None:
+    """Compare a pruned checkpoint with the hashes in its plan, and its weights with its config.
+
+    Raises:
+        PrunerError: it has no plan with hashes, or a file or a tensor is not what it should be; the message names it.
+    """
+    folder = Path(folder)
+    plan = PruningPlan.load(folder / PLAN_FILE, verify=True)
+    if not plan.weights:
+        raise PrunerError(f"{folder / PLAN_FILE} has no hashes of weights: the folder was not written by this program")
+    for name, expected in plan.weights.items():
+        if not (folder / name).is_file():
+            raise PrunerError(f"{folder} lacks {name}, which its plan names: the checkpoint is incomplete")
+        found = sha256(folder / name)
+        if found != expected:
+            raise PrunerError(
+                f"{folder / name} is not the file that was written: its SHA-256 begins {found[:12]}, the plan says "
+                f"{expected[:12]}"
+            )
+    shards = Shards(folder)
+    strangers = [file.name for file in shards.files if file.name not in plan.weights]
+    if strangers:
+        raise PrunerError(f"{folder / strangers[0]} is no part of the checkpoint that the plan describes")
+    model = meta_model(load_config(str(folder), trust_remote_code), trust_remote_code)
+    own = model.state_dict()
+    try:
+        names = stored_names(model, shards)
+    except OtherForm:  # the hashes have to do
+        return
+    for stored, name in names.items():
+        shape = shards.tensors[stored].shape
+        if shape != tuple(own[name].shape):
+            raise PrunerError(
+                f"{stored} in {shards.tensors[stored].file} is {list(shape)}; config.json makes it "
+                f"{list(own[name].shape)}"
+            )

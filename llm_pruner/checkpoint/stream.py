@@ -1,0 +1,167 @@
+"""Carrying out a plan on files: every tensor is read, cut and written by itself, and no model is built."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import PrunerError
+from ..graph import sources
+from ..selection import PruningPlan
+from ..surgery import apply
+from ..surgery.config_solver import names_of
+from ..surgery.slicing import cut, renamed
+from .load import load_config, load_model, locate, meta_model
+from .mapped import on_disk
+from .save import PLAN_FILE, complete_folder, write_checkpoint
+from .shards import SINGLE, Shards, write_index, write_shard
+
+# What a checkpoint has beside weights and config, and goes with it as it is.
+COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
+    "generation_config.json",
+)
+
+
+class OtherForm(PrunerError):
+    """A checkpoint holds its tensors in another form than the model, such as every expert by itself."""
+
+
+def apply_to_files(plan: PruningPlan, source: str, target: str | Path, trust_remote_code: bool = False) -> Path:
+    """Write the checkpoint that a plan leaves of another, shard by shard; no shard is ever in memory.
+
+    Where the files hold the weights in another form than the model does (every expert by itself, where the model has
+    them in one tensor), the weights are mapped from the files and the new ones lie in files too until they are saved.
+
+    Args:
+        source: a folder of safetensors.
+        target: the new folder; it appears complete or not at all.
+
+    Raises:
+        PrunerError: the plan is for another model, or a tensor is missing or damaged.
+    """
+    path, gguf = locate(source)
+    if gguf is not None or not Path(path).is_dir():
+        raise PrunerError(f"{source} is no folder of safetensors: only these are cut file by file")
+    plan = replace(plan, settings={"base_model": source, **plan.settings})
+    with complete_folder(target, owned_if="config.json") as folder:
+        cut_files(plan, source, folder, trust_remote_code)
+    return Path(target)
+
+
+def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Write the files of :func:`apply_to_files` into a folder that somebody else completes.
+
+    Returns the pruned model, on the meta device.
+    """
+    path, _ = locate(source)
+    config = load_config(source, trust_remote_code)
+    model = meta_model(config, trust_remote_code)
+    shards = Shards(path)
+    hidden = any(choice.kind == "hidden" for choice in plan.units.values())  # factors of its size show in logits only
+    try:
+        names = stored_names(model, shards)
+    except OtherForm:
+        names = {}
+    pruned = apply(model, plan)
+    if hidden or not names:
+        loaded = load_model(source, trust_remote_code=trust_remote_code)
+        write_checkpoint(apply(loaded, plan, on_disk(folder)), None, folder, plan)
+        _companions(Path(path), folder)
+        return pruned
+    expected = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
+    canonical = {alias: first for first, known in names_of(model).items() for alias in known}
+    contents: dict[str, list[str]] = {}
+    hashes: dict[str, str] = {}
+    total = 0
+    for file in shards.files:
+        announced: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        origin: dict[str, tuple[str, str]] = {}  # new name -> stored name, name in the plan
+        for stored_name, stored in shards.of(file).items():
+            name = names.get(stored_name)
+            new = None if name is None else renamed(name, plan)
+            if name is None or new is None:
+                continue
+            known = canonical[name]
+            shape = plan.cut_shape(known, stored.shape)
+            if shape != expected[new]:
+                raise PrunerError(
+                    f"{stored_name} in {file} is {list(stored.shape)} and would become {list(shape)}; the pruned "
+                    f"model has {list(expected[new])}: config and weights do not belong together"
+                )
+            announced[new], origin[new] = (stored.dtype, shape), (stored_name, known)
+        if not announced:  # all of its layers went
+            continue
+        hashes[file.name] = write_shard(
+            folder / file.name,
+            announced,
+            lambda new: _cut(shards, *origin[new], plan),  # noqa: B023
+        )
+        contents[file.name] = list(announced)
+        total += sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in announced.values())
+    if list(contents) != [SINGLE]:
+        write_index(folder, contents, total)
+    pruned.config.dtype = config.dtype
+    pruned.config.save_pretrained(folder)
+    if pruned.can_generate():
+        pruned.generation_config.save_pretrained(folder)
+    _companions(Path(path), folder)
+    replace(plan, weights=hashes).save(folder / PLAN_FILE)
+    return pruned
+
+
+def weights_in(source: str, trust_remote_code: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a folder, one after the other, by the names that the model has for them.
+
+    Raises:
+        PrunerError: as :class:`Shards` does, and where the files hold them in another form.
+    """
+    model = meta_model(load_config(source, trust_remote_code), trust_remote_code)
+    shards = Shards(locate(source)[0])
+    canonical = {alias: first for first, known in names_of(model).items() for alias in known}
+    for stored, name in stored_names(model, shards).items():
+        yield canonical[name], shards.read(stored)
+
+
+def stored_names(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
+    """The model's own name of every tensor of a checkpoint; what the model does not know is left out.
+
+    Raises:
+        PrunerError: the checkpoint lacks tensors of the model, or (``OtherForm``) has them in another form.
+    """
+    own = model.state_dict()
+    prefix = model.base_model_prefix
+    out = {}
+    for stored in shards.tensors:
+        for name in (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}.")):
+            if name in own:
+                out[stored] = name
+                break
+    tied = names_of(model)
+    found = set(out.values())
+    missing = [name for name in sources(model) if name in own and not found & set(tied[name])]
+    if missing:
+        strange = [name for name in shards.tensors if name not in out]
+        if strange:
+            raise OtherForm(
+                f"{shards.folder} stores {strange[0]} and not {missing[0]}, as {type(model).__name__} has it"
+            )
+        raise PrunerError(f"{shards.folder} lacks {missing[0]} of {type(model).__name__}: the checkpoint is incomplete")
+    return out
+
+
+def _cut(shards: Shards, stored: str, known: str, plan: PruningPlan) -> torch.Tensor:
+    tensor = shards.read(stored)
+    return cut(known, tensor, plan) if known in plan.kept else tensor
+
+
+def _companions(source: Path, target: Path) -> None:
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file() and not file.name.startswith("model"):
+                shutil.copyfile(file, target / file.name)

@@ -1,0 +1,222 @@
+"""Plans carried out on files, and checkpoints that are not what they should be."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import build, pruned_by
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import llm_pruner as lp
+from llm_pruner.checkpoint import Shards, apply_to_files, check, weights_in
+from llm_pruner.cli import main
+from llm_pruner.errors import PrunerError
+
+
+def same(a, b) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_files_are_cut_as_the_model_is(architecture, tmp_path):
+    model = build(architecture)
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    plan, pruned = pruned_by(model)
+    plan.save(tmp_path / "plan.json")
+    argv = [str(tmp_path / name) for name in ("plan.json", "model", "out")]
+    assert main(["apply", *argv, "--verify"]) == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert same(pruned, again) and again.config.dtype == torch.float32
+    told = lp.PruningPlan.load(tmp_path / "out" / "pruning_plan.json", verify=True)
+    assert told.settings["base_model"] == argv[1] and told.weights
+
+
+@pytest.mark.parametrize("kinds", [("hidden",), ("layers",)])
+def test_whole_model_cuts_too(kinds, tmp_path):
+    model = build("llama_grouped")
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    plan, pruned = pruned_by(model, 0.5, kinds=kinds)
+    apply_to_files(plan, str(tmp_path / "model"), tmp_path / "out")
+    assert same(pruned, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+
+
+def test_magnitudes_are_read_from_files(architecture, tmp_path):
+    model = build(architecture)
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    if architecture in ("mixtral", "gpt_neox"):
+        with pytest.raises(PrunerError, match=r"stores .* and not"):
+            list(weights_in(str(tmp_path / "model")))
+        return
+    graph = lp.trace(model)
+    expected = lp.score(model, graph, criterion="l2")
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config)
+    found = lp.score(empty, graph, criterion="l2", weights=weights_in(str(tmp_path / "model")))
+    assert expected.values.keys() == found.values.keys()
+    for name, value in expected.values.items():
+        assert torch.equal(value, found.values[name])
+
+
+def test_the_command_prunes_files_without_loading_them(home, tmp_path, monkeypatch):
+    flags = ["--base_model", str(home / "base"), "--pruner_type", "l2", "--pruning_ratio", "0.4", "--save_model"]
+    flags += ["--output_root", str(tmp_path), "--eval_datasets", ""]
+    assert main(["prune", *flags, "--save_ckpt_log_name", "loaded"]) == 0
+    monkeypatch.setattr("llm_pruner.pipeline.load", None)
+    assert main(["prune", *flags, "--save_ckpt_log_name", "files", "--stream"]) == 0
+    a, b = (lp.load(str(tmp_path / name))[0] for name in ("loaded", "files"))
+    assert same(a, b)
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("loaded", "files"))
+    assert a["parameters_after"] == b["parameters_after"]
+    check(tmp_path / "files")
+
+
+@pytest.fixture
+def pruned_folder(tmp_path):
+    """A pruned checkpoint of several files."""
+    model = build("llama_grouped")
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    plan, _ = pruned_by(model)
+    return apply_to_files(plan, str(tmp_path / "model"), tmp_path / "pruned")
+
+
+def test_what_was_written_passes(pruned_folder):
+    check(pruned_folder)
+
+
+def flip(folder):
+    file = max(folder.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    return f"{file.name} is not the file that was written"
+
+
+def cut_short(folder):
+    file = max(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-4])
+    return "is not the file that was written"
+
+
+def lose(folder):
+    file = max(folder.glob("*.safetensors"))
+    file.unlink()
+    return f"lacks .*{file.name}"
+
+
+def alter_plan(folder):
+    file = folder / "pruning_plan.json"
+    file.write_text(file.read_text().replace('"base_model": ', '"base_model": "x", "was": '))
+    return "was changed after it was written"
+
+
+def alter_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["vocab_size"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    return r"model.embed_tokens.weight in .* is \[96, 32\]; config.json makes it \[97, 32\]"
+
+
+def slip_in(folder):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    save_file({"extra": torch.zeros(1)}, folder / "zz.safetensors")
+    index["weight_map"]["extra"] = "zz.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return "zz.safetensors is no part of the checkpoint"
+
+
+@pytest.mark.parametrize("harm", [flip, cut_short, lose, alter_plan, alter_config, slip_in])
+def test_what_was_changed_is_found(harm, pruned_folder):
+    message = harm(pruned_folder)
+    with pytest.raises(PrunerError, match=message):
+        check(pruned_folder)
+    with pytest.raises(PrunerError, match=message):
+        lp.load(str(pruned_folder), verify=True)
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    plan, _ = pruned_by(model)
+    cut_short(tmp_path / "model")
+    with pytest.raises(PrunerError, match=r"model-00\S+ is damaged"):
+        apply_to_files(plan, str(tmp_path / "model"), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_config_and_weights_that_do_not_belong_together(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "model")
+    plan, _ = pruned_by(model, kinds=("neurons",))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 90}))
+    with pytest.raises(PrunerError, match=r"lm_head.weight .* do not belong together"):
+        apply_to_files(plan, str(tmp_path / "model"), tmp_path / "out")
+
+
+def test_a_plan_for_another_model(tmp_path, capsys):
+    build("llama").save_pretrained(tmp_path / "model")
+    plan, _ = pruned_by(build("llama", intermediate_size=64))
+    plan.save(tmp_path / "plan.json")
+    assert main(["apply", *(str(tmp_path / name) for name in ("plan.json", "model", "out"))]) == 2
+    assert "made for another model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "..\\x.safetensors", "model.bin", ".."]
+)
+def test_an_index_cannot_leave_its_folder(name, tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    save_file({"x": torch.zeros(1)}, tmp_path / "outside.safetensors")
+    file = tmp_path / "model" / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    file.write_text(json.dumps(index))
+    for reading in (lambda: Shards(tmp_path / "model"), lambda: lp.load(str(tmp_path / "model"))):
+        with pytest.raises(PrunerError, match="no safetensors file of the folder"):
+            reading()
+
+
+def test_index_and_files_must_agree(tmp_path):
+    build("llama").save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    file = tmp_path / "model" / "model.safetensors.index.json"
+    good = json.loads(file.read_text())
+    first, second = sorted(set(good["weight_map"].values()))[:2]
+    for change, message in (
+        ({"weight_map": {**good["weight_map"], "nowhere": first}}, "looks for nowhere"),
+        ({"weight_map": []}, "is damaged"),
+        ({"weight_map": {}}, "names no tensors"),
+        ({}, "is damaged"),
+    ):
+        file.write_text(json.dumps(change))
+        with pytest.raises(PrunerError, match=message):
+            Shards(tmp_path / "model")
+    file.write_text("{")
+    with pytest.raises(PrunerError, match="is damaged"):
+        Shards(tmp_path / "model")
+    file.write_text(json.dumps(good))
+    shutil.copy(tmp_path / "model" / first, tmp_path / "model" / second)
+    with pytest.raises(PrunerError, match=r"is in .* and in"):
+        Shards(tmp_path / "model")
+
+
+def test_files_are_standard_safetensors(pruned_folder):
+    for file in pruned_folder.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            assert torch.equal(tensor, Shards(pruned_folder).read(name))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give a plan, a checkpoint and a folder"),
+        (["/no/plan.json", "x", "y"], "cannot read the plan"),
+        (["--plam", "x"], "did you mean --plan?"),
+    ],
+)
+def test_bad_input_of_the_command(argv, message, capsys):
+    assert main(["apply", *argv]) == 2
+    assert message in capsys.readouterr().err
