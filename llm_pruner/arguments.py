@@ -94,6 +94,9 @@ class PruneArguments:
     test_after_train: bool = flag(False, "generate after pruning (perplexity is always measured)")
     seed: int = flag(42, "seed of everything that is random")
     save_model: bool = flag(False, "write the checkpoint")
+    standalone: bool = flag(
+        False, "with it, write a modelling file, so that layers that differ load without llm_pruner (trust_remote_code)"
+    )
 
     # Ours.
     preset: str | None = flag(
@@ -150,6 +153,8 @@ class PruneArguments:
             raise PrunerError(f"--{' and --'.join(modes)} exclude each other: give one")
         if not self.layer_wise and not 0 < self.pruning_ratio < 1:
             raise PrunerError(f"--pruning_ratio {self.pruning_ratio} is out of range: give a share between 0 and 1")
+        if self.standalone and not self.save_model:
+            raise PrunerError("--standalone goes with --save_model")
         if self.layer is not None and not self.layer_wise:
             raise PrunerError("--layer goes with --layer_wise")
         self.layer = 12 if self.layer is None else self.layer
@@ -421,6 +426,16 @@ class ApplyArguments:
     checkpoint: str = flag("", "folder of the model that the plan is for, in safetensors")
     out: str = flag("", "folder to write")
     verify: bool = flag(False, "refuse a plan that was changed after it was written, and check what was written")
+    standalone: bool = flag(False, "write a modelling file too, so that layers that differ load without llm_pruner")
+    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+
+
+@dataclass
+class UniformArguments:
+    """Pad a checkpoint whose layers differ with zeros, so that it is a plain one."""
+
+    checkpoint: str = flag("", "folder of a pruned model whose layers have different widths")
+    out: str = flag("", "folder to write: the same logits, every layer as wide as the widest")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
 
 

@@ -26,6 +26,7 @@ from .arguments import (
     PerplexityArguments,
     PruneArguments,
     ReportArguments,
+    UniformArguments,
     at_least,
     device_of,
 )
@@ -125,9 +126,23 @@ def apply(args: ApplyArguments) -> None:
     if not (args.plan and args.checkpoint and args.out):
         raise PrunerError("give a plan, a checkpoint and a folder to write: llm-pruner apply PLAN CHECKPOINT OUT")
     plan = PruningPlan.load(args.plan, args.verify)
-    out = apply_to_files(plan, args.checkpoint, args.out, args.trust_remote_code)
+    out = apply_to_files(plan, args.checkpoint, args.out, args.trust_remote_code, args.standalone)
     if args.verify:
         check(out, args.trust_remote_code)
+    print(out)
+
+
+def to_uniform(args: UniformArguments) -> None:
+    """Write a plain checkpoint of one whose layers differ."""
+    from .checkpoint import PLAN_FILE, save
+    from .selection import PruningPlan
+    from .surgery import to_uniform as padded
+
+    if not (args.checkpoint and args.out):
+        raise PrunerError("give a checkpoint and a folder to write: llm-pruner to-uniform CHECKPOINT OUT")
+    model, tokenizer = load(args.checkpoint, trust_remote_code=args.trust_remote_code)
+    plan = Path(args.checkpoint) / PLAN_FILE
+    out = save(padded(model), tokenizer, args.out, PruningPlan.load(plan) if plan.is_file() else None)
     print(out)
 
 
@@ -196,6 +211,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "recover": (RecoverArguments, recover),
     "evaluate": (EvaluateArguments, evaluate),
     "apply": (ApplyArguments, apply),
+    "to-uniform": (UniformArguments, to_uniform),
     "report": (ReportArguments, report),
     "chat": (ChatArguments, chat),
     "inspect": (InspectArguments, inspect),
@@ -208,6 +224,7 @@ POSITIONAL = {
     "chat": ["--models"],
     "report": ["--runs"],
     "apply": ["--plan", "--checkpoint", "--out"],
+    "to-uniform": ["--checkpoint", "--out"],
 }
 
 

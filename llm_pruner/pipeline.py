@@ -30,6 +30,7 @@ from .checkpoint import (
     on_disk,
     weights_in,
     write_checkpoint,
+    write_modelling,
 )
 from .data import calibration, self_calibration, text
 from .errors import PrunerError
@@ -153,7 +154,7 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
     del model
     if args.save_model:
         with clock("save"):
-            write_checkpoint(pruned, tokenizer, folder, plan)
+            write_checkpoint(pruned, tokenizer, folder, plan, args.standalone)
     metrics["after"] = _test("after pruning", args.test_after_train, pruned, tokenizer, args, evaluation, clock)
     return metrics | _told(args, clock)
 
@@ -186,6 +187,8 @@ def _on_files(args: PruneArguments, folder: Path) -> dict[str, Any]:
     if args.save_model:
         with clock("save"):
             cut_files(plan, args.base_model, folder, args.trust_remote_code)
+            if args.standalone:
+                write_modelling(pruned, folder)
     counts = {"parameters_before": before, "parameters_after": after, "parameters_ratio": after / before}
     return counts | {"before": {"perplexity": {}}, "after": {"perplexity": {}}} | _told(args, clock)
 

@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 import llm_pruner as lp
 from llm_pruner.graph import CouplingGraph
 from llm_pruner.graph.verify import TOLERANCE, check_permutation, relative_difference
+from llm_pruner.heterogeneous import differs
 from llm_pruner.selection import PruningPlan
 from llm_pruner.surgery.config_solver import configs_in
-from llm_pruner.surgery.heterogeneous import differs
 from llm_pruner.surgery.slicing import masked
 
 # Whole layers and the vocabulary have an order of their own, which neither oracle can judge.

@@ -241,7 +241,7 @@ def test_a_floor_under_every_unit(scope):
 
 @pytest.mark.parametrize("scope", ("local", "global"))
 def test_widths_that_kernels_like(scope):
-    model = build("llama", intermediate_size=256)
+    model = build("llama", intermediate_size=512)
     graph = lp.trace(model)
     scores = lp.score(model, graph, criterion="random")
     plan = lp.select(graph, scores, 0.3, scope=scope, align=True)

@@ -5,6 +5,7 @@ from .load import DEFAULT_MODEL, DTYPES, EMBEDDED, load, load_config, locate, me
 from .mapped import on_disk
 from .save import PLAN_FILE, complete_folder, save, sync_folder, write_checkpoint, write_text
 from .shards import Shards
+from .standalone import write_modelling
 from .stream import apply_to_files, cut_files, weights_in
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "sync_folder",
     "weights_in",
     "write_checkpoint",
+    "write_modelling",
     "write_text",
 ]

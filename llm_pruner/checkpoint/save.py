@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import PrunerError
 from ..selection import PruningPlan
 from .shards import sha256
+from .standalone import forget_modelling, write_modelling
 
 PLAN_FILE = "pruning_plan.json"
 SHARD = "4GB"
@@ -27,17 +28,22 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     plan: PruningPlan | None = None,
+    standalone: bool = False,
 ) -> Path:
     """Write a checkpoint: safetensors, config.json, tokenizer files and ``pruning_plan.json``.
 
     Everything is written beside ``folder`` and renamed into place. A checkpoint that is there already is
     replaced; a folder that holds anything else is left alone.
 
+    Args:
+        standalone: write a modelling file too, so that a checkpoint whose layers differ loads where there is no
+            llm_pruner, with ``trust_remote_code=True``.
+
     Raises:
         PrunerError: the folder cannot be written or holds something else than a checkpoint.
     """
     with complete_folder(folder, owned_if="config.json") as temporary:
-        write_checkpoint(model, tokenizer, temporary, plan)
+        write_checkpoint(model, tokenizer, temporary, plan, standalone)
     return Path(folder)
 
 
@@ -46,9 +52,13 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     plan: PruningPlan | None = None,
+    standalone: bool = False,
 ) -> None:
     """Write the files of a checkpoint into a folder that somebody else completes."""
+    forget_modelling(model)
     model.save_pretrained(folder, max_shard_size=SHARD)
+    if standalone:
+        write_modelling(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if plan is not None:

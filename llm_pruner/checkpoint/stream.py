@@ -20,6 +20,7 @@ from .load import load_config, load_model, locate, meta_model
 from .mapped import on_disk
 from .save import PLAN_FILE, complete_folder, write_checkpoint
 from .shards import SINGLE, Shards, write_index, write_shard
+from .standalone import write_modelling
 
 # What a checkpoint has beside weights and config, and goes with it as it is.
 COMPANIONS = (
@@ -32,7 +33,9 @@ class OtherForm(PrunerError):
     """A checkpoint holds its tensors in another form than the model, such as every expert by itself."""
 
 
-def apply_to_files(plan: PruningPlan, source: str, target: str | Path, trust_remote_code: bool = False) -> Path:
+def apply_to_files(
+    plan: PruningPlan, source: str, target: str | Path, trust_remote_code: bool = False, standalone: bool = False
+) -> Path:
     """Write the checkpoint that a plan leaves of another, shard by shard; no shard is ever in memory.
 
     Where the files hold the weights in another form than the model does (every expert by itself, where the model has
@@ -41,6 +44,7 @@ def apply_to_files(plan: PruningPlan, source: str, target: str | Path, trust_rem
     Args:
         source: a folder of safetensors.
         target: the new folder; it appears complete or not at all.
+        standalone: as in :func:`llm_pruner.save`.
 
     Raises:
         PrunerError: the plan is for another model, or a tensor is missing or damaged.
@@ -50,7 +54,9 @@ def apply_to_files(plan: PruningPlan, source: str, target: str | Path, trust_rem
         raise PrunerError(f"{source} is no folder of safetensors: only these are cut file by file")
     plan = replace(plan, settings={"base_model": source, **plan.settings})
     with complete_folder(target, owned_if="config.json") as folder:
-        cut_files(plan, source, folder, trust_remote_code)
+        pruned = cut_files(plan, source, folder, trust_remote_code)
+        if standalone:
+            write_modelling(pruned, folder)
     return Path(target)
 
 

@@ -7,10 +7,8 @@ where it enters the layer. So each layer's heads stay an axis of their own, and 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -18,51 +16,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..heterogeneous import Constant, arguments_of, hook_selecting, layer_lists
 from .axes import Atom, Dim, find, flatten, freeze, leaves
 from .rules import Traced
-from .stacks import layer_lists
 
 if TYPE_CHECKING:
     from .tracer import Tracer
 
 COMBINED = "combined with a constant"
-
-
-@dataclass(frozen=True)
-class Constant:
-    """Dim ``dim`` of tensor argument ``argument`` of a layer, seen as ``[..., size, inner]``."""
-
-    layer: str
-    argument: str
-    dim: int
-    size: int
-    inner: int
-
-    def select(self, tensor: torch.Tensor, kept: Iterable[int]) -> torch.Tensor:
-        """The tensor with only the ``kept`` indices of the axis, in that order."""
-        index = torch.tensor(list(kept), device=tensor.device)
-        parts = tensor.unflatten(self.dim, (-1, self.size, self.inner))
-        return parts.index_select(self.dim + 1, index).flatten(self.dim, self.dim + 2)
-
-
-def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    """The arguments of a call of a module by name (the class's own ``forward``: instances may have theirs wrapped)."""
-    return inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-
-
-def hook_selecting(slices: list[tuple[Constant, list[int]]]) -> Callable[..., Any]:
-    """A forward pre-hook that gives a layer the kept part of its constants; outer axes come first."""
-    slices = sorted(slices, key=lambda item: -item[0].inner)
-
-    def select(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = arguments_of(module, args, kwargs)
-        for constant, kept in slices:
-            tensor = bound.arguments.get(constant.argument)
-            if isinstance(tensor, torch.Tensor):
-                bound.arguments[constant.argument] = constant.select(tensor, kept)
-        return bound.args[1:], bound.kwargs
-
-    return select
 
 
 @contextmanager

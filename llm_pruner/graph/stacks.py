@@ -6,7 +6,10 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
+
+from ..heterogeneous import layer_lists
+
+__all__ = ["Layers", "given", "layer_lists", "passed"]
 
 
 class Layers:
@@ -20,21 +23,6 @@ class Layers:
             if match := re.match(rf"{re.escape(path)}\.(\d+)\.", name):
                 return path, int(match[1])
         return None
-
-
-def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The stacks of decoder (or encoder) layers: outermost module lists of the model, by path.
-
-    A list with a member that holds no parameters is no stack.
-    """
-    out: dict[str, nn.ModuleList] = {}
-    for path, module in model.named_modules():
-        nested = any(path.startswith(f"{outer}.") for outer in out)
-        if isinstance(module, nn.ModuleList) and len(module) and not nested:
-            if any(next(member.parameters(), None) is None for member in module):
-                continue
-            out[path] = module
-    return out
 
 
 def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

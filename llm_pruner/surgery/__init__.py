@@ -1,10 +1,11 @@
 """Surgery: carrying out a plan."""
 
+from ..heterogeneous import install
 from .apply import EquivalenceReport, Place, apply, in_memory, verify
 from .biases import with_biases
 from .compensate import METHODS, MIN_SAMPLES, CompensationReport, compensate
 from .config_solver import skeleton
-from .heterogeneous import install
+from .uniform import to_uniform
 
 __all__ = [
     "METHODS",
@@ -17,6 +18,7 @@ __all__ = [
     "in_memory",
     "install",
     "skeleton",
+    "to_uniform",
     "verify",
     "with_biases",
 ]

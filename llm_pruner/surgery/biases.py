@@ -9,10 +9,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
 from ..graph import layer_lists
+from ..heterogeneous import fields_of, set_field
 from .apply import rebuilt_from
 from .compensate import added_projections
 from .config_solver import skeleton
-from .heterogeneous import fields_of, set_field
 
 Shapes = dict[str, tuple[int, ...]]
 

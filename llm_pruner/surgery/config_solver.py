@@ -3,7 +3,7 @@
 No field is known by name. A field may be the one if its value is a multiple of a unit's size; it is one if
 changing it changes, on the meta device, dims that the plan cuts and no others. Layers are solved one at a
 time, each built by its own constructor; fields on which all layers agree are then lifted to the config
-itself, and what is left becomes per-layer (:mod:`llm_pruner.surgery.heterogeneous`). Shapes can agree by
+itself, and what is left becomes per-layer (:mod:`llm_pruner.heterogeneous`). Shapes can agree by
 coincidence, so :func:`llm_pruner.apply` traces the result and compares units before it trusts it.
 """
 
@@ -21,8 +21,7 @@ from transformers.initialization import no_init_weights
 
 from ..errors import PrunerError
 from ..graph import CouplingGraph, layer_lists, sources
-from ..selection import PruningPlan
-from .heterogeneous import (
+from ..heterogeneous import (
     CONSTANTS,
     SUBMODULES,
     Overrides,
@@ -34,6 +33,7 @@ from .heterogeneous import (
     set_field,
     with_values,
 )
+from ..selection import PruningPlan
 from .layer_solver import Cut, LayerSolver, Recipe, Shapes, Solution, candidates, holds, shapes_of
 from .slicing import renamed
 

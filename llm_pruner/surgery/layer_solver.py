@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from ..errors import PrunerError
 from ..graph import common_path, sources
-from .heterogeneous import Overrides, config_of, fields_of, global_config, numbers_of, rebuilt
+from ..heterogeneous import Overrides, config_of, fields_of, global_config, numbers_of, rebuilt
 
 Shapes = dict[str, tuple[int, ...]]
 Recipe = dict[str, Any]  # {"values": overrides, "shapes": {parameter: shape}}

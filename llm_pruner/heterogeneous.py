@@ -21,7 +21,8 @@ each layer takes its heads' part of what it is given, as ``constant_slices`` say
 
     {"h.3": [{"argument": "alibi", "dim": 0, "size": 16, "inner": 1, "kept": [0, 2, ...]}]}
 
-Importing :mod:`llm_pruner` installs this in transformers, so ``AutoModelForCausalLM.from_pretrained`` works.
+Importing :mod:`llm_pruner` installs this in transformers, so ``AutoModelForCausalLM.from_pretrained`` works. This file
+knows nothing of the rest of the package: a checkpoint may carry a copy of it, to be read where there is no llm_pruner.
 """
 
 from __future__ import annotations
@@ -31,16 +32,14 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-
-from ..errors import PrunerError
-from ..graph import Constant, hook_selecting, layer_lists
 
 SUBMODULES = "submodule_overrides"
 CONSTANTS = "constant_slices"
@@ -103,7 +102,8 @@ def record_constructors(model_class: type) -> None:
     A module's constructor is the only thing that knows how to make it right; its arguments are needed to ask
     it again with another config.
     """
-    for module_class in vars(sys.modules[model_class.__module__]).values():
+    files = dict.fromkeys(base.__module__ for base in model_class.__mro__ if issubclass(base, PreTrainedModel))
+    for module_class in [value for file in files for value in vars(sys.modules[file]).values()]:
         if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
             continue
         original = module_class.__dict__.get("__init__")
@@ -154,11 +154,11 @@ def rebuilt(module: nn.Module, overrides: Overrides | PreTrainedConfig) -> nn.Mo
     """The module as its constructor makes it from another config, or from the same one with other values.
 
     A value that is also an argument of the constructor itself (some blocks are given ``num_heads``) is passed as
-    that. Raises whatever the constructor raises for values that make no sense, and PrunerError for a module whose
+    that. Raises whatever the constructor raises for values that make no sense, and ValueError for a module whose
     constructor was not recorded.
     """
     if "_constructed_with" not in module.__dict__:
-        raise PrunerError(f"{type(module).__name__} cannot be built again: it is not of a modelling file")
+        raise ValueError(f"{type(module).__name__} cannot be built again: it is not of a modelling file")
     module_class, args, kwargs = module.__dict__["_constructed_with"]
     bound = _bound(module_class, args, kwargs)
     for name, value in list(bound.arguments.items())[1:]:
@@ -206,6 +206,21 @@ def global_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy without per-layer values."""
     out = copy.copy(config)
     out.__dict__.pop("_heterogeneity_spec", None)
+    return out
+
+
+def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The stacks of decoder (or encoder) layers: outermost module lists of the model, by path.
+
+    A list with a member that holds no parameters is no stack.
+    """
+    out: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        nested = any(path.startswith(f"{outer}.") for outer in out)
+        if isinstance(module, nn.ModuleList) and len(module) and not nested:
+            if any(next(member.parameters(), None) is None for member in module):
+                continue
+            out[path] = module
     return out
 
 
@@ -269,6 +284,43 @@ def _resize(block: nn.Module, name: str, shape: tuple[int, ...]) -> None:
     elif isinstance(leaf, nn.LayerNorm):
         leaf.normalized_shape = shape
     elif not isinstance(leaf, (nn.Linear, Conv1D)) and hasattr(leaf, "forward") and len(shape) != 1:
-        raise PrunerError(f"{type(leaf).__name__}.{attribute} cannot be given the shape {list(shape)}")
+        raise ValueError(f"{type(leaf).__name__}.{attribute} cannot be given the shape {list(shape)}")
     new = torch.empty(shape, dtype=old.dtype, device=old.device)
     setattr(leaf, attribute, nn.Parameter(new, requires_grad=old.requires_grad))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Dim ``dim`` of tensor argument ``argument`` of a layer, seen as ``[..., size, inner]``."""
+
+    layer: str
+    argument: str
+    dim: int
+    size: int
+    inner: int
+
+    def select(self, tensor: torch.Tensor, kept: Iterable[int]) -> torch.Tensor:
+        """The tensor with only the ``kept`` indices of the axis, in that order."""
+        index = torch.tensor(list(kept), device=tensor.device)
+        parts = tensor.unflatten(self.dim, (-1, self.size, self.inner))
+        return parts.index_select(self.dim + 1, index).flatten(self.dim, self.dim + 2)
+
+
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    """The arguments of a call of a module by name (the class's own ``forward``: instances may have theirs wrapped)."""
+    return inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+
+
+def hook_selecting(slices: list[tuple[Constant, list[int]]]) -> Callable[..., Any]:
+    """A forward pre-hook that gives a layer the kept part of its constants; outer axes come first."""
+    slices = sorted(slices, key=lambda item: -item[0].inner)
+
+    def select(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = arguments_of(module, args, kwargs)
+        for constant, kept in slices:
+            tensor = bound.arguments.get(constant.argument)
+            if isinstance(tensor, torch.Tensor):
+                bound.arguments[constant.argument] = constant.select(tensor, kept)
+        return bound.args[1:], bound.kwargs
+
+    return select

@@ -1,0 +1,40 @@
+"""A modelling file that a checkpoint carries, so that it loads where there is no llm_pruner."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from .. import heterogeneous
+
+FILE = "modeling_pruned.py"
+TAIL = '''
+
+install()
+
+
+class {name}(transformers.{name}):
+    """The model of this checkpoint; reading it needs this file, and trust_remote_code=True."""
+'''
+
+
+def write_modelling(model: PreTrainedModel, folder: Path) -> None:
+    """Write the file, and name it in the config of the folder for ``trust_remote_code=True``."""
+    name = type(model).__name__
+    source = inspect.getsource(heterogeneous).replace("import torch\n", "import torch\nimport transformers\n", 1)
+    (folder / FILE).write_text(source + TAIL.format(name=name), encoding="utf-8")
+    auto_class = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["auto_map"] = {auto_class: f"{Path(FILE).stem}.{name}"}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def forget_modelling(model: PreTrainedModel) -> None:
+    """A model that was read from such a checkpoint is not saved as one unless that is asked for."""
+    known = getattr(model.config, "auto_map", None) or {}
+    if any(str(where).startswith(f"{Path(FILE).stem}.") for where in known.values()):
+        del model.config.auto_map

@@ -1,0 +1,123 @@
+"""Checkpoints whose layers differ, made to load where nothing knows of them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import build, pruned_by, tokens
+from transformers import AutoModelForCausalLM
+
+import llm_pruner as lp
+from llm_pruner.checkpoint.standalone import FILE
+from llm_pruner.cli import main
+from llm_pruner.errors import PrunerError
+from llm_pruner.surgery import to_uniform
+
+# Reads a checkpoint in a process that has not heard of llm_pruner, and writes its logits and what it generates.
+STRANGER = """
+import sys, json, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=len(sys.argv) > 2).eval()
+ids = torch.tensor([[5, 6, 7, 8]])
+out = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+model.save_pretrained(sys.argv[1] + ".again")
+assert not any(name == "llm_pruner" or name.startswith("llm_pruner.") for name in sys.modules)
+print(json.dumps([model(ids).logits[0, -1].tolist(), out.tolist()]))
+"""
+
+
+def read_by_a_stranger(folder, tmp_path, *flags):
+    import os
+
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", STRANGER, str(folder), *flags]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def expected_of(model):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    out = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    return [model(ids).logits[0, -1].tolist(), out.tolist()]
+
+
+@pytest.mark.parametrize("kinds", [("neurons",), ("heads",), ("heads", "neurons")])
+def test_zeros_make_layers_equal_and_change_nothing(architecture, kinds):
+    model = build(architecture)
+    _, pruned = pruned_by(model, kinds=kinds, layers=[1])
+    plain = to_uniform(pruned)
+    assert not plain.config.is_heterogeneous and "submodule_overrides" not in plain.config.to_dict()
+    ids = tokens()
+    with torch.no_grad():
+        assert (plain(ids).logits - pruned(ids).logits).abs().max() < 2e-6
+
+
+def test_layers_of_several_widths():
+    model = build("llama_grouped", intermediate_size=64, num_attention_heads=8, num_key_value_heads=4)
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, criterion="random")
+    plan = lp.select(graph, scores, 0.6, scope="global")
+    assert len({c.kept.numel() for c in plan.units.values() if c.kind == "neurons"}) > 1
+    pruned = lp.apply(model, plan)
+    plain = to_uniform(pruned)
+    widths = [layer.mlp.up_proj.out_features for layer in pruned.model.layers]
+    assert {layer.mlp.up_proj.out_features for layer in plain.model.layers} == {max(widths)}
+    with torch.no_grad():
+        assert (plain(tokens()).logits - pruned(tokens()).logits).abs().max() < 2e-6
+
+
+def test_what_zeros_would_change_is_refused():
+    _, pruned = pruned_by(build("mixtral"), kinds=("experts",), layers=[1])
+    with pytest.raises(PrunerError, match="zeros change what this model computes"):
+        to_uniform(pruned)
+    with pytest.raises(PrunerError, match="the same widths already"):
+        to_uniform(build("llama"))
+
+
+def test_a_uniform_checkpoint_loads_without_us(home, tmp_path, capsys):
+    assert main(["to-uniform", str(home / "pruned"), str(tmp_path / "plain")]) == 0
+    assert (tmp_path / "plain" / "tokenizer.json").is_file()
+    model, _ = lp.load(str(home / "pruned"))
+    logits, written = read_by_a_stranger(tmp_path / "plain", tmp_path)
+    expected = expected_of(model)
+    assert logits == pytest.approx(expected[0], abs=1e-5) and written == expected[1]
+    assert main(["to-uniform"]) == 2
+    assert "give a checkpoint and a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["llama_grouped", "gpt2", "opt", "mixtral"])
+def test_a_standalone_checkpoint_loads_without_us(name, tmp_path):
+    plan, pruned = pruned_by(build(name), layers=[1])
+    lp.save(pruned, None, tmp_path / "model", plan, standalone=True)
+    assert read_by_a_stranger(tmp_path / "model", tmp_path, "trust") == expected_of(pruned)
+    # What the stranger saved again is as good, and so is what we read of it.
+    assert read_by_a_stranger(tmp_path / "model.again", tmp_path, "trust") == expected_of(pruned)
+    assert expected_of(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()) == expected_of(pruned)
+
+
+def test_the_modelling_file_is_written_on_request_only(home, tmp_path):
+    flags = ["--base_model", str(home / "base"), "--pruner_type", "l2", "--pruning_ratio", "0.4", "--save_model"]
+    flags += ["--output_root", str(tmp_path), "--eval_datasets", "", "--block_wise", "--block_mlp_layer_start", "1"]
+    flags += ["--block_mlp_layer_end", "2", "--block_attention_layer_start", "1", "--block_attention_layer_end", "2"]
+    for i, extra in enumerate([["--standalone"], ["--standalone", "--stream"]]):
+        assert main(["prune", *flags, "--save_ckpt_log_name", f"run{i}", *extra]) == 0
+        assert (tmp_path / f"run{i}" / FILE).is_file()
+        read_by_a_stranger(tmp_path / f"run{i}", tmp_path, "trust")
+    model, tokenizer = lp.load(str(tmp_path / "run0"))
+    lp.save(model, tokenizer, tmp_path / "again")
+    assert not (tmp_path / "again" / FILE).exists()
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_code_of_a_checkpoint_runs_only_if_trusted(home, tmp_path):
+    """A modelling file that would leave a mark does not, unless the flag is given."""
+    model, tokenizer = lp.load(str(home / "pruned"))
+    lp.save(model, tokenizer, tmp_path / "model", standalone=True)
+    mark = tmp_path / "mark"
+    file = tmp_path / "model" / FILE
+    file.write_text(f"open({str(mark)!r}, 'w')\n" + file.read_text())
+    lp.load(str(tmp_path / "model"))
+    assert main(["inspect", str(tmp_path / "model")]) == 0
+    assert not mark.exists()
