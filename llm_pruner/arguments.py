@@ -104,6 +104,7 @@ class PruneArguments:
         "what is not given: best (the default), or paper, LLM-Pruner to the letter (the default as soon as one of its "
         "flags that choose a method is given)",
     )
+    push_to_hub: str | None = flag(None, "with --save_model, put the run on the hub as well, as user/name")
     calib_dataset: str = flag(
         EMBEDDED_TEXT, "calibration text: python-docs, bookcorpus, c4, wikitext2, ptb, or a .txt, .json or .jsonl file"
     )
@@ -127,6 +128,7 @@ class PruneArguments:
         False, "keep weights mapped from their files and bring them in block by block, for large models"
     )
     round_to: int = flag(1, "keep multiples of this many indices")
+    tensor_parallel: int = flag(1, "keep widths that so many devices can share, with as much removed of each's part")
     hardware_align: bool | None = flag(None, "keep widths in multiples that kernels like (default: true; paper: false)")
     dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES) + " (auto: float32 on cpu)")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
@@ -153,8 +155,9 @@ class PruneArguments:
             raise PrunerError(f"--{' and --'.join(modes)} exclude each other: give one")
         if not self.layer_wise and not 0 < self.pruning_ratio < 1:
             raise PrunerError(f"--pruning_ratio {self.pruning_ratio} is out of range: give a share between 0 and 1")
-        if self.standalone and not self.save_model:
-            raise PrunerError("--standalone goes with --save_model")
+        for name in ("standalone", "push_to_hub"):
+            if getattr(self, name) and not self.save_model:
+                raise PrunerError(f"--{name} goes with --save_model")
         if self.layer is not None and not self.layer_wise:
             raise PrunerError("--layer goes with --layer_wise")
         self.layer = 12 if self.layer is None else self.layer
@@ -184,7 +187,17 @@ class PruneArguments:
             )
         if not 0 <= self.seed < 2**32:
             raise PrunerError(f"--seed {self.seed} is out of range: give 0 to 4294967295")
-        at_least(self, 1, "num_examples", "iterative_steps", "round_to", "layer", "budget_batch", "budget_tokens")
+        at_least(
+            self,
+            1,
+            "num_examples",
+            "iterative_steps",
+            "round_to",
+            "tensor_parallel",
+            "layer",
+            "budget_batch",
+            "budget_tokens",
+        )
         if self.compensate != "none":
             if self.layer_wise or self.channel_wise:
                 raise PrunerError("--compensate goes with --block_wise: it needs layers of the same hidden size")

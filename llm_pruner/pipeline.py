@@ -28,7 +28,9 @@ from .checkpoint import (
     locate,
     meta_model,
     on_disk,
+    upload,
     weights_in,
+    write_card,
     write_checkpoint,
     write_modelling,
 )
@@ -92,6 +94,11 @@ def prune(args: PruneArguments) -> Path:
         args.stream = args.stream or (not args.device_map and too_large(args))
         metrics = (_on_files if files_do(args) else _run)(args, temporary)
         (temporary / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        if args.save_model:
+            config = load_config(str(temporary), args.trust_remote_code)
+            write_card(config, temporary, PruningPlan.load(temporary / PLAN_FILE), folder.name, metrics)
+    if args.push_to_hub:
+        log.info("pushed to %s", upload(folder, args.push_to_hub))
     log.info("run folder: %s", folder)
     return folder
 
@@ -314,6 +321,7 @@ def make_plan(
                     args.normalize,
                     args.floor,
                     bool(args.hardware_align),
+                    args.tensor_parallel,
                 )
         except PrunerError as error:
             if step == args.iterative_steps:

@@ -253,3 +253,28 @@ def test_widths_that_kernels_like(scope):
     assert all(c.kept.numel() % 16 == 0 for c in solved.units.values()) and not solved.notes
     between = lp.select(graph, scores, kinds=["neurons"], target_params=size + 700, align=True)
     assert any("not aligned" in note for note in between.notes)
+
+
+@pytest.mark.parametrize("scope", ("local", "global"))
+def test_devices_keep_equal_parts(scope):
+    model = build("llama_grouped", intermediate_size=96, num_attention_heads=8, num_key_value_heads=4)
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, criterion="random")
+    plan = lp.select(graph, scores, 0.5, scope=scope, tensor_parallel=4)
+    assert {c.kind for c in plan.units.values()} >= {"neurons"}
+    for name, choice in plan.units.items():
+        width = choice.size // 4
+        each = [choice.kept[choice.kept // width == part] for part in range(4)]
+        assert len({len(part) for part in each}) == 1
+        for part, kept in enumerate(each):  # and of each part the best stay
+            best = scores.values[name][part * width : (part + 1) * width].topk(len(kept)).indices + part * width
+            assert torch.equal(best.sort().values, kept)
+    # Cut into four as vLLM cuts it, the pruned weight's parts are the pruned parts of the weight.
+    pruned = lp.apply(model, plan)
+    for layer, original in zip(pruned.model.layers, model.model.layers, strict=True):
+        for small, large in zip(layer.mlp.up_proj.weight.chunk(4), original.mlp.up_proj.weight.chunk(4), strict=True):
+            assert all(any(torch.equal(row, other) for other in large) for row in small)
+    odd = lp.select(graph, scores, 0.5, tensor_parallel=3)
+    assert any("4 indices, which 3 devices cannot share" in note for note in odd.notes)
+    with pytest.raises(lp.PrunerError, match="tensor_parallel 0 is out of range"):
+        lp.select(graph, scores, 0.5, tensor_parallel=0)

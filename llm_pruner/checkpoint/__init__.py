@@ -1,5 +1,6 @@
 """The only part that touches model files."""
 
+from .card import upload, write_card
 from .integrity import check
 from .load import DEFAULT_MODEL, DTYPES, EMBEDDED, load, load_config, locate, meta_model
 from .mapped import on_disk
@@ -25,7 +26,9 @@ __all__ = [
     "on_disk",
     "save",
     "sync_folder",
+    "upload",
     "weights_in",
+    "write_card",
     "write_checkpoint",
     "write_modelling",
     "write_text",

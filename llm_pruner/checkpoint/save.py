@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
 from ..selection import PruningPlan
+from .card import CARD, upload, write_card
 from .shards import sha256
 from .standalone import forget_modelling, write_modelling
 
@@ -29,6 +30,8 @@ def save(
     folder: str | Path,
     plan: PruningPlan | None = None,
     standalone: bool = False,
+    push_to_hub: str | None = None,
+    token: str | None = None,
 ) -> Path:
     """Write a checkpoint: safetensors, config.json, tokenizer files and ``pruning_plan.json``.
 
@@ -38,12 +41,18 @@ def save(
     Args:
         standalone: write a modelling file too, so that a checkpoint whose layers differ loads where there is no
             llm_pruner, with ``trust_remote_code=True``.
+        push_to_hub: a repository, as ``user/name``, to which the folder goes as well; it is made if it is not there.
+        token: access token for the hub.
 
     Raises:
-        PrunerError: the folder cannot be written or holds something else than a checkpoint.
+        PrunerError: the folder cannot be written or holds something else than a checkpoint, or the hub refuses it.
     """
     with complete_folder(folder, owned_if="config.json") as temporary:
         write_checkpoint(model, tokenizer, temporary, plan, standalone)
+        if plan is not None:
+            write_card(model.config, temporary, plan, Path(folder).name)
+    if push_to_hub:
+        upload(Path(folder), push_to_hub, token)
     return Path(folder)
 
 
@@ -92,7 +101,7 @@ def complete_folder(folder: str | Path, owned_if: str) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise PrunerError(f"{target} is a file; give a folder to write to")
     inside = list(target.iterdir()) if target.is_dir() else []
-    foreign = [p.name for p in inside if p.is_dir() or p.suffix not in OURS]
+    foreign = [p.name for p in inside if p.is_dir() or (p.suffix not in OURS and p.name != CARD)]
     if inside and (foreign or not (target / owned_if).exists()):
         reason = f"it holds {min(foreign)}" if foreign else f"it has no {owned_if}"
         raise PrunerError(f"the folder {target} is not ours to replace ({reason}); give another")

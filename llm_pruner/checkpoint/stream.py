@@ -16,6 +16,7 @@ from ..selection import PruningPlan
 from ..surgery import apply
 from ..surgery.config_solver import names_of
 from ..surgery.slicing import cut, renamed
+from .card import write_card
 from .load import load_config, load_model, locate, meta_model
 from .mapped import on_disk
 from .save import PLAN_FILE, complete_folder, write_checkpoint
@@ -57,6 +58,7 @@ def apply_to_files(
         pruned = cut_files(plan, source, folder, trust_remote_code)
         if standalone:
             write_modelling(pruned, folder)
+        write_card(pruned.config, folder, plan, Path(target).name)
     return Path(target)
 
 

@@ -29,6 +29,7 @@ def select(
     normalize: str = "none",
     floor: float = 0.0,
     align: bool = False,
+    tensor_parallel: int = 1,
 ) -> PruningPlan:
     """Choose which indices of which units stay: those with the highest scores.
 
@@ -53,6 +54,8 @@ def select(
         floor: share of every unit's indices that stays in any case, at least 0 and below 1.
         align: keep widths multiples of 8 to 128 channels, as kernels for matrix products want them: of the largest
             power of two that divides a unit's size and leaves it at least 32 steps. Heads go as they are.
+        tensor_parallel: keep heads, neurons and channels in multiples of this many, and as many of them in each of as
+            many equal parts of a unit, so that a model split over that many devices stays so.
 
     Raises:
         PrunerError: an argument is out of range, or there is nothing to prune.
@@ -64,7 +67,8 @@ def select(
 
         def solved(align: bool) -> PruningPlan:
             def at(share: float) -> PruningPlan:
-                return select(graph, scores, share, kinds, layers, scope, round_to, None, None, normalize, floor, align)
+                choice = (share, kinds, layers, scope, round_to, None, None, normalize, floor, align, tensor_parallel)
+                return select(graph, scores, *choice)
 
             return solve(graph, budget, at)
 
@@ -80,6 +84,8 @@ def select(
     _check(graph, ratio, kinds, wanted, scope, round_to)
     if normalize not in NORMALIZERS:
         raise PrunerError(f"unknown normalize {normalize!r}; choose from {', '.join(NORMALIZERS)}")
+    if tensor_parallel < 1:
+        raise PrunerError(f"tensor_parallel {tensor_parallel} is out of range: give 1 or more")
     if not 0 <= floor < 1:
         raise PrunerError(f"floor {floor} is out of range: give a share of at least 0 and below 1")
     chosen = [unit for unit in graph.of_kind(*kinds) if _in_layers(unit, wanted)]
@@ -97,13 +103,18 @@ def select(
         units = [unit for unit in chosen if unit.kind == kind]
         if spanning := [u for u in graph.of_kind(kind) if u.layer is None and u not in units]:
             plan.notes.append(f"{kind}: {len(spanning)} units span layers and are left out, since layers were given")
-        steps = [lcm(round_to, unit.multiple, _alignment(unit) if align else 1) for unit in units]
+        parts = tensor_parallel if kind in SHARDED else 1
+        steps = [lcm(round_to, parts, unit.multiple, _alignment(unit) if align else 1) for unit in units]
         if scope == "local":
             removals = _local(units, scores, ratio, steps, floor)
         else:
             removals = _global(units, scores, ratio, steps, floor, _costs(units, graph), NORMALIZERS[normalize])
         idle = 0
         for unit, removed in zip(units, removals, strict=True):
+            if unit.size % parts:
+                plan.notes.append(f"{unit.name} has {unit.size} indices, which {parts} devices cannot share equally")
+            elif parts > 1:
+                removed = _balanced(scores.values[unit.name], len(removed), parts)
             if removed.numel():
                 stays = torch.ones(unit.size, dtype=torch.bool)
                 stays[removed] = False
@@ -152,6 +163,13 @@ def _local(units: list[Unit], scores: Scores, ratio: float, steps: list[int], fl
         gone = unit.size - _rounded(unit, kept, step)
         out.append(torch.argsort(scores.values[unit.name], stable=True)[:gone])
     return out
+
+
+def _balanced(scores: torch.Tensor, count: int, parts: int) -> torch.Tensor:
+    """The indices that score least in each of so many equal parts of a unit, together ``count``."""
+    width = len(scores) // parts
+    order = torch.argsort(scores.view(parts, width), dim=1, stable=True)[:, : count // parts]
+    return (order + width * torch.arange(parts)[:, None]).flatten()
 
 
 # What the scores of a unit are divided by before they are compared with those of others.
@@ -216,6 +234,7 @@ def _global(
     return out
 
 
+SHARDED = ("heads", "neurons", "channels")  # what tensor parallelism splits
 WHOLE_MODEL = ("hidden", "vocabulary", "layers")
 
 

@@ -1,0 +1,136 @@
+"""The model card of a pruned checkpoint, and its way to the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedConfig
+
+from ..errors import PrunerError
+from ..heterogeneous import differs
+from ..selection import PruningPlan
+from ..version import __version__
+from .load import EMBEDDED, HUB_IDS, locate
+from .standalone import FILE
+
+CARD = "README.md"
+PLAIN = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER_OR_ID)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER_OR_ID)
+```"""
+DIFFERING = """Its layers have different widths (`per_layer_config`), so llm-pruner has to be imported first:
+
+```python
+import llm_pruner  # pip install llm_pruner
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER_OR_ID)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER_OR_ID)
+```"""
+STANDALONE = "Without llm_pruner, `trust_remote_code=True` reads it by the `{file}` that it carries."
+
+
+def write_card(
+    config: PreTrainedConfig, folder: Path, plan: PruningPlan, name: str, metrics: dict[str, Any] | None = None
+) -> None:
+    """Write ``README.md``, with the metadata that the hub reads.
+
+    Args:
+        name: of the model.
+        metrics: of the run, if it measured any: parameters and perplexities before and after.
+    """
+    base = str(plan.settings.get("base_model", ""))
+    metrics = metrics or {}
+    perplexities = {
+        text: metrics["after"]["perplexity"][text] for text in metrics.get("after", {}).get("perplexity", {})
+    }
+    card: dict[str, Any] = {
+        "library_name": "transformers",
+        "tags": ["pruning", "structural-pruning", "llm-pruner"],
+        "pipeline_tag": "text2text-generation" if config.is_encoder_decoder else "text-generation",
+    }
+    if (known := hub_id(base)) is not None:
+        card["base_model"] = known
+    if (license_name := _license(base)) is not None:
+        card["license"] = license_name
+    if perplexities:
+        card["model_name"] = name
+        card["eval_results"] = [
+            EvalResult("text-generation", text, Path(text).name, "perplexity", round(float(found["perplexity"]), 4))
+            for text, found in perplexities.items()
+        ]
+    lines = ["---", ModelCardData(**card).to_yaml(), "---", "", f"# {name}", ""]
+    lines += [f"{known or base or type(config).__name__}, structurally pruned by llm-pruner {__version__}:", ""]
+    lines += [f"* {line}" for line in plan.summary().splitlines()]
+    lines += _table(metrics, perplexities)
+    if "command" in plan.settings:
+        lines += ["", "```bash", str(plan.settings["command"]), "```"]
+    lines += ["", "## Use", "", DIFFERING if differs(config) else PLAIN]
+    if (folder / FILE).is_file():
+        lines += ["", STANDALONE.format(file=FILE)]
+    lines += ["", "`pruning_plan.json` says which indices of which weights stayed.", ""]
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _table(metrics: dict[str, Any], perplexities: dict[str, Any]) -> list[str]:
+    if "parameters_before" not in metrics:
+        return []
+    rows = ["", "| | before | after |", "|---|---|---|"]
+    rows.append(f"| parameters | {metrics['parameters_before']:,} | {metrics['parameters_after']:,} |")
+    for text, found in perplexities.items():
+        before = metrics["before"]["perplexity"][text]["perplexity"]
+        rows.append(
+            f"| perplexity, {Path(text).name} ({found['tokens']:,} tokens) | {before:.2f} | {found['perplexity']:.2f} |"
+        )
+    return rows
+
+
+def hub_id(name: str) -> str | None:
+    """The hub's name of a model, for an alias or such a name; None for a folder or a file."""
+    if name in EMBEDDED:
+        return HUB_IDS[name][0]
+    if not name or Path(name).exists() or name.startswith((".", "/", "~")):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _license(base: str) -> str | None:
+    """The licence that a model comes with, where it can be found out: from its card here or on the hub."""
+    if base in EMBEDDED:
+        return HUB_IDS[base][1]
+    try:
+        folder = Path(locate(base)[0]) if base else Path()
+        source = folder / CARD if (folder / CARD).is_file() and base else hub_id(base)
+        found = ModelCard.load(source).data.license if source is not None else None
+    except Exception:  # no network, no card, or one that nobody can read: the licence stays unsaid
+        return None
+    return str(found) if found else None
+
+
+def upload(folder: Path, repository: str, token: str | None = None, private: bool = False) -> str:
+    """Put a folder on the hub; returns its address.
+
+    Raises:
+        PrunerError: a name that cannot be, or the hub refuses or is out of reach.
+    """
+    try:
+        validate_repo_id(repository)
+        api = HfApi(token=token)
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=f"llm-pruner {__version__}")
+    except Exception as error:  # whatever the network does
+        why = " ".join(str(error).split())[:300]
+        raise PrunerError(
+            f"cannot push to {repository} ({type(error).__name__}: {why}); the checkpoint is in {folder}"
+        ) from error
+    return str(address)
