@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -151,19 +152,27 @@ def write_shard(
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
-    with file.open("wb") as out:
+    # What is ready is hashed and written while the next one is read and cut.
+    with file.open("wb") as out, ThreadPoolExecutor(1) as writer:
 
-        def write(data: bytes | memoryview) -> None:
+        def write(data: Any) -> None:
             digest.update(data)
             out.write(data)
 
         write(len(head).to_bytes(8, "little"))
         write(head)
+        pending = None
         for name, (dtype, shape) in shapes.items():
             value = tensor(name)
             if (value.dtype, tuple(value.shape)) != (dtype, shape):
                 raise AssertionError(f"{name} is {value.dtype} {list(value.shape)}, announced as {dtype} {shape}")
-            write(cast(Any, value.contiguous().view(-1).view(torch.uint8).numpy()) if value.numel() else b"")
+            if pending is not None:
+                pending.result()
+            pending = writer.submit(
+                write, cast(Any, value.contiguous().view(-1).view(torch.uint8).numpy()) if value.numel() else b""
+            )
+        if pending is not None:
+            pending.result()
         out.flush()
         os.fsync(out.fileno())
     return digest.hexdigest()
