@@ -444,6 +444,39 @@ class ApplyArguments:
 
 
 @dataclass
+class VocabArguments:
+    """Cut tokens that are not needed from a model and its tokenizer."""
+
+    model: str = flag(DEFAULT_MODEL, "alias of the embedded model, hub id, folder, or .gguf file")
+    output_dir: str = flag("vocab_log", "folder to write")
+    corpus: str | None = flag(None, "texts to count tokens in, by comma: hub data sets, python-docs, or files")
+    keep: str | None = flag(None, "tokens to keep: 15000, 0.5 (a share), or coverage=0.9999 (of what was counted)")
+    min_count: int = flag(0, "keep only tokens that occur at least so often")
+    to_tokenizer: str | None = flag(None, "keep the tokens of this tokenizer, all of which this one must have")
+    languages: str | None = flag(None, "keep tokens in the scripts of these languages, by comma: en,zh")
+    scripts: str | None = flag(None, "keep tokens in these scripts, by comma: Han,Latin")
+    keep_tokens: str | None = flag(None, "file of tokens to keep in any case, one a line")
+    save_counts: str | None = flag(None, "file to keep counts in; what it has is not counted again")
+    eval_dataset: str = flag(EMBEDDED_TEXT, "text to compare both models on")
+    max_windows: int = flag(0, "use only the first N windows of it for perplexity (0: all)")
+    device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, ...")
+    dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES))
+    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+
+    def check(self) -> None:
+        """Raises: PrunerError: with the one line that the user reads."""
+        at_least(self, 0, "min_count", "max_windows")
+        one_of(self, dtype=DTYPES)
+        if not (self.keep or self.min_count or self.to_tokenizer or self.languages or self.scripts):
+            raise PrunerError("say what is to stay: --keep, --min_count, --to_tokenizer, --languages or --scripts")
+        if (self.keep or self.min_count) and not self.corpus:
+            raise PrunerError("--keep and --min_count go by how often tokens occur: give --corpus")
+
+    def sources(self) -> list[str]:
+        return [name.strip() for name in (self.corpus or "").split(",") if name.strip()]
+
+
+@dataclass
 class UniformArguments:
     """Pad a checkpoint whose layers differ with zeros, so that it is a plain one."""
 

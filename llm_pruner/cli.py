@@ -27,6 +27,7 @@ from .arguments import (
     PruneArguments,
     ReportArguments,
     UniformArguments,
+    VocabArguments,
     at_least,
     device_of,
 )
@@ -132,6 +133,13 @@ def apply(args: ApplyArguments) -> None:
     print(out)
 
 
+def vocab(args: VocabArguments) -> None:
+    """Cut a vocabulary."""
+    from .vocabulary.run import vocab as cut
+
+    cut(args)
+
+
 def to_uniform(args: UniformArguments) -> None:
     """Write a plain checkpoint of one whose layers differ."""
     from .checkpoint import PLAN_FILE, save
@@ -210,6 +218,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "prune": (PruneArguments, prune),
     "recover": (RecoverArguments, recover),
     "evaluate": (EvaluateArguments, evaluate),
+    "vocab": (VocabArguments, vocab),
     "apply": (ApplyArguments, apply),
     "to-uniform": (UniformArguments, to_uniform),
     "report": (ReportArguments, report),
@@ -223,6 +232,7 @@ POSITIONAL = {
     "evaluate": ["--models"],
     "chat": ["--models"],
     "report": ["--runs"],
+    "vocab": ["--model"],
     "apply": ["--plan", "--checkpoint", "--out"],
     "to-uniform": ["--checkpoint", "--out"],
 }

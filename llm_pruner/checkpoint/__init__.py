@@ -1,10 +1,11 @@
 """The only part that touches model files."""
 
+from ..files import write_text
 from .card import upload, write_card
 from .integrity import check
 from .load import DEFAULT_MODEL, DTYPES, EMBEDDED, load, load_config, locate, meta_model
 from .mapped import on_disk
-from .save import PLAN_FILE, complete_folder, save, sync_folder, write_checkpoint, write_text
+from .save import PLAN_FILE, complete_folder, save, sync_folder, write_checkpoint
 from .shards import Shards
 from .standalone import write_modelling
 from .stream import apply_to_files, cut_files, weights_in

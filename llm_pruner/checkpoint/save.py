@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
 from ..selection import PruningPlan
+from ..vocabulary.tokenizer import cut_tokenizer
 from .card import CARD, upload, write_card
 from .shards import sha256
 from .standalone import forget_modelling, write_modelling
@@ -70,23 +71,14 @@ def write_checkpoint(
         write_modelling(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        kept = None if plan is None else plan.tokens
+        if kept is not None and len(tokenizer) > len(kept):  # the original's, not yet cut
+            cut_tokenizer(tokenizer, kept, folder)
     if plan is not None:
         weights = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
         replace(plan, weights=weights).save(folder / PLAN_FILE)
     for file in folder.iterdir():  # safetensors writes for its owner alone
         file.chmod(0o644)
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -62,6 +62,7 @@ class Shards:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         self.files, index = shard_files(self.folder)
         self.tensors: dict[str, Stored] = {}
         for file in self.files:
@@ -78,15 +79,24 @@ class Shards:
     def of(self, file: Path) -> dict[str, Stored]:
         return {name: stored for name, stored in self.tensors.items() if stored.file == file}
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor in memory of its own, which is free again with it: nothing stays mapped."""
+    def read(self, name: str, again: bool = False) -> torch.Tensor:
+        """A tensor in memory of its own, which is free again with it: nothing stays mapped.
+
+        Args:
+            again: in memory that the next such tensor overwrites, which saves making pages for each.
+        """
         stored = self.tensors[name]
-        out = torch.empty(stored.end - stored.start, dtype=torch.uint8)
+        size = stored.end - stored.start
+        if again:
+            self._buffer = self._buffer if len(self._buffer) >= size else torch.empty(size, dtype=torch.uint8)
+            out = self._buffer[:size]
+        else:
+            out = torch.empty(size, dtype=torch.uint8)
         with stored.file.open("rb") as file:
             file.seek(stored.start)
-            if file.readinto(cast(Any, out.numpy())) != out.numel():
+            if file.readinto(cast(Any, out.numpy())) != size:
                 raise PrunerError(f"{stored.file} ends within the tensor {name}")
-        return (out.view(stored.dtype) if out.numel() else out.to(stored.dtype)).view(stored.shape)
+        return (out.view(stored.dtype) if size else out.to(stored.dtype)).view(stored.shape)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, self.read(name)) for name in self.tensors)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import PrunerError
 from ..graph import sources
@@ -16,6 +16,7 @@ from ..selection import PruningPlan
 from ..surgery import apply
 from ..surgery.config_solver import names_of
 from ..surgery.slicing import cut, renamed
+from ..vocabulary.tokenizer import cut_tokenizer
 from .card import write_card
 from .load import load_config, load_model, locate, meta_model
 from .mapped import on_disk
@@ -26,7 +27,6 @@ from .standalone import write_modelling
 # What a checkpoint has beside weights and config, and goes with it as it is.
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
-    "generation_config.json",
 )
 
 
@@ -80,7 +80,7 @@ def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: b
     if hidden or not names:
         loaded = load_model(source, trust_remote_code=trust_remote_code)
         write_checkpoint(apply(loaded, plan, on_disk(folder)), None, folder, plan)
-        _companions(Path(path), folder)
+        _companions(Path(path), folder, plan)
         return pruned
     expected = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
     canonical = {alias: first for first, known in names_of(model).items() for alias in known}
@@ -118,7 +118,7 @@ def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: b
     pruned.config.save_pretrained(folder)
     if pruned.can_generate():
         pruned.generation_config.save_pretrained(folder)
-    _companions(Path(path), folder)
+    _companions(Path(path), folder, plan)
     replace(plan, weights=hashes).save(folder / PLAN_FILE)
     return pruned
 
@@ -164,12 +164,13 @@ def stored_names(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
 
 
 def _cut(shards: Shards, stored: str, known: str, plan: PruningPlan) -> torch.Tensor:
-    tensor = shards.read(stored)
-    return cut(known, tensor, plan) if known in plan.kept else tensor
+    return cut(known, shards.read(stored, again=True), plan)  # which is always a copy
 
 
-def _companions(source: Path, target: Path) -> None:
+def _companions(source: Path, target: Path, plan: PruningPlan) -> None:
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
-            if file.is_file() and not file.name.startswith("model"):
+            if file.is_file() and not file.name.startswith("model") and not (target / file.name).exists():
                 shutil.copyfile(file, target / file.name)
+    if plan.tokens is not None:
+        cut_tokenizer(AutoTokenizer.from_pretrained(source), plan.tokens, target)

@@ -78,6 +78,11 @@ class PruningPlan:
         """Kept layers by path of their stack, for the stacks that lose some."""
         return {name.rpartition(".")[0]: c.kept for name, c in self.units.items() if c.kind == "layers"}
 
+    @property
+    def tokens(self) -> list[int] | None:
+        """The ids of the tokens that stay, in order: their places are the new ids. None if all do."""
+        return next((c.kept.tolist() for c in self.units.values() if c.kind == "vocabulary"), None)
+
     def keep(self, unit: Unit, indices: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
         """Keep only ``indices`` of a unit. Several units may cut the same parameter dim."""
         indices = indices.unique()

@@ -5,6 +5,7 @@ from .apply import EquivalenceReport, Place, apply, in_memory, verify
 from .biases import with_biases
 from .compensate import METHODS, MIN_SAMPLES, CompensationReport, compensate
 from .config_solver import skeleton
+from .tokens import ids_in
 from .uniform import to_uniform
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Place",
     "apply",
     "compensate",
+    "ids_in",
     "in_memory",
     "install",
     "skeleton",

@@ -20,6 +20,7 @@ from ..selection import PruningPlan
 from . import config_solver
 from .norms import KeptNorms, kept_norms
 from .slicing import check_fits, cut, masked, renamed
+from .tokens import renumber
 
 Place = Callable[[torch.Tensor], torch.Tensor]
 
@@ -62,6 +63,8 @@ def apply(model: PreTrainedModel, plan: PruningPlan, place: Place = in_memory) -
             pruned = _fill(model, plan, config, place) if graph.on_meta else rebuilt
             problem = _wrong_factor(model, pruned, plan, graph)
             if not problem:
+                if plan.tokens is not None and pruned.can_generate():
+                    renumber(pruned.generation_config, plan.tokens)
                 return pruned
             if problem in problems:  # no other config will do better
                 break

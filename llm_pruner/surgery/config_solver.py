@@ -36,6 +36,7 @@ from ..heterogeneous import (
 from ..selection import PruningPlan
 from .layer_solver import Cut, LayerSolver, Recipe, Shapes, Solution, candidates, holds, shapes_of
 from .slicing import renamed
+from .tokens import renumber
 
 MAX_ATTEMPTS = 32
 # What is set once in a config: what all layers that need it agree on (there may be dense ones and sparse ones), what
@@ -79,6 +80,7 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
     for choice in plan.units.values():
         if choice.kind == "vocabulary":
             config.get_text_config().vocab_size = choice.kept.numel()
+            renumber(config, choice.kept.tolist())
 
     base = skeleton(type(model), config)
     stacks = _stacks(base)

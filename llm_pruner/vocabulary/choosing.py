@@ -1,0 +1,190 @@
+"""Which tokens stay."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import PrunerError
+from .tokenizer import Subwords
+
+# Scripts that a language is written in, by the words that begin Unicode's names of their letters.
+SCRIPTS = {
+    "Latin": ("LATIN",),
+    "Han": ("CJK", "KANGXI"),
+    "Kana": ("HIRAGANA", "KATAKANA"),
+    "Hangul": ("HANGUL",),
+    "Cyrillic": ("CYRILLIC",),
+    "Greek": ("GREEK",),
+    "Arabic": ("ARABIC",),
+    "Hebrew": ("HEBREW",),
+    "Devanagari": ("DEVANAGARI",),
+    "Bengali": ("BENGALI",),
+    "Tamil": ("TAMIL",),
+    "Telugu": ("TELUGU",),
+    "Thai": ("THAI",),
+    "Georgian": ("GEORGIAN",),
+    "Armenian": ("ARMENIAN",),
+    "Ethiopic": ("ETHIOPIC",),
+}
+LATIN = (
+    "en",
+    "fr",
+    "de",
+    "es",
+    "it",
+    "pt",
+    "nl",
+    "sv",
+    "da",
+    "no",
+    "fi",
+    "pl",
+    "cs",
+    "ro",
+    "hu",
+    "tr",
+    "vi",
+    "id",
+    "ms",
+)
+LANGUAGES = {
+    **dict.fromkeys((*LATIN, "ms", "sw", "ca", "eu"), ("Latin",)),
+    **dict.fromkeys(("ru", "uk", "bg", "be", "mk", "kk"), ("Cyrillic",)),
+    **dict.fromkeys(("ar", "fa", "ur"), ("Arabic",)),
+    **dict.fromkeys(("hi", "mr", "ne"), ("Devanagari",)),
+    "zh": ("Han",),
+    "ja": ("Han", "Kana"),
+    "ko": ("Hangul", "Han"),
+    "el": ("Greek",),
+    "he": ("Hebrew",),
+    "bn": ("Bengali",),
+    "ta": ("Tamil",),
+    "te": ("Telugu",),
+    "th": ("Thai",),
+    "ka": ("Georgian",),
+    "hy": ("Armenian",),
+    "am": ("Ethiopic",),
+    "sr": ("Cyrillic", "Latin"),
+}
+
+
+def choose(
+    words: Subwords,
+    counts: np.ndarray,
+    keep: str = "1.0",
+    min_count: int = 0,
+    protected: Iterable[int] = (),
+    wanted: set[int] | None = None,
+) -> list[int]:
+    """The ids that stay, sorted: what must, then the most frequent with all that it takes to reach them.
+
+    Args:
+        counts: occurrences by id.
+        keep: how many: a number of tokens, a share of them (``0.5``), or ``coverage=0.9999``, the fewest that make up
+            that share of all that was counted.
+        min_count: only tokens that occur at least so often.
+        protected: ids that stay as well.
+        wanted: only tokens among these, if given.
+
+    Raises:
+        PrunerError: ``keep`` is no such thing, or fewer than must stay.
+    """
+    fixed: set[int] = set()
+    for i in [*words.required, *protected]:
+        fixed |= words.needs(i, fixed) or {i}
+    limit, share = _limit(keep, len(words.tokens))
+    if limit is not None and limit < len(fixed):
+        raise PrunerError(
+            f"--keep {keep} is {limit} tokens, and {len(fixed)} have to stay: special and added tokens, and the "
+            "characters or bytes that any text can be written with"
+        )
+    total = float(counts.sum()) or 1.0
+    chosen, covered = set(fixed), float(sum(counts[i] for i in fixed if i < len(counts)))
+    order = sorted(words.tokens, key=lambda i: (-counts[i] if i < len(counts) else 0, i))
+    for i in order:
+        often = counts[i] if i < len(counts) else 0
+        if often < min_count or (share is not None and covered / total >= share):
+            break
+        if i in chosen or (wanted is not None and i not in wanted):
+            continue
+        needed = words.needs(i, chosen)
+        if needed is None or (limit is not None and len(chosen) + len(needed) > limit):
+            continue
+        chosen |= needed
+        covered += float(sum(counts[j] for j in needed if j < len(counts)))
+        if limit is not None and len(chosen) == limit:
+            break
+    return sorted(chosen)
+
+
+def _limit(keep: str, size: int) -> tuple[int | None, float | None]:
+    """How many tokens, or what share of what was counted."""
+    name, _, value = keep.partition("=")
+    try:
+        if name == "coverage" and 0 < float(value) <= 1:
+            return None, float(value)
+        if not value and float(keep) > 0:
+            number = float(keep)
+            if number > 1 and number == int(number):
+                return min(int(number), size), None
+            if number <= 1:
+                return int(number * size), None
+    except ValueError:
+        pass
+    raise PrunerError(f"--keep {keep!r} is no number of tokens: give 15000, 0.5 (a share) or coverage=0.9999")
+
+
+def in_scripts(words: Subwords, tokenizer: PreTrainedTokenizerBase, scripts: Iterable[str]) -> set[int]:
+    """The tokens all of whose letters are of these scripts; pieces of characters, which have none, are left out.
+
+    Raises:
+        PrunerError: an unknown script.
+    """
+    known = {name.lower(): name for name in SCRIPTS}
+    chosen: list[str] = []
+    for script in scripts:
+        if script.lower() not in known:
+            raise PrunerError(f"unknown script {script!r}; choose from {', '.join(SCRIPTS)}")
+        chosen += SCRIPTS[known[script.lower()]]
+    prefixes = tuple(chosen)
+    out = set()
+    for i in words.tokens:
+        text = tokenizer.decode([i])
+        letters = [c for c in str(text) if c.isalpha()]
+        if "\ufffd" not in text and all(unicodedata.name(c, "").startswith(prefixes) for c in letters):
+            out.add(i)
+    return out
+
+
+def scripts_of(languages: Iterable[str]) -> list[str]:
+    """The scripts of languages by their two letters.
+
+    Raises:
+        PrunerError: a language that is not known.
+    """
+    out: list[str] = []
+    for language in languages:
+        if language not in LANGUAGES:
+            raise PrunerError(f"unknown language {language!r}; choose from {', '.join(sorted(LANGUAGES))} or --scripts")
+        out += LANGUAGES[language]
+    return list(dict.fromkeys(out))
+
+
+def of_tokenizer(words: Subwords, other: Subwords) -> set[int]:
+    """The ids of another tokenizer's tokens.
+
+    Raises:
+        PrunerError: it has tokens that this one has not.
+    """
+    missing = [token for token in other.tokens.values() if token not in words.ids]
+    if missing:
+        shown = ", ".join(map(repr, missing[:5]))
+        raise PrunerError(
+            f"the other tokenizer is no part of this one: {len(missing)} of its {len(other.tokens)} tokens are missing "
+            f"here, the first {shown}"
+        )
+    return {words.ids[token] for token in other.tokens.values()}
