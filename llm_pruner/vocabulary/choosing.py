@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import PrunerError
 from .tokenizer import Subwords
 
+ROUNDS = 40
 # Scripts that a language is written in, by the words that begin Unicode's names of their letters.
 SCRIPTS = {
     "Latin": ("LATIN",),
@@ -80,7 +81,9 @@ def choose(
     protected: Iterable[int] = (),
     wanted: set[int] | None = None,
 ) -> list[int]:
-    """The ids that stay, sorted: what must, then the most frequent with all that it takes to reach them.
+    """The ids that stay, sorted: what must, then the most frequent, with all that it takes to reach them.
+
+    Frequent means for each token that is added: one that is merged from others which nobody needs is worth less.
 
     Args:
         counts: occurrences by id.
@@ -102,22 +105,34 @@ def choose(
             f"--keep {keep} is {limit} tokens, and {len(fixed)} have to stay: special and added tokens, and the "
             "characters or bytes that any text can be written with"
         )
-    total = float(counts.sum()) or 1.0
-    chosen, covered = set(fixed), float(sum(counts[i] for i in fixed if i < len(counts)))
-    order = sorted(words.tokens, key=lambda i: (-counts[i] if i < len(counts) else 0, i))
-    for i in order:
-        often = counts[i] if i < len(counts) else 0
-        if often < min_count or (share is not None and covered / total >= share):
+    often = {i: int(counts[i]) if i < len(counts) else 0 for i in words.tokens}
+    total = sum(often.values()) or 1
+    chosen, covered = set(fixed), sum(often[i] for i in fixed)
+    room = len(words.tokens) if limit is None else limit
+    open_ = {i for i in words.tokens if often[i] >= min_count and (wanted is None or i in wanted)} - chosen
+    step = max(1, room // ROUNDS)
+    while open_ and len(chosen) < room:
+        # What a token brings, for each token that it takes: that changes with what is there already, so only the
+        # first few are taken before all are looked at again.
+        values: list[tuple[float, int]] = []
+        for i in list(open_):
+            needed = words.needs(i, chosen)
+            if needed is None or not needed:
+                open_.discard(i)
+            elif len(chosen) + len(needed) <= room:
+                values.append((-sum(often[j] for j in needed) / len(needed), i))
+        if not values:
             break
-        if i in chosen or (wanted is not None and i not in wanted):
-            continue
-        needed = words.needs(i, chosen)
-        if needed is None or (limit is not None and len(chosen) + len(needed) > limit):
-            continue
-        chosen |= needed
-        covered += float(sum(counts[j] for j in needed if j < len(counts)))
-        if limit is not None and len(chosen) == limit:
-            break
+        goal = len(chosen) + step
+        for _, i in sorted(values):
+            if share is not None and covered >= share * total:
+                return sorted(chosen)
+            needed = words.needs(i, chosen) or set()
+            if len(chosen) + len(needed) <= room:
+                chosen |= needed
+                covered += sum(often[j] for j in needed)
+            if len(chosen) >= goal:
+                break
     return sorted(chosen)
 
 

@@ -22,7 +22,7 @@ from ..errors import PrunerError
 from ..evaluation import parameter_count, windows
 from ..files import write_text
 from ..graph import context_length, evaluating, total_loss, trace
-from ..logs import log
+from ..logs import log, logging_to
 from ..provenance import provenance
 from ..selection import PruningPlan
 from ..surgery import apply, ids_in
@@ -30,7 +30,7 @@ from .choosing import choose, in_scripts, of_tokenizer, scripts_of
 from .counting import count, streamed
 from .tokenizer import Subwords
 
-METRICS_FILE = "vocabulary.json"
+LOG_FILE, METRICS_FILE = "vocabulary.log", "vocabulary.json"
 DOCUMENTS, TOKENS, NEW_TOKENS = 32, 64, 16  # compared bit by bit
 PIECE = 200  # characters of what is compared
 WINDOW = 128
@@ -84,8 +84,8 @@ def vocab(args: VocabArguments) -> Path:
     plan.keep(unit, torch.tensor(kept), graph.shapes)
     pruned = apply(model, plan)
     before, after = parameter_count(model), parameter_count(pruned)
-    log.info("tokens: %d -> %d; parameters: %s -> %s (%.4f)", unit.size, len(kept), before, after, after / before)
-    with complete_folder(args.output_dir, owned_if="config.json") as folder:
+    with complete_folder(args.output_dir, owned_if="config.json") as folder, logging_to(folder / LOG_FILE):
+        log.info("tokens: %d -> %d; parameters: %d -> %d (%.4f)", unit.size, len(kept), before, after, after / before)
         write_checkpoint(pruned, tokenizer, folder, plan)
         smaller = AutoTokenizer.from_pretrained(folder)
         found = compare((model, tokenizer), (pruned, smaller), kept, held_out, args.max_windows or None)
@@ -95,7 +95,7 @@ def vocab(args: VocabArguments) -> Path:
         metrics |= {"parameters_after": after, "comparison": asdict(found), "arguments": asdict(args), **provenance()}
         write_text(folder / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
         write_card(pruned.config, folder, PruningPlan.load(folder / PLAN_FILE), Path(args.output_dir).name)
-    log.info("checkpoint: %s", args.output_dir)
+    print(args.output_dir)
     return Path(args.output_dir)
 
 
