@@ -162,14 +162,16 @@ def pruning(run: Run, key: str) -> list[Drawing]:
 def _pruning(plan: PruningPlan, scores: Scores | None, kind: str, name: str, title: str) -> Drawing:
     units = {n: c for n, c in plan.units.items() if c.kind == kind and c.layer is not None}
     known = {n: scores.values[n] for n in units if n in scores.values} if scores else {}
-    figure = Figure(figsize=(11, 3.2) if known else (5, 3.2), layout="constrained")
+    # Placed by hand: to have it worked out takes most of the time of a page with many runs.
+    figure = Figure(figsize=(11, 3.2) if known else (5, 3.2))
+    sides = {"left": 0.06, "right": 0.985, "wspace": 0.42} if known else {"left": 0.14, "right": 0.97}
+    figure.subplots_adjust(bottom=0.16, top=0.95, **sides)
     drawing = Drawing(name, f"{title}: {kind}", "", figure)
     axes = figure.subplots(1, 3 if known else 1, squeeze=False)[0]
     before, after = _widths(plan, kind)
     layers = sorted(before)
     axes[0].bar(layers, [before[i] for i in layers], color="#BBBBBB", width=0.9)
-    for i in layers:
-        (bar,) = axes[0].bar([i], [after[i]], color=BLUE, width=0.9)
+    for i, bar in zip(layers, axes[0].bar(layers, [after[i] for i in layers], color=BLUE, width=0.9), strict=True):
         drawing.tip(bar, f"layer {i}: {after[i]:,} of {before[i]:,} {kind} kept")
     axes[0].set_xlabel("layer")
     axes[0].set_ylabel(f"{kind} (grey: before)")
@@ -243,7 +245,9 @@ def _cut(ax: Any, plan: PruningPlan, known: dict[str, torch.Tensor]) -> None:
             part = logs[(stays == side).numpy()]
             sides[side].append(part[np.isfinite(part)])
     kept, gone = np.concatenate(sides[True]), np.concatenate(sides[False])
-    ax.hist([gone, kept], bins=BINS, stacked=True, color=[ORANGE, BLUE], label=["removed", "kept"])
+    ax.hist(
+        [gone, kept], bins=BINS, stacked=True, histtype="stepfilled", color=[ORANGE, BLUE], label=["removed", "kept"]
+    )
     cuts = [c.lowest_kept for n in known if (c := plan.units[n]).lowest_kept]
     if cuts and min(cuts) > 0:
         low, high = np.log10([min(cuts), max(cuts)])
