@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -140,15 +141,20 @@ def test_accuracy_is_that_of_a_computation_by_hand(home, tasks, name):
     assert zero_shot(model, tokenizer, ["ours"], str(tasks), limit=5).results["n-samples"]["ours"]["effective"] == 5
 
 
-def test_stock_lm_eval_agrees(home, tasks, tmp_path):
-    """Without any of ours in the process, on a uniform checkpoint."""
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={home / 'uniform'}"]
-    command += ["--tasks", "ours", "--include_path", str(tasks), "--device", "cpu", "--output_path", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize("name", ["uniform", "pruned"])
+def test_stock_lm_eval_agrees(name, home, tasks, tmp_path):
+    """Without any of ours in the process: on a plain checkpoint, and where layers differ on a standalone one."""
+    model, tokenizer = lp.load(str(home / name))
+    lp.save(model, tokenizer, tmp_path / "model", standalone=name == "pruned")
+    arguments = f"pretrained={tmp_path / 'model'}" + (",trust_remote_code=True" if name == "pruned" else "")
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments]
+    command += ["--tasks", "ours", "--include_path", str(tasks), "--device", "cpu"]
+    command += ["--output_path", str(tmp_path / "out")]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    (file,) = tmp_path.rglob("*.json")
+    (file,) = (tmp_path / "out").rglob("*.json")
     stock = json.loads(file.read_text())["results"]["ours"]
-    model, tokenizer = lp.load(str(home / "uniform"))
     found = zero_shot(model, tokenizer, ["ours"], str(tasks)).tasks["ours"]
     assert (found["acc"], found["acc_norm"]) == (stock["acc,none"], stock["acc_norm,none"])
 
