@@ -298,6 +298,7 @@ class MeasuringArguments:
     max_windows: int = flag(0, "use only the first N windows of a text (0: all)")
     device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, ...")
     dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES))
+    verify: bool = flag(False, "compare pruned models with the hashes in their plans before they are read")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
 
 

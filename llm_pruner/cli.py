@@ -102,7 +102,8 @@ def evaluate_perplexity(args: PerplexityArguments) -> None:
     if args.batch_size < 0 or args.max_windows < 0:
         raise PrunerError("--batch_size and --max_windows are at least 0")
     content = text(args.dataset, "test")
-    model, tokenizer = load(args.model, args.dtype, device_of("device", args.device), args.trust_remote_code)
+    device = device_of("device", args.device)
+    model, tokenizer = load(args.model, args.dtype, device, args.trust_remote_code, verify=args.verify)
     stride = args.stride or None
     ids = windows(tokenizer, content, args.seq_len, args.max_windows or None, stride)
     result = perplexity(model, ids, args.batch_size or None, stride=stride)
@@ -192,7 +193,11 @@ def evaluate(args: EvaluateArguments) -> None:
         args.new_tokens,
         PROMPTS if args.samples else (),
     )
-    found = compare(args.models, lambda name: load(name, args.dtype, device, args.trust_remote_code), wanted)
+
+    def loaded(name: str) -> Any:
+        return load(name, args.dtype, device, args.trust_remote_code, verify=args.verify)
+
+    found = compare(args.models, loaded, wanted)
     result = table(found)
     shown = Table(*result.cells()[0])
     for row in result.cells()[1:]:
