@@ -23,7 +23,7 @@ from llm_pruner.importance import SCORES_FILE, Scores
 from llm_pruner.report import report
 from llm_pruner.selection.plan import Choice, PruningPlan
 
-BATCH, WINDOWS, PAIRS = 8, 64, 7
+BATCH, WINDOWS, PAIRS = 8, 32, 5
 RUNS, LAYERS, NEURONS = 50, 30, 1536
 
 
