@@ -169,7 +169,7 @@ def browser_page() -> Iterator[tuple[Any, list[str]]]:
     if chromium is None:
         pytest.skip("there is no Chromium here")
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
         page, faults = browser.new_page(), []
         page.on("console", lambda m: faults.append(f"console: {m.text}") if m.type == "error" else None)
         page.on("pageerror", lambda e: faults.append(f"error: {e}"))
