@@ -24,6 +24,7 @@ from transformers import (
 from .arguments import ChatArguments, device_of
 from .checkpoint import load, locate
 from .errors import PrunerError
+from .evaluation import pad_id
 from .graph import context_length, evaluating
 
 LONGEST_PROMPT = 20_000  # characters
@@ -75,7 +76,6 @@ def answer(
     options: dict[str, Any] = {"do_sample": how.temperature > 0, "max_new_tokens": how.max_new_tokens}
     if how.temperature > 0:
         options |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def write() -> None:
         try:
@@ -83,7 +83,7 @@ def answer(
                 cast(Any, model).generate(
                     **ids,
                     **options,
-                    pad_token_id=pad,
+                    pad_token_id=pad_id(tokenizer),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([watch]),
                 )

@@ -43,6 +43,7 @@ from .evaluation import (
     latency_budget,
     macs_budget,
     memory_budget,
+    pad_id,
     parameter_count,
     perplexity,
     windows,
@@ -154,10 +155,7 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
     if args.target_latency is not None:
         with clock("latency"):
             metrics["latency"] = _latency(args, model, pruned)
-    plan.settings |= {"base_model": args.base_model, "command": shlex.join(sys.argv)}
-    plan.save(folder / PLAN_FILE)
-    if scores is not None:
-        scores.save(folder / SCORES_FILE)
+    _keep(args, plan, scores, folder)
     del model
     if args.save_model:
         with clock("save"):
@@ -187,10 +185,7 @@ def _on_files(args: PruneArguments, folder: Path) -> dict[str, Any]:
         log.info("%s", line)
     before, after = parameter_count(model), parameter_count(pruned)
     log.info("parameters: %s -> %s (%.4f); no logits compared, since nothing was loaded", before, after, after / before)
-    plan.settings |= {"base_model": args.base_model, "command": shlex.join(sys.argv)}
-    plan.save(folder / PLAN_FILE)
-    if scores is not None:
-        scores.save(folder / SCORES_FILE)
+    _keep(args, plan, scores, folder)
     if args.save_model:
         with clock("save"):
             cut_files(plan, args.base_model, folder, args.trust_remote_code)
@@ -198,6 +193,14 @@ def _on_files(args: PruneArguments, folder: Path) -> dict[str, Any]:
                 write_modelling(pruned, folder)
     counts = {"parameters_before": before, "parameters_after": after, "parameters_ratio": after / before}
     return counts | {"before": {"perplexity": {}}, "after": {"perplexity": {}}} | _told(args, clock)
+
+
+def _keep(args: PruneArguments, plan: PruningPlan, scores: Scores | None, folder: Path) -> None:
+    """Write the plan, and the scores that it was made by."""
+    plan.settings |= {"base_model": args.base_model, "command": shlex.join(sys.argv)}
+    plan.save(folder / PLAN_FILE)
+    if scores is not None:
+        scores.save(folder / SCORES_FILE)
 
 
 def _told(args: PruneArguments, clock: Stopwatch) -> dict[str, Any]:
@@ -414,6 +417,6 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
         top_p=args.top_p,
         temperature=args.temperature,
         max_length=max(args.max_seq_len, inputs["input_ids"].shape[1] + 1),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=pad_id(tokenizer),
     )
     return str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -47,9 +47,7 @@ def write_card(
     """
     base = str(plan.settings.get("base_model", ""))
     metrics = metrics or {}
-    perplexities = {
-        text: metrics["after"]["perplexity"][text] for text in metrics.get("after", {}).get("perplexity", {})
-    }
+    perplexities: dict[str, Any] = metrics.get("after", {}).get("perplexity", {})
     card: dict[str, Any] = {
         "library_name": "transformers",
         "tags": ["pruning", "structural-pruning", "llm-pruner"],

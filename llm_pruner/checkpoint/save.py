@@ -70,10 +70,11 @@ def write_checkpoint(
     if standalone:
         write_modelling(model, folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
         kept = None if plan is None else plan.tokens
         if kept is not None and len(tokenizer) > len(kept):  # the original's, not yet cut
             cut_tokenizer(tokenizer, kept, folder)
+        else:
+            tokenizer.save_pretrained(folder)
     if plan is not None:
         weights = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
         replace(plan, weights=weights).save(folder / PLAN_FILE)

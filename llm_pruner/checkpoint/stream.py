@@ -14,7 +14,7 @@ from ..errors import PrunerError
 from ..graph import sources
 from ..selection import PruningPlan
 from ..surgery import apply
-from ..surgery.config_solver import names_of
+from ..surgery.config_solver import canonical_names, names_of
 from ..surgery.slicing import cut, renamed
 from ..vocabulary.tokenizer import cut_tokenizer
 from .card import write_card
@@ -65,7 +65,7 @@ def apply_to_files(
 def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """Write the files of :func:`apply_to_files` into a folder that somebody else completes.
 
-    Returns the pruned model, on the meta device.
+    Returns the pruned model, on the meta device unless its weights had to be mapped.
     """
     path, _ = locate(source)
     config = load_config(source, trust_remote_code)
@@ -76,14 +76,14 @@ def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: b
         names = stored_names(model, shards)
     except OtherForm:
         names = {}
-    pruned = apply(model, plan)
     if hidden or not names:
-        loaded = load_model(source, trust_remote_code=trust_remote_code)
-        write_checkpoint(apply(loaded, plan, on_disk(folder)), None, folder, plan)
+        pruned = apply(load_model(source, trust_remote_code=trust_remote_code), plan, on_disk(folder))
+        write_checkpoint(pruned, None, folder, plan)
         _companions(Path(path), folder, plan)
         return pruned
+    pruned = apply(model, plan)
     expected = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
-    canonical = {alias: first for first, known in names_of(model).items() for alias in known}
+    canonical = canonical_names(model)
     contents: dict[str, list[str]] = {}
     hashes: dict[str, str] = {}
     total = 0
@@ -131,7 +131,7 @@ def weights_in(source: str, trust_remote_code: bool = False) -> Iterator[tuple[s
     """
     model = meta_model(load_config(source, trust_remote_code), trust_remote_code)
     shards = Shards(locate(source)[0])
-    canonical = {alias: first for first, known in names_of(model).items() for alias in known}
+    canonical = canonical_names(model)
     for stored, name in stored_names(model, shards).items():
         yield canonical[name], shards.read(stored)
 

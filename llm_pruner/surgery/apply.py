@@ -139,7 +139,7 @@ def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list
 
 def _fill(model: PreTrainedModel, plan: PruningPlan, config: PreTrainedConfig, place: Place) -> PreTrainedModel:
     # Tied tensors are cut once, under the name that the plan knows.
-    canonical = {name: first for first, names in config_solver.names_of(model).items() for name in names}
+    canonical = config_solver.canonical_names(model)
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     done: dict[str, torch.Tensor] = {}
     state = {}

@@ -209,6 +209,11 @@ def names_of(model: PreTrainedModel) -> dict[str, list[str]]:
     return out
 
 
+def canonical_names(model: PreTrainedModel) -> dict[str, str]:
+    """The first name of every tensor, by each of its names: that under which a plan knows it."""
+    return {alias: first for first, names in names_of(model).items() for alias in names}
+
+
 def _cuts(plan: PruningPlan, graph: CouplingGraph, known: dict[str, list[str]], path: str) -> list[Cut]:
     """The cuts that touch one layer, with parameter names relative to it."""
     units = {unit.name: unit for unit in [*graph.units, *graph.frozen]}

@@ -13,7 +13,7 @@ from ..graph import CouplingGraph, Unit, native, trace
 from ..graph.verify import random_tokens, relative_difference
 from ..heterogeneous import CONSTANTS, SUBMODULES, differs, global_config, overrides_of
 from .apply import _logits, rebuilt_from
-from .config_solver import names_of, skeleton
+from .config_solver import canonical_names, skeleton
 
 TOLERANCE = 1e-5  # of the largest logit; sums of more numbers, the added ones zero, are taken in another order
 
@@ -31,7 +31,7 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
         raise PrunerError("the layers of this model have the same widths already: it is a plain checkpoint")
     config = _widest(model.config)
     target = skeleton(type(model), config)
-    canonical = {alias: first for first, known in names_of(model).items() for alias in known}
+    canonical = canonical_names(model)
     shapes = {canonical[n]: tuple(t.shape) for n, t in target.state_dict().items() if n in canonical}
     tensors = {canonical[n]: t for n, t in model.state_dict().items() if n in canonical}
     places = _places(tensors, shapes, trace(model), trace(target))
@@ -93,16 +93,14 @@ def _places(
     # have, those are right that fit everywhere. Layer by layer, there are few.
     for group in {tuple(sorted({u.name for u in at[key]})) for key in grown}:
         dims = [key for key in grown if {u.name for u in at[key]} & set(group)]
-        known = dict.fromkeys(name for key in dims for name in (u.name for u in at[key]))
+        known = dict.fromkeys(u.name for key in dims for u in at[key])
         options = [dict.fromkeys((narrow.get(name, 1), 1, sizes[name])) for name in known]
-        full = dict(sizes)
         for choice in product(*options):
             sizes.update(zip(known, choice, strict=True))
             if all(len(place(*key)) == tensors[key[0]].shape[key[1]] for key in dims):
                 break
         else:
             name, dim = dims[0]
-            sizes.update(full)
             raise PrunerError(
                 f"{name} has {tensors[name].shape[dim]} channels, which do not fit into the {shapes[name][dim]} of "
                 "other layers"

@@ -32,11 +32,10 @@ class Counts:
 
     values: np.ndarray
     read: dict[str, int] = field(default_factory=dict)
-    characters: int = 0
 
     def save(self, file: str | Path, tokenizer: str) -> None:
         known = {str(i): int(n) for i, n in enumerate(self.values) if n}
-        document = {"tokenizer": tokenizer, "size": len(self.values), "read": self.read, "characters": self.characters}
+        document = {"tokenizer": tokenizer, "size": len(self.values), "read": self.read}
         write_text(Path(file), json.dumps({**document, "counts": known}) + "\n")
 
     @classmethod
@@ -47,7 +46,7 @@ class Counts:
             values = np.zeros(int(content["size"]), dtype=np.int64)
             for i, n in content["counts"].items():
                 values[int(i)] = n
-            out = cls(values, dict(content["read"]), int(content["characters"]))
+            out = cls(values, dict(content["read"]))
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise PrunerError(f"cannot read the counts {file}: {error}") from error
         if content["tokenizer"] != tokenizer:
@@ -81,7 +80,6 @@ def count(tokenizer: PreTrainedTokenizerBase, sources: Iterable[str], file: str 
             ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encoded), dtype=np.int64)
             found.values += np.bincount(ids, minlength=size)
             found.read[source] = found.read.get(source, 0) + len(batch)
-            found.characters += sum(map(len, batch))
             if file is not None and number % KEEP_EVERY == 0:
                 found.save(file, mark)
     if not found.values.any():

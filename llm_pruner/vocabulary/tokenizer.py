@@ -13,7 +13,7 @@ Pure: JSON documents and ids in, JSON documents and ids out.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Subwords:
 
     def _required(self) -> set[int]:
         model = self.document["model"]
-        out = self.added | _special_ids(self.document)
+        out = self.added | {ids[at] for ids, at in _special_places(self.document.get("post_processor"))}
         unknown = model.get("unk_id") if self.kind == "Unigram" else self.ids.get(model.get("unk_token") or "")
         if unknown is not None:
             out.add(unknown)
@@ -143,7 +143,8 @@ class Subwords:
             model["merges"] = [list(pair) for pair in stays]
         for token in out["added_tokens"]:
             token["id"] = new[token["id"]]
-        _renumber(out.get("post_processor"), new)
+        for ids, at in _special_places(out.get("post_processor")):
+            ids[at] = new[ids[at]]
         if out.get("padding"):
             out["padding"]["pad_id"] = new[out["padding"]["pad_id"]]
         return out
@@ -172,37 +173,18 @@ def _is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
-def _special_ids(document: Any) -> set[int]:
-    """The ids that a post-processor puts around a text."""
-    out: set[int] = set()
-
-    def visit(node: Any) -> None:
-        if isinstance(node, dict):
-            for special in (node.get("special_tokens") or {}).values():
-                out.update(special["ids"])
-            for name in ("sep", "cls"):
-                if name in node:
-                    out.add(node[name][1])
-            for inner in node.get("processors", ()):
-                visit(inner)
-
-    visit(document.get("post_processor"))
-    return out
-
-
-def _renumber(node: Any, new: dict[int, int]) -> None:
+def _special_places(node: Any) -> Iterator[tuple[list[Any], int]]:
+    """Where a post-processor holds the ids that it puts around a text: lists, and positions in them."""
     if isinstance(node, dict):
         for special in (node.get("special_tokens") or {}).values():
-            special["ids"] = [new[i] for i in special["ids"]]
-        for name in ("sep", "cls"):
-            if name in node:
-                node[name][1] = new[node[name][1]]
+            yield from ((special["ids"], at) for at in range(len(special["ids"])))
+        yield from ((node[name], 1) for name in ("sep", "cls") if name in node)
         for inner in node.get("processors", ()):
-            _renumber(inner, new)
+            yield from _special_places(inner)
 
 
 def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: list[int], folder: str | Path) -> None:
-    """Write the tokenizer with only the ``kept`` tokens into a folder that ``save_pretrained`` or a copy left it in."""
+    """Write the tokenizer with only the ``kept`` tokens into a folder; files of it that are there are replaced."""
     folder = Path(folder)
     words = Subwords(tokenizer)
     known = [i for i in kept if i in words.tokens]  # an embedding may have rows that no token has
