@@ -461,3 +461,19 @@ def test_a_671b_mixture_of_experts_on_meta():
     assert (config["intermediate_size"], config["moe_intermediate_size"]) == (13824, 1536)
     assert (config["n_routed_experts"], config["num_experts_per_tok"]) == (192, 8)
     assert "submodule_overrides" not in config
+
+
+def test_as_many_heads_as_channels_each():
+    """Four heads of four channels: one head of four has the shapes of four heads of one."""
+    model = made("t5", 0, seq2seq=True, d_model=24, num_heads=4, d_kv=4, d_ff=11, num_layers=2, num_decoder_layers=2)
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, criterion="random", seed=2)
+    plan = lp.select(graph, scores, 0.5, kinds=["heads"], scope="global")
+    kept = {name: choice.kept.numel() for name, choice in plan.units.items()}
+    assert 1 in kept.values() and len(set(kept.values())) > 1
+    pruned = lp.apply(model, plan)
+    assert lp.verify(model, pruned, plan).equivalent
+    for path, module in pruned.named_modules():
+        if path.endswith("Attention"):
+            assert module.key_value_proj_dim == 4 and module.n_heads * 4 == module.q.weight.shape[0]
+            assert module.relative_attention_max_distance == 128

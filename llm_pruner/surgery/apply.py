@@ -77,7 +77,10 @@ def _wrong_axis(rebuilt: PreTrainedModel, original: CouplingGraph, plan: Pruning
     expected = _axes(original, plan)
     for key, sizes in _axes(trace(rebuilt), PruningPlan()).items():
         if sizes != expected[key]:
-            return f"{key[0]} has axes {sizes} (size, stride) in dim {key[1]} of the rebuilt model, not {expected[key]}"
+            return (
+                f"{key[0]} has axes {sizes} (size, stride, whether of heads) in dim {key[1]} of the rebuilt model, "
+                f"not {expected[key]}"
+            )
     return ""
 
 
@@ -115,12 +118,13 @@ def _broken_cache(rebuilt: PreTrainedModel, original: PreTrainedModel) -> str:
     return found if found and not problem(config_solver.skeleton(type(original), original.config)) else ""
 
 
-def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list[tuple[int, int]]]:
-    """The axes that every parameter dim is made of after the plan, each as its size and its stride.
+def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list[tuple[int, int, bool]]]:
+    """The axes that every parameter dim is made of after the plan: size, stride and whether the indices are heads.
 
-    The stride tells three heads of four channels from four heads of three.
+    The stride tells three heads of four channels from four heads of three; that they are heads, one of four channels
+    from four of one.
     """
-    out: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+    out: dict[tuple[str, int], list[tuple[int, int, bool]]] = defaultdict(list)
     for unit in [*graph.units, *graph.frozen]:
         if unit.kind == "layers":
             continue
@@ -133,7 +137,7 @@ def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list
             label = label if kept is None else label[kept]
             of_first = label[label >= 0][:1]
             stride = int((label == of_first).int().cumprod(0).sum()) if len(label) and label[0] >= 0 else 0
-            out[new, dim].append((size, stride))
+            out[new, dim].append((size, stride, unit.kind in ("heads", "query_heads")))
     return defaultdict(list, {key: sorted(axes) for key, axes in out.items()})
 
 

@@ -224,7 +224,8 @@ def _cuts(plan: PruningPlan, graph: CouplingGraph, known: dict[str, list[str]], 
         here = {(p.removeprefix(path), d) for first, d in dims for p in known[first] if p.startswith(path)}
         if here and choice.kind != "layers":
             counts = {choice.size} | {choice.size * u.size for u in groups if dims & set(u.dims)}
-            out.append(Cut(choice.size, choice.kept.numel(), here, len(here) == len(dims), counts))
+            heads = choice.kind in ("heads", "query_heads")
+            out.append(Cut(choice.size, choice.kept.numel(), here, len(here) == len(dims), counts, heads))
     return out
 
 

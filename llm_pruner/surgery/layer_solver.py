@@ -26,6 +26,8 @@ Shapes = dict[str, tuple[int, ...]]
 Recipe = dict[str, Any]  # {"values": overrides, "shapes": {parameter: shape}}
 # Numbers that are no width or count of a unit; one that happens to equal a width must not follow it.
 NO_WIDTH = re.compile("vocab|token|per_tok|position|window|context|length|top_?k|layer(s|$)|buckets|seed|iters|epoch")
+# Where as many heads as a head has channels are cut, shapes do not tell the count from the width; names do.
+HEADS = re.compile("head(?!.*(dim|size))")
 MAX_FIELDS, MAX_CANDIDATES, MAX_RECIPES = 4, 16, 6
 
 
@@ -47,7 +49,7 @@ class Cut:
     """One unit's loss as the solver sees it: ``size`` indices become ``kept``, along these dims of a layer.
 
     ``inner`` cuts lie in this layer alone. ``counts`` are the values that a field may well have that counts
-    the unit: its size, and for key-value heads the number of query heads.
+    the unit: its size, and for key-value heads the number of query heads. ``heads``: whether its indices are heads.
     """
 
     size: int
@@ -55,6 +57,7 @@ class Cut:
     dims: set[tuple[str, int]]
     inner: bool
     counts: set[int]
+    heads: bool = False
 
 
 class LayerSolver:
@@ -198,7 +201,8 @@ def candidates(fields: Mapping[str, Any], cuts: list[Cut]) -> dict[tuple[str, in
                 size, kept = prod(s for s, _ in subset), prod(k for _, k in subset)
                 if value % size == 0 and size != kept:
                     found[name, value // size * kept] = value in counts
-    return dict(sorted(found.items(), key=lambda item: not item[1]))
+    heads = any(c.heads for c in cuts)
+    return dict(sorted(found.items(), key=lambda item: (not item[1], heads and not HEADS.search(item[0][0]))))
 
 
 def _pins(layer: nn.Module, config: PreTrainedConfig, now: Shapes, cut_dims: set[tuple[str, int]]) -> Overrides:
@@ -231,6 +235,10 @@ def _field_solutions(
         return
     if config is None:
         return
+    def fits(values: Overrides) -> bool:
+        built = _try(layer, values)
+        return built is not None and not _changed(wanted, shapes_of(built))
+
     cut_dims = _changed(now, wanted)
     pins = _pins(layer, config, now, cut_dims)
     allowed: dict[tuple[str, int], bool] = {}
@@ -249,8 +257,7 @@ def _field_solutions(
             if silent := _silent(layer, built, pins | fields, counting, cuts):
                 yield pins, fields | silent
     for fields in _compensated(fields_of(config), [cut for cut in cuts if not cut.inner]):
-        built = _try(layer, pins | fields)
-        if built is not None and not _changed(wanted, shapes_of(built)):
+        if fits(pins | fields) and not fits(pins | dict(list(fields.items())[:1])):
             yield pins, fields
 
 
@@ -333,11 +340,12 @@ def _block_recipes(layer: nn.Module, path: str, wanted: Shapes, cuts: list[Cut])
         shapes = {} if built is None else shapes_of(built)
         return shapes.keys() == target.keys() and all(shapes[n][d] == target[n][d] for n, d in inner)
 
-    before = (shapes_of(block), _numbers(block))
+    before, numbers = shapes_of(block), _numbers(block)
     matters = {}
     for (name, value), counts in candidates(fields, mine).items():
         built = _try(block, {name: value})
-        if built is None or (shapes_of(built), _numbers(built)) != before:
+        # What shows in no shape is changed only if it counts the unit: T5's largest distance does not.
+        if built is None or shapes_of(built) != before or (counts and _numbers(built) != numbers):
             matters[name, value] = counts
     shapes = {n: list(s) for n, s in target.items()}
     for values in _subsets(matters, most_counting=True):
