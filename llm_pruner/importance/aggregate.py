@@ -38,10 +38,27 @@ AGGREGATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass
 class Scores:
-    """What each index of each unit is worth: ``values[unit.name]`` is a float64 tensor ``[unit.size]``."""
+    """What each index of each unit is worth: ``values[unit.name]`` is a float64 tensor ``[unit.size]``.
+
+    Where that depends on how many indices go, as with the best block of layers, it is ``[unit.size - 1, unit.size]``: row
+    n - 1 is for n of them.
+    """
 
     values: dict[str, torch.Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, unit: Unit, removed: int = 1) -> torch.Tensor:
+        """The scores ``[unit.size]`` by which ``removed`` indices of a unit are chosen.
+
+        Raises:
+            PrunerError: there are none, or they are for a unit of another size.
+        """
+        value = self.values.get(unit.name)
+        if value is None or value.shape[-1] != unit.size:
+            raise PrunerError(
+                f"there are no scores [{unit.size}] for {unit.name}: score this model, with kinds=('{unit.kind}', ...)"
+            )
+        return value if value.ndim == 1 else value[max(removed, 1) - 1]
 
     def save(self, path: str | Path) -> None:
         """Write the scores as safetensors, the settings in its header."""

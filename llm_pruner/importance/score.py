@@ -13,7 +13,7 @@ from ..errors import PrunerError
 from ..graph import Compute, CouplingGraph, Unit, context_length, native, sources
 from .activation import activation
 from .aggregate import AGGREGATIONS, Salience, Scores, aggregate, slices_of
-from .depth import block_influence, loss_change
+from .depth import BY_POSITION, STRATEGIES, depth
 from .magnitude import magnitude
 from .taylor import VARIANTS, taylor
 
@@ -44,11 +44,9 @@ CRITERIA: dict[str, Callable[[Request], Salience] | None] = {
     "wanda": lambda r: activation(r.model, r.slices, r.tokens, "wanda", r.compute),
     "flap": lambda r: activation(r.model, r.slices, r.tokens, "flap", r.compute),
 }
-# These score whole layers, and nothing else.
-OF_LAYERS = {"block_influence": block_influence, "loss_change": loss_change}
 OF_WEIGHTS = ("random", "l1", "l2")  # need no forward pass
 READING = ("activation", "wanda", "flap")  # know only the slices that read a unit
-NEED_CALIBRATION = ("taylor", *READING, *OF_LAYERS)
+NEED_CALIBRATION = ("taylor", *READING, *(name for name in STRATEGIES if name not in BY_POSITION))
 
 
 def score(
@@ -62,6 +60,7 @@ def score(
     seed: int = 0,
     device: str | torch.device | None = None,
     weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+    most: int | None = None,
 ) -> Scores:
     """Score every index of every unit of the graph; higher is worth more.
 
@@ -70,7 +69,7 @@ def score(
         calibration: LongTensor ``[samples, tokens]`` of token ids; ``random``, ``l1`` and ``l2`` do without.
         criterion: ``random``, ``l1``, ``l2``, ``taylor`` (:mod:`llm_pruner.importance.taylor`), or one that needs
             forward passes only: ``activation``, ``wanda`` or ``flap`` (:mod:`llm_pruner.importance.activation`), or,
-            for layers alone, ``block_influence`` or ``loss_change`` (:mod:`llm_pruner.importance.depth`).
+            for layers alone, one of :data:`llm_pruner.importance.STRATEGIES` (:mod:`llm_pruner.importance.depth`).
         taylor: ``vectorize``, ``param_first``, ``param_second`` or ``param_mix``; see
             :mod:`llm_pruner.importance.taylor`.
         aggregation: over the slices of a group: ``sum``, ``mean``, ``max``, ``prod``, ``first`` or ``last``.
@@ -80,12 +79,13 @@ def score(
             weights on the CPU are always computed with in float32, block by block.
         weights: for ``l1`` and ``l2``: weights by name to read one after the other instead of the model's, which may
             then be on the meta device (:func:`llm_pruner.checkpoint.weights_in` reads them from files).
+        most: how many layers of a stack will go at most; the criterion ``loss`` measures no further.
 
     Raises:
         PrunerError: an unknown name, an unusable calibration set, or a gradient that is not finite.
     """
     for value, allowed, what in (
-        (criterion, [*CRITERIA, *OF_LAYERS], "criterion"),
+        (criterion, [*CRITERIA, *STRATEGIES], "criterion"),
         (taylor, VARIANTS, "taylor variant"),
         (aggregation, AGGREGATIONS, "aggregation"),
     ):
@@ -94,13 +94,13 @@ def score(
     units: list[Unit] = graph.units if kinds is None else graph.of_kind(*kinds)
     settings = {"criterion": criterion, "aggregation": aggregation, "seed": seed}
     how = native(model) if device is None else native(model).on(torch.device(device))
-    if criterion in OF_LAYERS:
+    if criterion in STRATEGIES:
         kinds = ["layers"] if kinds is None else list(kinds)
         if kinds != ["layers"]:
             raise PrunerError(f"{criterion} scores layers only: give kinds=['layers'], or another criterion")
-        ids = checked(model, calibration)
+        ids = None if criterion in BY_POSITION else checked(model, calibration)
         stacks = graph.of_kind("layers")
-        return Scores({u.name: OF_LAYERS[criterion](model, u, ids, how) for u in stacks}, settings)
+        return Scores({u.name: depth(model, u, criterion, ids, how, most) for u in stacks}, settings)
     compute = CRITERIA[criterion]
     if compute is None:
         generator = torch.Generator().manual_seed(seed)

@@ -235,6 +235,7 @@ def _field_solutions(
         return
     if config is None:
         return
+
     def fits(values: Overrides) -> bool:
         built = _try(layer, values)
         return built is not None and not _changed(wanted, shapes_of(built))
