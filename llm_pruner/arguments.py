@@ -5,6 +5,7 @@ The pruning flags are LLM-Pruner's, with its names and meanings; those below the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,10 @@ from .checkpoint import DEFAULT_MODEL, DTYPES
 from .data import EMBEDDED_TEXT
 from .errors import PrunerError
 from .graph import CouplingGraph
-from .importance import AGGREGATIONS, CRITERIA, VARIANTS
+from .importance import AGGREGATIONS, CRITERIA, STRATEGIES, VARIANTS
 from .presets import PRESETS, middle
 from .selection import NORMALIZERS
-from .surgery import METHODS, MIN_SAMPLES
+from .surgery import METHODS, MIN_SAMPLES, SHAPE
 
 # LLM-Pruner's flags that choose a method: giving one means its method.
 METHOD = (
@@ -36,6 +37,8 @@ METHOD = (
     "block_mlp_layer_end",
     "global_pruning",
 )
+# What a config file says of itself, not of a model's shape.
+ABOUT_A_FILE = ("architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map")
 TARGETS = ("target_params", "target_macs", "target_memory", "target_latency")
 COMPENSATIONS = ("none", *METHODS)
 
@@ -99,6 +102,25 @@ class PruneArguments:
     )
 
     # Ours.
+    drop_layers: str | None = flag(None, "layers to drop, by comma: 4,7; of an encoder-decoder encoder.4,decoder.7")
+    num_layers: str | None = flag(None, "layers that stay, chosen by --depth; of an encoder-decoder also 12,6")
+    depth: str | None = flag(None, "how layers are chosen (default: loss): " + ", ".join(STRATEGIES))
+    depth_examples: int = flag(16, "calibration samples that --depth looks at")
+    drop_attention: str | None = flag(None, "layers to take the attention out of, by comma")
+    drop_mlp: str | None = flag(None, "layers to take the MLP out of, by comma")
+    target_config: str | None = flag(None, "JSON file of the config that the result must have, or of some fields of it")
+    hidden_size: int | None = flag(None, "hidden size that the result must have")
+    intermediate_size: int | None = flag(None, "MLP neurons a layer that the result must have")
+    num_attention_heads: int | None = flag(None, "attention heads that the result must have")
+    num_key_value_heads: int | None = flag(None, "key-value heads that the result must have")
+    num_hidden_layers: int | None = flag(None, "layers that the result must have (of an encoder-decoder: its encoder)")
+    num_decoder_layers: int | None = flag(None, "layers that the decoder of an encoder-decoder must have")
+    shares: str | None = flag(
+        None,
+        "proportions in which kinds of units go until a --target_... is met: layers=2,neurons=1, or measured: by what "
+        "each costs the loss (layers and neurons), or measured:KIND,KIND",
+    )
+    rescale_norms: bool = flag(False, "with hidden channels gone, scale norms to say what they said, on average")
     preset: str | None = flag(
         None,
         "what is not given: best (the default), or paper, LLM-Pruner to the letter (the default as soon as one of its "
@@ -150,6 +172,7 @@ class PruneArguments:
             compensate=COMPENSATIONS,
             normalize=NORMALIZERS,
         )
+        self._check_depth()
         modes = [m for m in ("block_wise", "channel_wise", "layer_wise") if getattr(self, m)]
         if len(modes) > 1:
             raise PrunerError(f"--{' and --'.join(modes)} exclude each other: give one")
@@ -176,6 +199,10 @@ class PruneArguments:
             raise PrunerError(f"--{' and --'.join(targets)} exclude each other: give one")
         if targets and (self.layer_wise or self.iterative_steps > 1):
             raise PrunerError(f"--{targets[0]} is solved in one step: give no --layer_wise and no --iterative_steps")
+        if self.shares and not targets:
+            raise PrunerError(f"--shares are proportions: say with one of --{', --'.join(TARGETS)} how much goes")
+        if self.shape and (targets or self.channel_wise or self.iterative_steps > 1):
+            raise PrunerError("a target shape says all: give no --target_..., --channel_wise or --iterative_steps")
         if self.device_map not in (None, "auto"):
             raise PrunerError(f"unknown --device_map {self.device_map!r}; give auto or leave it out")
         if self.device_map and self.stream:
@@ -199,7 +226,7 @@ class PruneArguments:
             "budget_tokens",
         )
         if self.compensate != "none":
-            if self.layer_wise or self.channel_wise:
+            if self.channel_wise:
                 raise PrunerError("--compensate goes with --block_wise: it needs layers of the same hidden size")
             if self.num_examples is not None and self.num_examples < MIN_SAMPLES:
                 raise PrunerError(
@@ -220,6 +247,88 @@ class PruneArguments:
             raise PrunerError(f"--save_ckpt_log_name {name[:40]!r} must be a plain folder name")
         self.device, self.eval_device = device_of("device", self.device), device_of("eval_device", self.eval_device)
 
+    def _check_depth(self) -> None:
+        asked = [
+            n for n in ("layer_wise", "drop_layers", "num_layers", "num_hidden_layers") if _given(getattr(self, n))
+        ]
+        if len(asked) > 1:
+            raise PrunerError(f"--{' and --'.join(asked)} all say which layers go: give one")
+        if self.depth is not None:
+            one_of(self, depth=STRATEGIES)
+            if self.layer_wise or self.drop_layers:
+                raise PrunerError(f"--depth chooses layers, and --{asked[0]} names them: give one")
+        self.depth = "last" if self.layer_wise else self.depth or "loss"
+        at_least(self, 1, "depth_examples", *(name for name in SHAPE if name != "num_hidden_layers"))
+        for name in ("drop_layers", "num_layers", "drop_attention", "drop_mlp"):
+            self.listed(name)
+
+    def listed(self, name: str) -> list[tuple[str, int]]:
+        """The entries of a flag such as ``4,7`` or ``encoder.4,decoder.7``: where, and the number.
+
+        Raises:
+            PrunerError: an entry is no number.
+        """
+        out = []
+        for entry in filter(None, (part.strip() for part in (getattr(self, name) or "").split(","))):
+            where, _, number = entry.rpartition(".")
+            if not number.isdigit():
+                raise PrunerError(f"--{name} {entry!r} is no number: give them by comma, such as 4,7 or encoder.4")
+            out.append((where, int(number)))
+        return out
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The fields of a config that the result must have.
+
+        Raises:
+            PrunerError: the file of --target_config cannot be read.
+        """
+        out: dict[str, Any] = {}
+        if self.target_config:
+            try:
+                out = json.loads(Path(self.target_config).read_text(encoding="utf-8"))
+                if not isinstance(out, dict):
+                    raise ValueError("no object")
+            except (OSError, ValueError) as error:
+                raise PrunerError(f"cannot read --target_config {self.target_config}: {error}") from error
+            for name in ABOUT_A_FILE:
+                out.pop(name, None)
+        return out | {name: getattr(self, name) for name in SHAPE if getattr(self, name) is not None}
+
+    @property
+    def drops(self) -> bool:
+        """Whether whole layers, or blocks of them, are named or chosen to go, beside or instead of widths."""
+        asked = (self.layer_wise, self.drop_layers, self.num_layers, self.drop_attention, self.drop_mlp)
+        return any(map(_given, asked))
+
+    @property
+    def widths(self) -> bool:
+        """Whether widths are pruned: unless only layers are to go."""
+        targets = any(getattr(self, name) is not None for name in TARGETS)
+        return not self.drops or self.block_wise or self.channel_wise or targets or bool(self.shape)
+
+    def proportions(self) -> dict[str, float] | None:
+        """What ``--shares`` says; the kinds with nothing said where they are to be measured.
+
+        Raises:
+            PrunerError: it is not understood.
+        """
+        if not self.shares:
+            return None
+        if self.shares.partition(":")[0] == "measured":
+            kinds = [k.strip() for k in self.shares.partition(":")[2].split(",") if k.strip()]
+            return dict.fromkeys(kinds or ("layers", "neurons"), 0.0)
+        out = {}
+        for part in self.shares.split(","):
+            kind, _, value = part.partition("=")
+            try:
+                out[kind.strip()] = float(value)
+            except ValueError:
+                out[kind.strip()] = -1.0
+            if not 0 < out[kind.strip()] < float("inf"):
+                raise PrunerError(f"--shares {part!r} is no proportion: give them as layers=2,neurons=1, or measured")
+        return out
+
     def _fill_in(self) -> None:
         """Take from a preset what is not given."""
         chosen = self.iterative_steps > 1 or any(_given(getattr(self, name)) for name in METHOD)
@@ -229,7 +338,7 @@ class PruneArguments:
         self.by_preset: set[str] = {name for name in PRESETS[self.preset] if getattr(self, name) is None}
         for name in self.by_preset:
             setattr(self, name, PRESETS[self.preset][name])
-        if self.preset == "best" and (self.channel_wise or self.layer_wise) and "compensate" in self.by_preset:
+        if self.preset == "best" and self.channel_wise and "compensate" in self.by_preset:
             self.compensate = "none"
         self.pruner_type = str(self.pruner_type).lower()
 

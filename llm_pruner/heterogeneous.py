@@ -13,7 +13,8 @@ no config has fewer heads; BART has two stacks of layers and one config. For tho
 
 that is, build that one block as if the model were narrower (which sets its head count, split sizes and scales
 right), then give its leaves that face the hidden size the shapes stated. ``attributes``, if any, are set on the block
-as it is: factors that must not change with the hidden size. Paths begin at the smallest model inside
+as it is: factors that must not change with the hidden size. A block with ``absent`` is gone: it adds nothing to the
+stream, and returns so many values (0: no tuple). Paths begin at the smallest model inside
 the model that holds every stack of layers built from this config.
 
 And some heads carry a constant that the model computes for all of them, ALiBi's slopes. It goes on doing so, and
@@ -252,6 +253,9 @@ def _rebuild_layers(model: PreTrainedModel) -> None:
         except AttributeError:  # the path begins at another model, around this one or inside it
             continue
         recipe = overrides[path]
+        if "absent" in recipe:
+            model.set_submodule(path, Absent(recipe["absent"]))
+            continue
         if recipe["values"] or recipe["shapes"]:
             block = rebuilt(block, recipe["values"])
             for name, shape in recipe["shapes"].items():
@@ -268,6 +272,18 @@ def _rebuild_layers(model: PreTrainedModel) -> None:
         for entry in entries:  # in the order in which they were cut
             constant = Constant(path, entry["argument"], entry["dim"], entry["size"], entry["inner"])
             layer.register_forward_pre_hook(hook_selecting([(constant, entry["kept"])]), with_kwargs=True)
+
+
+class Absent(nn.Module):
+    """A block that is gone: it adds nothing to the stream, and returns so many values (0: no tuple)."""
+
+    def __init__(self, outputs: int):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        nothing = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
+        return (nothing, *[None] * (self.outputs - 1)) if self.outputs else nothing
 
 
 def _resize(block: nn.Module, name: str, shape: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,13 +49,15 @@ from .evaluation import (
     windows,
 )
 from .graph import CouplingGraph, computing, context_length, native, trace
-from .importance import NEED_CALIBRATION, OF_WEIGHTS, SCORES_FILE, Scores, score
+from .importance import BY_POSITION, NEED_CALIBRATION, SCORES_FILE, Scores, score
 from .logs import log, logging_to
 from .provenance import provenance
-from .selection import Budget, PruningPlan, first_layers, lifted, select
-from .surgery import Place, apply, compensate, in_memory, verify, with_biases
+from .selection import Budget, NothingRemoved, PruningPlan, composed, lifted, parameter_budget, renamed, select
+from .shapes import drop, gone, measured, wanted_shape
+from .surgery import Place, apply, compensate, in_memory, rescale_norms, verify, with_biases
 from .version import __version__
 
+Weights = Iterable[tuple[str, torch.Tensor]]
 LOG_FILE, METRICS_FILE = "prune.log", "metrics.json"
 
 
@@ -122,28 +124,38 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
     _moved(args, model, args.device)
 
     ids = None
-    if not args.layer_wise and (args.pruner_type in NEED_CALIBRATION or args.compensate != "none"):
+    if needs_calibration(args) or args.compensate != "none":
         with clock("calibration"):
             ids = calibration_set(args, tokenizer)
-    plan, pruned, graph, scores = make_plan(args, model, ids, clock, on_disk(folder) if args.stream else in_memory)
+    made = make_plan(args, model, ids, clock, on_disk(folder) if args.stream else in_memory)
+    plan, pruned = made.plan, made.pruned
     for line in plan.summary().splitlines():
         log.info("%s", line)
-    normed = {u.kind for u in graph.units if u.name in plan.units and u.flags and u.kind != "hidden"}
+    normed = {u.kind for u in made.graph.units if u.name in plan.units and u.flags and u.kind != "hidden"}
     if normed:
         log.info("mask equivalence does not apply: %s are normalised over or scaled by", ", ".join(sorted(normed)))
     else:
         with clock("verify"):
             report = verify(model, pruned, plan)
         metrics["mask_equivalence"] = {"relative": report.relative, "tolerance": report.tolerance}
-        if not report.equivalent:
+        if not report.equivalent and args.shape:
+            log.info(
+                "the config computes something from its sizes: the model differs from the masked original by %.1e",
+                report.relative,
+            )
+        elif not report.equivalent:
             raise PrunerError(
                 f"the pruned model differs from the masked original by {report.relative:.1e} (relative; "
                 f"{report.tolerance:.0e} is rounding): please report the architecture {type(model).__name__}"
             )
-        log.info("pruned model equals the masked original (relative difference %.1e)", report.relative)
+        else:
+            log.info("pruned model equals the masked original (relative difference %.1e)", report.relative)
+    if args.rescale_norms and ids is not None:
+        with clock("rescale_norms"):
+            metrics["norm_factors"] = rescale_norms(model, pruned, plan, ids)
     if args.compensate != "none" and ids is not None:
         with clock("compensate"):
-            pruned, metrics["compensation"] = _compensated(args, model, pruned, ids)
+            pruned, metrics["compensation"] = _compensated(args, model, pruned, plan, ids)
     metrics["parameters_after"] = parameter_count(pruned)
     metrics["parameters_ratio"] = metrics["parameters_after"] / metrics["parameters_before"]
     log.info(
@@ -155,7 +167,7 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
     if args.target_latency is not None:
         with clock("latency"):
             metrics["latency"] = _latency(args, model, pruned)
-    _keep(args, plan, scores, folder)
+    _keep(args, plan, made.scores, folder)
     del model
     if args.save_model:
         with clock("save"):
@@ -167,7 +179,7 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
 def files_do(args: PruneArguments) -> bool:
     """Whether the weights can stay in their files all along: nothing asked for computes with the model."""
     evaluated = args.eval_datasets.strip() or args.test_before_train or args.test_after_train
-    by_weights = args.layer_wise or (args.pruner_type in OF_WEIGHTS and args.iterative_steps == 1)
+    by_weights = args.iterative_steps == 1 and not needs_calibration(args)
     path, gguf = locate(args.base_model)
     return bool(
         args.stream and by_weights and not evaluated and args.compensate == "none" and not gguf and Path(path).is_dir()
@@ -180,12 +192,13 @@ def _on_files(args: PruneArguments, folder: Path) -> dict[str, Any]:
     clock = Stopwatch()
     model = meta_model(load_config(args.base_model, args.trust_remote_code), args.trust_remote_code)
     weights = weights_in(args.base_model, args.trust_remote_code)
-    plan, pruned, _, scores = make_plan(args, model, None, clock, in_memory, weights)
+    made = make_plan(args, model, None, clock, in_memory, weights)
+    plan, pruned = made.plan, made.pruned
     for line in plan.summary().splitlines():
         log.info("%s", line)
     before, after = parameter_count(model), parameter_count(pruned)
     log.info("parameters: %s -> %s (%.4f); no logits compared, since nothing was loaded", before, after, after / before)
-    _keep(args, plan, scores, folder)
+    _keep(args, plan, made.scores, folder)
     if args.save_model:
         with clock("save"):
             cut_files(plan, args.base_model, folder, args.trust_remote_code)
@@ -214,6 +227,14 @@ def _told(args: PruneArguments, clock: Stopwatch) -> dict[str, Any]:
     }
 
 
+def needs_calibration(args: PruneArguments) -> bool:
+    """Whether choosing what goes, or mending norms, takes a calibration set."""
+    chooses = args.num_layers is not None or bool(args.shape) or args.shares is not None
+    by_forward = chooses and not args.drop_layers and args.depth not in BY_POSITION
+    by_criterion = args.widths and args.pruner_type in NEED_CALIBRATION
+    return by_forward or by_criterion or args.rescale_norms
+
+
 def calibration_set(args: PruneArguments, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """The calibration samples; a short text may give fewer than a preset wants, but not fewer than the user does."""
     samples, tokens = cast(int, args.num_examples), cast(int, args.calib_seq_len)
@@ -225,7 +246,7 @@ def calibration_set(args: PruneArguments, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _compensated(
-    args: PruneArguments, model: PreTrainedModel, pruned: PreTrainedModel, ids: torch.Tensor
+    args: PruneArguments, model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, ids: torch.Tensor
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The pruned model, compensated; one that cannot be is left alone unless the user asked for it."""
     try:
@@ -234,7 +255,8 @@ def _compensated(
             log.info("compensating on %d samples, %d of them the model's own", len(ids), args.self_examples)
         if args.compensate == "bias":
             pruned = with_biases(pruned, ids)
-        report = compensate(model, pruned, ids, str(args.compensate))
+        kept = next((kept.tolist() for kept in plan.layers.values()), None)
+        report = compensate(model, pruned, ids, str(args.compensate), kept)
     except PrunerError as error:
         if "compensate" not in args.by_preset:
             raise
@@ -269,76 +291,128 @@ def too_large(args: PruneArguments) -> bool:
     return needed > free
 
 
+@dataclass
+class Made:
+    """What planning gives: the plan for the model, the pruned model, the model's graph, the last scores of widths."""
+
+    plan: PruningPlan
+    pruned: PreTrainedModel
+    graph: CouplingGraph
+    scores: Scores | None
+
+
 def make_plan(
     args: PruneArguments,
     model: PreTrainedModel,
     ids: torch.Tensor | None,
     clock: Stopwatch,
     place: Place,
-    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
-) -> tuple[PruningPlan, PreTrainedModel, CouplingGraph, Scores | None]:
-    """The plan by the calibration set ``ids``, the pruned model, its tensors in their ``place``, the graph, the scores.
+    weights: Weights | None = None,
+) -> Made:
+    """Choose what goes, by the calibration set ``ids``; new tensors are put in their ``place``.
+
+    Whole layers go first, and the widths of what that leaves are scored and chosen then; the plan says both.
+    """
+    with clock("trace"):
+        graph = trace(model)
+    dropped = drop(args, model, graph, ids, clock)
+    if dropped is None:
+        return _narrowed(args, model, graph, ids, clock, place, weights, None)
+    with clock("apply"):
+        shorter = apply(model, dropped, place)
+    log.info("without %s: %s parameters", gone(dropped), f"{parameter_count(shorter):,}")
+    if not args.widths:
+        return Made(dropped, shorter, graph, None)
+    if weights is not None:
+        weights = ((new, t) for name, t in weights if (new := renamed(name, dropped)) is not None)
+    with clock("trace"):
+        left = trace(shorter)
+    try:
+        made = _narrowed(args, shorter, left, ids, clock, place, weights, (model, graph))
+    except NothingRemoved:
+        if not args.shape:
+            raise
+        return Made(dropped, shorter, graph, None)
+    return Made(composed(dropped, graph, made.plan, left), made.pruned, graph, None)
+
+
+def _narrowed(
+    args: PruneArguments,
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    ids: torch.Tensor | None,
+    clock: Stopwatch,
+    place: Place,
+    weights: Weights | None,
+    whole: tuple[PreTrainedModel, CouplingGraph] | None,
+) -> Made:
+    """Choose widths; ``whole`` is the model, with its graph, that layers were dropped from.
 
     With several iterative steps, each step scores the last step's model and plans anew for the original, in
     which what is gone already scores lowest.
     """
-    with clock("trace"):
-        graph = trace(model)
-    if args.layer_wise:
-        plan = first_layers(graph, args.layer or 0)
-        with clock("apply"):
-            return plan, apply(model, plan, place), graph, None
-    layers, kinds = args.layers(graph), args.kinds(graph)
-    scope = "global" if args.global_pruning else "local"
+    config = counts = shares = None
+    if args.shape:
+        config, counts = wanted_shape(model, graph, args.shape)
+        kinds = tuple({u.kind: None for u in graph.units if counts.get(u.name, u.size) < u.size})
+        if not kinds:
+            raise NothingRemoved("the model has this shape already")
+    else:
+        kinds = args.kinds(graph)
     with clock("budget"):
-        budget = _budget(args, model, graph, kinds)
+        budget = None if args.shape else _budget(args, model, graph, kinds, whole)
+    if (proportions := args.proportions()) is not None:
+        shares = {kind: share for kind, share in proportions.items() if kind != "layers"}
+        kinds = tuple(shares)
+    layers = None if counts or shares else args.layers(graph)
+    scope = "global" if args.global_pruning else "local"
+
+    def scored(model: PreTrainedModel, graph: CouplingGraph) -> Scores:
+        criteria = str(args.pruner_type), str(args.taylor), str(args.grouping_strategy)
+        with clock("score"):
+            return score(model, graph, ids, *criteria, kinds, args.seed, args.device, weights)
+
+    def chosen(scores: Scores, ratio: float | dict[str, float]) -> PruningPlan:
+        aligned = bool(args.hardware_align)
+        with clock("select"):
+            return select(
+                graph,
+                scores,
+                ratio,
+                kinds,
+                layers,
+                scope,
+                args.round_to,
+                None,
+                budget,
+                args.normalize,
+                args.floor,
+                aligned,
+                args.tensor_parallel,
+                counts,
+            )
+
+    if shares is not None and not all(shares.values()):
+        with clock("sensitivity"):
+            shares = measured(model, graph, scored(model, graph), tuple(shares), ids)
     plan, pruned, current, scores = PruningPlan(), model, graph, None
     for step in range(1, args.iterative_steps + 1):
-        with clock("score"):
-            scores = score(
-                pruned,
-                current,
-                ids,
-                str(args.pruner_type),
-                str(args.taylor),
-                str(args.grouping_strategy),
-                kinds,
-                args.seed,
-                args.device,
-                weights,
-            )
-            scores = lifted(scores, graph, plan)
-        ratio = args.pruning_ratio * step / args.iterative_steps
+        scores = lifted(scored(pruned, current), graph, plan)
         try:
-            with clock("select"):
-                plan = select(
-                    graph,
-                    scores,
-                    ratio,
-                    kinds,
-                    layers,
-                    scope,
-                    args.round_to,
-                    args.target_params,
-                    budget,
-                    args.normalize,
-                    args.floor,
-                    bool(args.hardware_align),
-                    args.tensor_parallel,
-                )
+            plan = chosen(scores, shares or args.pruning_ratio * step / args.iterative_steps)
         except PrunerError as error:
             if step == args.iterative_steps:
                 raise
             log.info("step %d of %d: %s", step, args.iterative_steps, error)
             continue
         with clock("apply"):
-            pruned = apply(model, plan, place)
+            pruned = apply(model, plan, place, config)
         if step < args.iterative_steps:
             log.info("step %d of %d: %s parameters", step, args.iterative_steps, f"{parameter_count(pruned):,}")
             with clock("trace"):
                 current = trace(pruned)
     plan.settings["iterative_steps"] = args.iterative_steps
-    return plan, pruned, graph, scores
+    return Made(plan, pruned, graph, scores)
 
 
 def _moved(args: PruneArguments, model: PreTrainedModel, device: str) -> None:
@@ -348,19 +422,34 @@ def _moved(args: PruneArguments, model: PreTrainedModel, device: str) -> None:
 
 
 def _budget(
-    args: PruneArguments, model: PreTrainedModel, graph: CouplingGraph, kinds: tuple[str, ...]
+    args: PruneArguments,
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    kinds: tuple[str, ...],
+    whole: tuple[PreTrainedModel, CouplingGraph] | None = None,
 ) -> Budget | None:
-    if args.target_macs is not None:
-        return macs_budget(model, args.target_macs, args.budget_tokens)
-    if args.target_memory is not None:
-        return memory_budget(model, args.target_memory, args.budget_tokens, args.budget_batch)
-    if args.target_latency is not None:
-        if args.stream:
-            raise PrunerError(
-                "--target_latency times a model in memory, and this one has to be streamed: give --target_macs"
-            )
-        return latency_budget(model, graph, args.target_latency, args.budget_tokens, args.budget_batch, kinds)
-    return None
+    """What the model may cost; a share is one of what the ``whole`` costs, before layers went."""
+
+    def budget(model: PreTrainedModel, graph: CouplingGraph) -> Budget | None:
+        if args.target_params is not None:
+            return parameter_budget(graph, args.target_params)
+        if args.target_macs is not None:
+            return macs_budget(model, args.target_macs, args.budget_tokens)
+        if args.target_memory is not None:
+            return memory_budget(model, args.target_memory, args.budget_tokens, args.budget_batch)
+        if args.target_latency is not None:
+            if args.stream:
+                raise PrunerError(
+                    "--target_latency times a model in memory, and this one has to be streamed: give --target_macs"
+                )
+            return latency_budget(model, graph, args.target_latency, args.budget_tokens, args.budget_batch, kinds)
+        return None
+
+    found = budget(model, graph)
+    if found is not None and whole is not None:
+        cost = budget(*whole)
+        found.whole = cost.measure(PruningPlan()) if cost else None
+    return found
 
 
 def _latency(args: PruneArguments, model: PreTrainedModel, pruned: PreTrainedModel) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def test_the_same_run_gives_the_same_bits(folder):
         ("--block_mlp_layer_start 2 --block_mlp_layer_end 30", "layers 0 to 2"),
         ("--block_attention_layer_start 3 --block_attention_layer_end 3", "out of range"),
         ("--block_wise --channel_wise", "exclude each other"),
-        ("--layer_wise --layer 3", "give 1 to 2"),
+        ("--layer_wise --layer 3", "give fewer"),
         ("--layer_wise --iterative_steps 2", "mean nothing"),
         ("--layer 2", "goes with --layer_wise"),
         ("--channel_wise --block_mlp_layer_start 1", "goes with --block_wise"),

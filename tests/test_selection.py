@@ -7,7 +7,7 @@ import torch
 from conftest import build
 
 import llm_pruner as lp
-from llm_pruner.selection import first_layers, lifted, removable
+from llm_pruner.selection import lifted, removable
 from llm_pruner.selection.budgets import parameters
 
 
@@ -134,8 +134,8 @@ def test_scores_of_another_model_are_refused(setting):
 def test_bad_arguments(setting, bad, message):
     with pytest.raises(lp.PrunerError, match=message):
         lp.select(*setting, **({"ratio": 0.5} | bad))
-    with pytest.raises(lp.PrunerError, match="give 1 to 2"):
-        first_layers(setting[0], 3)
+    with pytest.raises(lp.PrunerError, match="give 1 to 3"):
+        lp.select(*setting, counts={"layers": 4})
 
 
 def test_damaged_plans_are_refused(setting, tmp_path):

@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import llm_pruner as lp
 from llm_pruner.graph.verify import relative_difference
-from llm_pruner.selection import first_layers
 
 
 def same_when_reloaded(pruned, folder):
@@ -115,7 +114,8 @@ def test_hidden_channels_that_are_dead_go_without_a_trace(architecture, tmp_path
 
 def test_first_layers(architecture, tmp_path):
     model = build(architecture)
-    plan = first_layers(lp.trace(model), 2)
+    graph = lp.trace(model)
+    plan = lp.select(graph, lp.score(model, graph, criterion="last"), counts={"layers": 2})
     pruned = lp.apply(model, plan)
     assert lp.verify(model, pruned, plan).equivalent
     assert pruned.config.num_hidden_layers == 2

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import PrunerError
 from ..graph import sources
-from ..selection import PruningPlan
+from ..selection import PruningPlan, renamed
 from ..surgery import apply
 from ..surgery.config_solver import canonical_names, names_of
-from ..surgery.slicing import cut, renamed
+from ..surgery.slicing import cut
 from ..vocabulary.tokenizer import cut_tokenizer
 from .card import write_card
 from .load import load_config, load_model, locate, meta_model

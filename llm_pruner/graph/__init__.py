@@ -15,7 +15,7 @@ from .tracer import (
     sources,
     traceable,
 )
-from .units import KINDS, CouplingGraph, Unit, common_path, trace
+from .units import KINDS, CouplingGraph, Unit, block_of, common_path, trace
 
 __all__ = [
     "KINDS",
@@ -27,6 +27,7 @@ __all__ = [
     "StandIns",
     "TraceError",
     "Unit",
+    "block_of",
     "common_path",
     "computing",
     "context_length",

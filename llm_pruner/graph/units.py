@@ -13,7 +13,7 @@ from torch import nn
 from .axes import Atom, Dim, labels, leaves
 from .constants import COMBINED, Constant, by_leaf
 from .stacks import Layers, layer_lists
-from .tracer import run, sources
+from .tracer import TraceError, run, sources
 
 KINDS = ("heads", "query_heads", "neurons", "experts", "hidden", "channels", "layers", "vocabulary")
 Slices = dict[str, dict[int, torch.Tensor]]
@@ -258,6 +258,27 @@ def common_path(names: Iterable[str]) -> str:
     """The path of the smallest module that holds all of these parameters."""
     levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
     return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
+
+
+def block_of(model: nn.Module, graph: CouplingGraph, stack: str, layer: int, kind: str) -> str:
+    """The path of the block of a layer that holds its units of a kind: its attention for heads, its MLP for neurons.
+
+    Raises:
+        TraceError: there is no such layer, or it does not hold them in one block of its own.
+    """
+    count = len(layer_lists(model)[stack])
+    if layer >= count:
+        raise TraceError(f"layer {layer} is out of range: {stack} has layers 0 to {count - 1}")
+    start = f"{stack}.{layer}."
+    units = [u for u in [*graph.units, *graph.frozen] if u.kind == kind]
+    names = [name for unit in units for name in unit.parameters if name.startswith(start)]
+    path = common_path(names) if names else ""
+    while path and isinstance(model.get_submodule(path), nn.Linear):  # a single projection is no block
+        path = path.rpartition(".")[0]
+    if not path.startswith(start) or (kind == "heads" and layer == 0):
+        why = "caches are measured by it" if layer == 0 and names else f"its {kind} lie in no block of their own"
+        raise TraceError(f"the block with the {kind} of {start[:-1]} cannot go: {why}")
+    return path
 
 
 def _name(units: list[Unit]) -> None:

@@ -40,8 +40,8 @@ AGGREGATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class Scores:
     """What each index of each unit is worth: ``values[unit.name]`` is a float64 tensor ``[unit.size]``.
 
-    Where that depends on how many indices go, as with the best block of layers, it is ``[unit.size - 1, unit.size]``: row
-    n - 1 is for n of them.
+    Where that depends on how many indices go, as with the best block of layers, it is ``[unit.size - 1, unit.size]``:
+    row n - 1 is for n of them.
     """
 
     values: dict[str, torch.Tensor]

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from math import floor, pi
 from typing import Any
 
@@ -147,7 +148,7 @@ def _block_influence(stack: Stack) -> torch.Tensor:
     for ids in stack.batches:
         states = [state.double() for state in Run(stack, ids).states]
         tokens += states[0][..., 0].numel()
-        for i, (before, after) in enumerate(zip(states, states[1:], strict=False)):
+        for i, (before, after) in enumerate(pairwise(states)):
             similar[i] += cosine_similarity(before, after, dim=-1).sum().cpu()
     return stack.scores({i: (1 - similar[i] / tokens).item() for i in stack.free})
 
@@ -177,9 +178,9 @@ def _loss_change(stack: Stack) -> torch.Tensor:
 def _greedy_loss(stack: Stack) -> torch.Tensor:
     """Each removal is that of the layer without which the loss grows least, measured without those gone before.
 
-    What a layer costs grows as others go, mostly; so only those are measured again that cost least when last seen, until
-    one that was just measured does (lazy greedy selection). Scores are what each removal cost, made to ascend in the
-    order of removal.
+    What a layer costs grows as others go, mostly; so only those are measured again that cost least when last seen,
+    until one that was just measured does (lazy greedy selection). Scores are what each removal cost, made to
+    ascend in the order of removal.
     """
     runs = [Run(stack, ids) for ids in stack.batches]
     tokens = sum(run.tokens for run in runs)

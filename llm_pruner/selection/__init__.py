@@ -1,8 +1,10 @@
 """Selection: how much goes, and which indices."""
 
-from .budgets import BYTES, COUNTS, Budget
-from .plan import Choice, PruningPlan
-from .policies import NORMALIZERS, first_layers, lifted, removable, select
+from .budgets import BYTES, COUNTS, Budget, NothingRemoved, parameter_budget, parameters
+from .compose import composed
+from .plan import Choice, PruningPlan, renamed
+from .policies import NORMALIZERS, removable
+from .select import lifted, select
 
 __all__ = [
     "BYTES",
@@ -10,9 +12,13 @@ __all__ = [
     "NORMALIZERS",
     "Budget",
     "Choice",
+    "NothingRemoved",
     "PruningPlan",
-    "first_layers",
+    "composed",
     "lifted",
+    "parameter_budget",
+    "parameters",
     "removable",
+    "renamed",
     "select",
 ]

@@ -27,6 +27,7 @@ class Budget:
         measure: the cost of the model that a plan leaves.
         units: suffixes that a target may have, with their factors.
         noun: what is counted.
+        whole: the cost that a fraction is of, if not that of the model at hand.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Budget:
     measure: Callable[[PruningPlan], float]
     units: dict[str, int]
     noun: str
+    whole: float | None = None
 
     def wanted(self) -> float:
         """The target as a number: a fraction of the whole model's cost up to 1, or an amount.
@@ -41,7 +43,8 @@ class Budget:
         Raises:
             PrunerError: it is neither, or not below the model's own cost.
         """
-        whole = self.measure(PruningPlan())
+        now = self.measure(PruningPlan())
+        whole = now if self.whole is None else self.whole
         found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(self.target))
         suffix = found[2].upper() if found else ""
         number = float(found[1]) if found else 0.0
@@ -52,9 +55,9 @@ class Budget:
                 f"{self.name} {self.target!r} is no size: give a fraction such as 0.8, or an amount ({known})"
             )
         amount = number * (whole if share else self.units[suffix])
-        if not 0 < amount < whole:
+        if not 0 < amount < now:
             raise PrunerError(
-                f"{self.name} {self.target} is {amount:,.0f}; the model has {whole:,.0f} {self.noun}: give less"
+                f"{self.name} {self.target} is {amount:,.0f}; the model has {now:,.0f} {self.noun}: give less"
             )
         return amount
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,7 @@ class PruningPlan:
         settings: how the plan was made, for the record.
         notes: what the reader should know, such as units too small to lose anything.
         weights: SHA-256 of the files that hold what it left, by name; empty unless it lies with a checkpoint.
+        blocks: paths of modules that are gone altogether, such as the attention of a layer.
     """
 
     kept: Kept = field(default_factory=dict)
@@ -72,6 +74,7 @@ class PruningPlan:
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     weights: dict[str, str] = field(default_factory=dict)
+    blocks: list[str] = field(default_factory=list)
 
     @property
     def layers(self) -> dict[str, torch.Tensor]:
@@ -100,6 +103,14 @@ class PruningPlan:
             self.kept[name][dim] = positions
             self.shapes[name] = tuple(shapes[name])
 
+    def drop_block(self, path: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Keep nothing of a module: it adds nothing to the stream any more."""
+        self.blocks.append(path)
+        for name, shape in shapes.items():
+            if name.startswith(f"{path}."):
+                self.kept[name] = {0: torch.tensor([], dtype=torch.long)}
+                self.shapes[name] = tuple(shape)
+
     def cut_shape(self, name: str, shape: Iterable[int]) -> tuple[int, ...]:
         """The shape of a tensor after the plan."""
         kept = self.kept.get(name, {})
@@ -127,6 +138,8 @@ class PruningPlan:
         }
         if self.weights:
             document["weights"] = self.weights
+        if self.blocks:
+            document["blocks"] = self.blocks
         document["sha256"] = _digest(document)
         Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -154,6 +167,7 @@ class PruningPlan:
         try:
             plan = cls(settings=document["settings"], notes=list(document["notes"]))
             plan.weights = {str(name): str(digest) for name, digest in document.get("weights", {}).items()}
+            plan.blocks = [str(path) for path in document.get("blocks", [])]
             sets = [_positions(text) for text in document["positions"]]
             for name, entry in document["parameters"].items():
                 plan.shapes[name] = tuple(entry["shape"])
@@ -216,3 +230,14 @@ def _positions(text: str) -> torch.Tensor:
     if any(b <= a for a, b in itertools.pairwise(values)) or (values and values[0] < 0):
         raise ValueError(f"positions out of order: {text[:60]}")
     return torch.tensor(values, dtype=torch.long)
+
+
+def renamed(name: str, plan: PruningPlan) -> str | None:
+    """The name of a tensor after layers and blocks are dropped; None when it lies in one of these."""
+    if any(name.startswith(f"{path}.") for path in plan.blocks):
+        return None
+    for path, kept in plan.layers.items():
+        if match := re.match(rf"({re.escape(path)}\.)(\d+)(\..*)", name):
+            index = (kept == int(match[2])).nonzero().flatten()
+            return f"{match[1]}{int(index)}{match[3]}" if index.numel() else None
+    return name

@@ -4,22 +4,31 @@ from ..heterogeneous import install
 from .apply import EquivalenceReport, Place, apply, in_memory, verify
 from .biases import with_biases
 from .compensate import METHODS, MIN_SAMPLES, CompensationReport, compensate
-from .config_solver import skeleton
+from .layers import skeleton
+from .rescale import rescale_norms
+from .target import SHAPE, counts_for, layer_counts, nearest, shapes_for, target_config
 from .tokens import ids_in
 from .uniform import to_uniform
 
 __all__ = [
     "METHODS",
     "MIN_SAMPLES",
+    "SHAPE",
     "CompensationReport",
     "EquivalenceReport",
     "Place",
     "apply",
     "compensate",
+    "counts_for",
     "ids_in",
     "in_memory",
     "install",
+    "layer_counts",
+    "nearest",
+    "rescale_norms",
+    "shapes_for",
     "skeleton",
+    "target_config",
     "to_uniform",
     "verify",
     "with_biases",

@@ -16,10 +16,11 @@ from transformers.initialization import no_init_weights
 from ..errors import PrunerError
 from ..graph import CouplingGraph, TraceError, model_inputs, native, sources, streamed, trace, traceable
 from ..graph.verify import random_tokens, relative_difference
-from ..selection import PruningPlan
+from ..selection import PruningPlan, renamed
 from . import config_solver
+from .layers import skeleton
 from .norms import KeptNorms, kept_norms
-from .slicing import check_fits, cut, masked, renamed
+from .slicing import check_fits, cut, masked
 from .tokens import renumber
 
 Place = Callable[[torch.Tensor], torch.Tensor]
@@ -30,7 +31,9 @@ def in_memory(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def apply(model: PreTrainedModel, plan: PruningPlan, place: Place = in_memory) -> PreTrainedModel:
+def apply(
+    model: PreTrainedModel, plan: PruningPlan, place: Place = in_memory, config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
     """A new, smaller model of the same class; the original is untouched.
 
     The new model is built from a config, so that every attribute is right by construction, and traced: its
@@ -39,6 +42,8 @@ def apply(model: PreTrainedModel, plan: PruningPlan, place: Place = in_memory) -
     Args:
         place: puts each new tensor where it is to live and returns it there
             (:func:`llm_pruner.checkpoint.on_disk`: in files, for models larger than memory).
+        config: that the new model must have, instead of one that is found. What an architecture derives from sizes is
+            then as this config has it, and may differ from the original's: the factor on Gemma's embeddings, say.
 
     Raises:
         PrunerError: the plan is for another model, or no config expresses what it leaves.
@@ -50,18 +55,17 @@ def apply(model: PreTrainedModel, plan: PruningPlan, place: Place = in_memory) -
     if unknown:
         raise PrunerError(f"the plan was made for another model: it has no unit {unknown[0]}")
     problems: list[str] = []
-    for config in config_solver.solve(model, plan, graph):
+    configs = config_solver.solve(model, plan, graph) if config is None else iter([config])
+    for found in configs:
         try:
             # Looked at on the meta device, before any weight is copied, unless the model needs them to run.
-            rebuilt = (
-                config_solver.skeleton(type(model), config) if graph.on_meta else _fill(model, plan, config, place)
-            )
+            rebuilt = skeleton(type(model), found) if graph.on_meta else _fill(model, plan, found, place)
             problem = _wrong_axis(rebuilt, graph, plan) or _broken_cache(rebuilt, model)
         except TraceError as error:
             problem = str(error)
         if not problem:
-            pruned = _fill(model, plan, config, place) if graph.on_meta else rebuilt
-            problem = _wrong_factor(model, pruned, plan, graph)
+            pruned = _fill(model, plan, found, place) if graph.on_meta else rebuilt
+            problem = "" if config is not None else _wrong_factor(model, pruned, plan, graph)
             if not problem:
                 if plan.tokens is not None and pruned.can_generate():
                     renumber(pruned.generation_config, plan.tokens)
@@ -115,7 +119,7 @@ def _broken_cache(rebuilt: PreTrainedModel, original: PreTrainedModel) -> str:
         return ""
 
     found = problem(rebuilt)
-    return found if found and not problem(config_solver.skeleton(type(original), original.config)) else ""
+    return found if found and not problem(skeleton(type(original), original.config)) else ""
 
 
 def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list[tuple[int, int, bool]]]:

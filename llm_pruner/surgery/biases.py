@@ -12,7 +12,7 @@ from ..graph import layer_lists
 from ..heterogeneous import fields_of, set_field
 from .apply import rebuilt_from
 from .compensate import added_projections
-from .config_solver import skeleton
+from .layers import skeleton
 
 Shapes = dict[str, tuple[int, ...]]
 

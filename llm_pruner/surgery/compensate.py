@@ -20,6 +20,7 @@ probabilities as labels), folded into the weights before them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -65,26 +66,33 @@ class CompensationReport:
 
 @torch.no_grad()
 def compensate(
-    model: PreTrainedModel, pruned: PreTrainedModel, calibration: torch.Tensor, method: str = "least_squares"
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    calibration: torch.Tensor,
+    method: str = "least_squares",
+    kept: Sequence[int] | None = None,
 ) -> CompensationReport:
     """Refit the projections of ``pruned`` in place so that its layers say what those of ``model`` say.
 
     Args:
         model: the original.
-        pruned: what :func:`llm_pruner.apply` made of it, with as many layers.
+        pruned: what :func:`llm_pruner.apply` made of it.
         calibration: LongTensor ``[samples, tokens]``; at least 32 samples, a quarter of which is held out.
         method: ``least_squares`` moves weights and biases, ``bias`` nothing but biases
             (:func:`llm_pruner.surgery.with_biases` gives a model some).
+        kept: the layers of the original that the pruned model's are, in order; all of them by default. The last
+            projection before a gap makes up for the layers that are gone: it aims at the stream behind them.
 
     Raises:
-        PrunerError: the two do not have one stack of as many layers, these do not pass a stream on, or there is no
+        PrunerError: the two do not have one stack of layers each, these do not pass a stream on, or there is no
             bias to move.
     """
     if method not in METHODS:
         raise PrunerError(f"unknown compensation {method!r}; choose from {', '.join(METHODS)}")
     (_, original), (path, layers) = _stack(model), _stack(pruned)
-    if len(original) != len(layers):
-        raise PrunerError("compensation needs as many layers in both models")
+    kept = list(range(len(original)) if kept is None else kept)
+    if len(kept) != len(layers) or kept != sorted(set(kept)) or kept[-1] >= len(original):
+        raise PrunerError("compensation needs to know which layers of the original the pruned model's are")
     if len(calibration) < MIN_SAMPLES:
         raise PrunerError(f"compensation needs at least {MIN_SAMPLES} calibration samples, not {len(calibration)}")
     added = added_projections(pruned, calibration)
@@ -98,8 +106,13 @@ def compensate(
         before, after = _Stream(model, original, batches), _Stream(pruned, layers, batches)
         if before.hidden[0].shape != after.hidden[0].shape:
             raise PrunerError("compensation compares hidden states, and the pruned model's are narrower")
+        for gone in range(kept[0]):
+            before.advance(gone, [])
         for i, names in enumerate(added):
-            target = before.advance(i, names)
+            target = before.advance(kept[i], names)
+            for gone in range(kept[i] + 1, [*kept, len(original)][i + 1]):
+                before.advance(gone, [])
+                target |= {name: list(before.hidden) for name in names[-1:]}
             floor = torch.cat([h.float().square().sum(-1).flatten() for h in before.hidden]).median().item()
             for name in names:
                 refit = _refit(after, i, name, names, target[name], floor, method)

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from ..errors import PrunerError
-from ..graph import CouplingGraph, layer_lists, sources
+from ..graph import CouplingGraph, sources
 from ..heterogeneous import (
     CONSTANTS,
     SUBMODULES,
@@ -33,24 +30,15 @@ from ..heterogeneous import (
     set_field,
     with_values,
 )
-from ..selection import PruningPlan
+from ..selection import PruningPlan, renamed
 from .layer_solver import Cut, LayerSolver, Recipe, Shapes, Solution, candidates, holds, shapes_of
-from .slicing import renamed
+from .layers import Stack, configs_in, skeleton, stacks_of, without_blocks, without_layers
 from .tokens import renumber
 
 MAX_ATTEMPTS = 32
 # What is set once in a config: what all layers that need it agree on (there may be dense ones and sparse ones), what
 # really all agree on, nothing. The first that fits is the plainest.
 LIFTS = ("any", "all", "none")
-
-
-def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device, every module remembering how it was constructed."""
-    record_constructors(model_class)
-    with torch.device("meta"), no_init_weights():
-        model = model_class(copy.deepcopy(config))
-    model.tie_weights()
-    return model
 
 
 def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> Iterator[PreTrainedConfig]:
@@ -76,14 +64,16 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
     }
     config = copy.deepcopy(model.config)
     if plan.layers:
-        _drop_layers(model, config, plan)
+        config = without_layers(model, config, stacks_of(model), plan)
     for choice in plan.units.values():
         if choice.kind == "vocabulary":
             config.get_text_config().vocab_size = choice.kept.numel()
             renumber(config, choice.kept.tolist())
 
+    if plan.blocks:
+        without_blocks(model, config, plan)
     base = skeleton(type(model), config)
-    stacks = _stacks(base)
+    stacks = stacks_of(base)
     jobs = [(stack, job) for stack in stacks for job in _jobs(base, stack, targets, plan, graph, known)]
     solver = LayerSolver()
     problem: PrunerError | None = None
@@ -114,58 +104,6 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
         raise problem
 
 
-@dataclass
-class Stack:
-    """A stack of layers.
-
-    ``path`` is where it is in the model, ``scope`` where the smallest model begins that holds all stacks built from
-    the same config, and ``config`` how to get from the model's config to that one. ``standard`` says whether
-    ``per_layer_config`` of that config means the layers of this stack and no others.
-    """
-
-    path: str
-    length: int
-    config: tuple[str, ...]
-    scope: str = ""
-    standard: bool = False
-
-    def inside(self, index: int, path: str = "") -> str:
-        """The path of a block of layer ``index``, from the scope."""
-        return f"{self.path}.{index}.{path}".removeprefix(f"{self.scope}." if self.scope else "").rstrip(".")
-
-
-def _stacks(model: PreTrainedModel) -> list[Stack]:
-    configs = dict(configs_in(model.config))
-    owners = {path: m for path, m in model.named_modules() if isinstance(m, PreTrainedModel)}
-    out = []
-    for path, layers in layer_lists(model).items():
-        owner = owners[max((p for p in owners if holds(p, path)), key=len)]
-        same = [where for where, config in configs.items() if config is owner.config]
-        # Some models give their parts copies of their own config.
-        same += [where for where, config in configs.items() if type(config) is type(owner.config)]
-        if same:
-            out.append(Stack(path, len(layers), same[0]))
-    for stack in out:
-        together = [other.path for other in out if other.config == stack.config]
-        config = configs[stack.config]
-        scopes = [
-            p for p, m in owners.items() if all(holds(p, path) for path in together) and type(m.config) is type(config)
-        ]
-        stack.scope = max(scopes, key=len)
-        stack.standard = len(together) == 1 and stack.length == getattr(config, "num_hidden_layers", None)
-    return out
-
-
-def configs_in(
-    config: PreTrainedConfig, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
-    """A config and those inside it, by path."""
-    yield path, config
-    for name, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
-            yield from configs_in(value, (*path, name))
-
-
 Job = tuple[int, nn.Module, Shapes, list[Cut]]
 
 
@@ -185,19 +123,6 @@ def _jobs(
         wanted = {n.removeprefix(path): s for n, s in targets.items() if n.startswith(path)}
         if wanted != shapes_of(layers[i]):
             yield i, layers[i], wanted, _cuts(plan, graph, known, f"{stack.path}.{old}.")
-
-
-def _drop_layers(model: PreTrainedModel, config: PreTrainedConfig, plan: PruningPlan) -> None:
-    """Shorten the stack, and every list that has an entry a layer."""
-    (path, kept), *others = plan.layers.items()
-    stack = next((s for s in _stacks(model) if s.path == path), None)
-    text = dict(configs_in(config)).get(stack.config) if stack else None
-    if others or text is None or stack is None or not stack.standard or text.is_heterogeneous or overrides_of(text):
-        raise PrunerError("layers can be dropped from a model with one stack of equally configured layers only")
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == stack.length:
-            setattr(text, name, [value[i] for i in kept.tolist()])
-    text.num_hidden_layers = kept.numel()
 
 
 def names_of(model: PreTrainedModel) -> dict[str, list[str]]:

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
 
 from ..errors import PrunerError
 from ..selection import PruningPlan
-
-
-def renamed(name: str, plan: PruningPlan) -> str | None:
-    """The name of a tensor after layers are dropped; None when its layer is."""
-    for path, kept in plan.layers.items():
-        if match := re.match(rf"({re.escape(path)}\.)(\d+)(\..*)", name):
-            index = (kept == int(match[2])).nonzero().flatten()
-            return f"{match[1]}{int(index)}{match[3]}" if index.numel() else None
-    return name
 
 
 def cut(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:

@@ -13,7 +13,8 @@ from ..graph import CouplingGraph, Unit, native, trace
 from ..graph.verify import random_tokens, relative_difference
 from ..heterogeneous import CONSTANTS, SUBMODULES, differs, global_config, overrides_of
 from .apply import _logits, rebuilt_from
-from .config_solver import canonical_names, skeleton
+from .config_solver import canonical_names
+from .layers import skeleton
 
 TOLERANCE = 1e-5  # of the largest logit; sums of more numbers, the added ones zero, are taken in another order
 
@@ -31,12 +32,14 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
         raise PrunerError("the layers of this model have the same widths already: it is a plain checkpoint")
     config = _widest(model.config)
     target = skeleton(type(model), config)
-    canonical = canonical_names(model)
+    canonical = canonical_names(target)
     shapes = {canonical[n]: tuple(t.shape) for n, t in target.state_dict().items() if n in canonical}
     tensors = {canonical[n]: t for n, t in model.state_dict().items() if n in canonical}
     places = _places(tensors, shapes, trace(model), trace(target))
     done = {name: _padded(tensor, shapes[name], places[name]) for name, tensor in tensors.items()}
-    state = {name: done[canonical[name]] if name in canonical else t for name, t in model.state_dict().items()}
+    # A block that was gone comes back, and adds nothing.
+    done |= {name: next(iter(done.values())).new_zeros(shape) for name, shape in shapes.items() if name not in done}
+    state = {name: done[canonical[name]] if name in canonical else t for name, t in target.state_dict().items()}
     padded = rebuilt_from(config, state, model)
     ids = random_tokens(model, rows=2, tokens=16)
     dtype = native(model).dtype
@@ -80,7 +83,12 @@ def _places(
     for unit in units:
         for key in unit.dims:
             at[key].append(unit)
-    grown = [(n, d) for n, shape in shapes.items() for d, size in enumerate(shape) if tensors[n].shape[d] != size]
+    grown = [
+        (n, d)
+        for n, shape in shapes.items()
+        for d, size in enumerate(shape)
+        if n in tensors and tensors[n].shape[d] != size
+    ]
     sizes = {unit.name: unit.size for unit in units}
 
     def place(name: str, dim: int) -> torch.Tensor:

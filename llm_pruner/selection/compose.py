@@ -1,0 +1,51 @@
+"""Two plans, one after the other, as one."""
+
+from __future__ import annotations
+
+from ..errors import PrunerError
+from ..graph import CouplingGraph
+from .plan import PruningPlan, renamed
+
+
+def composed(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, left: CouplingGraph) -> PruningPlan:
+    """The plan that does at once what ``first`` does to a model, and ``then`` to what that leaves.
+
+    Args:
+        then: widths only; no layers or blocks.
+        graph: of the model that ``first`` is for.
+        left: of the model that ``then`` is for.
+
+    Raises:
+        PrunerError: a unit of what was left is none of the model's.
+    """
+    old_names = {new: name for name in graph.shapes if (new := renamed(name, first)) is not None}
+    owners = {(name, dim): [] for unit in graph.units for name, dim in unit.dims}  # type: dict[tuple[str, int], list]
+    for unit in graph.units:
+        for key in unit.dims:
+            owners[key].append(unit)
+    out = PruningPlan(settings=first.settings | then.settings, notes=[*first.notes, *then.notes])
+    kept = {name: first.units[name].kept for name in first.units}
+    why = dict(first.units)
+    for name, choice in then.units.items():
+        where = [(old_names[parameter], dim) for parameter, dim in left.unit(name).dims]
+        found = [
+            unit
+            for unit in owners.get(where[0], [])
+            if len(kept.get(unit.name, range(unit.size))) == choice.size and all(key in unit.dims for key in where)
+        ]
+        # A key-value head that is left alone gives its name to the query heads in it.
+        found.sort(key=lambda unit: (unit.kind != choice.kind, len(unit.dims)))
+        if not found:
+            raise PrunerError(f"the unit {name} is none of the model that the first plan is for")
+        unit = found[0]
+        before = kept.get(unit.name)
+        kept[unit.name] = choice.kept if before is None else before[choice.kept]
+        why[unit.name] = choice
+    for path in first.blocks:
+        out.drop_block(path, graph.shapes)
+    for unit in graph.units:
+        if unit.name in kept:
+            out.keep(unit, kept[unit.name], graph.shapes)
+            for field in ("removed", "lowest_kept", "highest_removed"):
+                setattr(out.units[unit.name], field, getattr(why[unit.name], field))
+    return out

@@ -1,0 +1,293 @@
+"""From scores to a plan: how many indices each unit loses, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import lcm
+
+import torch
+
+from ..errors import PrunerError
+from ..graph import KINDS, CouplingGraph, Unit
+from ..importance import Scores
+from .budgets import Budget, NothingRemoved, NotMet, parameter_budget, solve
+from .plan import PruningPlan, renamed
+from .policies import NORMALIZERS, alignment, balanced, costs, globally, locally
+
+LayerChoice = Iterable[int] | Mapping[str, Iterable[int]] | None
+SHARDED = ("heads", "neurons", "channels")  # what tensor parallelism splits
+WHOLE_MODEL = ("hidden", "vocabulary", "layers")
+
+
+def select(
+    graph: CouplingGraph,
+    scores: Scores,
+    ratio: float | Mapping[str, float] = 0.25,
+    kinds: Iterable[str] = ("heads", "neurons"),
+    layers: LayerChoice = None,
+    scope: str = "local",
+    round_to: int = 1,
+    target_params: float | str | None = None,
+    budget: Budget | None = None,
+    normalize: str = "none",
+    floor: float = 0.0,
+    align: bool = False,
+    tensor_parallel: int = 1,
+    counts: Mapping[str, int] | None = None,
+) -> PruningPlan:
+    """Choose which indices of which units stay: those with the highest scores.
+
+    Args:
+        graph: from :func:`llm_pruner.trace`.
+        scores: from :func:`llm_pruner.score`.
+        ratio: share of a unit's indices to remove, strictly between 0 and 1. As LLM-Pruner counts: a unit
+            of n channels loses ``n - int(n * (1 - ratio))``, in whole indices, rounded down. None is a valid
+            outcome for a unit with few heads, and the plan's notes say so.
+        kinds: kinds of units to prune.
+        layers: layer indices to prune in, None for all; or a mapping from kind to layer indices (a kind without an
+            entry is pruned everywhere). ``hidden``, ``vocabulary`` and ``layers`` do not ask; other units that span
+            layers are left out when layers are given.
+        scope: ``local`` takes the ratio from every unit, ``global`` from all units of a kind together: first what
+            scores least for each parameter that it frees.
+        round_to: kept counts become multiples of this, and of the unit's own ``multiple``, rounded up.
+        target_params: instead of a ratio, the parameters that stay: a fraction of the model, or a count such as
+            ``"5.4B"``. The ratio is solved so that the plan leaves at most that many, and at most 0.5% fewer.
+        budget: the same for another cost (:func:`llm_pruner.evaluation.macs_budget`, ``memory_budget``).
+        normalize: what global scores are divided by to compare layers: ``none``, ``mean`` (the mean of their unit) or
+            ``sqrt`` (the root of that).
+        floor: share of every unit's indices that stays in any case, at least 0 and below 1.
+        align: keep widths multiples of 8 to 128 channels, as kernels for matrix products want them: of the largest
+            power of two that divides a unit's size and leaves it at least 32 steps. Heads go as they are.
+        tensor_parallel: keep heads, neurons and channels in multiples of this many, and as many of them in each of as
+            many equal parts of a unit, so that a model split over that many devices stays so.
+        counts: how many indices stay, by the name of a unit or by kind, whatever the ratio. Without a target and
+            without a mapping for a ratio, nothing else goes.
+
+    Raises:
+        PrunerError: an argument is out of range, or there is nothing to prune.
+    """
+    kinds = tuple(kinds)
+    if isinstance(ratio, Mapping):
+        kinds = tuple(ratio)
+    elif counts is not None and target_params is None and budget is None:
+        kinds = tuple({unit.kind: None for unit in graph.units if unit.name in counts or unit.kind in counts})
+    policy = Policy(
+        graph,
+        scores,
+        kinds,
+        _by_kind(layers, kinds),
+        scope,
+        round_to,
+        normalize,
+        floor,
+        align,
+        tensor_parallel,
+        counts or {},
+    )
+    if counts is not None and not isinstance(ratio, Mapping) and target_params is None and budget is None:
+        return policy.plan({})
+    if target_params is not None:
+        budget = parameter_budget(graph, target_params)
+    shares = dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(kinds, ratio)
+    for share in shares.values():
+        if not 0 < share < 1:
+            raise PrunerError(f"ratio {share} is out of range: give a share between 0 and 1, both excluded")
+    if budget is None:
+        return policy.plan(shares)
+    largest = max(shares.values())
+    shares = {kind: share / largest for kind, share in shares.items()}
+
+    def solved(policy: Policy) -> PruningPlan:
+        return solve(graph, budget, lambda t: policy.plan({kind: t * share for kind, share in shares.items()}))
+
+    try:
+        return solved(policy)
+    except NotMet:
+        if not align:
+            raise
+        plan = solved(replace(policy, align=False))
+        plan.notes.append("widths are not aligned: in steps that kernels like, the target cannot be met")
+        return plan
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How indices are chosen, whatever the ratio: the arguments of :func:`select`."""
+
+    graph: CouplingGraph
+    scores: Scores
+    kinds: tuple[str, ...]
+    layers: dict[str, set[int]] | None
+    scope: str
+    round_to: int
+    normalize: str
+    floor: float
+    align: bool
+    tensor_parallel: int
+    counts: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise PrunerError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
+        if self.scope not in ("local", "global"):
+            raise PrunerError(f"unknown scope {self.scope!r}; choose local or global")
+        if self.normalize not in NORMALIZERS:
+            raise PrunerError(f"unknown normalize {self.normalize!r}; choose from {', '.join(NORMALIZERS)}")
+        for name in ("round_to", "tensor_parallel"):
+            if getattr(self, name) < 1:
+                raise PrunerError(f"{name} {getattr(self, name)} is out of range: give 1 or more")
+        if not 0 <= self.floor < 1:
+            raise PrunerError(f"floor {self.floor} is out of range: give a share of at least 0 and below 1")
+        known = {name for unit in self.graph.units for name in (unit.name, unit.kind)}
+        if unknown := sorted(self.counts.keys() - known):
+            raise PrunerError(f"the model has no unit or kind of units called {unknown[0]!r}")
+        present = {unit.layer for unit in self.graph.units if unit.layer is not None}
+        if missing := sorted(set().union(*(self.layers or {}).values()) - present):
+            top = f"layers 0 to {max(present)}" if present else "no layers"
+            raise PrunerError(
+                f"layer {', '.join(map(str, missing))} out of range: the model has {top} that can be pruned"
+            )
+
+    def _asked(self, unit: Unit) -> bool:
+        """A kind without an entry is not restricted; units of the whole model do not ask."""
+        if self.layers is None or unit.kind in WHOLE_MODEL or unit.kind not in self.layers:
+            return True
+        return unit.layer in self.layers[unit.kind]
+
+    def plan(self, ratios: Mapping[str, float]) -> PruningPlan:
+        """The plan that removes a share of each kind, and of units that have a count what that leaves over.
+
+        Raises:
+            PrunerError: a count is out of range, or for a unit that the model does not have.
+            NothingRemoved: no unit loses an index.
+        """
+        plan = PruningPlan(
+            settings={
+                "ratio": next(iter(ratios.values()), None) if len(set(ratios.values())) < 2 else dict(ratios),
+                "kinds": list(self.kinds),
+                "scope": self.scope,
+                "round_to": self.round_to,
+                **self.scores.settings,
+            }
+        )
+        for kind in sorted(KINDS, key=lambda kind: kind != "layers"):  # what lies in layers that go is left out
+            there = [unit for unit in self.graph.of_kind(kind) if not _gone(unit, plan)]
+            counted = [unit for unit in there if unit.name in self.counts or kind in self.counts]
+            for unit in counted:
+                self._remove(plan, unit, self._beyond(unit, self.counts.get(unit.name, self.counts.get(kind, 0))))
+            if kind not in ratios:
+                continue
+            mine = [unit for unit in there if self._asked(unit) and unit not in counted]
+            for unit in mine:
+                self.scores.of(unit)
+            if spanning := [u for u in there if u.layer is None and not self._asked(u)]:
+                plan.notes.append(f"{kind}: {len(spanning)} units span layers: left out, since layers were given")
+            idle = 0
+            for unit, removed in zip(mine, self._removals(kind, mine, ratios[kind], plan), strict=True):
+                self._remove(plan, unit, removed)
+                idle += not removed.numel()
+            if idle:
+                plan.notes.append(
+                    f"{kind}: {idle} of {len(mine)} units lose nothing at ratio {ratios[kind]} "
+                    f"({mine[0].size} indices in the first)"
+                )
+        if not plan.units:
+            self._nothing(ratios)
+        return plan
+
+    def _nothing(self, ratios: Mapping[str, float]) -> None:
+        """Say why nothing goes."""
+        if self.counts:
+            raise NothingRemoved("nothing is removed: every unit is to keep what it has")
+        units = [unit for unit in self.graph.of_kind(*self.kinds) if self._asked(unit)]
+        if not units:
+            there = ", ".join(sorted({unit.kind for unit in self.graph.units})) or "none"
+            where = "" if self.layers is None else " in the layers given"
+            raise PrunerError(
+                f"nothing to prune: no unit of kind {', '.join(self.kinds)}{where} (kinds found: {there})"
+            )
+        sizes = sorted({unit.size for unit in units})
+        raise NothingRemoved(
+            f"ratio {', '.join(str(r) for r in dict.fromkeys(ratios.values()))} removes nothing: the units have "
+            f"{', '.join(map(str, sizes))} indices, which go whole; raise the ratio"
+        )
+
+    def _beyond(self, unit: Unit, count: int) -> torch.Tensor:
+        """The indices of a unit that go so that ``count`` of them stay."""
+        if not unit.minimum <= count <= unit.size:
+            raise PrunerError(
+                f"{unit.name} has {unit.size} indices and cannot keep {count}: give {unit.minimum} to {unit.size}"
+            )
+        if count == unit.size:
+            return torch.tensor([], dtype=torch.long)
+        return torch.argsort(self.scores.of(unit, unit.size - count), stable=True)[: unit.size - count]
+
+    def _removals(self, kind: str, units: list[Unit], ratio: float, plan: PruningPlan) -> list[torch.Tensor]:
+        """The indices that each unit of a kind loses."""
+        parts = self.tensor_parallel if kind in SHARDED else 1
+        steps = [lcm(self.round_to, parts, unit.multiple, alignment(unit) if self.align else 1) for unit in units]
+        if self.scope == "local":
+            out = locally(units, self.scores, ratio, steps, self.floor)
+        else:
+            normalizer = NORMALIZERS[self.normalize]
+            out = globally(units, self.scores, ratio, steps, self.floor, costs(units, self.graph), normalizer)
+        for i, unit in enumerate(units):
+            if unit.size % parts:
+                plan.notes.append(f"{unit.name} has {unit.size} indices, which {parts} devices cannot share equally")
+            elif parts > 1:
+                out[i] = balanced(self.scores.of(unit, len(out[i])), len(out[i]), parts)
+        return out
+
+    def _remove(self, plan: PruningPlan, unit: Unit, removed: torch.Tensor) -> None:
+        if not removed.numel():
+            return
+        scores = self.scores.of(unit, len(removed))
+        if bool(scores[removed].isposinf().any()):
+            stay = ", ".join(str(i) for i in scores.isposinf().nonzero().flatten().tolist())
+            raise PrunerError(f"{unit.name}: {len(removed)} cannot go, since {stay} must stay; remove fewer")
+        stays = torch.ones(unit.size, dtype=torch.bool)
+        stays[removed] = False
+        plan.keep(unit, stays.nonzero().flatten(), self.graph.shapes)
+        plan.units[unit.name].explain(scores)
+
+
+def _gone(unit: Unit, plan: PruningPlan) -> bool:
+    """Whether a unit lies in layers that the plan drops."""
+    return bool(plan.layers) and all(renamed(name, plan) is None for name in unit.parameters)
+
+
+def _by_kind(layers: LayerChoice, kinds: tuple[str, ...]) -> dict[str, set[int]] | None:
+    """The layers asked for, for each kind; None for no restriction."""
+    if layers is None:
+        return None
+    if not isinstance(layers, Mapping):
+        every = set(layers)
+        return {kind: every for kind in kinds}
+    unknown = [kind for kind in layers if kind not in KINDS]
+    if unknown:
+        raise PrunerError(f"layers are given for the unknown kind {unknown[0]!r}; choose from {', '.join(KINDS)}")
+    return {kind: set(chosen) for kind, chosen in layers.items()}
+
+
+def lifted(scores: Scores, graph: CouplingGraph, plan: PruningPlan) -> Scores:
+    """Scores of a pruned model as scores of the original: what is gone scores lowest, so it goes again.
+
+    Args:
+        scores: of the model that ``plan`` left.
+        graph: of the original model.
+    """
+    values = {}
+    for unit in graph.units:
+        found = scores.values.get(unit.name)
+        if unit.name not in plan.units:
+            if found is not None:
+                values[unit.name] = found
+            continue
+        kept = plan.units[unit.name].kept
+        value = torch.full((unit.size,), -torch.inf, dtype=torch.float64)
+        # An axis with one index left is no unit any more, and that index stays.
+        value[kept] = found if found is not None and len(found) == len(kept) else torch.inf
+        values[unit.name] = value
+    return Scores(values, scores.settings)
