@@ -355,8 +355,10 @@ def _narrowed(
     if args.shape:
         config, counts = wanted_shape(model, graph, args.shape)
         kinds = tuple({u.kind: None for u in graph.units if counts.get(u.name, u.size) < u.size})
-        if not kinds:
+        if not kinds and config.to_dict() == model.config.to_dict():
             raise NothingRemoved("the model has this shape already")
+        if not kinds:
+            raise PrunerError("the shape cannot be reached: its weights are as large as the model's, and mean otherwise")
     else:
         kinds = args.kinds(graph)
     with clock("budget"):

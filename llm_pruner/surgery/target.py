@@ -77,7 +77,14 @@ def counts_for(graph: CouplingGraph, shapes: Shapes, plan: PruningPlan | None = 
     units = {u.name: u for u in [*graph.units, *graph.frozen] if u.kind != "layers"}
     equations = _equations(graph, shapes, plan, units)
     frozen = {u.name: u.size for u in graph.frozen if u.kind != "layers"}
-    found = _solved(equations, frozen, units)
+    # As many channels of as many heads fit as heads of as many channels; heads are meant.
+    channels = {u.name: u.size for u in graph.units if u.kind == "channels"}
+    try:
+        found = _solved(equations, frozen | channels, units)
+    except PrunerError:
+        if not channels:
+            raise
+        found = _solved(equations, frozen, units)
     return {name: count for name, count in found.items() if name not in frozen}
 
 
@@ -182,6 +189,7 @@ def shapes_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
         PrunerError: the architecture refuses the config.
     """
     try:
+        config.validate()
         return shapes_of(skeleton(model_class, config))
     except Exception as error:  # a constructor may refuse a config in any way it likes
         raise PrunerError(f"{type(config).__name__} refuses this shape: {' '.join(str(error).split())}") from error
@@ -197,18 +205,34 @@ def target_config(model: PreTrainedModel, wanted: Mapping[str, Any]) -> PreTrain
     if differs(model.config):
         raise PrunerError("the layers of this model differ: a target shape is for models whose layers are equal")
     config = copy.deepcopy(model.config)
-    head_dim = _head_dim(config)
+    wanted = dict(wanted)
+    if getattr(config, "num_key_value_heads", None) == getattr(config, "num_attention_heads", 0):  # none are shared
+        heads = wanted.get("num_attention_heads")
+        if heads is not None:
+            wanted.setdefault("num_key_value_heads", heads)
     for name, value in wanted.items():
         for field in _fields(model, config, name, value):
             set_field(config, field, value)
-    if head_dim is not None and _head_dim(config) != head_dim and getattr(config, "head_dim", 0) is None:
-        config.head_dim = head_dim  # written down where it would be derived anew
+    head_dim = _head_dim(model.config)
+    if head_dim is not None and _head_dim(config) != head_dim and "head_dim" not in wanted:
+        pinned = copy.deepcopy(config)  # written down where it would be derived anew, if the architecture reads it
+        pinned.head_dim = head_dim
+        if _builds(type(model), pinned) not in ({}, _builds(type(model), config)):
+            config = pinned
     lists = {n: v for n, v in vars(model.config).items() if isinstance(v, list)}
     before, after = _layers(model.config), _layers(config)
     for name, value in lists.items():
         if before and after and len(value) == before != after:
             setattr(config, name, value[:after])  # the pattern is that of the layers chosen, once these are known
     return config
+
+
+def _builds(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes:
+    """The shapes that a config gives, none where it is refused."""
+    try:
+        return shapes_for(model_class, config)
+    except PrunerError:
+        return {}
 
 
 def _layers(config: PreTrainedConfig) -> int | None:
