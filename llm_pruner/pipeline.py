@@ -321,7 +321,8 @@ def make_plan(
     with clock("apply"):
         shorter = apply(model, dropped, place)
     log.info("without %s: %s parameters", gone(dropped), f"{parameter_count(shorter):,}")
-    if not args.widths:
+    done = args.shares and args.target_params and parameter_budget(graph, args.target_params).met_by(dropped)
+    if done or not args.widths:
         return Made(dropped, shorter, graph, None)
     if weights is not None:
         weights = ((new, t) for name, t in weights if (new := renamed(name, dropped)) is not None)
@@ -358,7 +359,9 @@ def _narrowed(
         if not kinds and config.to_dict() == model.config.to_dict():
             raise NothingRemoved("the model has this shape already")
         if not kinds:
-            raise PrunerError("the shape cannot be reached: its weights are as large as the model's, and mean otherwise")
+            raise PrunerError(
+                "the shape cannot be reached: its weights are as large as the model's, not the same"
+            )
     else:
         kinds = args.kinds(graph)
     with clock("budget"):

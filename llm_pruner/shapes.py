@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -13,8 +14,8 @@ from .evaluation import parameter_count
 from .graph import CouplingGraph, block_of, computing, evaluating, total_loss
 from .importance import BY_POSITION, Scores, score
 from .logs import log
-from .selection import NothingRemoved, PruningPlan, parameter_budget, parameters, select
-from .surgery import apply, counts_for, layer_counts, nearest, shapes_for, target_config
+from .selection import NothingRemoved, NotMet, PruningPlan, parameter_budget, parameters, select
+from .surgery import apply, fitting, layer_counts, nearest, shapes_for, target_config
 
 if TYPE_CHECKING:
     from .arguments import PruneArguments
@@ -77,7 +78,9 @@ def _layers(
         for i, (where, count) in enumerate(asked):
             counts[_stack(graph, where, "num_layers") + ".layers" if where else list(units)[i]] = count
     elif args.shape:
-        counts = layer_counts(graph, shapes_for(type(model), target_config(model, args.shape)))
+        config = target_config(model, args.shape)
+        with _or_nearest(model, args.shape):
+            counts = layer_counts(graph, shapes_for(type(model), config))
     elif (shares := args.proportions()) and "layers" in shares:
         return _shared(args, model, graph, ids, shares, clock)
     else:
@@ -139,8 +142,15 @@ def wanted_shape(
         PrunerError: the shape cannot be reached; the message names the nearest that can.
     """
     config = target_config(model, shape)
+    with _or_nearest(model, shape):
+        return config, fitting(graph, type(model), config)
+
+
+@contextmanager
+def _or_nearest(model: PreTrainedModel, shape: Mapping[str, Any]) -> Iterator[None]:
+    """Where a shape cannot be reached, name those near it that can."""
     try:
-        return config, counts_for(graph, shapes_for(type(model), config))
+        yield
     except PrunerError as error:
         near = [f"{name} {value}" for name, value in nearest(model, shape)]
         hint = f"; with all else as asked, these can: {', '.join(near)}" if near else ""
@@ -169,7 +179,10 @@ def _shared(
         with clock("sensitivity"):
             shares = measured(model, graph, both, tuple(shares), ids)
     budget = parameter_budget(graph, args.target_params)
-    plan = select(graph, both, shares, budget=budget, floor=args.floor)
+    try:
+        plan = select(graph, both, shares, budget=budget, floor=args.floor)
+    except NotMet as error:  # layers are large steps; widths do what one of them would be too much for
+        plan = error.above or PruningPlan()
     counts = {f"{path}.layers": len(kept) for path, kept in plan.layers.items()}
     return counts, scores
 

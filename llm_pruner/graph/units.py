@@ -275,8 +275,9 @@ def block_of(model: nn.Module, graph: CouplingGraph, stack: str, layer: int, kin
     path = common_path(names) if names else ""
     while path and isinstance(model.get_submodule(path), nn.Linear):  # a single projection is no block
         path = path.rpartition(".")[0]
-    if not path.startswith(start) or (kind == "heads" and layer == 0):
-        why = "caches are measured by it" if layer == 0 and names else f"its {kind} lie in no block of their own"
+    own = path.startswith(start)
+    if not own or (kind == "heads" and layer == 0):
+        why = "caches are measured by it" if own else f"its {kind} lie in no block of their own"
         raise TraceError(f"the block with the {kind} of {start[:-1]} cannot go: {why}")
     return path
 

@@ -1,6 +1,6 @@
 """Selection: how much goes, and which indices."""
 
-from .budgets import BYTES, COUNTS, Budget, NothingRemoved, parameter_budget, parameters
+from .budgets import BYTES, COUNTS, Budget, NothingRemoved, NotMet, parameter_budget, parameters
 from .compose import composed
 from .plan import Choice, PruningPlan, renamed
 from .policies import NORMALIZERS, removable
@@ -12,6 +12,7 @@ __all__ = [
     "NORMALIZERS",
     "Budget",
     "Choice",
+    "NotMet",
     "NothingRemoved",
     "PruningPlan",
     "composed",

@@ -61,6 +61,9 @@ class Budget:
             )
         return amount
 
+    def met_by(self, plan: PruningPlan) -> bool:
+        return self.measure(plan) <= self.wanted()
+
 
 def parameters(graph: CouplingGraph, plan: PruningPlan | None = None) -> int:
     """Parameters of the model that a plan leaves (tied ones once); of the model as it is without a plan."""
@@ -115,7 +118,8 @@ def solve(graph: CouplingGraph, budget: Budget, plan_at: Callable[[float], Pruni
     if cost(best) < wanted * (1 - NEAR):
         raise NotMet(
             f"{budget.name} {budget.target} ({wanted:,.0f}) cannot be met within {NEAR:.1%}: units go whole, and the "
-            f"nearest are {cost(best):,.0f} and {above:,.0f} {budget.noun}; give one of these"
+            f"nearest are {cost(best):,.0f} and {cost(above):,.0f} {budget.noun}; give one of these",
+            above,
         )
     best.settings[budget.name] = budget.target
     return best
@@ -126,7 +130,11 @@ class NothingRemoved(PrunerError):
 
 
 class NotMet(PrunerError):
-    """The steps in which units go are too large to come close to a target."""
+    """The steps in which units go are too large to come close to a target; ``above`` is the plan that is next to it."""
+
+    def __init__(self, message: str, above: PruningPlan | None):
+        super().__init__(message)
+        self.above = above
 
 
 def _counts(plan: PruningPlan) -> tuple[tuple[str, int], ...]:
@@ -139,11 +147,11 @@ def _between(
     less: PruningPlan,
     wanted: float,
     cost: Callable[[PruningPlan | None], float],
-) -> tuple[PruningPlan, float]:
+) -> tuple[PruningPlan, PruningPlan | None]:
     """The largest plan within ``wanted`` that takes some units from ``more`` and the last ones from ``less``.
 
-    Where every unit loses an index at once, steps are coarse; this makes them those of one unit. Also returns the cost
-    of the next larger one.
+    Where every unit loses an index at once, steps are coarse; this makes them those of one unit. Also returns the
+    next larger one.
     """
     names = [name for name in less.units if more is None or not _same(more, less, name)]
 
@@ -168,7 +176,7 @@ def _between(
             enough = count
         else:
             too_few = count
-    return mixed(enough) or less, cost(mixed(too_few))
+    return mixed(enough) or less, mixed(too_few)
 
 
 def _same(one: PruningPlan, other: PruningPlan, name: str) -> bool:

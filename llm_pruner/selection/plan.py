@@ -197,6 +197,8 @@ class PruningPlan:
             chosen = [c for c in self.units.values() if c.kind == kind]
             kept, total = sum(c.kept.numel() for c in chosen), sum(c.size for c in chosen)
             lines.append(f"{kind}: {kept} of {total} kept in {len(chosen)} unit{'s' * (len(chosen) > 1)}")
+        if self.blocks:
+            lines.append(f"gone: {', '.join(self.blocks)}")
         return "\n".join([*lines, *self.notes])
 
 

@@ -91,7 +91,7 @@ def select(
         budget = parameter_budget(graph, target_params)
     shares = dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(kinds, ratio)
     for share in shares.values():
-        if not 0 < share < 1:
+        if not 0 < share < (1 if budget is None else float("inf")):
             raise PrunerError(f"ratio {share} is out of range: give a share between 0 and 1, both excluded")
     if budget is None:
         return policy.plan(shares)

@@ -6,7 +6,7 @@ from .biases import with_biases
 from .compensate import METHODS, MIN_SAMPLES, CompensationReport, compensate
 from .layers import skeleton
 from .rescale import rescale_norms
-from .target import SHAPE, counts_for, layer_counts, nearest, shapes_for, target_config
+from .target import SHAPE, fitting, layer_counts, nearest, shapes_for, target_config
 from .tokens import ids_in
 from .uniform import to_uniform
 
@@ -19,7 +19,7 @@ __all__ = [
     "Place",
     "apply",
     "compensate",
-    "counts_for",
+    "fitting",
     "ids_in",
     "in_memory",
     "install",

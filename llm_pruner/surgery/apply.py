@@ -60,7 +60,7 @@ def apply(
         try:
             # Looked at on the meta device, before any weight is copied, unless the model needs them to run.
             rebuilt = skeleton(type(model), found) if graph.on_meta else _fill(model, plan, found, place)
-            problem = _wrong_axis(rebuilt, graph, plan) or _broken_cache(rebuilt, model)
+            problem = wrong_axis(rebuilt, graph, plan) or _broken_cache(rebuilt, model)
         except TraceError as error:
             problem = str(error)
         if not problem:
@@ -76,7 +76,7 @@ def apply(
     raise PrunerError(f"no config of {type(model.config).__name__} carries the plan: {problems[0]}")
 
 
-def _wrong_axis(rebuilt: PreTrainedModel, original: CouplingGraph, plan: PruningPlan) -> str:
+def wrong_axis(rebuilt: PreTrainedModel, original: CouplingGraph, plan: PruningPlan) -> str:
     """What a rebuilt model has otherwise than the plan says; shapes can agree while head counts do not."""
     expected = _axes(original, plan)
     for key, sizes in _axes(trace(rebuilt), PruningPlan()).items():

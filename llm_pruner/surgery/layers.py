@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..errors import PrunerError
-from ..graph import layer_lists, model_inputs, traceable
+from ..graph import Answering, layer_lists, model_inputs, traceable
 from ..heterogeneous import CONSTANTS, SUBMODULES, fields_of, overrides_of, record_constructors, set_field
 from ..selection import PruningPlan, renamed
 from .layer_solver import holds
@@ -93,7 +93,7 @@ def without_layers(
     Raises:
         PrunerError: no field expresses what is left.
     """
-    config = copy.deepcopy(config)
+    config, plan = copy.deepcopy(config), replace(plan, blocks=[])
     wanted = {
         new: tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
@@ -156,7 +156,7 @@ def _outputs(model: PreTrainedModel, path: str) -> int:
         seen.append(len(output) if isinstance(output, tuple) else 0)
 
     twin = skeleton(type(model), model.config)
-    with traceable(twin):
+    with traceable(twin), Answering():
         handle = twin.get_submodule(path).register_forward_hook(look)
         try:
             ids = torch.ones(1, 4, dtype=torch.long, device="meta")

@@ -15,6 +15,7 @@ from ..errors import PrunerError
 from ..graph import CouplingGraph, Unit, trace
 from ..heterogeneous import differs, fields_of, set_field
 from ..selection import PruningPlan, renamed
+from .apply import wrong_axis
 from .layer_solver import NO_WIDTH, Shapes, shapes_of
 from .layers import skeleton
 
@@ -62,13 +63,16 @@ class Equation:
         return name, round(value)
 
 
-def counts_for(graph: CouplingGraph, shapes: Shapes, plan: PruningPlan | None = None) -> dict[str, int]:
+def counts_for(
+    graph: CouplingGraph, shapes: Shapes, plan: PruningPlan | None = None, keeping: tuple[str, ...] = ()
+) -> dict[str, int]:
     """How many indices every unit has to keep for a model to get these shapes.
 
     Args:
         graph: of the model.
         shapes: of every tensor of the model wanted, by name.
         plan: the layers that go, if some do.
+        keeping: kinds of units that lose nothing.
 
     Raises:
         PrunerError: nothing that may be pruned gives these shapes; the message names the first that does not fit.
@@ -77,15 +81,37 @@ def counts_for(graph: CouplingGraph, shapes: Shapes, plan: PruningPlan | None = 
     units = {u.name: u for u in [*graph.units, *graph.frozen] if u.kind != "layers"}
     equations = _equations(graph, shapes, plan, units)
     frozen = {u.name: u.size for u in graph.frozen if u.kind != "layers"}
-    # As many channels of as many heads fit as heads of as many channels; heads are meant.
-    channels = {u.name: u.size for u in graph.units if u.kind == "channels"}
-    try:
-        found = _solved(equations, frozen | channels, units)
-    except PrunerError:
-        if not channels:
-            raise
-        found = _solved(equations, frozen, units)
+    fixed = {u.name: u.size for u in graph.units if u.kind in keeping}
+    found = _solved(equations, frozen | fixed, units)
     return {name: count for name, count in found.items() if name not in frozen}
+
+
+def fitting(graph: CouplingGraph, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, int]:
+    """How many indices every unit has to keep for a model to be that of a config.
+
+    Four heads of eight channels have the weights of eight heads of four: the units of the model that the config gives
+    say which is meant.
+
+    Raises:
+        PrunerError: nothing that may be pruned gives this model.
+    """
+    shapes = shapes_for(model_class, config)
+    problem: PrunerError | None = None
+    for keeping in (("channels",), ("heads",), ()):
+        try:
+            counts = counts_for(graph, shapes, keeping=keeping)
+        except PrunerError as error:
+            problem = problem or error
+            continue
+        plan = PruningPlan()
+        for unit in graph.units:
+            if counts.get(unit.name, unit.size) < unit.size:
+                plan.keep(unit, torch.arange(counts[unit.name]), graph.shapes)
+        if not (wrong := wrong_axis(skeleton(model_class, config), graph, plan)):
+            return counts
+        problem = problem or PrunerError(wrong)
+    assert problem is not None
+    raise problem
 
 
 def _equations(graph: CouplingGraph, shapes: Shapes, plan: PruningPlan, units: dict[str, Unit]) -> list[Equation]:
@@ -306,7 +332,7 @@ def nearest(model: PreTrainedModel, wanted: Mapping[str, Any]) -> Iterator[tuple
 
     def fits(changed: Mapping[str, Any]) -> bool:
         try:
-            counts_for(graph, shapes_for(type(model), target_config(twin, changed)))
+            fitting(graph, type(model), target_config(twin, changed))
         except PrunerError:
             return False
         return True
