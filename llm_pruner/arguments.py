@@ -463,6 +463,21 @@ class ReportArguments:
 
 
 @dataclass
+class RunArguments:
+    """Run a recipe: stages one after the other, what is finished not again."""
+
+    recipe: str = flag("", "the recipe, a YAML file")
+    dry_run: bool = flag(False, "say what every stage leaves, without weights and in seconds")
+    model: str | None = flag(None, "another model than the recipe's")
+    output: str | None = flag(None, "another folder than the recipe's")
+
+    def check(self) -> None:
+        """Raises: PrunerError: with the one line that the user reads."""
+        if not self.recipe:
+            raise PrunerError("name a recipe: llm-pruner run RECIPE.yaml")
+
+
+@dataclass
 class ChatArguments:
     """Serve a page where one prompt goes to up to three models, side by side."""
 

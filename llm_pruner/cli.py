@@ -26,17 +26,16 @@ from .arguments import (
     PerplexityArguments,
     PruneArguments,
     ReportArguments,
+    RunArguments,
     UniformArguments,
     VocabArguments,
-    at_least,
     device_of,
 )
-from .checkpoint import load, locate, write_text
+from .checkpoint import load, write_text
 from .demo import demo
 from .errors import PrunerError
 from .inspect import inspect
 from .pipeline import prune
-from .provenance import provenance
 from .recovery import RecoverArguments, recover
 
 T = TypeVar("T")
@@ -165,58 +164,25 @@ def report(args: ReportArguments) -> None:
 def evaluate(args: EvaluateArguments) -> None:
     """Measure models side by side; print one table, and write it in all forms to ``--output``."""
     from rich.console import Console
-    from rich.table import Table
 
-    from .data import text
-    from .evaluation import PAPER_TASKS, PROMPTS, Wanted, as_json, compare, table
+    from .evaluation import table
+    from .measure import measured, shown, write
 
-    if not args.models:
-        raise PrunerError("name at least one model: llm-pruner evaluate MODEL [MODEL ...]")
-    at_least(args, 0, "batch_size", "max_windows", "stride", "tokens")
-    at_least(args, 1, "batch", "new_tokens")
-    for model in args.models:
-        locate(model)
-    device = device_of("device", args.device)
-    tasks = PAPER_TASKS if args.tasks == "paper" else tuple(t.strip() for t in args.tasks.split(",") if t.strip())
-    wanted = Wanted(
-        {name: text(name, "test") for name in args.datasets.split(",") if name},
-        args.seq_len,
-        args.stride or None,
-        args.max_windows or None,
-        args.batch_size or None,
-        tasks,
-        args.include_path,
-        args.limit,
-        args.num_fewshot,
-        args.tokens,
-        args.batch,
-        args.new_tokens,
-        PROMPTS if args.samples else (),
-    )
-
-    def loaded(name: str) -> Any:
-        return load(name, args.dtype, device, args.trust_remote_code, verify=args.verify)
-
-    found = compare(args.models, loaded, wanted)
+    found = measured(args)
     result = table(found)
-    shown = Table(*result.cells()[0])
-    for row in result.cells()[1:]:
-        shown.add_row(*row)
     console = Console()
-    console.print(shown)
+    console.print(shown(result.cells()))
     for note in result.notes:
         console.print(note)
     if args.output:
-        folder = Path(args.output)
-        files = {"table.csv": result.csv(), "table.md": result.markdown(), "table.tex": result.latex()}
-        files["evaluation.json"] = as_json(found, provenance())
-        files |= {
-            f"lm_eval/{i}_{Path(one.model).name}.json": json.dumps(one.results, indent=1, default=str) + "\n"
-            for i, one in enumerate(found)
-            if one.results
-        }
-        for name, content in files.items():
-            write_text(folder / name, content)
+        write(found, result, Path(args.output))
+
+
+def run_recipe(args: RunArguments) -> None:
+    """Run a recipe, or say what it would give."""
+    from .recipes import run as go
+
+    go(args)
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
@@ -226,6 +192,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "vocab": (VocabArguments, vocab),
     "apply": (ApplyArguments, apply),
     "to-uniform": (UniformArguments, to_uniform),
+    "run": (RunArguments, run_recipe),
     "report": (ReportArguments, report),
     "chat": (ChatArguments, chat),
     "inspect": (InspectArguments, inspect),
@@ -237,6 +204,7 @@ POSITIONAL = {
     "evaluate": ["--models"],
     "chat": ["--models"],
     "report": ["--runs"],
+    "run": ["--recipe"],
     "vocab": ["--model"],
     "apply": ["--plan", "--checkpoint", "--out"],
     "to-uniform": ["--checkpoint", "--out"],

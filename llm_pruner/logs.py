@@ -20,7 +20,9 @@ def logging_to(path: Path, quiet: bool = False) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = []
     if not quiet:
-        handlers = [logging.StreamHandler(sys.stderr), logging.FileHandler(path, encoding="utf-8")]
+        handlers = [logging.FileHandler(path, encoding="utf-8")]
+        if not log.handlers:  # a run inside another is on the terminal already
+            handlers.append(logging.StreamHandler(sys.stderr))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)

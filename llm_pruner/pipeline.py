@@ -359,9 +359,7 @@ def _narrowed(
         if not kinds and config.to_dict() == model.config.to_dict():
             raise NothingRemoved("the model has this shape already")
         if not kinds:
-            raise PrunerError(
-                "the shape cannot be reached: its weights are as large as the model's, not the same"
-            )
+            raise PrunerError("the shape cannot be reached: its weights are as large as the model's, not the same")
     else:
         kinds = args.kinds(graph)
     with clock("budget"):

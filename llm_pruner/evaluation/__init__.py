@@ -1,6 +1,6 @@
 """Measuring: what a model is worth, and what it costs."""
 
-from .compare import PROMPTS, Evaluation, Wanted, as_json, compare, evaluate, pad_id, table
+from .compare import PROMPTS, Evaluation, Table, Wanted, as_json, compare, evaluate, pad_id, table
 from .cost import macs, macs_budget, memory, memory_budget
 from .perplexity import Perplexity, check_length, parameter_count, perplexity, windows
 from .speed import Speed, speed
@@ -13,6 +13,7 @@ __all__ = [
     "Evaluation",
     "Perplexity",
     "Speed",
+    "Table",
     "Wanted",
     "ZeroShot",
     "as_json",

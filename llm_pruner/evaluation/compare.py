@@ -8,7 +8,7 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import digest
 from ..graph import Layers, context_length, evaluating, layer_lists
 from .cost import macs, memory
-from .perplexity import Perplexity, parameter_count, perplexity, windows
+from .perplexity import Perplexity, parameter_count, perplexity, tokens_per_byte, windows
 from .speed import Speed, speed
 from .zero_shot import ZeroShot, zero_shot
 
@@ -91,7 +91,8 @@ def evaluate(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     found = {}
     for title, text in wanted.texts.items():
         ids = windows(tokenizer, text, wanted.seq_len, wanted.max_windows, wanted.stride)
-        found[title] = perplexity(model, ids, wanted.batch_size, stride=wanted.stride)
+        result = perplexity(model, ids, wanted.batch_size, stride=wanted.stride)
+        found[title] = replace(result, tokens_per_byte=tokens_per_byte(tokenizer, ids, wanted.stride))
     tasks = ZeroShot()
     if wanted.tasks:
         tasks = zero_shot(
@@ -240,6 +241,9 @@ def table(found: list[Evaluation]) -> Table:
     add(f"cache, MiB{where}", "{:.2f}", lambda e: e.cache_bytes / 2**20)
     for title in dict.fromkeys(title for one in found for title in one.perplexity):
         add(f"perplexity, {title}", "{:.2f}", lambda e, t=title: e.perplexity[t].perplexity)  # type: ignore[misc]
+    different = len({one.tokenizer for one in found}) > 1
+    for title in dict.fromkeys(title for one in found for title in one.perplexity if different):
+        add(f"perplexity of a byte, {title}", "{:.4f}", lambda e, t=title: e.perplexity[t].per_byte)  # type: ignore[misc]
     for task in dict.fromkeys(task for one in found for task in one.tasks):
         for metric in ("acc", "acc_norm"):
             add(f"{task}, {metric}", "{:.4f}", lambda e, t=task, m=metric: e.tasks.get(t, {}).get(m))  # type: ignore[misc]
@@ -248,8 +252,8 @@ def table(found: list[Evaluation]) -> Table:
     peaks = {one.model: one.speed.peak_bytes / 2**20 for one in found if one.speed and one.speed.peak_bytes}
     add("peak memory, MiB", "{:.0f}", lambda e: peaks.get(e.model))
     notes = []
-    if len({one.tokenizer for one in found}) > 1 and found[0].perplexity:
-        notes.append("The models have different tokenizers: their perplexities do not compare.")
+    if different and found[0].perplexity:
+        notes.append("The models have different tokenizers: their perplexities do not compare; those of a byte do.")
     counted = {t: p for one in found for t, p in one.perplexity.items()}
     for title, p in counted.items():
         notes.append(f"{title}: {p.tokens:,} tokens in {p.windows} windows of {p.seq_len}, stride {p.stride}.")

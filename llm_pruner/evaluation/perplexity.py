@@ -18,7 +18,10 @@ FITTING = 32  # windows to try first; fewer as long as memory runs out
 
 @dataclass
 class Perplexity:
-    """``perplexity`` is ``exp(loss)``, ``loss`` the mean over ``tokens`` predicted tokens, in nats."""
+    """``perplexity`` is ``exp(loss)``, ``loss`` the mean over ``tokens`` predicted tokens, in nats.
+
+    ``tokens_per_byte`` is that of the text in UTF-8, where it is known.
+    """
 
     perplexity: float
     loss: float
@@ -26,6 +29,18 @@ class Perplexity:
     windows: int
     seq_len: int
     stride: int
+    tokens_per_byte: float | None = None
+
+    @property
+    def per_byte(self) -> float | None:
+        """The perplexity of a byte, which compares between tokenizers."""
+        return None if self.tokens_per_byte is None else math.exp(self.loss * self.tokens_per_byte)
+
+
+def tokens_per_byte(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, stride: int | None = None) -> float:
+    """Tokens for each byte of the text that windows (of ``stride``) were cut from."""
+    text = ids.flatten() if not stride else torch.cat([ids[:, :stride].flatten(), ids[-1, stride:]])
+    return len(text) / max(1, len(str(tokenizer.decode(text.tolist())).encode()))
 
 
 def windows(

@@ -15,7 +15,7 @@ from .tracer import (
     sources,
     traceable,
 )
-from .units import KINDS, CouplingGraph, Unit, block_of, common_path, trace
+from .units import KINDS, CouplingGraph, Unit, block_of, common_path, remember, trace
 
 __all__ = [
     "KINDS",
@@ -40,6 +40,7 @@ __all__ = [
     "native",
     "passed",
     "predicted",
+    "remember",
     "sources",
     "streamed",
     "total_loss",

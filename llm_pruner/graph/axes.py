@@ -19,7 +19,9 @@ operators saw it, from which :mod:`llm_pruner.graph.units` reads the kind).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from math import prod
+from typing import Any
 
 import torch
 
@@ -259,39 +261,63 @@ def _merge_product_with_concat(product: Atom, pieces: Atom) -> None:
         find(pieces).parent = find(product)
 
 
+Form = tuple[Any, ...]  # of a dim: its products, concatenations and leaves, which are numbered as they are met
+
+
 def labels(dim: Dim) -> dict[int, torch.Tensor]:
     """For every leaf below ``dim``: which of its indices each position of the dim belongs to.
 
     Returns ``{id(leaf): LongTensor [size of dim]}`` with -1 where the leaf does not reach. A leaf that
-    occurs twice in one product has no such map and comes out as an empty tensor.
+    occurs twice in one product has no such map and comes out as an empty tensor. Dims of one form share their tensors:
+    large models have thousands of dims, and few forms.
     """
-    total = size_of(dim)
+    numbers: dict[int, int] = {}
+    found = _labels(_form(dim, numbers))
+    return {leaf: found[number] for leaf, number in numbers.items()}
+
+
+def _form(dim: Dim, numbers: dict[int, int]) -> Form:
+    out: list[Any] = []
+    for atom in dim:
+        atom = find(atom)
+        if not atom.parts:
+            out.append((atom.size, numbers.setdefault(id(atom), len(numbers))))
+        elif atom.concatenated:
+            out.append((atom.size, tuple((part.size, _form((part,), numbers)) for part in atom.parts), "pieces"))
+        else:
+            out.append((atom.size, _form(atom.parts, numbers), "product"))
+    return tuple(out)
+
+
+@lru_cache(maxsize=4096)
+def _labels(form: Form) -> dict[int, torch.Tensor]:
+    """Labels by the numbers of leaves."""
+    total = prod(entry[0] for entry in form)
     out: dict[int, torch.Tensor] = {}
     position = torch.arange(total)
     stride = total
-    for atom in dim:
-        stride //= atom.size
-        local = (position // stride) % atom.size
-        for leaf, inner in _atom_labels(atom).items():
+    for size, inside, *what in form:
+        stride //= size
+        local = (position // stride) % size
+        if not what:
+            found = {inside: torch.arange(size)}
+        else:
+            found = _labels(inside) if what == ["product"] else _in_pieces(size, inside)
+        for leaf, inner in found.items():
             known = leaf in out or not inner.numel()
             out[leaf] = position[:0] if known else inner[local]
     return out
 
 
-def _atom_labels(atom: Atom) -> dict[int, torch.Tensor]:
-    atom = find(atom)
-    if not atom.parts:
-        return {id(atom): torch.arange(atom.size)}
-    if not atom.concatenated:
-        return labels(atom.parts)
+def _in_pieces(size: int, pieces: tuple[tuple[int, Form], ...]) -> dict[int, torch.Tensor]:
     out: dict[int, torch.Tensor] = {}
     start = 0
-    for part in atom.parts:
-        for leaf, inner in _atom_labels(part).items():
-            whole = out.setdefault(leaf, torch.full((atom.size,), -1))
+    for length, form in pieces:
+        for leaf, inner in _labels(form).items():
+            whole = out.setdefault(leaf, torch.full((size,), -1))
             if inner.numel() and whole.numel():
-                whole[start : start + part.size] = inner
+                whole[start : start + length] = inner
             else:
                 out[leaf] = whole[:0]
-        start += part.size
+        start += length
     return out

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -118,6 +120,11 @@ class CouplingGraph:
             raise KeyError(f"no unit is called {name!r}; the nearest are {', '.join(near)}")
         return self._by_name[name]
 
+    def copy(self) -> CouplingGraph:
+        """The same, of which units can be frozen."""
+        units, frozen = ([replace(unit) for unit in units] for units in (self.units, self.frozen))
+        return CouplingGraph(units, frozen, self.unknown_operators, self.shapes, self.on_meta)
+
     def of_kind(self, *kinds: str) -> list[Unit]:
         return [unit for unit in self.units if unit.kind in kinds]
 
@@ -139,6 +146,27 @@ def trace(model: nn.Module) -> CouplingGraph:
     Raises:
         TraceError: the model cannot be run, with the module and the cause.
     """
+    # What was found is remembered as long as the model has the same shapes and config.
+    config = getattr(model, "config", None)
+    about = (str(config and config.to_dict()), tuple((name, tuple(t.shape)) for name, t in sources(model).items()))
+    known = _traced.get(model)
+    if known is None or known[0] != about:
+        known = about, _trace(model)
+        if known[1].on_meta:
+            _traced[model] = known
+    return known[1].copy()
+
+
+def remember(model: nn.Module, like: nn.Module) -> None:
+    """A model has the units of another of the same config, which was traced."""
+    if like in _traced:
+        _traced[model] = _traced[like]
+
+
+_traced: WeakKeyDictionary[nn.Module, tuple[Any, CouplingGraph]] = WeakKeyDictionary()
+
+
+def _trace(model: nn.Module) -> CouplingGraph:
     tracer, dims = run(model)
     shapes = {name: tuple(t.shape) for name, t in sources(model).items()}
     constants = by_leaf(tracer.constants)

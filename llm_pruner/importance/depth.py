@@ -281,8 +281,11 @@ def depth(
             raise PrunerError(f"{strategy} needs a calibration set: a LongTensor [samples, tokens]")
         batches = calibration.to(compute.device).split(max(1, TOKENS // calibration.shape[1]))
     most = len(layers) - 1 if most is None else most
+    stack = Stack(model, layers, unlike(layers), batches, compute, most)
+    if strategy in BY_POSITION:
+        return STRATEGIES[strategy](stack)
     with evaluating(model), computing(model, compute):
-        return STRATEGIES[strategy](Stack(model, layers, unlike(layers), batches, compute, most))
+        return STRATEGIES[strategy](stack)
 
 
 def unlike(layers: list[nn.Module]) -> set[int]:

@@ -92,11 +92,15 @@ class PruningPlan:
         if not indices.numel() or int(indices[0]) < 0 or int(indices[-1]) >= unit.size:
             raise PrunerError(f"{unit.name} must keep at least one of its indices 0 to {unit.size - 1}")
         self.units[unit.name] = Choice(unit.kind, unit.layer, unit.size, indices)
+        stays = torch.zeros(unit.size + 1, dtype=torch.bool)
+        stays[indices], stays[-1] = True, True  # the last is for -1: positions that the unit does not reach
+        found: dict[int, torch.Tensor] = {}  # dims of one form share their labels
         for (name, dim), label in unit.dims.items():
-            stays = (label < 0) | torch.isin(label, indices)
-            if bool(stays.all()):
+            if id(label) not in found:
+                found[id(label)] = stays[label].nonzero().flatten()
+            positions = found[id(label)]
+            if len(positions) == len(label):
                 continue
-            positions = stays.nonzero().flatten()
             before = self.kept.setdefault(name, {}).get(dim)
             if before is not None:
                 positions = before[torch.isin(before, positions)]

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..errors import PrunerError
-from ..graph import CouplingGraph, TraceError, model_inputs, native, sources, streamed, trace, traceable
+from ..graph import CouplingGraph, TraceError, model_inputs, native, remember, sources, streamed, trace, traceable
 from ..graph.verify import random_tokens, relative_difference
 from ..selection import PruningPlan, renamed
 from . import config_solver
@@ -65,6 +65,7 @@ def apply(
             problem = str(error)
         if not problem:
             pruned = _fill(model, plan, found, place) if graph.on_meta else rebuilt
+            remember(pruned, rebuilt)
             problem = "" if config is not None else _wrong_factor(model, pruned, plan, graph)
             if not problem:
                 if plan.tokens is not None and pruned.can_generate():
@@ -129,6 +130,7 @@ def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list
     from four of one.
     """
     out: dict[tuple[str, int], list[tuple[int, int, bool]]] = defaultdict(list)
+    strides: dict[tuple[int, int], int] = {}  # by label and what of it is kept, which many dims share
     for unit in [*graph.units, *graph.frozen]:
         if unit.kind == "layers":
             continue
@@ -138,11 +140,19 @@ def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list
             if new is None or size == 1:  # an axis of one index is no axis any more
                 continue
             kept = plan.kept.get(name, {}).get(dim)
-            label = label if kept is None else label[kept]
-            of_first = label[label >= 0][:1]
-            stride = int((label == of_first).int().cumprod(0).sum()) if len(label) and label[0] >= 0 else 0
-            out[new, dim].append((size, stride, unit.kind in ("heads", "query_heads")))
+            key = id(label), id(kept)
+            if key not in strides:
+                strides[key] = _stride(label if kept is None else label[kept])
+            out[new, dim].append((size, strides[key], unit.kind in ("heads", "query_heads")))
     return defaultdict(list, {key: sorted(axes) for key, axes in out.items()})
+
+
+def _stride(label: torch.Tensor) -> int:
+    """How many positions the first index has, from the first position on."""
+    if not len(label) or label[0] < 0:
+        return 0
+    others = (label != label[0]).nonzero()
+    return int(others[0]) if len(others) else len(label)
 
 
 def _fill(model: PreTrainedModel, plan: PruningPlan, config: PreTrainedConfig, place: Place) -> PreTrainedModel:
