@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -120,6 +120,7 @@ def _equations(graph: CouplingGraph, shapes: Shapes, plan: PruningPlan, units: d
         for key in unit.dims:
             by_dim.setdefault(key, []).append(unit)
     out = []
+    known: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # dims of one form share their labels
     for name, shape in graph.shapes.items():
         new = renamed(name, plan)
         if new is None:
@@ -132,11 +133,14 @@ def _equations(graph: CouplingGraph, shapes: Shapes, plan: PruningPlan, units: d
                 continue
             if not here:
                 raise PrunerError(f"{new} has {size} channels in dim {dim}, which cannot become {total}")
-            inside = torch.stack([unit.dims[name, dim] >= 0 for unit in here])
-            kinds, many = inside.unique(dim=1, return_counts=True)
+            form = tuple(id(unit.dims[name, dim]) for unit in here)
+            if form not in known:  # by which units each position is in, as bits
+                bits = sum((unit.dims[name, dim] >= 0).long() << i for i, unit in enumerate(here))
+                found, many = cast(torch.Tensor, bits).unique(return_counts=True)
+                known[form] = list(zip(found.tolist(), many.tolist(), strict=True))
             terms = []
-            for column, positions in zip(kinds.T.tolist(), many.tolist(), strict=True):
-                through = [unit for unit, within in zip(here, column, strict=True) if within]
+            for within, positions in known[form]:
+                through = [unit for i, unit in enumerate(here) if within >> i & 1]
                 terms.append((positions / prod(u.size for u in through), tuple(u.name for u in through)))
             out.append(Equation(f"{new} (dim {dim})", total, tuple(sorted(terms))))
     if extra := sorted(shapes.keys() - {renamed(name, plan) for name in graph.shapes}):
