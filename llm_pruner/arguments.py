@@ -155,6 +155,7 @@ class PruneArguments:
     dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES) + " (auto: float32 on cpu)")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
     output_root: str = flag("prune_log", "folder of the runs")
+    score_cache: str | None = flag(None, "keep what scoring finds in this folder, and use it again for other ratios")
 
     def check(self) -> None:
         """Refuse what cannot work before anything is loaded, and resolve ``auto`` devices.
@@ -470,6 +471,10 @@ class RunArguments:
     dry_run: bool = flag(False, "say what every stage leaves, without weights and in seconds")
     model: str | None = flag(None, "another model than the recipe's")
     output: str | None = flag(None, "another folder than the recipe's")
+    executor: str | None = flag(None, "where the runs of a sweep take place: local, slurm, or submitit")
+    status: bool = flag(False, "show how far a sweep is")
+    yes: bool = flag(False, "run a sweep however many runs it makes")
+    worker: bool = flag(False, "do what nobody is at and make no table: what executors start")
 
     def check(self) -> None:
         """Raises: PrunerError: with the one line that the user reads."""

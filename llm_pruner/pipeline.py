@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import shlex
@@ -34,7 +35,7 @@ from .checkpoint import (
     write_checkpoint,
     write_modelling,
 )
-from .data import calibration, self_calibration, text
+from .data import calibration, digest, self_calibration, text
 from .errors import PrunerError
 from .evaluation import (
     PROMPTS,
@@ -317,7 +318,7 @@ def make_plan(
         graph = trace(model)
     dropped = drop(args, model, graph, ids, clock)
     if dropped is None:
-        return _narrowed(args, model, graph, ids, clock, place, weights, None)
+        return _narrowed(args, model, graph, ids, clock, place, weights)
     with clock("apply"):
         shorter = apply(model, dropped, place)
     log.info("without %s: %s parameters", gone(dropped), f"{parameter_count(shorter):,}")
@@ -329,7 +330,7 @@ def make_plan(
     with clock("trace"):
         left = trace(shorter)
     try:
-        made = _narrowed(args, shorter, left, ids, clock, place, weights, (model, graph))
+        made = _narrowed(args, shorter, left, ids, clock, place, weights, (model, graph, dropped))
     except NothingRemoved:
         if not args.shape:
             raise
@@ -345,9 +346,9 @@ def _narrowed(
     clock: Stopwatch,
     place: Place,
     weights: Weights | None,
-    whole: tuple[PreTrainedModel, CouplingGraph] | None,
+    whole: tuple[PreTrainedModel, CouplingGraph, PruningPlan] | None = None,
 ) -> Made:
-    """Choose widths; ``whole`` is the model, with its graph, that layers were dropped from.
+    """Choose widths; ``whole`` is the model, with its graph, that layers were dropped from by a plan.
 
     With several iterative steps, each step scores the last step's model and plans anew for the original, in
     which what is gone already scores lowest.
@@ -370,10 +371,11 @@ def _narrowed(
     layers = None if counts or shares else args.layers(graph)
     scope = "global" if args.global_pruning else "local"
 
-    def scored(model: PreTrainedModel, graph: CouplingGraph) -> Scores:
+    def scored(model: PreTrainedModel, graph: CouplingGraph, plan: PruningPlan) -> Scores:
         criteria = str(args.pruner_type), str(args.taylor), str(args.grouping_strategy)
+        cache = _cache(args, ids, kinds, [plan, *(whole[2:] if whole else ())])
         with clock("score"):
-            return score(model, graph, ids, *criteria, kinds, args.seed, args.device, weights)
+            return score(model, graph, ids, *criteria, kinds, args.seed, args.device, weights, cache=cache)
 
     def chosen(scores: Scores, ratio: float | dict[str, float]) -> PruningPlan:
         aligned = bool(args.hardware_align)
@@ -397,10 +399,10 @@ def _narrowed(
 
     if shares is not None and not all(shares.values()):
         with clock("sensitivity"):
-            shares = measured(model, graph, scored(model, graph), tuple(shares), ids)
+            shares = measured(model, graph, scored(model, graph, PruningPlan()), tuple(shares), ids)
     plan, pruned, current, scores = PruningPlan(), model, graph, None
     for step in range(1, args.iterative_steps + 1):
-        scores = lifted(scored(pruned, current), graph, plan)
+        scores = lifted(scored(pruned, current, plan), graph, plan)
         try:
             plan = chosen(scores, shares or args.pruning_ratio * step / args.iterative_steps)
         except PrunerError as error:
@@ -418,6 +420,22 @@ def _narrowed(
     return Made(plan, pruned, graph, scores)
 
 
+def _cache(
+    args: PruneArguments, ids: torch.Tensor | None, kinds: tuple[str, ...], plans: list[PruningPlan]
+) -> Path | None:
+    """The file for what scoring finds: named after all that it depends on, of the model its files' sizes and times."""
+    if not args.score_cache or args.pruner_type == "random":
+        return None
+    path, gguf = locate(args.base_model)
+    files = sorted(Path(path).glob(gguf or "*.safetensors")) if Path(path).is_dir() else []
+    model = [args.base_model, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+    samples = None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    gone = [{name: choice.kept.tolist() for name, choice in plan.units.items()} for plan in plans]
+    blocks = [plan.blocks for plan in plans]
+    how = [args.pruner_type, args.taylor, sorted(kinds), args.dtype, args.device, args.stream]
+    return Path(args.score_cache) / f"{digest([model, samples, gone, blocks, how])}.safetensors"
+
+
 def _moved(args: PruneArguments, model: PreTrainedModel, device: str) -> None:
     """Move a model to where it is used next, unless its layers stay in their files or on several devices."""
     if not args.stream and not args.device_map:
@@ -429,7 +447,7 @@ def _budget(
     model: PreTrainedModel,
     graph: CouplingGraph,
     kinds: tuple[str, ...],
-    whole: tuple[PreTrainedModel, CouplingGraph] | None = None,
+    whole: tuple[PreTrainedModel, CouplingGraph, PruningPlan] | None = None,
 ) -> Budget | None:
     """What the model may cost; a share is one of what the ``whole`` costs, before layers went."""
 
@@ -450,7 +468,7 @@ def _budget(
 
     found = budget(model, graph)
     if found is not None and whole is not None:
-        cost = budget(*whole)
+        cost = budget(*whole[:2])
         found.whole = cost.measure(PruningPlan()) if cost else None
     return found
 

@@ -8,6 +8,7 @@ the channels of one index (the head_dim channels of a head) are summed.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,24 @@ class Scores:
                 return cls({name: file.get_tensor(name) for name in names}, settings)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise PrunerError(f"cannot read the scores {path}: {error}") from error
+
+
+def save_salience(salience: Salience, path: Path) -> None:
+    """Keep numbers per channel, as safetensors; the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(to_bytes({f"{name}|{dim}": t.contiguous() for (name, dim), t in salience.items()}))
+    temporary.replace(path)
+
+
+def load_salience(path: Path) -> Salience | None:
+    """What :func:`save_salience` wrote, None where there is nothing."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            found = {key.rpartition("|"): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    return {(name, int(dim)): tensor for (name, _, dim), tensor in found.items()}
 
 
 def scored_slices(unit: Unit, ranks: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import PrunerError
 from ..graph import Compute, CouplingGraph, Unit, context_length, native, sources
 from .activation import activation
-from .aggregate import AGGREGATIONS, Salience, Scores, aggregate, slices_of
+from .aggregate import AGGREGATIONS, Salience, Scores, aggregate, load_salience, save_salience, slices_of
 from .depth import BY_POSITION, STRATEGIES, depth
 from .magnitude import magnitude
 from .taylor import VARIANTS, taylor
@@ -61,6 +62,7 @@ def score(
     device: str | torch.device | None = None,
     weights: Iterable[tuple[str, torch.Tensor]] | None = None,
     most: int | None = None,
+    cache: Path | None = None,
 ) -> Scores:
     """Score every index of every unit of the graph; higher is worth more.
 
@@ -80,6 +82,8 @@ def score(
         weights: for ``l1`` and ``l2``: weights by name to read one after the other instead of the model's, which may
             then be on the meta device (:func:`llm_pruner.checkpoint.weights_in` reads them from files).
         most: how many layers of a stack will go at most; the criterion ``loss`` measures no further.
+        cache: file of what scoring found before it was aggregated: read if it is there, else written. It is for the
+            caller to give another file for another model, calibration set or criterion.
 
     Raises:
         PrunerError: an unknown name, an unusable calibration set, or a gradient that is not finite.
@@ -109,9 +113,12 @@ def score(
     if criterion == "taylor":
         settings["taylor"] = taylor
     ranks = {name: parameter.ndim for name, parameter in model.named_parameters()}
-    salience = compute(
-        Request(model, slices_of(units, ranks), calibration, taylor, how, weights or sources(model).items())
-    )
+    salience = load_salience(cache) if cache else None
+    if salience is None:
+        request = Request(model, slices_of(units, ranks), calibration, taylor, how, weights or sources(model).items())
+        salience = compute(request)
+        if cache:
+            save_salience(salience, cache)
     if criterion in READING:  # whole layers, and experts, are not read by any weight
         unread = [u for u in units if not any(key in salience for key in u.dims)]
         if unread and (kinds is not None or len(unread) == len(units)):

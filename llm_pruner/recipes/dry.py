@@ -19,7 +19,7 @@ from ..surgery import apply, in_memory
 
 if TYPE_CHECKING:
     from .recipe import Recipe
-    from .run import Step
+    from .work import Step
 
 TOKENS = 128
 HEADS = ["stage", "layers", "hidden", "heads", "neurons", "vocabulary", "parameters", "", f"MACs ({TOKENS} tokens)", ""]

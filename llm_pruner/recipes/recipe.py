@@ -51,6 +51,10 @@ class Recipe:
         output: folder of everything that is written.
         stages: in order.
         evaluate: arguments of an evaluation of the original and of what every stage leaves; None for none.
+        sweep: what to vary (:mod:`llm_pruner.recipes.points`); None for one run.
+        seeds: run everything with each of them.
+        executor: where runs of a sweep take place (:mod:`llm_pruner.recipes.executors`).
+        keep_models: whether the weights of a sweep's results stay once they are measured.
         path: of the file.
     """
 
@@ -58,6 +62,10 @@ class Recipe:
     output: str
     stages: list[Stage]
     evaluate: dict[str, Any] | None = None
+    sweep: dict[str, Any] | None = None
+    seeds: list[int] = field(default_factory=list)
+    executor: dict[str, Any] = field(default_factory=dict)
+    keep_models: bool = True
     path: str = ""
     lines: dict[Path_, int] = field(default_factory=dict, repr=False)
 
@@ -110,6 +118,35 @@ def _lines(node: yaml.Node, path: Path_) -> Iterator[tuple[Path_, int]]:
             yield from _lines(value, (*path, i))
 
 
+_VALUES = {"type": "array", "minItems": 1}
+SWEEP = {
+    "type": "object",
+    "properties": {
+        "grid": {"type": "object", "additionalProperties": _VALUES},
+        "zip": {"type": "object", "additionalProperties": _VALUES},
+        "points": {"type": "array", "minItems": 1, "items": {"type": "object", "minProperties": 1}},
+    },
+    "minProperties": 1,
+    "additionalProperties": False,
+}
+EXECUTOR = {
+    "type": ["object", "string"],
+    "properties": {
+        "kind": {"type": "string"},
+        "jobs": {"type": "integer", "minimum": 1},
+        "gpus": {"type": "integer", "minimum": 0},
+        "nodes": {"type": "integer", "minimum": 1},
+        "cpus": {"type": "integer", "minimum": 1},
+        "memory": {"type": "string"},
+        "minutes": {"type": "integer", "minimum": 1},
+        "partition": {"type": "string"},
+        "setup": {"type": "array", "items": {"type": "string"}},
+        "parameters": {"type": "object"},
+    },
+    "additionalProperties": False,
+}
+
+
 def arguments_schema(command: str) -> dict[str, Any]:
     fields = {name: schema_of(kind) for name, kind in KINDS[command].fields.items()}
     if command == "evaluate":  # beside the model at hand, others may be named
@@ -122,7 +159,10 @@ def schema() -> dict[str, Any]:
     stages = []
     for command in KINDS:
         arguments = arguments_schema(command)
-        arguments["properties"] = {"name": {"type": "string", "pattern": r"^[\w-]{1,60}$"}, **arguments["properties"]}
+        arguments["properties"] = {
+            "name": {"type": "string", "pattern": r"^[\w][\w.-]{0,59}$"},
+            **arguments["properties"],
+        }
         stages.append({"properties": {command: arguments}, "required": [command], "additionalProperties": False})
     return {
         "type": "object",
@@ -131,6 +171,10 @@ def schema() -> dict[str, Any]:
             "output": {"type": "string", "minLength": 1},
             "evaluate": arguments_schema("evaluate"),
             "stages": {"type": "array", "minItems": 1, "items": {"type": "object"}},
+            "sweep": SWEEP,
+            "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "uniqueItems": True},
+            "executor": EXECUTOR,
+            "keep_models": {"type": "boolean"},
         },
         "required": ["model", "output", "stages"],
         "additionalProperties": False,
@@ -145,39 +189,65 @@ def check(document: Any, lines: Mapping[Path_, int], path: str) -> None:
     for i, stage in enumerate(document["stages"]):
         where: Path_ = ("stages", i)
         if len(stage) != 1:
-            raise _error(path, lines, where, f"a stage is one command with its arguments, not {len(stage)}")
+            raise fault(path, lines, where, f"a stage is one command with its arguments, not {len(stage)}")
         (command,) = stage
         if command not in KINDS:
-            raise _error(path, lines, (*where, command), f"unknown stage {command!r}{_near(command, KINDS)}")
+            raise fault(path, lines, (*where, command), f"unknown stage {command!r}{near(command, KINDS)}")
         _checked(stage, whole["$defs"][command], where, lines, path)
+    for where, key, value in _swept(document.get("sweep") or {}):
+        if key == "model":
+            continue
+        commands = {(entry[c] or {}).get("name", c): c for entry in document["stages"] for c in entry}
+        name, _, argument = key.partition(".")
+        if name not in commands:
+            raise fault(path, lines, where, f"{key!r} is varied, and no stage is called {name!r}{near(name, commands)}")
+        known = KINDS[commands[name]].fields
+        if argument not in known:
+            raise fault(path, lines, where, f"stage {name!r} has no argument {argument!r}{near(argument, known)}")
+        _checked(value, schema_of(known[argument]), where, lines, path)
+
+
+def _swept(sweep: Mapping[str, Any]) -> Iterator[tuple[Path_, str, Any]]:
+    """What a sweep varies: where it is said, the key, a value."""
+    for part in ("grid", "zip"):
+        for key, values in (sweep.get(part) or {}).items():
+            for i, value in enumerate(values):
+                yield ("sweep", part, key, i), key, value
+    for i, values in enumerate(sweep.get("points") or []):
+        for key, value in values.items():
+            yield ("sweep", "points", i, key), key, value
 
 
 def _checked(value: Any, rules: dict[str, Any], at: Path_, lines: Mapping[Path_, int], path: str) -> None:
     errors = jsonschema.Draft202012Validator(rules).iter_errors(value)
-    error = next(iter(sorted(errors, key=lambda e: [str(part) for part in e.absolute_path])), None)
+
+    def order(error: jsonschema.ValidationError) -> tuple[list[str], bool]:
+        return [str(part) for part in error.absolute_path], error.validator != "additionalProperties"
+
+    error = next(iter(sorted(errors, key=order)), None)
     if error is None:
         return
     where = (*at, *error.absolute_path)
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
         known = error.schema["properties"]
         unknown = next(key for key in error.instance if key not in known)
-        raise _error(path, lines, (*where, unknown), f"unknown key {unknown!r}{_near(str(unknown), known)}")
+        raise fault(path, lines, (*where, unknown), f"unknown key {unknown!r}{near(str(unknown), known)}")
     if error.validator == "required":
         missing = next(name for name in error.validator_value if name not in error.instance)
-        raise _error(path, lines, where, f"{missing!r} is missing")
+        raise fault(path, lines, where, f"{missing!r} is missing")
     name = where[-1] if where else "the recipe"
     if error.validator == "type":
         wanted = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
-        raise _error(path, lines, where, f"{name} is {error.instance!r}; it takes {' or '.join(wanted)}")
-    raise _error(path, lines, where, f"{name}: {error.message}")
+        raise fault(path, lines, where, f"{name} is {error.instance!r}; it takes {' or '.join(wanted)}")
+    raise fault(path, lines, where, f"{name}: {error.message}")
 
 
-def _near(word: str, known: Any) -> str:
+def near(word: str, known: Any) -> str:
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known))}"
 
 
-def _error(path: str, lines: Mapping[Path_, int], where: Path_, message: str) -> PrunerError:
+def fault(path: str, lines: Mapping[Path_, int], where: Path_, message: str) -> PrunerError:
     while where and where not in lines:
         where = where[:-1]
     return PrunerError(f"{path}:{lines.get(where, 1)}: {message}")
@@ -191,14 +261,18 @@ def recipe_of(document: Mapping[str, Any], lines: Mapping[Path_, int], path: str
         given = dict(given or {})
         name = given.pop("name", command)
         if any(stage.name == name for stage in stages) and "name" in (entry[command] or {}):
-            raise _error(path, lines, ("stages", i), f"two stages are called {name!r}")
+            raise fault(path, lines, ("stages", i), f"two stages are called {name!r}")
         stages.append(Stage(command, name, given))
-    evaluate = document.get("evaluate", None)
+    executor = document.get("executor", {})
     return Recipe(
         document["model"],
         document["output"],
         stages,
-        None if "evaluate" not in document else dict(evaluate or {}),
+        dict(document["evaluate"] or {}) if "evaluate" in document else None,
+        document.get("sweep"),
+        list(document.get("seeds", [])),
+        {"kind": executor} if isinstance(executor, str) else dict(executor),
+        document.get("keep_models", "sweep" not in document),
         path,
         dict(lines),
     )

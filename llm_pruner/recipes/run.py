@@ -1,61 +1,35 @@
-"""Running a recipe: what is finished not again, what was interrupted from where it was, one growing table."""
+"""Running a recipe, or all points of a sweep: what is finished is not done again, what is missing is."""
 
 from __future__ import annotations
 
-import csv
-import fcntl
-import gc
-import hashlib
-import io
 import json
-import time
+import os
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 
-from ..arguments import EvaluateArguments, RunArguments
+from ..arguments import RunArguments
 from ..errors import PrunerError
 from ..files import write_text
 from ..logs import log, logging_to
-from ..measure import measured, shown
+from ..measure import shown
 from ..provenance import provenance
 from .dry import dry_run
-from .recipe import Recipe, Stage, read
-from .stages import DONE, KINDS, completed, converted, done
+from .executors import EXECUTORS, POLL, worker_command
+from .points import Point, points_of
+from .recipe import Recipe, fault, near, read
+from .tables import Row, cells, of_points, of_stages, write_points, write_stages
+from .work import carried_out, evaluated, let_go, locked, steps_of
 
-LOG_FILE = "run.log"
-
-
-@dataclass(frozen=True)
-class Step:
-    """A stage of a run: what it reads, where it writes.
-
-    Attributes:
-        key: a hash of the stage, of those before it and of the model: equal for equal work.
-        model: that it reads, if it reads one.
-        folder: that it writes.
-    """
-
-    stage: Stage
-    key: str
-    model: str
-    folder: Path
-
-    @property
-    def given(self) -> dict[str, Any]:
-        return completed(self.stage.command, self.stage.arguments)
-
-    def arguments(self) -> Any:
-        return KINDS[self.stage.command].build(self.given, self.model, self.folder)
-
-    def result(self) -> str:
-        """The model that the next stage reads."""
-        left = KINDS[self.stage.command].result(self.arguments(), self.folder)
-        return self.model if left is None else str(left)
+LOG_FILE, SWEEP_FILE, POINTS = "run.log", "sweep.json", "points"
+MANY = 200  # points that need --yes
+WIDTH = 160
 
 
 def run(args: RunArguments) -> Path | None:
@@ -67,153 +41,221 @@ def run(args: RunArguments) -> Path | None:
     args.check()
     recipe = read(args.recipe)
     recipe.model, recipe.output = args.model or recipe.model, args.output or recipe.output
-    steps = list(steps_of(recipe))
-    for step in steps:
-        _checked(recipe, step)
-    if args.dry_run:
-        Console(width=160).print(shown(dry_run(recipe, steps)))
+    if args.executor:
+        recipe.executor["kind"] = args.executor
+    kind = recipe.executor.setdefault("kind", "local")
+    if kind not in EXECUTORS:
+        raise fault(recipe.path, recipe.lines, ("executor",), f"unknown executor {kind!r}{near(kind, EXECUTORS)}")
+    points, output = points_of(recipe), Path(recipe.output)
+    sweep = recipe.sweep is not None or bool(recipe.seeds)
+    if args.worker:
+        for point in points:
+            attended(point, output, recipe.keep_models)
+        return output
+    if args.status:
+        _watch(points, output)
         return None
-    output = Path(recipe.output)
-    rows: list[dict[str, Any]] = []
-    with alone_in(output), logging_to(output / LOG_FILE):
-        if recipe.evaluate is not None:
-            rows.append({"stage": "original"} | evaluated(recipe, output, recipe.model, recipe.model))
-        for step in steps:
-            note = carried_out(step)
-            row: dict[str, Any] = {"stage": step.stage.name, "folder": step.folder.name, "seconds": note["seconds"]}
-            if recipe.evaluate is not None and KINDS[step.stage.command].result(step.arguments(), step.folder):
-                row |= evaluated(recipe, output, step.result(), step.key)
-            rows.append(row)
-            table_of(rows, output)
-        Console(width=160).print(shown(cells(rows)))
+    for point in points:
+        _checked(point)
+    if args.dry_run:
+        for point in points[:MANY]:
+            console = Console(width=WIDTH)
+            if sweep:
+                console.print(f"{point.number} of {len(points)}: {point.name}")
+            console.print(shown(dry_run(point.recipe, steps_of(point.recipe))))
+        return None
+    if len(points) > MANY and not args.yes:
+        raise PrunerError(f"{args.recipe} makes {len(points)} runs: add --yes if that is meant")
+    with _alone_in(output), logging_to(output / LOG_FILE):
+        if sweep:
+            _swept(recipe, points, output, _passed_on(args))
+        else:
+            _staged(points[0], output)
     return output
 
 
-def steps_of(recipe: Recipe) -> Iterator[Step]:
-    """The stages with their folders, which are named after what makes them."""
-    key, model = digest(recipe.model), recipe.model
-    for i, stage in enumerate(recipe.stages, 1):
-        key = digest([stage.command, completed(stage.command, stage.arguments), key])
-        step = Step(stage, key, model, Path(recipe.output) / f"{i:02}-{stage.name}-{key[:6]}")
-        yield step
-        model = step.result()
+def _staged(point: Point, output: Path) -> None:
+    """One run, stage by stage, with a table that grows."""
+    recipe, rows = point.recipe, list[Row]()
+    if recipe.evaluate is not None:
+        rows.append({"stage": "original"} | evaluated(recipe, recipe.model, recipe.model))
+    steps = steps_of(recipe)
+    for i, step in enumerate(steps):
+        note = carried_out(steps, i)
+        row: Row = {"stage": step.stage.name, "folder": step.folder.name, "seconds": note["seconds"]}
+        if recipe.evaluate is not None and step.leaves is not None:
+            row |= evaluated(recipe, str(step.leaves), step.key)
+        rows.append(row)
+        write_stages(rows, output)
+    Console(width=WIDTH).print(shown(of_stages(rows)))
 
 
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+def _swept(recipe: Recipe, points: list[Point], output: Path, arguments: list[str]) -> None:
+    """All points, by the workers of an executor."""
+    _same_sweep(recipe, points, output)
+    missing = [point for point in points if "error" in (record(point, output) or {"error": ""})]
+    for point in missing:  # those that failed are tried again
+        _file(point, output).unlink(missing_ok=True)
+    log.info("%d runs, %d to do, %s", len(points), len(missing), recipe.executor["kind"])
+
+    def died(worker: int) -> bool:
+        """A worker that was killed has not noted it itself."""
+        for point in points:
+            with locked(output, _lock(point), wait=False) as free:
+                if free and record(point, output) is None and _holder(point, output) == worker:
+                    _note(point, output, {"error": "the process was killed: out of memory, perhaps"})
+        return any(record(point, output) is None for point in points)
+
+    if missing:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.executor.get("jobs", 1))))
+        EXECUTORS[recipe.executor["kind"]](worker_command(arguments), recipe.executor, len(missing), output, died)
+    rows = [found["row"] for point in points if "row" in (found := record(point, output) or {})]
+    varied = list(dict.fromkeys(key for point in points for key in point.values))
+    if rows:
+        write_points(rows, varied, output)
+        Console(width=WIDTH).print(shown(cells(of_points(rows, varied), ("[bold]", "[/bold]"))))
+    failed = [(point, found) for point in points if "error" in (found := record(point, output) or {})]
+    left = [point for point in points if record(point, output) is None]
+    for point, found in failed:
+        log.info("run %d (%s) failed: %s", point.number, point.name, found["error"])
+    if failed or left:
+        raise PrunerError(
+            f"{len(failed) + len(left)} of {len(points)} runs failed (see {output / LOG_FILE}); the same command tries "
+            "them again"
+        )
 
 
-def _checked(recipe: Recipe, step: Step) -> None:
-    """Refuse a stage that cannot work before the first one is run."""
+def attended(point: Point, output: Path, keep: bool) -> None:
+    """Do a point, unless it is done or another worker is at it; what goes wrong is noted, and stops no other."""
+    with locked(output, _lock(point), wait=False) as free:
+        if not free or record(point, output) is not None:
+            return
+        try:
+            with logging_to(_file(point, output).with_suffix(".log")):
+                row = _done(point, keep)
+        except PrunerError as error:
+            _note(point, output, {"error": " ".join(str(error).split())})
+        except Exception as error:
+            _note(point, output, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        else:
+            _note(point, output, {"row": {"point": point.number, **point.values, **row}})
+
+
+def _done(point: Point, keep: bool) -> Row:
+    """The measurements of what the last stage of a point leaves, and the seconds that its stages took."""
+    recipe, steps = point.recipe, steps_of(point.recipe)
+    last = next((step for step in reversed(steps) if step.leaves is not None), None)
+    notes = [carried_out(steps, i) for i in range(len(steps))]
+    row: Row = {}
+    if recipe.evaluate is not None and last is not None:
+        evaluated(recipe, recipe.model, recipe.model)
+        row = evaluated(recipe, str(last.leaves), last.key)
+    if last is not None and not keep:
+        let_go(last)
+    return row | {"seconds": round(sum(note["seconds"] for note in notes), 1)}
+
+
+def record(point: Point, output: Path) -> dict[str, Any] | None:
+    """What is noted of a point; None where it is not finished."""
     try:
-        args = step.arguments()
-        if hasattr(args, "check"):
-            args.check()
-    except PrunerError as error:
-        line = recipe.lines.get(("stages", recipe.stages.index(step.stage)), 1)
-        raise PrunerError(f"{recipe.path}:{line}: {error}") from error
+        return dict(json.loads(_file(point, output).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
 
 
-def carried_out(step: Step) -> dict[str, Any]:
-    """Run a stage unless it is finished; returns what is noted of it."""
-    from ..cli import COMMANDS
-
-    if (note := done(step.folder)) is not None:
-        log.info("%s: finished before (%s)", step.stage.name, step.folder)
-        return note
-    log.info("%s: %s", step.stage.name, step.stage.command)
-    start = time.perf_counter()
-    args = step.arguments()
-    COMMANDS[step.stage.command][1](args)
-    note = {
-        "command": step.stage.command,
-        "arguments": dict(step.stage.arguments),
-        "model": step.model,
-        "key": step.key,
-        "seconds": round(time.perf_counter() - start, 1),
-        "made_by": provenance(),
-    }
-    write_text(step.folder / DONE, json.dumps(note, indent=1, default=str) + "\n")
-    gc.collect()
-    return note
+def _key(point: Point) -> str:
+    return steps_of(point.recipe)[-1].key[:8]
 
 
-def evaluated(recipe: Recipe, output: Path, model: str, key: str) -> dict[str, Any]:
-    """Measurements of a model as a row of the table; measured once, and kept."""
-    given = dict(recipe.evaluate or {})
-    given.pop("models", None)
-    file = output / "evaluations" / f"{digest([key, given])[:16]}.json"
+def _file(point: Point, output: Path) -> Path:
+    return output / POINTS / f"{point.number:04}-{_key(point)}.json"
+
+
+def _lock(point: Point) -> str:
+    return f"point-{point.number:04}-{_key(point)}"
+
+
+def _holder(point: Point, output: Path) -> int:
+    """The process that was last at a point."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["row"])
+        return int((output / ".locks" / _lock(point)).read_text() or 0)
+    except (OSError, ValueError):
+        return 0
+
+
+def _note(point: Point, output: Path, found: dict[str, Any]) -> None:
+    steps = [step.folder.name for step in steps_of(point.recipe)]
+    about = {"values": point.values, "stages": steps, **found, **provenance()}
+    write_text(_file(point, output), json.dumps(about, indent=1, default=str) + "\n")
+
+
+def _same_sweep(recipe: Recipe, points: list[Point], output: Path) -> None:
+    """Keep two sweeps out of one folder."""
+    varied = sorted({key for point in points for key in point.values})
+    file = output / SWEEP_FILE
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))["varied"]
     except (OSError, ValueError, KeyError):
-        pass
-    log.info("measuring %s", model)
-    fields = KINDS["evaluate"].fields
-    values = {name: converted(value, fields[name]) for name, value in given.items()}
-    (found,) = measured(EvaluateArguments(models=[model], **({"tokens": 0} | values)))
-    row: dict[str, Any] = {"parameters": found.parameters, "macs": found.macs}
-    for name, result in found.perplexity.items():
-        title = Path(name).stem
-        row |= {f"perplexity {title}": result.perplexity, f"per byte {title}": result.per_byte}
-    for task, metrics in found.tasks.items():
-        row |= {f"{task} {metric}": metrics[metric] for metric in ("acc", "acc_norm") if metric in metrics}
-    if found.speed:
-        row |= {"prefill tokens/s": found.speed.prefill, "decode tokens/s": found.speed.decode}
-    detail = asdict(found) | {"results": None}
-    write_text(file, json.dumps({"row": row, "evaluation": detail, **provenance()}, indent=1, default=str) + "\n")
-    gc.collect()
-    return row
+        before = varied
+    if before != varied:
+        raise PrunerError(f"{output} holds another sweep, over {', '.join(before)}: give another output")
+    write_text(file, json.dumps({"recipe": recipe.path, "varied": varied, **provenance()}, indent=1) + "\n")
 
 
-def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows as text; a number also as its ratio to that of the first row that has it."""
-    heads = list(dict.fromkeys(key for row in rows for key in row if key != "folder"))
-    out = [heads]
-    first = {key: next((row[key] for row in rows if row.get(key) is not None), None) for key in heads}
-    for row in rows:
-        line = []
-        for key in heads:
-            value = row.get(key)
-            if value is None:
-                line.append("")
-            elif isinstance(value, str):
-                line.append(value)
+def _watch(points: list[Point], output: Path) -> None:
+    """A table of the points, live on a terminal until all are done."""
+    import time
+
+    def table() -> Any:
+        rows = [["run", "what", "state", ""]]
+        for point in points:
+            found = record(point, output)
+            if found is None:
+                with locked(output, _lock(point), wait=False) as free:
+                    state, note = ("waiting" if free else "running"), ""
             else:
-                text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
-                compared = key != "seconds" and row is not rows[0] and first[key]
-                line.append(f"{text} ({value / first[key]:.3f})" if compared else text)
-        out.append(line)
-    return out
+                row = found.get("row", {})
+                state, note = ("failed", found["error"]) if "error" in found else ("done", f"{row['seconds']} s")
+            rows.append([str(point.number), point.name, state, note])
+        return shown(rows)
+
+    if not output.is_dir():
+        raise PrunerError(f"there is no {output}: nothing was run yet")
+    if not sys.stdout.isatty():
+        Console(width=WIDTH).print(table())
+        return
+    with Live(table(), refresh_per_second=1) as live:
+        while any(record(point, output) is None for point in points):
+            time.sleep(5 * POLL)
+            live.update(table())
 
 
-def table_of(rows: list[dict[str, Any]], output: Path) -> None:
-    """Write the table as it is so far."""
-    heads, *lines = cells(rows)
-    markdown = ["| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *lines)]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(output / "results.md", "\n".join(markdown) + "\n")
-    write_text(output / "results.csv", buffer.getvalue())
-    write_text(output / "results.json", json.dumps(rows, indent=1) + "\n")
+def _passed_on(args: RunArguments) -> list[str]:
+    """The arguments of a worker."""
+    given = [args.recipe]
+    for name in ("model", "output"):
+        if getattr(args, name):
+            given += [f"--{name}", getattr(args, name)]
+    return given
+
+
+def _checked(point: Point) -> None:
+    """Refuse a stage that cannot work before the first one is run."""
+    recipe = point.recipe
+    for i, step in enumerate(steps_of(recipe)):
+        try:
+            args = step.arguments()
+            if hasattr(args, "check"):
+                args.check()
+        except PrunerError as error:
+            where = f" (run {point.number}: {point.name})" if point.values else ""
+            raise fault(recipe.path, recipe.lines, ("stages", i), f"{error}{where}") from error
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder.
-
-    Raises:
-        PrunerError: one is in it, or the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise PrunerError(f"another process is at work in {folder}: wait for it, or give another output") from error
+def _alone_in(output: Path) -> Iterator[None]:
+    """Keep other processes from running recipes in a folder."""
+    with locked(output, "recipe", wait=False) as free:
+        if not free:
+            raise PrunerError(f"another process is at work in {output}: wait for it, or give another output")
         yield

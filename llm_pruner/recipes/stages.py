@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -118,10 +118,6 @@ def converted(value: Any, kind: Any) -> Any:
     if str in kinds and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     return value
-
-
-def required(kind: Kind) -> list[str]:
-    return [f.name for f in fields(kind.arguments) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def done(folder: Path) -> dict[str, Any] | None:

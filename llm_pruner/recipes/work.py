@@ -1,0 +1,163 @@
+"""The work of one run: its stages, each done once whoever asks for it, and what is measured of them."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..arguments import EvaluateArguments
+from ..errors import PrunerError
+from ..evaluation import as_json
+from ..files import write_text
+from ..logs import log
+from ..measure import measured
+from ..provenance import provenance
+from .recipe import Recipe, Stage
+from .stages import DONE, KINDS, completed, converted, done
+
+LOCKS, EVALUATIONS, CACHE = ".locks", "evaluations", "cache"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a run: what it reads, where it writes.
+
+    Attributes:
+        key: a hash of the stage, of those before it and of the model: equal for equal work.
+        model: that it reads, if it reads one.
+        folder: that it writes, named after the key.
+    """
+
+    stage: Stage
+    key: str
+    model: str
+    folder: Path
+
+    def arguments(self) -> Any:
+        given = completed(self.stage.command, self.stage.arguments)
+        if self.stage.command == "prune":
+            given.setdefault("score_cache", str(self.folder.parent / CACHE))
+        return KINDS[self.stage.command].build(given, self.model, self.folder)
+
+    @property
+    def leaves(self) -> Path | None:
+        """The checkpoint that it leaves, if any."""
+        return KINDS[self.stage.command].result(self.arguments(), self.folder)
+
+
+def steps_of(recipe: Recipe) -> list[Step]:
+    """The stages with their folders."""
+    key, model = digest(recipe.model), recipe.model
+    out = []
+    for i, stage in enumerate(recipe.stages, 1):
+        key = digest([stage.command, completed(stage.command, stage.arguments), key])
+        step = Step(stage, key, model, Path(recipe.output) / f"{i:02}-{stage.name}-{key[:8]}")
+        out.append(step)
+        model = str(step.leaves or model)
+    return out
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def carried_out(steps: list[Step], index: int) -> dict[str, Any]:
+    """Run a stage unless it is finished; returns what is noted of it.
+
+    Another process that is at the same stage is waited for. Where the weights that a stage reads were let go of, it is
+    made anew first.
+    """
+    from ..cli import COMMANDS
+
+    step = steps[index]
+    with locked(step.folder.parent, step.key):
+        note = done(step.folder)
+        if note is not None:
+            log.info("%s: finished before (%s)", step.stage.name, step.folder)
+            return note
+        if index and (made := steps[index - 1].leaves) is not None and not any(made.glob("*.safetensors")):
+            (steps[index - 1].folder / DONE).unlink(missing_ok=True)
+            carried_out(steps, index - 1)
+        log.info("%s: %s", step.stage.name, step.stage.command)
+        start = time.perf_counter()
+        COMMANDS[step.stage.command][1](step.arguments())
+        note = {
+            "command": step.stage.command,
+            "arguments": dict(step.stage.arguments),
+            "model": step.model,
+            "key": step.key,
+            "seconds": round(time.perf_counter() - start, 1),
+            "made_by": provenance(),
+        }
+        write_text(step.folder / DONE, json.dumps(note, indent=1, default=str) + "\n")
+    gc.collect()
+    return note
+
+
+def let_go(step: Step) -> None:
+    """Remove the weights that a stage left; its plan and its metrics stay."""
+    if (folder := step.leaves) is not None:
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+
+
+def evaluated(recipe: Recipe, model: str, key: str) -> dict[str, Any]:
+    """Measurements of a model as a row of a table; measured once, and kept."""
+    given = {name: value for name, value in (recipe.evaluate or {}).items() if name != "models"}
+    key = digest([key, given])[:16]
+    output = Path(recipe.output)
+    file = output / EVALUATIONS / key / "evaluation.json"
+    with locked(output, key):
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8"))["row"])
+        except (OSError, ValueError, KeyError):
+            pass
+        log.info("measuring %s", model)
+        fields = KINDS["evaluate"].fields
+        values = {name: converted(value, fields[name]) for name, value in given.items()}
+        found = measured(EvaluateArguments(models=[model], **({"tokens": 0} | values)))
+        one = found[0]
+        row: dict[str, Any] = {"parameters": one.parameters, "macs": one.macs}
+        for name, result in one.perplexity.items():
+            title = Path(name).stem
+            row |= {f"perplexity {title}": result.perplexity, f"per byte {title}": result.per_byte}
+        for task, metrics in one.tasks.items():
+            row |= {f"{task} {metric}": metrics[metric] for metric in ("acc", "acc_norm") if metric in metrics}
+        if one.speed:
+            row |= {"prefill tokens/s": one.speed.prefill, "decode tokens/s": one.speed.decode}
+        write_text(file, as_json(found, {"row": row, **provenance()}))
+    gc.collect()
+    return row
+
+
+@contextmanager
+def locked(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock of a folder; yields whether it could be had (always, if waited for).
+
+    It is the system that holds it, so it goes when the process does, however that ends. The file says whose it is.
+    """
+    path = folder / LOCKS / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield False
+            return
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield True

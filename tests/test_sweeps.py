@@ -1,0 +1,291 @@
+"""Sweeps: many runs of one recipe, what they share done once, what is missing done by the same command."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from pyarrow import parquet
+
+import llm_pruner as lp
+from llm_pruner.arguments import RunArguments
+from llm_pruner.cli import main
+from llm_pruner.recipes import read, run
+from llm_pruner.recipes.executors import parameters
+from llm_pruner.recipes.points import points_of
+from llm_pruner.recipes.run import attended, record
+from llm_pruner.recipes.tables import cells, latex, of_points
+
+SWEEP = """model: {home}/base
+output: {out}
+evaluate: {{datasets: {home}/text.txt, seq_len: 32, max_windows: 4}}
+stages:
+  - prune:
+      pruner_type: taylor
+      num_examples: 8
+      calib_seq_len: 16
+      preset: paper
+      hardware_align: false
+sweep:
+  grid:
+    prune.pruner_type: [taylor, random]
+    prune.pruning_ratio: [0.25, 0.5]
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def sweep(home, tmp_path):
+    from llm_pruner.data import documents
+
+    lines = [line for _, text in zip(range(10), documents("python-docs"), strict=False) for line in text.splitlines()]
+    (home / "text.txt").write_text("\n".join(lines))
+    path = tmp_path / "sweep.yaml"
+    path.write_text(SWEEP.format(home=home, out=tmp_path / "out"))
+    return path
+
+
+def results(folder):
+    rows = json.loads((folder / "results.json").read_text())
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_points_are_all_combinations(sweep):
+    points = points_of(read(sweep))
+    assert [tuple(p.values.values()) for p in points] == [
+        (kind, ratio, seed) for kind in ("taylor", "random") for ratio in (0.25, 0.5) for seed in (0, 1)
+    ]
+    assert points[5].recipe.stages[0].arguments["pruner_type"] == "random"
+    assert points[5].recipe.stages[0].arguments["seed"] == 1
+    text = sweep.read_text()
+    beside = "  zip:\n    prune.taylor: [vectorize, param_mix]\n    prune.num_examples: [4, 8]\nseeds"
+    sweep.write_text(text.replace("seeds", beside))
+    points = points_of(read(sweep))
+    assert len(points) == 16
+    assert {(p.values["prune.taylor"], p.values["prune.num_examples"]) for p in points} == {
+        ("vectorize", 4),
+        ("param_mix", 8),
+    }
+    listed = "  points:\n    - {prune.taylor: vectorize}\n    - {prune.pruner_type: l1, prune.grouping_strategy: max}\n"
+    sweep.write_text(text.partition("sweep:")[0] + "sweep:\n" + listed)
+    points = points_of(read(sweep))
+    assert [p.values for p in points] == [
+        {"prune.taylor": "vectorize"},
+        {"prune.pruner_type": "l1", "prune.grouping_strategy": "max"},
+    ]
+
+
+def test_a_sweep_is_a_table(sweep, tmp_path, capsys):
+    out = run(RunArguments(str(sweep)))
+    rows = json.loads((out / "results.json").read_text())
+    assert len(rows) == 8 and [row["point"] for row in rows] == list(range(1, 9))
+    by = {(row["prune.pruner_type"], row["prune.pruning_ratio"], row["seed"]): row for row in rows}
+    assert by["taylor", 0.25, 0]["perplexity text"] == by["taylor", 0.25, 1]["perplexity text"]
+    assert by["random", 0.5, 0]["perplexity text"] != by["random", 0.5, 1]["perplexity text"]
+    assert by["taylor", 0.5, 0]["parameters"] < by["taylor", 0.25, 0]["parameters"]
+    assert len(list((out / "cache").glob("*.safetensors"))) == 1  # scored once for all ratios
+    assert not list(out.glob("0*/*.safetensors")) and len(list(out.glob("0*/pruning_plan.json"))) == 8
+    assert len(list((out / "evaluations").iterdir())) == 9
+    with (out / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 8
+    assert parquet.read_table(out / "results.parquet").num_rows == 8
+    table = (out / "results.md").read_text()
+    assert table.count("\n") == 6 and table.count("**") == 4 and "±" in table
+    assert r"\textbf{" in (out / "results.tex").read_text()
+    times = {p: p.stat().st_mtime_ns for p in (out / "points").glob("*.json")}
+    run(RunArguments(str(sweep)))
+    assert {p: p.stat().st_mtime_ns for p in (out / "points").glob("*.json")} == times
+
+
+def test_means_over_seeds_by_hand():
+    rows = [
+        {"prune.a": a, "seed": s, "parameters": 10, "perplexity x": p, "y acc": q}
+        for a, s, p, q in ((1, 0, 10.0, 0.5), (1, 1, 14.0, 0.7), (2, 0, 9.0, 0.1), (2, 1, 9.0, 0.2))
+    ]
+    one, two = of_points(rows, ["prune.a", "seed"])
+    assert one["perplexity x"] == (12.0, pytest.approx(8**0.5)) and two["perplexity x"] == (9.0, 0.0)
+    text = cells([one, two], ("<", ">"))
+    assert text[0] == ["prune.a", "seeds", "parameters", "perplexity x", "y acc"]
+    assert text[1][3] == "12 ± 2.828" and text[2][3] == "<9 ± 0>" and text[1][4].startswith("<0.6")
+    assert r"prune.a & seeds" in latex(text) and r"$\pm$" in latex(text)
+
+
+def test_a_run_that_fails_stops_no_other(sweep, capsys):
+    """A ratio that removes nothing: noted with its error, the others done; the same command tries it again."""
+    sweep.write_text(sweep.read_text().replace("[0.25, 0.5]", "[0.01, 0.5]"))
+    assert main(["run", str(sweep)]) == 2
+    error = capsys.readouterr().err
+    assert "4 of 8 runs failed" in error
+    recipe = read(sweep)
+    out = sweep.parent / "out"
+    found = [record(point, out) for point in points_of(recipe)]
+    assert sum("error" in one for one in found) == 4 and any("removes nothing" in one.get("error", "") for one in found)
+    assert len(results(out)) == 4
+    assert main(["run", str(sweep), "--status"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("failed") == 4 and shown.count("done") == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("prune.pruner_type: [", "prune.pruner_typ: ["), ":13: stage 'prune' has no argument 'pruner_typ'; did you"),
+        (("prune.pruner_type: [", "prun.pruner_type: ["), ":13: 'prun.pruner_type' is varied, and no stage is called"),
+        (("[0.25, 0.5]", "[0.25, half]"), ":14: 1 is 'half'; it takes number"),
+        (("[0.25, 0.5]", "[]"), ":14: "),
+        (("[taylor, random]", "[taylor, best]"), "unknown --pruner_type 'best'"),
+        (("seeds: [0, 1]", "seeds: [0, 0]"), ":15: seeds"),
+        (("seeds: [0, 1]", "executor: cloud"), ":15: unknown executor 'cloud'"),
+        (("seeds: [0, 1]", "executor: {kind: local, job: 2}"), ":15: unknown key 'job'; did you mean 'jobs'"),
+        (("  grid:", "  zip:\n    prune.taylor: [vectorize]\n    prune.num_examples: [1, 2]\n  grid:"), "one length"),
+    ],
+)
+def test_mistakes_in_sweeps(sweep, change, message, capsys):
+    assert change[0] in sweep.read_text()
+    sweep.write_text(sweep.read_text().replace(*change, 1))
+    assert main(["run", str(sweep)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (sweep.parent / "out").exists()
+
+
+def test_many_runs_are_asked_about(sweep, capsys):
+    sweep.write_text(sweep.read_text().replace("seeds: [0, 1]", f"seeds: {list(range(60))}"))
+    assert main(["run", str(sweep)]) == 2
+    assert "makes 240 runs: add --yes" in capsys.readouterr().err
+
+
+def test_two_sweeps_in_one_folder(sweep, capsys):
+    short = sweep.read_text().replace("[taylor, random]", "[l2]").replace("[0.25, 0.5]", "[0.5]")
+    sweep.write_text(short)
+    assert main(["run", str(sweep)]) == 0
+    sweep.write_text(short.replace("prune.pruner_type", "prune.grouping_strategy").replace("[l2]", "[max]"))
+    assert main(["run", str(sweep)]) == 2
+    assert "holds another sweep" in capsys.readouterr().err
+
+
+def test_no_cluster_here(sweep, capsys):
+    assert main(["run", str(sweep), "--executor", "slurm"]) == 2
+    assert "there is no Slurm here" in capsys.readouterr().err
+
+
+def test_jobs_through_submitit(sweep):
+    """submitit's executor for this machine: two jobs that share the points between them."""
+    sweep.write_text(sweep.read_text() + "executor: {kind: submitit, jobs: 2, cpus: 1}\n")
+    out = run(RunArguments(str(sweep)))
+    assert len(results(out)) == 8
+    assert list((out / "jobs").glob("*_submitted.pkl")) or list((out / "jobs").iterdir())
+
+
+def test_what_a_cluster_is_told(tmp_path):
+    """The script that would be sent, as text."""
+    from submitit.slurm import slurm
+
+    settings = {
+        "kind": "slurm",
+        "jobs": 16,
+        "gpus": 2,
+        "nodes": 1,
+        "minutes": 90,
+        "memory": "64GB",
+        "partition": "a100",
+        "setup": ["module load cuda"],
+        "parameters": {"account": "lab"},
+    }
+    given = parameters(settings, slurm=True)
+    script = slurm._make_sbatch_string(
+        command="python -m llm_pruner run sweep.yaml --worker",
+        folder=str(tmp_path),
+        job_name=given["name"],
+        time=given["timeout_min"],
+        nodes=given["nodes"],
+        ntasks_per_node=given["tasks_per_node"],
+        gpus_per_node=given["gpus_per_node"],
+        cpus_per_task=given["cpus_per_task"],
+        mem=given["slurm_mem"],
+        partition=given["slurm_partition"],
+        setup=given["slurm_setup"],
+        map_count=16,
+        array_parallelism=given["slurm_array_parallelism"],
+        additional_parameters=given["slurm_additional_parameters"],
+    )
+    for line in (
+        "#SBATCH --array=0-15%16",
+        "#SBATCH --gpus-per-node=2",
+        "#SBATCH --mem=64GB",
+        "#SBATCH --partition=a100",
+        "#SBATCH --time=90",
+        "#SBATCH --account=lab",
+        "#SBATCH --requeue",
+        "module load cuda",
+    ):
+        assert line in script, line
+
+
+def test_a_worker_that_is_killed_costs_one_point(sweep, tmp_path):
+    """The process dies at one point: that is noted as failed, the others are done by another worker."""
+    recipe = read(sweep)
+    third = points_of(recipe)[2]
+    code = f"""
+import os, sys
+from llm_pruner.recipes import run as module
+import llm_pruner.recipes.run as r
+before = r._done
+def dies(point, keep):
+    if point.number == {third.number}:
+        os.kill(os.getpid(), 9)
+    return before(point, keep)
+r._done = dies
+from llm_pruner.cli import main
+sys.exit(main(["run", {str(sweep)!r}, "--worker"]))
+"""
+    import llm_pruner.recipes.run as r
+
+    before = r.worker_command
+    r.worker_command = lambda arguments: [sys.executable, "-c", code]
+    try:
+        with pytest.raises(lp.PrunerError, match="1 of 8 runs failed"):
+            run(RunArguments(str(sweep)))
+    finally:
+        r.worker_command = before
+    out = tmp_path / "out"
+    assert "killed" in record(third, out)["error"] and len(results(out)) == 7
+    assert len(results(run(RunArguments(str(sweep))))) == 8
+
+
+def test_weights_that_were_let_go_are_made_again(sweep, tmp_path):
+    """A stage that is added after a sweep reads what is not there any more."""
+    text = sweep.read_text().replace("[taylor, random]", "[l2]").replace("[0.25, 0.5]", "[0.5]")
+    sweep.write_text(text.replace("seeds: [0, 1]", ""))
+    out = run(RunArguments(str(sweep)))
+    first = results(out)
+    more = "  - prune: {name: again, pruner_type: l1, pruning_ratio: 0.25, preset: paper}\nsweep:"
+    sweep.write_text(sweep.read_text().replace("sweep:", more))
+    for point in points_of(read(sweep)):
+        attended(point, out, True)
+        assert record(point, out)["row"]["parameters"] < first[0]["parameters"]
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_the_same(sweep, tmp_path):
+    """SIGKILL to all processes at 20 random moments."""
+    whole = run(RunArguments(str(sweep), output=str(tmp_path / "whole")))
+    command = [sys.executable, "-m", "llm_pruner", "run", str(sweep)]
+    chance, kills = random.Random(0), 0
+    while kills < 20:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(chance.uniform(3, 16))
+        if process.poll() is not None:  # finished: begin anew
+            subprocess.run(["rm", "-r", str(tmp_path / "out")], check=True)
+            continue
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert results(run(RunArguments(str(sweep)))) == results(whole)
