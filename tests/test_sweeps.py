@@ -116,15 +116,15 @@ def test_means_over_seeds_by_hand():
 
 
 def test_a_run_that_fails_stops_no_other(sweep, capsys):
-    """A ratio that removes nothing: noted with its error, the others done; the same command tries it again."""
-    sweep.write_text(sweep.read_text().replace("[0.25, 0.5]", "[0.01, 0.5]"))
+    """Layers that are not there: noted with the error, the others done; the same command tries again."""
+    sweep.write_text(sweep.read_text().replace("pruning_ratio: [0.25, 0.5]", "block_mlp_layer_end: [3, 9]"))
     assert main(["run", str(sweep)]) == 2
     error = capsys.readouterr().err
     assert "4 of 8 runs failed" in error
     recipe = read(sweep)
     out = sweep.parent / "out"
     found = [record(point, out) for point in points_of(recipe)]
-    assert sum("error" in one for one in found) == 4 and any("removes nothing" in one.get("error", "") for one in found)
+    assert sum("error" in one for one in found) == 4 and any("out of range" in one.get("error", "") for one in found)
     assert len(results(out)) == 4
     assert main(["run", str(sweep), "--status"]) == 0
     shown = capsys.readouterr().out
@@ -233,8 +233,8 @@ def test_a_worker_that_is_killed_costs_one_point(sweep, tmp_path):
     third = points_of(recipe)[2]
     code = f"""
 import os, sys
-from llm_pruner.recipes import run as module
-import llm_pruner.recipes.run as r
+import llm_pruner.recipes
+r = sys.modules["llm_pruner.recipes.run"]
 before = r._done
 def dies(point, keep):
     if point.number == {third.number}:
@@ -244,8 +244,7 @@ r._done = dies
 from llm_pruner.cli import main
 sys.exit(main(["run", {str(sweep)!r}, "--worker"]))
 """
-    import llm_pruner.recipes.run as r
-
+    r = sys.modules["llm_pruner.recipes.run"]
     before = r.worker_command
     r.worker_command = lambda arguments: [sys.executable, "-c", code]
     try:

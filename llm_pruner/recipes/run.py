@@ -99,12 +99,11 @@ def _swept(recipe: Recipe, points: list[Point], output: Path, arguments: list[st
     log.info("%d runs, %d to do, %s", len(points), len(missing), recipe.executor["kind"])
 
     def died(worker: int) -> bool:
-        """A worker that was killed has not noted it itself."""
-        for point in points:
-            with locked(output, _lock(point), wait=False) as free:
-                if free and record(point, output) is None and _holder(point, output) == worker:
-                    _note(point, output, {"error": "the process was killed: out of memory, perhaps"})
-        return any(record(point, output) is None for point in points)
+        """A worker that was killed has not noted it itself. One that was at no point is not replaced."""
+        held = [p for p in points if record(p, output) is None and _holder(p, output) == worker]
+        for point in held:
+            _note(point, output, {"error": "the process was killed: out of memory, perhaps"})
+        return bool(held) and any(record(point, output) is None for point in points)
 
     if missing:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.executor.get("jobs", 1))))
