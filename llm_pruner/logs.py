@@ -21,7 +21,7 @@ def logging_to(path: Path, quiet: bool = False) -> Iterator[None]:
     handlers: list[logging.Handler] = []
     if not quiet:
         handlers = [logging.FileHandler(path, encoding="utf-8")]
-        if not log.handlers:  # a run inside another is on the terminal already
+        if all(type(h) is not logging.StreamHandler for h in log.handlers):  # a run inside another is on the terminal
             handlers.append(logging.StreamHandler(sys.stderr))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
