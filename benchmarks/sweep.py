@@ -2,8 +2,8 @@
 
     python benchmarks/sweep.py --calib_dataset C4.jsonl --dataset WIKITEXT.txt
 
-The runs of their own are processes that load, score, prune and measure, as a shell loop would; every sixth point is timed
-so, and the mean taken for all.
+The runs of their own are processes that load, score, prune and measure, as a shell loop would; every sixth point is
+timed so, and the mean taken for all.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def main() -> None:
             flags += ["--pruner_type", criterion, "--grouping_strategy", aggregation, "--pruning_ratio", str(ratio)]
             flags += ["--eval_datasets", args.dataset, "--max_windows", str(args.max_windows), "--save_model"]
             start = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-m", "llm_pruner", "prune", *flags, "--output_root", folder], check=True
-            )
+            subprocess.run([sys.executable, "-m", "llm_pruner", "prune", *flags, "--output_root", folder], check=True)
             alone.append(time.perf_counter() - start)
         mean = sum(alone) / len(alone)
         print(f"24 points together: {together:.0f} s; alone: {mean:.1f} s each, {24 * mean:.0f} s for 24")
