@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ class Choice:
         gone[self.kept] = False
         known = scores[torch.isfinite(scores) & gone]  # what went in an earlier step has no score of this one
         if known.numel():
-            self.removed = known.sum().item()
-            self.lowest_kept, self.highest_removed = scores[self.kept].min().item(), known.max().item()
+            self.removed, self.highest_removed = known.sum().item(), known.max().item()
+            lowest = scores[self.kept].min().item()
+            self.lowest_kept = lowest if isfinite(lowest) else None  # what must stay has no score of its own
 
 
 @dataclass
