@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger("llm_pruner")
+_open: list[Path] = []  # the logs that are written to just now
 
 
 @contextmanager
@@ -21,16 +22,18 @@ def logging_to(path: Path, quiet: bool = False) -> Iterator[None]:
     handlers: list[logging.Handler] = []
     if not quiet:
         handlers = [logging.FileHandler(path, encoding="utf-8")]
-        if all(type(h) is not logging.StreamHandler for h in log.handlers):  # a run inside another is on the terminal
+        if not _open:  # a run inside another is on the terminal already
             handlers.append(logging.StreamHandler(sys.stderr))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    _open.append(path)
     try:
         yield
     finally:
+        _open.remove(path)
         for handler in handlers:
             log.removeHandler(handler)
             handler.close()

@@ -14,7 +14,7 @@ from ..errors import PrunerError
 from ..logs import log
 from ..version import __version__
 from .figures import Drawing, pruning, recoveries, tradeoffs
-from .runs import Point, Run, read
+from .runs import Point, Run, folders_of, read
 
 
 def report(args: ReportArguments) -> Path:
@@ -25,7 +25,7 @@ def report(args: ReportArguments) -> Path:
     """
     if not args.runs:
         raise PrunerError("name at least one run: llm-pruner report FOLDER [FOLDER ...]")
-    runs = _named([read(folder) for folder in args.runs])
+    runs = _named([read(folder) for given in args.runs for folder in folders_of(given)])
     points = _distinct([point for run in runs for point in run.points])
     overall = tradeoffs(points)
     healed = recoveries(runs)

@@ -58,6 +58,15 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
 
+def folders_of(path: str | Path) -> list[Path]:
+    """The runs in the output folder of a recipe, stages first; any other folder is one run."""
+    path = Path(path)
+    if not (path / "evaluations").is_dir():
+        return [path]
+    inside = sorted([*path.glob("[0-9]*-*"), *(path / "evaluations").iterdir()], key=lambda p: (p.parent != path, p))
+    return [p for p in inside if any((p / name).is_file() for name in (PRUNED, RECOVERED, EVALUATED))]
+
+
 def read(folder: str | Path) -> Run:
     """Read the folder of a run of ``prune``, ``recover`` or ``evaluate --output``.
 
