@@ -14,6 +14,7 @@ import llm_pruner as lp
 from llm_pruner.arguments import RunArguments
 from llm_pruner.cli import main
 from llm_pruner.recipes import read, run
+from llm_pruner.recipes.points import points_of
 from llm_pruner.recipes.recipe import schema
 from llm_pruner.recipes.stages import KINDS
 from llm_pruner.recipes.work import steps_of
@@ -83,6 +84,9 @@ def test_stages_follow_each_other(recipe, tmp_path, capsys):
     model, tokenizer = lp.load(str(folders["04-vocab"]))
     assert model.config.num_hidden_layers == 2 and len(tokenizer) == 400
     assert model.num_parameters() == sizes[4]
+    assert main(["report", str(out), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert all(folder.name in page for name, folder in folders.items() if name != "04-vocab")
     times = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     run(RunArguments(str(recipe)))
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == times
@@ -248,3 +252,4 @@ def test_the_recipes_can_be_told(name, tmp_path, capsys):
 def test_every_recipe_is_tested():
     assert {p.stem for p in RECIPES.glob("*.yaml")} == {*CONFIGS, "smollm2_demo"}
     read(RECIPES / "smollm2_demo.yaml")
+    assert len(points_of(read(RECIPES / "paper" / "smollm2.yaml"))) == 22
