@@ -172,7 +172,8 @@ class Policy:
                 **self.scores.settings,
             }
         )
-        for kind in sorted(KINDS, key=lambda kind: kind != "layers"):  # what lies in layers that go is left out
+        every = dict.fromkeys([*self.kinds, *KINDS])
+        for kind in sorted(every, key=lambda kind: kind != "layers"):  # what lies in layers that go is left out
             there = [unit for unit in self.graph.of_kind(kind) if not _gone(unit, plan)]
             counted = [unit for unit in there if unit.name in self.counts or kind in self.counts]
             for unit in counted:
