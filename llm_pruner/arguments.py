@@ -16,7 +16,7 @@ import torch
 from .checkpoint import DEFAULT_MODEL, DTYPES
 from .data import EMBEDDED_TEXT
 from .errors import PrunerError
-from .graph import CouplingGraph
+from .graph import KINDS, CouplingGraph
 from .importance import AGGREGATIONS, CRITERIA, STRATEGIES, VARIANTS
 from .presets import PRESETS, middle
 from .selection import NORMALIZERS
@@ -200,6 +200,7 @@ class PruneArguments:
             raise PrunerError(f"--{' and --'.join(targets)} exclude each other: give one")
         if targets and (self.layer_wise or self.iterative_steps > 1):
             raise PrunerError(f"--{targets[0]} is solved in one step: give no --layer_wise and no --iterative_steps")
+        self.proportions()
         if self.shares and not targets:
             raise PrunerError(f"--shares are proportions: say with one of --{', --'.join(TARGETS)} how much goes")
         if self.shape and (targets or self.channel_wise or self.iterative_steps > 1):
@@ -316,11 +317,11 @@ class PruneArguments:
         """
         if not self.shares:
             return None
+        out: dict[str, float] = {}
         if self.shares.partition(":")[0] == "measured":
             kinds = [k.strip() for k in self.shares.partition(":")[2].split(",") if k.strip()]
-            return dict.fromkeys(kinds or ("layers", "neurons"), 0.0)
-        out = {}
-        for part in self.shares.split(","):
+            out = dict.fromkeys(kinds or ("layers", "neurons"), 0.0)
+        for part in [] if out else self.shares.split(","):
             kind, _, value = part.partition("=")
             try:
                 out[kind.strip()] = float(value)
@@ -328,6 +329,10 @@ class PruneArguments:
                 out[kind.strip()] = -1.0
             if not 0 < out[kind.strip()] < float("inf"):
                 raise PrunerError(f"--shares {part!r} is no proportion: give them as layers=2,neurons=1, or measured")
+        for kind in out:
+            if kind == "vocabulary" or kind not in KINDS:
+                known = ", ".join(k for k in KINDS if k != "vocabulary")
+                raise PrunerError(f"--shares {kind!r}: choose from {known} (tokens are cut by llm-pruner vocab)")
         return out
 
     def _fill_in(self) -> None:

@@ -113,9 +113,7 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
     with clock("load"):
         dtype = "float32" if args.dtype == "auto" and args.device == "cpu" and not args.stream else args.dtype
         device = "cpu" if args.stream else args.device
-        model, tokenizer = load(
-            args.base_model, dtype, device, args.trust_remote_code, device_map=cast(Any, args.device_map)
-        )
+        model, tokenizer = _loaded(args.base_model, dtype, device, args.trust_remote_code, args.device_map)
     log.info("loaded %s: %s parameters; preset %s", args.base_model, f"{parameter_count(model):,}", args.preset)
     if "calib_seq_len" in args.by_preset:
         args.calib_seq_len = min(cast(int, args.calib_seq_len), context_length(model) or 2**31)
@@ -175,6 +173,33 @@ def _run(args: PruneArguments, folder: Path) -> dict[str, Any]:
             write_checkpoint(pruned, tokenizer, folder, plan, args.standalone)
     metrics["after"] = _test("after pruning", args.test_after_train, pruned, tokenizer, args, evaluation, clock)
     return metrics | _told(args, clock)
+
+
+_kept: dict[tuple[Any, ...], Any] | None = None  # the model loaded last, while it is kept
+
+
+@contextmanager
+def keeping_model() -> Iterator[None]:
+    """Runs inside, one after the other, load a model that they share once: none of them changes it."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
+def _loaded(*how: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, from the arguments of :func:`llm_pruner.load`."""
+    if _kept is not None and how in _kept:
+        return _kept[how]
+    name, dtype, device, trust_remote_code, device_map = how
+    if _kept is not None:
+        _kept.clear()  # before the next one takes memory
+    found = load(name, dtype, device, trust_remote_code, device_map=device_map)
+    if _kept is not None:
+        _kept[how] = found
+    return found
 
 
 def files_do(args: PruneArguments) -> bool:

@@ -354,6 +354,8 @@ def test_a_block_that_is_gone_comes_back_as_zeros():
         ({"drop_mlp": "7"}, "out of range"),
         ({"shares": "layers=1,neurons=1"}, "say with one of"),
         ({"shares": "layers", "target_params": "0.5"}, "is no proportion"),
+        ({"shares": "vocabulary=1", "target_params": "0.5"}, "tokens are cut by llm-pruner vocab"),
+        ({"shares": "measured:heds", "target_params": "0.5"}, "choose from heads"),
         ({"num_layers": "2", "depth": "loss"}, "needs? a calibration set"),
     ],
 )

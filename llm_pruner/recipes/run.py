@@ -19,6 +19,7 @@ from ..errors import PrunerError
 from ..files import write_text
 from ..logs import log, logging_to
 from ..measure import shown
+from ..pipeline import keeping_model
 from ..provenance import provenance
 from .dry import dry_run
 from .executors import EXECUTORS, POLL, worker_command
@@ -49,8 +50,9 @@ def run(args: RunArguments) -> Path | None:
     points, output = points_of(recipe), Path(recipe.output)
     sweep = recipe.sweep is not None or bool(recipe.seeds)
     if args.worker:
-        for point in points:
-            attended(point, output, recipe.keep_models)
+        with keeping_model():
+            for point in points:
+                attended(point, output, recipe.keep_models)
         return output
     if args.status:
         _watch(points, output)
