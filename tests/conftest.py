@@ -154,6 +154,14 @@ def home(tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def home_text(home) -> Path:
+    """``text.txt`` in the same folder, some hundred lines of English."""
+    lines = [line for _, text in zip(range(10), documents("python-docs"), strict=False) for line in text.splitlines()]
+    (home / "text.txt").write_text("\n".join(lines))
+    return home / "text.txt"
+
+
 @pytest.fixture
 def shared() -> Path:
     if not SHARED.is_dir():

@@ -60,11 +60,7 @@ stages:
 
 
 @pytest.fixture
-def recipe(home, tmp_path):
-    from llm_pruner.data import documents
-
-    lines = [line for _, text in zip(range(10), documents("python-docs"), strict=False) for line in text.splitlines()]
-    (home / "text.txt").write_text("\n".join(lines))
+def recipe(home, home_text, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(SMALL.format(home=home, out=tmp_path / "out"))
     return path

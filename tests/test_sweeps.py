@@ -40,11 +40,7 @@ seeds: [0, 1]
 
 
 @pytest.fixture
-def sweep(home, tmp_path):
-    from llm_pruner.data import documents
-
-    lines = [line for _, text in zip(range(10), documents("python-docs"), strict=False) for line in text.splitlines()]
-    (home / "text.txt").write_text("\n".join(lines))
+def sweep(home, home_text, tmp_path):
     path = tmp_path / "sweep.yaml"
     path.write_text(SWEEP.format(home=home, out=tmp_path / "out"))
     return path

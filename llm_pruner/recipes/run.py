@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from .executors import EXECUTORS, POLL, worker_command
 from .points import Point, points_of
 from .recipe import Recipe, fault, near, read
 from .tables import Row, cells, of_points, of_stages, write_points, write_stages
-from .work import carried_out, evaluated, let_go, locked, steps_of
+from .work import LOCKS, carried_out, evaluated, let_go, locked, steps_of
 
 LOG_FILE, SWEEP_FILE, POINTS = "run.log", "sweep.json", "points"
 MANY = 200  # points that need --yes
@@ -179,7 +180,7 @@ def _lock(point: Point) -> str:
 def _holder(point: Point, output: Path) -> int:
     """The process that was last at a point."""
     try:
-        return int((output / ".locks" / _lock(point)).read_text() or 0)
+        return int((output / LOCKS / _lock(point)).read_text() or 0)
     except (OSError, ValueError):
         return 0
 
@@ -205,7 +206,6 @@ def _same_sweep(recipe: Recipe, points: list[Point], output: Path) -> None:
 
 def _watch(points: list[Point], output: Path) -> None:
     """A table of the points, live on a terminal until all are done."""
-    import time
 
     def table() -> Any:
         rows = [["run", "what", "state", ""]]

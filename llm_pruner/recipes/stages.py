@@ -49,7 +49,8 @@ class Kind:
 
     def build(self, given: Mapping[str, Any], model: str | None, folder: Path) -> Any:
         """The arguments of a stage that reads ``model`` and writes to ``folder``."""
-        values = {name: converted(value, self.fields[name]) for name, value in given.items()}
+        fields = self.fields
+        values = {name: converted(value, fields[name]) for name, value in given.items()}
         reads = {self.reads: [model] if self.reads == "models" else model} if self.reads and model else {}
         if self.reads == "models" and "models" in given:
             reads = {}
