@@ -14,12 +14,14 @@ from pyarrow import parquet
 
 import llm_pruner as lp
 from llm_pruner.arguments import RunArguments
-from llm_pruner.cli import main
+from llm_pruner.cli import main, parse
 from llm_pruner.recipes import read, run
 from llm_pruner.recipes.executors import parameters
+from llm_pruner.recipes.launch import Launch, flags
 from llm_pruner.recipes.points import points_of
 from llm_pruner.recipes.run import attended, record
 from llm_pruner.recipes.tables import cells, latex, of_points
+from llm_pruner.recovery import RecoverArguments
 
 SWEEP = """model: {home}/base
 output: {out}
@@ -180,8 +182,6 @@ def test_jobs_through_submitit(sweep):
 
 def test_what_a_cluster_is_told(tmp_path):
     """The script that would be sent, as text."""
-    from submitit.slurm import slurm
-
     settings = {
         "kind": "slurm",
         "jobs": 16,
@@ -193,10 +193,30 @@ def test_what_a_cluster_is_told(tmp_path):
         "setup": ["module load cuda"],
         "parameters": {"account": "lab"},
     }
+    script = sbatch(settings, tmp_path)
+    for line in (
+        "#SBATCH --array=0-15%16",
+        "#SBATCH --gpus-per-node=2",
+        "#SBATCH --mem=64GB",
+        "#SBATCH --partition=a100",
+        "#SBATCH --time=90",
+        "#SBATCH --account=lab",
+        "#SBATCH --requeue",
+        "module load cuda",
+        "srun ",
+    ):
+        assert line in script, line
+    several = sbatch(settings | {"nodes": 2}, tmp_path)  # one worker, which takes the other machine to train
+    assert "#SBATCH --nodes=2" in several and "srun " not in several
+
+
+def sbatch(settings, folder):
+    from submitit.slurm import slurm
+
     given = parameters(settings, slurm=True)
-    script = slurm._make_sbatch_string(
+    return slurm._make_sbatch_string(
         command="python -m llm_pruner run sweep.yaml --worker",
-        folder=str(tmp_path),
+        folder=str(folder),
         job_name=given["name"],
         time=given["timeout_min"],
         nodes=given["nodes"],
@@ -209,18 +229,49 @@ def test_what_a_cluster_is_told(tmp_path):
         map_count=16,
         array_parallelism=given["slurm_array_parallelism"],
         additional_parameters=given["slurm_additional_parameters"],
+        use_srun=given["slurm_use_srun"],
     )
-    for line in (
-        "#SBATCH --array=0-15%16",
-        "#SBATCH --gpus-per-node=2",
-        "#SBATCH --mem=64GB",
-        "#SBATCH --partition=a100",
-        "#SBATCH --time=90",
-        "#SBATCH --account=lab",
-        "#SBATCH --requeue",
-        "module load cuda",
-    ):
-        assert line in script, line
+
+
+def test_training_on_the_processes_of_a_job(home, home_text, tmp_path, capfd):
+    """A recipe's recovery on two processes learns what one learns."""
+    losses = {}
+    for processes in (1, 2):
+        recipe = tmp_path / f"{processes}.yaml"
+        recipe.write_text(
+            f"""model: {home}/base
+output: {tmp_path}/{processes}
+executor: {{processes: {processes}}}
+stages:
+  - prune: {{pruning_ratio: 0.25, num_examples: 4, calib_seq_len: 16, preset: paper, hardware_align: false}}
+  - recover: {{data_path: {home}/text.txt, no_instruction: true, max_steps: 3, batch_size: 4, micro_batch_size: 2,
+      cutoff_len: 16, val_set_size: 0, lora_dropout: 0.0, logging_steps: 1}}
+"""
+        )
+        assert main(["run", str(recipe)]) == 0, capfd.readouterr().err
+        (found,) = (tmp_path / str(processes)).glob("02-recover-*/curves.json")
+        losses[processes] = [loss for _, loss in json.loads(found.read_text())["loss"]]
+    assert len(losses[1]) == 3 and losses[2] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_what_trains_on_several_machines():
+    """The command, as text: every machine of the job starts its processes, and they meet at the first."""
+    arguments = RecoverArguments(prune_model="model", output_dir="out", merge=True, learning_rate=1e-3)
+    command = " ".join(Launch.of({"gpus": 8, "nodes": 2}).command(arguments))
+    assert command.startswith("srun --nodes 2 --ntasks 2 --ntasks-per-node 1 ")
+    assert "--nproc_per_node 8 --nnodes 2 --rdzv_backend c10d" in command
+    assert parse(RecoverArguments, flags(arguments), "recover") == arguments
+    assert not Launch.of({"gpus": 0}).several
+
+
+def test_training_that_fails_says_why(home, home_text, tmp_path, capfd):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {home}/base\noutput: {tmp_path}/out\nexecutor: {{processes: 2}}\nstages:\n"
+        f"  - recover: {{data_path: {home}/text.txt, no_instruction: true, max_steps: 1}}\n"
+    )
+    assert main(["run", str(recipe)]) == 2
+    assert "training on 2 processes failed:" in (said := capfd.readouterr().err) and "not a pruned model" in said
 
 
 def test_a_worker_that_is_killed_costs_one_point(sweep, tmp_path):
@@ -241,13 +292,13 @@ from llm_pruner.cli import main
 sys.exit(main(["run", {str(sweep)!r}, "--worker"]))
 """
     r = sys.modules["llm_pruner.recipes.run"]
-    before = r.worker_command
-    r.worker_command = lambda arguments: [sys.executable, "-c", code]
+    before = r.run_command
+    r.run_command = lambda arguments, *more: [sys.executable, "-c", code]
     try:
         with pytest.raises(lp.PrunerError, match="1 of 8 runs failed"):
             run(RunArguments(str(sweep)))
     finally:
-        r.worker_command = before
+        r.run_command = before
     out = tmp_path / "out"
     assert "killed" in record(third, out)["error"] and len(results(out)) == 7
     assert len(results(run(RunArguments(str(sweep))))) == 8

@@ -131,6 +131,7 @@ def parameters(settings: dict[str, Any], slurm: bool) -> dict[str, Any]:
         "cpus_per_task": int(settings.get("cpus", 8)),
     }
     if slurm:
+        out["slurm_use_srun"] = nodes == 1  # else one worker on the first machine, which takes the others to train
         out["slurm_array_parallelism"] = int(settings.get("jobs", 256))
         out["slurm_additional_parameters"] = {"requeue": True, "open-mode": "append"} | settings.get("parameters", {})
         for name, key in (("partition", "slurm_partition"), ("memory", "slurm_mem"), ("setup", "slurm_setup")):
@@ -142,5 +143,6 @@ def parameters(settings: dict[str, Any], slurm: bool) -> dict[str, Any]:
 EXECUTORS: dict[str, Callable[..., None]] = {"local": local, "slurm": submitted, "submitit": submitted}
 
 
-def worker_command(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "llm_pruner", "run", *arguments, "--worker"]
+def run_command(arguments: Sequence[str], *more: str) -> list[str]:
+    """What a job runs."""
+    return [sys.executable, "-m", "llm_pruner", "run", *arguments, *more]

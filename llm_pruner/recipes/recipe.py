@@ -136,6 +136,7 @@ EXECUTOR = {
         "jobs": {"type": "integer", "minimum": 1},
         "gpus": {"type": "integer", "minimum": 0},
         "nodes": {"type": "integer", "minimum": 1},
+        "processes": {"type": "integer", "minimum": 1},
         "cpus": {"type": "integer", "minimum": 1},
         "memory": {"type": "string"},
         "minutes": {"type": "integer", "minimum": 1},

@@ -23,11 +23,12 @@ from ..measure import shown
 from ..pipeline import keeping_model
 from ..provenance import provenance
 from .dry import dry_run
-from .executors import EXECUTORS, POLL, worker_command
+from .executors import EXECUTORS, POLL, run_command
+from .launch import Launch
 from .points import Point, points_of
 from .recipe import Recipe, fault, near, read
 from .tables import Row, cells, of_points, of_stages, write_points, write_stages
-from .work import LOCKS, carried_out, evaluated, let_go, locked, steps_of
+from .work import carried_out, evaluated, holder, let_go, locked, steps_of
 
 LOG_FILE, SWEEP_FILE, POINTS = "run.log", "sweep.json", "points"
 MANY = 200  # points that need --yes
@@ -69,6 +70,9 @@ def run(args: RunArguments) -> Path | None:
         return None
     if len(points) > MANY and not args.yes:
         raise PrunerError(f"{args.recipe} makes {len(points)} runs: add --yes if that is meant")
+    if not sweep and kind != "local":  # one job, which runs it as if there
+        EXECUTORS[kind](run_command(_passed_on(args), "--executor", "local"), recipe.executor, 1, output, _lost)
+        return output
     with _alone_in(output), logging_to(output / LOG_FILE):
         if sweep:
             _swept(recipe, points, output, _passed_on(args))
@@ -84,7 +88,7 @@ def _staged(point: Point, output: Path) -> None:
         rows.append({"stage": "original"} | evaluated(recipe, recipe.model, recipe.model))
     steps = steps_of(recipe)
     for i, step in enumerate(steps):
-        note = carried_out(steps, i)
+        note = carried_out(steps, i, Launch.of(recipe.executor))
         row: Row = {"stage": step.stage.name, "folder": step.folder.name, "seconds": note["seconds"]}
         if recipe.evaluate is not None and step.leaves is not None:
             row |= evaluated(recipe, str(step.leaves), step.key)
@@ -103,14 +107,16 @@ def _swept(recipe: Recipe, points: list[Point], output: Path, arguments: list[st
 
     def died(worker: int) -> bool:
         """A worker that was killed has not noted it itself. One that was at no point is not replaced."""
-        held = [p for p in points if record(p, output) is None and _holder(p, output) == worker]
+        held = [p for p in points if record(p, output) is None and holder(output, _lock(p))[0] == worker]
         for point in held:
             _note(point, output, {"error": "the process was killed: out of memory, perhaps"})
         return bool(held) and any(record(point, output) is None for point in points)
 
     if missing:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.executor.get("jobs", 1))))
-        EXECUTORS[recipe.executor["kind"]](worker_command(arguments), recipe.executor, len(missing), output, died)
+        EXECUTORS[recipe.executor["kind"]](
+            run_command(arguments, "--worker"), recipe.executor, len(missing), output, died
+        )
     rows = [found["row"] for point in points if "row" in (found := record(point, output) or {})]
     varied = list(dict.fromkeys(key for point in points for key in point.values))
     if rows:
@@ -125,6 +131,11 @@ def _swept(recipe: Recipe, points: list[Point], output: Path, arguments: list[st
             f"{len(failed) + len(left)} of {len(points)} runs failed (see {output / LOG_FILE}); the same command tries "
             "them again"
         )
+
+
+def _lost(_: int) -> bool:
+    """A job that runs a whole recipe failed: it has said why."""
+    raise PrunerError("the job failed: its log says why; the same command goes on with it")
 
 
 def attended(point: Point, output: Path, keep: bool) -> None:
@@ -147,7 +158,7 @@ def _done(point: Point, keep: bool) -> Row:
     """The measurements of what the last stage of a point leaves, and the seconds that its stages took."""
     recipe, steps = point.recipe, steps_of(point.recipe)
     last = next((step for step in reversed(steps) if step.leaves is not None), None)
-    notes = [carried_out(steps, i) for i in range(len(steps))]
+    notes = [carried_out(steps, i, Launch.of(recipe.executor)) for i in range(len(steps))]
     row: Row = {}
     if recipe.evaluate is not None and last is not None:
         evaluated(recipe, recipe.model, recipe.model)
@@ -177,14 +188,6 @@ def _lock(point: Point) -> str:
     return f"point-{point.number:04}-{_key(point)}"
 
 
-def _holder(point: Point, output: Path) -> int:
-    """The process that was last at a point."""
-    try:
-        return int((output / LOCKS / _lock(point)).read_text() or 0)
-    except (OSError, ValueError):
-        return 0
-
-
 def _note(point: Point, output: Path, found: dict[str, Any]) -> None:
     steps = [step.folder.name for step in steps_of(point.recipe)]
     about = {"values": point.values, "stages": steps, **found, **provenance()}
@@ -212,8 +215,8 @@ def _watch(points: list[Point], output: Path) -> None:
         for point in points:
             found = record(point, output)
             if found is None:
-                with locked(output, _lock(point), wait=False) as free:
-                    state, note = ("waiting" if free else "running"), ""
+                process, lives = holder(output, _lock(point))
+                state, note = ("running" if lives else "interrupted") if process else "waiting", ""
             else:
                 row = found.get("row", {})
                 state, note = ("failed", found["error"]) if "error" in found else ("done", f"{row['seconds']} s")

@@ -21,6 +21,7 @@ from ..files import write_text
 from ..logs import log
 from ..measure import measured
 from ..provenance import provenance
+from .launch import Launch
 from .recipe import Recipe, Stage
 from .stages import DONE, KINDS, completed, converted, done
 
@@ -70,11 +71,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def carried_out(steps: list[Step], index: int) -> dict[str, Any]:
+def carried_out(steps: list[Step], index: int, launch: Launch) -> dict[str, Any]:
     """Run a stage unless it is finished; returns what is noted of it.
 
     Another process that is at the same stage is waited for. Where the weights that a stage reads were let go of, it is
     made anew first.
+
+    Args:
+        launch: the processes that train.
     """
     from ..cli import COMMANDS
 
@@ -86,10 +90,11 @@ def carried_out(steps: list[Step], index: int) -> dict[str, Any]:
             return note
         if index and (made := steps[index - 1].leaves) is not None and not any(made.glob("*.safetensors")):
             (steps[index - 1].folder / DONE).unlink(missing_ok=True)
-            carried_out(steps, index - 1)
+            carried_out(steps, index - 1, launch)
         log.info("%s: %s", step.stage.name, step.stage.command)
         start = time.perf_counter()
-        COMMANDS[step.stage.command][1](step.arguments())
+        action = launch.run if step.stage.command == "recover" and launch.several else COMMANDS[step.stage.command][1]
+        action(step.arguments())
         note = {
             "command": step.stage.command,
             "arguments": dict(step.stage.arguments),
@@ -143,7 +148,8 @@ def evaluated(recipe: Recipe, model: str, key: str) -> dict[str, Any]:
 def locked(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
     """Hold a lock of a folder; yields whether it could be had (always, if waited for).
 
-    It is the system that holds it, so it goes when the process does, however that ends. The file says whose it is.
+    It is the system that holds it, so it goes when the process does, however that ends. The file says whose it is, or
+    was when it was killed.
     """
     path = folder / LOCKS / name
     try:
@@ -158,6 +164,19 @@ def locked(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
             yield False
             return
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} {os.uname().nodename}")
         file.flush()
         yield True
+        file.truncate(0)
+
+
+def holder(folder: Path, name: str) -> tuple[int, bool]:
+    """The process that holds a lock, or was killed with it, 0 for none; and whether it lives, as far as is known.
+
+    The lock is left alone: to try it would keep others from it for a moment.
+    """
+    try:
+        process, machine = (folder / LOCKS / name).read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return 0, False
+    return int(process), machine != os.uname().nodename or Path(f"/proc/{process}").exists()
