@@ -85,6 +85,7 @@ def test_a_checkpoint_is_not_lost_to_a_run_without_one(folder, capsys):
     ("extra", "check"),
     [
         ("--channel_wise", lambda c: c.hidden_size == 16),
+        ("--channel_wise --pruning_ratio 0.3", lambda c: c.hidden_size == 24),  # 22 is no multiple of the 4 heads
         ("--layer_wise --layer 2", lambda c: c.num_hidden_layers == 2),
         ("--block_mlp_layer_start 0 --block_mlp_layer_end 3 --iterative_steps 3", lambda c: c.intermediate_size == 24),
         ("--pruner_type l1 --grouping_strategy max --round_to 16", lambda c: _neurons(c) == 32),

@@ -248,4 +248,25 @@ def test_the_recipes_can_be_told(name, tmp_path, capsys):
 def test_every_recipe_is_tested():
     assert {p.stem for p in RECIPES.glob("*.yaml")} == {*CONFIGS, "smollm2_demo"}
     read(RECIPES / "smollm2_demo.yaml")
-    assert len(points_of(read(RECIPES / "paper" / "smollm2.yaml"))) == 22
+
+
+def test_the_paper_s_tables(tmp_path, capsys):
+    """Every table can be read, one is told on LLaMA-7B's config, and its numbers stand beside the published ones."""
+    counts = {p.stem: len(points_of(read(p))) for p in (RECIPES / "paper").glob("*.yaml")}
+    assert counts["smollm2"] == 96 and counts["llama7b_20"] == counts["vicuna7b_50_tuned"] == 6
+    kind, fields = CONFIGS["llm_pruner_llama7b"]
+    AutoConfig.for_model(kind, **fields).save_pretrained(tmp_path / "model")
+    recipe = str(RECIPES / "paper" / "llama7b_20.yaml")
+    assert main(["run", recipe, "--model", str(tmp_path / "model"), "--dry_run"]) == 0
+    assert "3072" in capsys.readouterr().out  # the hidden size of the point that prunes channels
+    out = tmp_path / "llama7b_20"
+    out.mkdir()
+    rows = [{"point": 0, "perplexity wikitext2": 12.62, "piqa acc": 0.1, "piqa acc_norm": 0.78}]
+    rows.append({"point": 5, "prune.taylor": "param_second", "perplexity wikitext2": 20.5})
+    (out / "results.json").write_text(json.dumps(rows))
+    script = [sys.executable, str(RECIPES / "paper" / "beside.py")]
+    said = subprocess.run([*script, str(out)], capture_output=True, text=True, check=True).stdout
+    assert "| unpruned | 12.62 / 12.6 | - / 22.1 | - / 73.2 | 78 / 78.4 |" in said
+    assert "| param_second | 20.5 / 19.8 |" in said
+    failed = subprocess.run([*script, str(tmp_path)], capture_output=True, text=True)
+    assert failed.returncode == 1 and "it has llama7b_20" in failed.stderr

@@ -50,7 +50,7 @@ def sweep(home, home_text, tmp_path):
 
 def results(folder):
     rows = json.loads((folder / "results.json").read_text())
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows if row["point"]]
 
 
 def test_points_are_all_combinations(sweep):
@@ -81,7 +81,8 @@ def test_points_are_all_combinations(sweep):
 def test_a_sweep_is_a_table(sweep, tmp_path, capsys):
     out = run(RunArguments(str(sweep)))
     rows = json.loads((out / "results.json").read_text())
-    assert len(rows) == 8 and [row["point"] for row in rows] == list(range(1, 9))
+    assert [row["point"] for row in rows] == list(range(9))
+    assert rows.pop(0)["parameters"] > rows[0]["parameters"]  # the original
     by = {(row["prune.pruner_type"], row["prune.pruning_ratio"], row["seed"]): row for row in rows}
     assert by["taylor", 0.25, 0]["perplexity text"] == by["taylor", 0.25, 1]["perplexity text"]
     assert by["random", 0.5, 0]["perplexity text"] != by["random", 0.5, 1]["perplexity text"]
@@ -90,10 +91,10 @@ def test_a_sweep_is_a_table(sweep, tmp_path, capsys):
     assert not list(out.glob("0*/*.safetensors")) and len(list(out.glob("0*/pruning_plan.json"))) == 8
     assert len(list((out / "evaluations").iterdir())) == 9
     with (out / "results.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 8
-    assert parquet.read_table(out / "results.parquet").num_rows == 8
+        assert len(list(csv.DictReader(file))) == 9
+    assert parquet.read_table(out / "results.parquet").num_rows == 9
     table = (out / "results.md").read_text()
-    assert table.count("\n") == 6 and table.count("**") == 4 and "±" in table
+    assert table.count("\n") == 7 and table.count("**") == 4 and "| original |" in table and "±" in table
     assert r"\textbf{" in (out / "results.tex").read_text()
     times = {p: p.stat().st_mtime_ns for p in (out / "points").glob("*.json")}
     run(RunArguments(str(sweep)))

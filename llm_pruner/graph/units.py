@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,8 @@ class Unit:
         frozen: why it must not be pruned, None where it may be.
         minimum: the fewest indices it can keep (experts: as many as a token is sent to).
         multiple: what the number of kept indices must be a multiple of (8 inside stacked experts, whose kernels
-            want rows of 16 bytes, and in the shared experts beside them).
+            want rows of 16 bytes, and in the shared experts beside them; a hidden size, where the config wants its
+            attention heads to divide it).
         constants: what every call of a layer is given of it, beside weights: ALiBi slopes.
     """
 
@@ -184,11 +186,35 @@ def _trace(model: nn.Module) -> CouplingGraph:
         # Shared experts too: their width is often the same field of the config.
         if unit.size % 8 == 0 and (inside or (unit.kind == "neurons" and unit.layer in routed)):
             unit.multiple = 8
+        if unit.kind == "hidden":
+            unit.multiple = _hidden_multiple(model, unit.size)
     _name(units)
     units.sort(key=lambda u: (u.layer is None, u.layer or 0, KINDS.index(u.kind)))
     free = [unit for unit in units if unit.frozen is None]
     frozen = [unit for unit in units if unit.frozen is not None]
     return CouplingGraph(free, frozen, tracer.unknown, shapes, tracer.device.type == "meta")
+
+
+def _hidden_multiple(model: nn.Module, size: int) -> int:
+    """What the hidden size has to be a multiple of: many a config refuses one that its attention heads do not divide,
+    even where heads have a size of their own."""
+    config: Any = copy.deepcopy(getattr(model, "config", None))
+    if config is None:
+        return 1
+    inner = config.get_text_config()
+    heads = getattr(inner, "num_attention_heads", None)
+    if not isinstance(heads, int) or getattr(inner, "hidden_size", None) != size or size % heads:
+        return 1
+    try:
+        config.validate()
+        inner.hidden_size = size - 1
+    except Exception:  # a config that is refused as it is says nothing
+        return 1
+    try:
+        config.validate()
+    except Exception:
+        return heads
+    return 1
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

@@ -117,7 +117,10 @@ def _swept(recipe: Recipe, points: list[Point], output: Path, arguments: list[st
         EXECUTORS[recipe.executor["kind"]](
             run_command(arguments, "--worker"), recipe.executor, len(missing), output, died
         )
-    rows = [found["row"] for point in points if "row" in (found := record(point, output) or {})]
+    rows: list[Row] = [found["row"] for point in points if "row" in (found := record(point, output) or {})]
+    if rows and recipe.evaluate is not None and len({point.recipe.model for point in points}) == 1:
+        model = points[0].recipe.model
+        rows.insert(0, {"point": 0} | evaluated(points[0].recipe, model, model))  # measured by the workers
     varied = list(dict.fromkeys(key for point in points for key in point.values))
     if rows:
         write_points(rows, varied, output)
@@ -143,15 +146,17 @@ def attended(point: Point, output: Path, keep: bool) -> None:
     with locked(output, _lock(point), wait=False) as free:
         if not free or record(point, output) is not None:
             return
+        start = time.perf_counter()
         try:
             with logging_to(_file(point, output).with_suffix(".log")):
                 row = _done(point, keep)
         except PrunerError as error:
-            _note(point, output, {"error": " ".join(str(error).split())})
+            found: dict[str, Any] = {"error": " ".join(str(error).split())}
         except Exception as error:
-            _note(point, output, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+            found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         else:
-            _note(point, output, {"row": {"point": point.number, **point.values, **row}})
+            found = {"row": {"point": point.number, **point.values, **row}}
+        _note(point, output, found | {"seconds": round(time.perf_counter() - start, 2)})
 
 
 def _done(point: Point, keep: bool) -> Row:

@@ -14,6 +14,7 @@ from typing import Any
 from ..files import write_text
 
 Row = dict[str, Any]
+ORIGINAL = "original"
 UNCOMPARED = ("seconds", "point")  # numbers that are no measurement of a model
 SPECIAL = str.maketrans({c: f"\\{c}" for c in "_%&#$"})
 
@@ -57,7 +58,7 @@ def lower_is_better(key: str) -> bool | None:
 def of_points(rows: list[Row], varied: Sequence[str]) -> list[Row]:
     """One row for all seeds of a point: ``{key: (mean, standard deviation)}`` of what is measured.
 
-    The deviation is that of the sample (n - 1), 0 of one.
+    The deviation is that of the sample (n - 1), 0 of one. Point 0 is the original, which varies nothing.
     """
     keys = [key for key in varied if key != "seed"]
     groups: dict[str, list[Row]] = {}
@@ -76,6 +77,8 @@ def of_points(rows: list[Row], varied: Sequence[str]) -> list[Row]:
                 one[key] = (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
             elif values:
                 one[key] = values[0]
+        if keys and group[0].get("point") == 0:
+            one[keys[0]] = ORIGINAL
         out.append(one)
     return out
 
@@ -84,10 +87,11 @@ def cells(rows: list[Row], bold: tuple[str, str]) -> list[list[str]]:
     """Rows of :func:`of_points` as text, head first, the best of each measurement between the marks of ``bold``."""
     heads = list(dict.fromkeys(key for row in rows for key in row))
     best = {}
+    compared = [row for row in rows if ORIGINAL not in row.values()]
     for key in heads:
-        lower, means = lower_is_better(key), [row[key][0] for row in rows if isinstance(row.get(key), tuple)]
+        lower, means = lower_is_better(key), [row[key][0] for row in compared if isinstance(row.get(key), tuple)]
         means = [mean for mean in means if math.isfinite(mean)]
-        if lower is not None and len(rows) > 1 and means:
+        if lower is not None and len(compared) > 1 and means:
             best[key] = min(means) if lower else max(means)
     out = [heads]
     for row in rows:
@@ -100,7 +104,8 @@ def cells(rows: list[Row], bold: tuple[str, str]) -> list[list[str]]:
             mean, deviation = value
             text = form(int(mean) if float(mean).is_integer() and abs(mean) >= 1000 else mean)
             text += f" ± {form(deviation)}" if "seeds" in row else ""
-            line.append(f"{bold[0]}{text}{bold[1]}" if key in best and mean == best[key] else text)
+            marked = mean == best.get(key) and row in compared
+            line.append(f"{bold[0]}{text}{bold[1]}" if marked else text)
         out.append(line)
     return out
 
