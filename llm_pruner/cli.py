@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
@@ -31,9 +32,10 @@ from .arguments import (
     VocabArguments,
     device_of,
 )
-from .checkpoint import load, write_text
+from .checkpoint import load
 from .demo import demo
 from .errors import PrunerError
+from .files import write_text
 from .inspect import inspect
 from .pipeline import prune
 from .recovery import RecoverArguments, recover
@@ -60,11 +62,9 @@ def run(
     try:
         action(parse(arguments_class, sys.argv[1:] if argv is None else argv, program or Path(sys.argv[0]).name))
     except PrunerError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(str(error))
     except MemoryError as error:
-        print(f"error: {_out_of_memory(str(error))}", file=sys.stderr)
-        return 2
+        return _failed(_out_of_memory(str(error)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -75,9 +75,16 @@ def run(
         if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
             traceback.print_exc()
             return 1
-        print(f"error: {_out_of_memory(str(error))}", file=sys.stderr)
-        return 2
+        return _failed(_out_of_memory(str(error)))
     return 0
+
+
+def _failed(why: str) -> int:
+    """One line on stderr, below the bars of progress that are open; returns the exit code."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(f"error: {' '.join(why.split())}", file=sys.stderr)
+    return 2
 
 
 def _out_of_memory(message: str) -> str:

@@ -1,20 +1,216 @@
-"""Writing files whole or not at all."""
+"""Writing files and folders whole or not at all, one process at a time.
+
+Whoever writes holds a lock of the system on the folder that is written, which goes when the process does, however that
+ends. So what a killed process left is told from what a living one is at: the one is cleared away, the other is left
+alone.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import PrunerError
 
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, and no other difference
+    fcntl = None  # type: ignore[assignment]
+
+# What checkpoints and runs are made of.
+OURS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".log", ".scores", ".py"}
+CARD = "README.md"
+LOCKS = ".locks"
+# What torch and safetensors, which raise errors of their own, say of a disk that takes no more.
+DISK = ("No space left", "os error 28", "Disk quota", "File too large", "file write failed", "unexpected pos")
+
 
 def write_text(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file whole or not at all, in UTF-8; raises as :func:`write_bytes`."""
+    write_bytes(path, content.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        PrunerError: it cannot be written.
+    """
+    ours = f".{path.name}.{os.uname().nodename}-"
+    temporary = path.with_name(f"{ours}{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
+        for left in path.parent.glob(f"{_literal(ours)}*.tmp"):
+            if not Path(f"/proc/{left.name.removeprefix(ours).removesuffix('.tmp')}").exists():
+                left.unlink(missing_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def complete_folder(folder: str | Path, owned_if: str) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``folder`` when the block succeeds, and vanishes when it fails.
+
+    What a process that was killed at the same folder left is cleared away first.
+
+    Args:
+        owned_if: an existing non-empty ``folder`` is replaced only if it holds this file, and nothing that is no part
+            of a checkpoint or a run.
+
+    Raises:
+        PrunerError: the folder cannot be written, is not ours, or another process is writing it.
+    """
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise PrunerError(f"{target} is a file; give a folder to write to")
+    temporary: Path | None = None
+    held = -1
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _entering(target.parent):
+            _clear(target)
+            _check_ours(target, owned_if)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+            held = os.open(temporary, os.O_RDONLY)
+            _lock(held)
+        yield temporary
+        sync_folder(temporary)
+        with _entering(target.parent):
+            _swap(temporary, target)
+    except OSError as error:
+        raise PrunerError(f"cannot write {target}: {error.strerror or error}") from error
+    except Exception as error:
+        if any(sign in str(error) for sign in (*DISK, "Permission denied")):
+            raise PrunerError(f"cannot write {target}: {error}") from error
+        raise
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if held >= 0:
+            os.close(held)
+
+
+@contextmanager
+def locked(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock of a folder; yields whether it could be had (always, if waited for).
+
+    It is the system that holds it, so it goes when the process does, however that ends. The file says whose it is, or
+    was when it was killed.
+    """
+    path = folder / LOCKS / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error
+    with file:
+        if not _lock(file.fileno(), wait):
+            yield False
+            return
+        file.truncate(0)
+        file.write(f"{os.getpid()} {os.uname().nodename}")
+        file.flush()
+        yield True
+        file.truncate(0)
+
+
+def holder(folder: Path, name: str) -> tuple[int, bool]:
+    """The process that holds a lock, or was killed with it, 0 for none; and whether it lives, as far as is known.
+
+    The lock is left alone: to try it would keep others from it for a moment.
+    """
+    try:
+        process, machine = (folder / LOCKS / name).read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return 0, False
+    return int(process), machine != os.uname().nodename or Path(f"/proc/{process}").exists()
+
+
+def sync_folder(folder: Path) -> None:
+    """Force everything in a folder to disk, so that the rename cannot overtake the contents."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _check_ours(target: Path, owned_if: str) -> None:
+    inside = list(target.iterdir()) if target.is_dir() else []
+    foreign = [p.name for p in inside if p.is_dir() or (p.suffix not in OURS and p.name != CARD)]
+    if inside and (foreign or not (target / owned_if).exists()):
+        reason = f"it holds {min(foreign)}" if foreign else f"it has no {owned_if}"
+        raise PrunerError(f"the folder {target} is not ours to replace ({reason}); give another")
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    temporary.chmod(0o755)
+    if target.exists():
+        old = temporary.with_suffix(".old")
+        target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(target)
+
+
+def _clear(target: Path) -> None:
+    """Remove what a killed process left of a folder; if that was between two renames, put the old one back.
+
+    Raises:
+        PrunerError: the process lives.
+    """
+    name = _literal(f".{target.name}.")
+    for left in target.parent.glob(f"{name}????????.tmp"):
+        descriptor = os.open(left, os.O_RDONLY)
+        try:
+            if not _lock(descriptor):
+                raise PrunerError(f"another process is writing {target}: wait for it, or give another folder")
+            shutil.rmtree(left)
+        finally:
+            os.close(descriptor)
+    for old in target.parent.glob(f"{name}????????.old"):
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
+
+
+@contextmanager
+def _entering(folder: Path) -> Iterator[None]:
+    """For the moments in which names in a folder are looked at and changed: others wait."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool = False) -> bool:
+    """Lock what is open; False if another process holds it. Where a file system has no locks, nobody ever does."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _literal(name: str) -> str:
+    """A name for glob, in which nothing is a pattern."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -22,7 +22,6 @@ from .arguments import PruneArguments
 from .checkpoint import (
     DTYPES,
     PLAN_FILE,
-    complete_folder,
     cut_files,
     load,
     load_config,
@@ -49,6 +48,7 @@ from .evaluation import (
     perplexity,
     windows,
 )
+from .files import complete_folder
 from .graph import CouplingGraph, computing, context_length, native, trace
 from .importance import BY_POSITION, NEED_CALIBRATION, SCORES_FILE, Scores, score
 from .logs import log, logging_to

@@ -8,7 +8,8 @@ import torch
 from conftest import build, tokens
 
 import llm_pruner as lp
-from llm_pruner.checkpoint import complete_folder, load_config, locate
+from llm_pruner.checkpoint import load_config, locate
+from llm_pruner.files import complete_folder
 
 
 def test_what_is_saved_is_loaded_to_the_bit(tmp_path):

@@ -160,7 +160,7 @@ def test_numbers_may_be_written_as_people_do(recipe):
 
 
 def test_only_one_at_a_time(recipe, tmp_path):
-    from llm_pruner.recipes.work import locked
+    from llm_pruner.files import locked
 
     with locked(tmp_path / "out", "recipe"), pytest.raises(lp.PrunerError, match="another process is at work"):
         run(RunArguments(str(recipe)))

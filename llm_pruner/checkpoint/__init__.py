@@ -1,11 +1,10 @@
 """The only part that touches model files."""
 
-from ..files import write_text
 from .card import upload, write_card
 from .integrity import check
 from .load import DEFAULT_MODEL, DTYPES, EMBEDDED, load, load_config, locate, meta_model
 from .mapped import on_disk
-from .save import PLAN_FILE, complete_folder, save, sync_folder, write_checkpoint
+from .save import PLAN_FILE, save, write_checkpoint
 from .shards import Shards
 from .standalone import write_modelling
 from .stream import apply_to_files, cut_files, weights_in
@@ -18,7 +17,6 @@ __all__ = [
     "Shards",
     "apply_to_files",
     "check",
-    "complete_folder",
     "cut_files",
     "load",
     "load_config",
@@ -26,11 +24,9 @@ __all__ = [
     "meta_model",
     "on_disk",
     "save",
-    "sync_folder",
     "upload",
     "weights_in",
     "write_card",
     "write_checkpoint",
     "write_modelling",
-    "write_text",
 ]

@@ -11,13 +11,13 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
 from ..errors import PrunerError
+from ..files import CARD
 from ..heterogeneous import differs
 from ..selection import PruningPlan
 from ..version import __version__
 from .load import EMBEDDED, HUB_IDS, locate
 from .standalone import FILE
 
-CARD = "README.md"
 PLAIN = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import PrunerError
+from ..files import complete_folder
 from ..graph import sources
 from ..selection import PruningPlan, renamed
 from ..surgery import apply
@@ -20,7 +21,7 @@ from ..vocabulary.tokenizer import cut_tokenizer
 from .card import write_card
 from .load import load_config, load_model, locate, meta_model
 from .mapped import on_disk
-from .save import PLAN_FILE, complete_folder, write_checkpoint
+from .save import PLAN_FILE, write_checkpoint
 from .shards import SINGLE, Shards, write_index, write_shard
 from .standalone import write_modelling
 

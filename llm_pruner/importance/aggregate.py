@@ -8,7 +8,6 @@ the channels of one index (the head_dim channels of a head) are summed.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from ..errors import PrunerError
+from ..files import write_bytes
 from ..graph import Unit
 
 # Safetensors inside, by a name that no loader of checkpoints takes for weights.
@@ -64,7 +64,7 @@ class Scores:
     def save(self, path: str | Path) -> None:
         """Write the scores as safetensors, the settings in its header."""
         values = {name: value.contiguous() for name, value in self.values.items()}
-        Path(path).write_bytes(to_bytes(values, {"settings": json.dumps(self.settings)}))
+        write_bytes(Path(path), to_bytes(values, {"settings": json.dumps(self.settings)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -83,10 +83,7 @@ class Scores:
 
 def save_salience(salience: Salience, path: Path) -> None:
     """Keep numbers per channel, as safetensors; the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(to_bytes({f"{name}|{dim}": t.contiguous() for (name, dim), t in salience.items()}))
-    temporary.replace(path)
+    write_bytes(path, to_bytes({f"{name}|{dim}": t.contiguous() for (name, dim), t in salience.items()}))
 
 
 def load_salience(path: Path) -> Salience | None:

@@ -17,7 +17,7 @@ from rich.live import Live
 
 from ..arguments import RunArguments
 from ..errors import PrunerError
-from ..files import write_text
+from ..files import holder, locked, write_text
 from ..logs import log, logging_to
 from ..measure import shown
 from ..pipeline import keeping_model
@@ -28,7 +28,7 @@ from .launch import Launch
 from .points import Point, points_of
 from .recipe import Recipe, fault, near, read
 from .tables import Row, cells, of_points, of_stages, write_points, write_stages
-from .work import carried_out, evaluated, holder, let_go, locked, steps_of
+from .work import carried_out, evaluated, let_go, steps_of
 
 LOG_FILE, SWEEP_FILE, POINTS = "run.log", "sweep.json", "points"
 MANY = 200  # points that need --yes

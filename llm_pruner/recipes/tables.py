@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..files import write_bytes, write_text
 
 Row = dict[str, Any]
 ORIGINAL = "original"
@@ -156,6 +156,6 @@ def write_points(rows: list[Row], varied: Sequence[str], output: Path) -> None:
         values = [row.get(key) for row in rows]
         plain = all(v is None or isinstance(v, (int, float)) for v in values)
         columns[key] = values if plain else [None if v is None else str(v) for v in values]
-    temporary = output / ".results.parquet.tmp"
-    parquet.write_table(pyarrow.table(columns), temporary)
-    temporary.replace(output / "results.parquet")
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), buffer)
+    write_bytes(output / "results.parquet", buffer.getvalue())

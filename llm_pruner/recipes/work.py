@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import hashlib
 import json
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..arguments import EvaluateArguments
-from ..errors import PrunerError
 from ..evaluation import as_json
-from ..files import write_text
+from ..files import locked, write_text
 from ..logs import log
 from ..measure import measured
 from ..provenance import provenance
@@ -25,7 +20,7 @@ from .launch import Launch
 from .recipe import Recipe, Stage
 from .stages import DONE, KINDS, completed, converted, done
 
-LOCKS, EVALUATIONS, CACHE = ".locks", "evaluations", "cache"
+EVALUATIONS, CACHE = "evaluations", "cache"
 
 
 @dataclass(frozen=True)
@@ -142,41 +137,3 @@ def evaluated(recipe: Recipe, model: str, key: str) -> dict[str, Any]:
         write_text(file, as_json(found, {"row": row, **provenance()}))
     gc.collect()
     return row
-
-
-@contextmanager
-def locked(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock of a folder; yields whether it could be had (always, if waited for).
-
-    It is the system that holds it, so it goes when the process does, however that ends. The file says whose it is, or
-    was when it was killed.
-    """
-    path = folder / LOCKS / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            yield False
-            return
-        file.truncate(0)
-        file.write(f"{os.getpid()} {os.uname().nodename}")
-        file.flush()
-        yield True
-        file.truncate(0)
-
-
-def holder(folder: Path, name: str) -> tuple[int, bool]:
-    """The process that holds a lock, or was killed with it, 0 for none; and whether it lives, as far as is known.
-
-    The lock is left alone: to try it would keep others from it for a moment.
-    """
-    try:
-        process, machine = (folder / LOCKS / name).read_text(encoding="utf-8").split()
-    except (OSError, ValueError):
-        return 0, False
-    return int(process), machine != os.uname().nodename or Path(f"/proc/{process}").exists()

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from ..checkpoint import write_text
+from ..files import write_text
 
 CURVES = "curves"
 

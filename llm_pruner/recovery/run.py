@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -22,10 +23,11 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..checkpoint import DTYPES, PLAN_FILE, complete_folder, load, load_config, locate, sync_folder, write_checkpoint
+from ..checkpoint import DTYPES, PLAN_FILE, load, load_config, locate, write_checkpoint
 from ..data import EMBEDDED_TEXT, digest, text
 from ..errors import PrunerError
 from ..evaluation import check_length, parameter_count, windows
+from ..files import complete_folder, locked, sync_folder
 from ..logs import log, logging_to
 from ..provenance import provenance
 from ..selection import PruningPlan
@@ -55,10 +57,14 @@ def recover(args: RecoverArguments) -> Path:
     args.check()
     plan = _plan(args)
     folder = Path(args.output_dir)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
     try:
-        with logging_to(folder / LOG_FILE, quiet=os.environ.get("RANK", "0") != "0"):
-            log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
-            _run(args, plan, folder)
+        with locked(folder, "recover", wait=False) if first else nullcontext(True) as alone:
+            if not alone:
+                raise PrunerError(f"another process is training in {folder}: wait for it, or give another --output_dir")
+            with logging_to(folder / LOG_FILE, quiet=not first):
+                log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
+                _run(args, plan, folder)
     except OSError as error:
         raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error
     return folder
@@ -226,9 +232,10 @@ def _part(source: str, args: RecoverArguments, tokenizer: PreTrainedTokenizerBas
     if not args.cache_dataset or args.streaming:
         return _typed(tokenized(rows(source, args.streaming), tokenizer, form, source))
     folder = CACHE / fingerprint(source, tokenizer, form)
-    if not folder.is_dir():
-        with complete_folder(folder, owned_if="dataset_info.json") as temporary:
-            _typed(tokenized(rows(source), tokenizer, form, source)).save_to_disk(str(temporary))
+    with locked(CACHE, folder.name):  # others that want the same wait for it
+        if not folder.is_dir():
+            with complete_folder(folder, owned_if="dataset_info.json") as temporary:
+                _typed(tokenized(rows(source), tokenizer, form, source)).save_to_disk(str(temporary))
     log.info("tokenized data of %s: %s", source, folder)
     return datasets.load_from_disk(str(folder))
 
@@ -391,6 +398,13 @@ def _losses(history: list[dict[str, Any]], final: dict[str, float], name: str) -
     return [next((entry[key] for entry in history if key in entry), None), final.get(key)]
 
 
+def _in_order(file: Path) -> None:
+    """peft writes sets as they come; equal runs are to leave equal files."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config = {name: sorted(v) if name.endswith("_modules") and isinstance(v, list) else v for name, v in config.items()}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _save(
     args: RecoverArguments,
     student: Any,
@@ -407,11 +421,14 @@ def _save(
         if args.method in ("lora", "dora"):
             student.save_pretrained(temporary)
             (temporary / "README.md").unlink(missing_ok=True)  # peft's, an empty form
+            _in_order(temporary / "adapter_config.json")
             tokenizer.save_pretrained(temporary)
         else:
             write_checkpoint(student.to(stored), tokenizer, temporary, plan)
         (temporary / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         sync_folder(temporary)
+        for config in folder.glob("*config.json"):  # without one there is no model, until the last is there again
+            config.unlink()
         for file in sorted(temporary.iterdir(), key=lambda f: f.name.endswith("config.json")):
             file.chmod(0o644)
             os.replace(file, folder / file.name)

@@ -15,12 +15,18 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from ..checkpoint import sync_folder
 from ..errors import PrunerError
+from ..files import DISK, sync_folder
 from .distill import CACHED, Teacher, read, shifted
 from .examples import IGNORED
 
-DISK = ("No space left", "os error 28", "Disk quota", "file write failed", "unexpected pos")  # torch, safetensors
+    "No space left",
+    "os error 28",
+    "Disk quota",
+    "file write failed",
+    "unexpected pos",
+    "File too large",
+)  # torch, safetensors
 PARTIAL = ".partial-"  # prefix of a checkpoint's folder while it is written
 
 
@@ -48,6 +54,13 @@ class RecoveryTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, tokens counted in all
         return (loss, outputs) if return_outputs else loss
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run that goes on from its last step trains none more: Trainer alone would train one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)

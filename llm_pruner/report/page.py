@@ -9,8 +9,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..arguments import ReportArguments
-from ..checkpoint import write_text
 from ..errors import PrunerError
+from ..files import write_text
 from ..logs import log
 from ..version import __version__
 from .figures import Drawing, pruning, recoveries, tradeoffs

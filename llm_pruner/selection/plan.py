@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import PrunerError
+from ..files import write_text
 from ..graph import Unit
 
 FORMAT, VERSION = "llm-pruner plan", 1
@@ -147,7 +148,7 @@ class PruningPlan:
         if self.blocks:
             document["blocks"] = self.blocks
         document["sha256"] = _digest(document)
-        Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_text(Path(path), json.dumps(document, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, verify: bool = False) -> PruningPlan:

@@ -16,11 +16,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arguments import VocabArguments, device_of
-from ..checkpoint import PLAN_FILE, complete_folder, load, locate, write_card, write_checkpoint
+from ..checkpoint import PLAN_FILE, load, locate, write_card, write_checkpoint
 from ..data import text
 from ..errors import PrunerError
 from ..evaluation import parameter_count, windows
-from ..files import write_text
+from ..files import complete_folder, write_text
 from ..graph import context_length, evaluating, total_loss, trace
 from ..logs import log, logging_to
 from ..provenance import provenance

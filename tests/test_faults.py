@@ -1,0 +1,219 @@
+"""What goes wrong outside: processes killed, disks full, memory short, two at one folder. Nothing half stays."""
+
+import hashlib
+import random
+import shutil
+import subprocess
+import threading
+import time
+
+import pytest
+from commands import RECIPE, Case, Forks, cases, digest, rubbish
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import llm_pruner as lp
+from llm_pruner.cli import main
+
+COMMANDS = ("prune", "apply", "vocab", "recover", "run")
+
+
+@pytest.fixture(scope="module")
+def forks():
+    server = Forks()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def case(request, home, home_text, tmp_path) -> Case:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(home=home))
+    return cases(home, recipe)[request.param]
+
+
+def whole(folder, case):
+    return {pattern: digest(folder, pattern) for pattern in case.made}
+
+
+def kill(forks, case, folder, kills, seed):
+    """Kill a command at so many random moments; what is there must be whole, and what is finished the same."""
+    reference = folder / "reference"
+    reference.mkdir()
+    code, said, seconds = forks.run(reference, case.argv)
+    assert code == 0, said
+    expected = whole(reference, case)
+    assert None not in expected.values()
+    moments, done, finished = random.Random(seed), 0, 0
+    work = folder / "work"
+    work.mkdir()
+    while done < kills:
+        code, said, _ = forks.run(work, case.argv, kill_after=moments.uniform(0, 1.05 * seconds))
+        done += code == -9
+        assert code in (0, -9), said
+        for pattern, found in whole(work, case).items():
+            assert found in (None, expected[pattern]), f"kill {done}: {pattern} is neither whole nor absent"
+        if code == 0 or done % 5 == 0 or done == kills:  # the same command finishes, and clears away what is left
+            code, said, _ = forks.run(work, case.argv)
+            finished += 1
+            assert code == 0, said
+            assert whole(work, case) == expected
+            assert rubbish(work) == []
+            shutil.rmtree(work)
+            work.mkdir()
+    return done, finished
+
+
+@pytest.mark.parametrize("case", COMMANDS, indirect=True)
+def test_killed_at_some_moments(case, forks, tmp_path):
+    kill(forks, case, tmp_path, 3, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMMANDS, indirect=True)
+def test_killed_at_many_moments(case, forks, tmp_path, request):
+    """50 of every command."""
+    start = time.perf_counter()
+    done, finished = kill(forks, case, tmp_path, 50, seed=2)
+    print(f"{request.node.callspec.id}: {done} kills, {finished} times finished, {time.perf_counter() - start:.0f} s")
+
+
+def hashes(folder):
+    return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(forks, case, folder, limits, *signs, home=None):
+    """The command ends with one line that says what is wrong, leaves nothing, and its inputs as they were."""
+    before = hashes(home)
+    code, said, _ = forks.run(folder, case.argv, limits)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and "Traceback" not in said, said
+    assert any(sign in errors[0] for sign in signs), errors
+    assert [found for found in whole(folder, case).values() if found] == [] and rubbish(folder) == []
+    assert hashes(home) == before
+
+
+@pytest.mark.parametrize("case", COMMANDS, indirect=True)
+def test_a_file_that_cannot_grow(case, forks, home, tmp_path):
+    """As on a full disk: the system refuses to write more than so much."""
+    refused(forks, case, tmp_path, {"RLIMIT_FSIZE": 20_000}, "cannot write", "disk", "File too large", home=home)
+    assert forks.run(tmp_path, case.argv)[0] == 0
+
+
+@pytest.mark.parametrize("case", COMMANDS, indirect=True)
+def test_a_full_disk(case, forks, home, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        refused(forks, case, small, {}, "cannot write", home=home)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("case", COMMANDS, indirect=True)
+def test_a_folder_that_cannot_be_written(case, forks, home, tmp_path):
+    (tmp_path / "out").write_text("a file, where a folder is to be")
+    code, said, _ = forks.run(tmp_path, case.argv)
+    assert code == 2 and said.splitlines()[-1].startswith("error: ") and "Traceback" not in said, said
+    assert (tmp_path / "out").read_text().startswith("a file")
+
+
+@pytest.fixture(scope="module")
+def large(home, tmp_path_factory):
+    """A model of 100 MB, with the tiny one's tokenizer."""
+    folder = tmp_path_factory.mktemp("large")
+    config = AutoConfig.from_pretrained(home / "base")
+    config.hidden_size, config.head_dim, config.intermediate_size, config.num_hidden_layers = 512, 128, 2048, 6
+    lp.save(AutoModelForCausalLM.from_config(config), AutoTokenizer.from_pretrained(home / "base"), folder / "base")
+    return folder
+
+
+@pytest.mark.parametrize("more", [20, 60, 120, 180])
+def test_too_little_memory(more, forks, large, home, home_text, tmp_path):
+    """Wherever memory ends: a line that says so and what to do, or enough of it."""
+    argv = ["prune", "--base_model", large / "base", "--pruning_ratio", 0.5, "--num_examples", 16, "--save_model"]
+    argv += ["--calib_dataset", home_text, "--eval_datasets", "", "--output_root", "out", "--compensate", "none"]
+    case = Case([*argv, "--save_ckpt_log_name", "run", "--calib_seq_len", 64], ["out/run"])
+    refused(forks, case, tmp_path, {"RLIMIT_AS": more << 20}, "memory", home=large)
+
+
+@pytest.mark.parametrize("case", ["prune", "recover", "run"], indirect=True)
+def test_a_clock_that_jumps(case, forks, tmp_path):
+    for name, limits in (("steady", {}), ("jumping", {"CLOCK": 3})):
+        (tmp_path / name).mkdir()
+        code, said, _ = forks.run(tmp_path / name, case.argv, limits)
+        assert code == 0, said
+    assert whole(tmp_path / "steady", case) == whole(tmp_path / "jumping", case)
+
+
+@pytest.mark.parametrize("case", COMMANDS, indirect=True)
+def test_two_at_one_folder(case, forks, tmp_path):
+    """Started at once, again and again: one waits or is refused, and what is there in the end is whole."""
+    (tmp_path / "reference").mkdir()
+    assert forks.run(tmp_path / "reference", case.argv)[0] == 0
+    other, ended = Forks(), []
+    try:
+        for _ in range(3):
+            (tmp_path / "work").mkdir()
+
+            def go(server, log):
+                ended.append(server.run(tmp_path / "work", case.argv, log=log))
+
+            threads = [threading.Thread(target=go, args=one) for one in ((forks, "1.txt"), (other, "2.txt"))]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert whole(tmp_path / "work", case) == whole(tmp_path / "reference", case), ended[-2:]
+            assert rubbish(tmp_path / "work") == []
+            shutil.rmtree(tmp_path / "work")
+    finally:
+        other.close()
+    for code, said, _ in ended:
+        assert code == 0 or "another process" in said, said
+    assert sum(code == 0 for code, _, _ in ended) >= 3
+
+
+HARMS = {
+    "truncated": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
+    "empty": lambda p: p.write_bytes(b""),
+    "missing": lambda p: p.unlink(),
+    "other": lambda p: p.write_bytes(b"\xff\xfe\x00 no such thing"),
+    "list": lambda p: p.write_bytes(b"[]"),
+}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "pruning_plan.json"])
+@pytest.mark.parametrize("harm", HARMS)
+def test_damaged_input(file, harm, home, tmp_path, capsys):
+    """What is read is damaged: one line, nothing written."""
+    shutil.copytree(home / "pruned", tmp_path / "model")
+    HARMS[harm](tmp_path / "model" / file)
+    before = hashes(tmp_path / "model")
+    model, out = str(tmp_path / "model"), str(tmp_path / "out")
+    commands = {
+        "pruning_plan.json": ["apply", f"{model}/pruning_plan.json", str(home / "base"), out],
+        "tokenizer.json": ["vocab", model, "--corpus", "python-docs", "--keep", "0.5", "--output_dir", out],
+    }
+    few = ["--num_examples", "4", "--calib_seq_len", "16", "--eval_datasets", "", "--save_model", "--output_root", out]
+    argv = commands.get(file, ["prune", "--base_model", model, *few])
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert "error: " in said and "Traceback" not in said, said
+    assert hashes(tmp_path / "model") == before and not list(tmp_path.glob("out/*"))
+
+
+def test_a_flipped_bit_is_found(home, tmp_path, capsys):
+    """Any bit of the weights, where it is asked for: safetensors alone would not tell."""
+    folder = shutil.copytree(home / "pruned", tmp_path / "model")
+    assert main(["evaluate", str(folder), "--datasets", "", "--verify"]) == 0
+    capsys.readouterr()
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    flips = random.Random(5)
+    for _ in range(3):
+        changed = bytearray(content)
+        changed[flips.randrange(len(content))] ^= 1 << 4
+        (folder / "model.safetensors").write_bytes(changed)
+        assert main(["evaluate", str(folder), "--datasets", "", "--verify"]) == 2
+        assert "is not the file that was written" in capsys.readouterr().err
