@@ -20,13 +20,6 @@ from ..files import DISK, sync_folder
 from .distill import CACHED, Teacher, read, shifted
 from .examples import IGNORED
 
-    "No space left",
-    "os error 28",
-    "Disk quota",
-    "file write failed",
-    "unexpected pos",
-    "File too large",
-)  # torch, safetensors
 PARTIAL = ".partial-"  # prefix of a checkpoint's folder while it is written
 
 
