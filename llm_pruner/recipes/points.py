@@ -11,6 +11,7 @@ from .recipe import Recipe, Stage, fault
 from .stages import KINDS
 
 SEED = "seed"
+CALIBRATION_SEED = "calib_seed"
 MODEL = "model"
 
 
@@ -61,12 +62,21 @@ def varied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
             model = value
             continue
         if key == SEED:
-            stages = [_with(s, SEED, value) if SEED in KINDS[s.command].fields else s for s in stages]
+            stages = [_seeded(s, value) for s in stages]
             continue
         name, _, argument = key.partition(".")
         where = next(i for i, stage in enumerate(stages) if stage.name == name)
         stages[where] = _with(stages[where], argument, value)
     return replace(recipe, stages=stages, model=model, sweep=None, seeds=[])
+
+
+def _seeded(stage: Stage, seed: int) -> Stage:
+    """A stage with a seed: what it draws, and which calibration samples, unless the recipe says which."""
+    names = [name for name in (SEED, CALIBRATION_SEED) if name in KINDS[stage.command].fields]
+    for name in names:
+        if name == SEED or name not in stage.arguments:
+            stage = _with(stage, name, seed)
+    return stage
 
 
 def _with(stage: Stage, argument: str, value: Any) -> Stage:
