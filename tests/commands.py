@@ -20,8 +20,9 @@ TESTS = Path(__file__).parent
 class Forks:
     """Runs commands, kills them if wanted (tests/forks.py)."""
 
-    def __init__(self):
+    def __init__(self, seed="random"):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        environment["PYTHONHASHSEED"] = str(seed)
         self.process = subprocess.Popen(
             [sys.executable, str(TESTS / "forks.py")],
             stdin=subprocess.PIPE,

@@ -13,7 +13,12 @@ import time
 import traceback
 from pathlib import Path
 
+import datasets  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import peft  # noqa: F401
 import torch
+import transformers.models.llama.modeling_llama
+import transformers.trainer  # noqa: F401
 
 import llm_pruner.recipes
 import llm_pruner.recovery.trainer
@@ -33,6 +38,9 @@ def child(folder: str, log: str, limits: dict[str, int], argv: list[str]) -> int
     for name, value in limits.items():
         if name == "CLOCK":
             clock_that_jumps(value)
+            continue
+        if name == "THREADS":
+            torch.set_num_threads(value)
             continue
         if name == "RLIMIT_AS":  # beyond what is taken already
             value += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
