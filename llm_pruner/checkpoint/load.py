@@ -177,9 +177,16 @@ def load_config(name: str, trust_remote_code: bool = False, revision: str | None
 
 
 def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model of this config without weights, on the meta device."""
-    with torch.device("meta"):
-        return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
+    """A model of this config without weights, on the meta device.
+
+    Raises:
+        PrunerError: the config makes no model.
+    """
+    try:
+        with torch.device("meta"):
+            return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
+    except Exception as error:  # constructors raise what they like
+        raise PrunerError(_explain(config.name_or_path or type(config).__name__, "", error)) from error
 
 
 def locate(name: str) -> tuple[str, str | None]:
