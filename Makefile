@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint slow supported-models clean
+.PHONY: demo test lint slow supported-models lock audit clean
 
 demo: $(READY)
 	$(BIN)/llm-pruner demo
@@ -31,6 +31,16 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+# Exact versions with hashes, for pip install --require-hashes.
+lock: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -q uv
+	$(BIN)/uv pip compile requirements.txt --universal --python-version 3.11 --generate-hashes -q -o requirements.lock
+
+# Known vulnerabilities of what is locked.
+audit: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -q pip-audit
+	$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.lock
 
 clean:
 	rm -rf $(VENV) prune_log

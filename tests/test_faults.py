@@ -1,11 +1,16 @@
 """What goes wrong outside: processes killed, disks full, memory short, two at one folder. Nothing half stays."""
 
+import gc
 import hashlib
+import os
 import random
+import resource
 import shutil
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from commands import RECIPE, Case, Forks, cases, digest, rubbish
@@ -217,3 +222,72 @@ def test_a_flipped_bit_is_found(home, tmp_path, capsys):
         (folder / "model.safetensors").write_bytes(changed)
         assert main(["evaluate", str(folder), "--datasets", "", "--verify"]) == 2
         assert "is not the file that was written" in capsys.readouterr().err
+
+
+def held() -> tuple[int, int, int]:
+    """Memory in bytes, open files, threads of this process."""
+    gc.collect()
+    memory = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return memory, len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+
+CYCLES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import test_faults
+test_faults.cycles(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+"""
+
+
+def cycles(home, folder, count):
+    """Prune and apply over and over in one process; prints what it holds after a fifth of them, and in the end."""
+    few = ["--num_examples", "4", "--calib_seq_len", "16", "--preset", "paper", "--hardware_align", "false"]
+    few += ["--calib_dataset", str(home / "text.txt"), "--eval_datasets", "", "--save_model"]
+    for i in range(count):
+        argv = ["prune", "--base_model", str(home / "base"), "--pruning_ratio", str(0.2 + 0.1 * (i % 5)), *few]
+        assert main([*argv, "--output_root", str(folder), "--save_ckpt_log_name", "run"]) == 0
+        plan = str(folder / "run" / "pruning_plan.json")
+        assert main(["apply", plan, str(home / "base"), str(folder / "applied")]) == 0
+        if i + 1 in (count // 5, count):
+            print("held", *held(), flush=True)
+
+
+def steady(home, folder, count):
+    argv = [sys.executable, "-c", CYCLES, str(Path(__file__).parent), str(home), str(folder), str(count)]
+    said = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert said.returncode == 0, said.stderr[-2000:]
+    before, after = ([int(n) for n in x.split()[1:]] for x in said.stdout.splitlines() if x.startswith("held"))
+    assert after[1:] == before[1:]
+    return after[0] / before[0]
+
+
+def test_some_cycles_hold_no_more(home, home_text, tmp_path):
+    assert steady(home, tmp_path, 40) <= 1.05
+
+
+@pytest.mark.slow
+def test_many_cycles_hold_no_more(home, home_text, tmp_path):
+    """200 cycles of prune and apply in one process: memory grows by no more than a twentieth."""
+    growth = steady(home, tmp_path, 200)
+    print(f"memory after 200 cycles: {growth:.4f} of that after 40")
+    assert growth <= 1.05
+
+
+def test_a_recipe_is_data(tmp_path, capsys):
+    """A tag that would make an object, or run a command, makes nothing."""
+    for bad in ("!!python/object/apply:os.system ['touch made']", "!!python/name:os.system", "!<tag:x> y"):
+        (tmp_path / "recipe.yaml").write_text(f"model: {bad}\noutput: {tmp_path}/out\nstages: [prune]\n")
+        assert main(["run", str(tmp_path / "recipe.yaml")]) == 2
+        assert "recipe.yaml:1" in capsys.readouterr().err
+    assert not Path("made").exists()
+
+
+def test_the_lock_file_is_of_these_requirements():
+    """requirements.lock pins what requirements.txt does, with hashes (``make lock`` writes it)."""
+    here = Path(__file__).parents[1]
+    wanted = {line.strip() for line in (here / "requirements.txt").read_text().splitlines() if "==" in line}
+    lock = (here / "requirements.lock").read_text()
+    locked = {line.split()[0] for line in lock.splitlines() if "==" in line and not line.startswith((" ", "#"))}
+    assert not wanted - locked
+    assert lock.count("--hash=sha256:") > len(locked) > 100

@@ -16,6 +16,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import torch
 
 from ..errors import PrunerError
@@ -25,6 +26,41 @@ from ..graph import Unit
 FORMAT, VERSION = "llm-pruner plan", 1
 WHY = ("removed", "lowest_kept", "highest_removed")
 Kept = dict[str, dict[int, torch.Tensor]]
+LONGEST = 2**26  # positions of one dim; more is no plan
+_COUNT = {"type": "integer", "minimum": 0}
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+_PARAMETER = {
+    "type": "object",
+    "properties": {
+        "shape": {"type": "array", "items": _COUNT},
+        "kept": {"type": "object", "propertyNames": {"pattern": "^[0-9]{1,3}$"}, "additionalProperties": _COUNT},
+    },
+    "required": ["shape", "kept"],
+}
+_UNIT = {
+    "type": "object",
+    "properties": {
+        "kind": {"type": "string"},
+        "layer": {"type": ["integer", "null"]},
+        "size": _COUNT,
+        "kept": {"type": "string"},
+        **{key: {"type": "number"} for key in WHY},
+    },
+    "required": ["kind", "layer", "size", "kept"],
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "settings": {"type": "object"},
+        "notes": _TEXTS,
+        "weights": {"type": "object", "additionalProperties": {"type": "string"}},
+        "blocks": _TEXTS,
+        "positions": _TEXTS,
+        "parameters": {"type": "object", "additionalProperties": _PARAMETER},
+        "units": {"type": "object", "additionalProperties": _UNIT},
+    },
+    "required": ["settings", "notes", "positions", "parameters", "units"],
+}
 
 
 @dataclass
@@ -171,16 +207,16 @@ class PruningPlan:
         stated = document.pop("sha256", None)
         if verify and stated != _digest(document):
             raise PrunerError(f"the plan {path} was changed after it was written: its hash does not fit its contents")
+        wrong = next(jsonschema.Draft202012Validator(SCHEMA).iter_errors(document), None)
+        if wrong is not None:
+            raise PrunerError(f"the plan {path} is damaged: {wrong.json_path} {' '.join(wrong.message.split())[:200]}")
         try:
-            plan = cls(settings=document["settings"], notes=list(document["notes"]))
-            plan.weights = {str(name): str(digest) for name, digest in document.get("weights", {}).items()}
-            plan.blocks = [str(path) for path in document.get("blocks", [])]
+            plan = cls(settings=document["settings"], notes=document["notes"])
+            plan.weights, plan.blocks = document.get("weights", {}), document.get("blocks", [])
             sets = [_positions(text) for text in document["positions"]]
             for name, entry in document["parameters"].items():
                 plan.shapes[name] = tuple(entry["shape"])
                 plan.kept[name] = {int(dim): sets[i] for dim, i in entry["kept"].items()}
-                if any(i < 0 for i in entry["kept"].values()):
-                    raise ValueError(f"{name} refers to a negative list of positions")
             for name, entry in document["units"].items():
                 kept = _positions(entry["kept"])
                 why = {key: float(entry[key]) for key in WHY if key in entry}
@@ -189,8 +225,6 @@ class PruningPlan:
                     raise ValueError(f"{name} keeps no index or one outside its {entry['size']}")
             for name, dims in plan.kept.items():
                 for dim, kept in dims.items():
-                    if dim < 0:
-                        raise ValueError(f"{name} has no dim {dim}")
                     if kept.numel() and int(kept[-1]) >= plan.shapes[name][dim]:
                         raise ValueError(f"{name} keeps position {int(kept[-1])} of {plan.shapes[name][dim]}")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -233,8 +267,8 @@ def _positions(text: str) -> torch.Tensor:
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
         run = range(int(first), int(last or first) + 1)
-        if not run:
-            raise ValueError(f"empty range {part}")
+        if not 0 < len(run) <= LONGEST:
+            raise ValueError(f"the range {part} is empty or too long")
         values.extend(run)
     if any(b <= a for a, b in itertools.pairwise(values)) or (values and values[0] < 0):
         raise ValueError(f"positions out of order: {text[:60]}")

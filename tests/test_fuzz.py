@@ -1,0 +1,232 @@
+"""Bad input of any kind: a line that says what is wrong; no traceback, no hang, no file outside the output folder."""
+
+import copy
+import json
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import llm_pruner as lp
+from llm_pruner.checkpoint import apply_to_files
+from llm_pruner.checkpoint.shards import Shards
+from llm_pruner.cli import COMMANDS, main
+from llm_pruner.recipes import read
+from llm_pruner.recipes.points import points_of
+
+SOME = settings(
+    deadline=None,
+    max_examples=int(os.environ.get("FUZZ", 60)),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.sampled_from([-1, 0, 2**31, 2**63, 1e400, -0.5, 0.5]),
+    st.text(max_size=8),
+    st.sampled_from(["", "../up", "/etc/passwd", "nan", "model.safetensors", "taylor", "a" * 300, "\x00", "\ud7ff"]),
+)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+def places(node, path=()):
+    """Every place of a document."""
+    yield path
+    for key, inner in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from places(inner, (*path, key))
+
+
+@st.composite
+def harmed(draw, document, most=3):
+    """A document with some places replaced, removed or doubled."""
+    out = copy.deepcopy(document)
+    for _ in range(draw(st.integers(1, most))):
+        path = draw(st.sampled_from(list(places(out))))
+        if not path:
+            continue
+        node = out
+        for key in path[:-1]:
+            node = node[key]
+        match draw(st.sampled_from(["replace", "remove", "add"])):
+            case "replace":
+                node[path[-1]] = draw(JSON)
+            case "remove":
+                del node[path[-1]]
+            case "add" if isinstance(node, list):
+                node.append(draw(JSON))
+            case "add":
+                node[draw(st.text(max_size=6))] = draw(JSON)
+    return out
+
+
+def refused_or_done(action):
+    """What a user may see of bad input."""
+    try:
+        action()
+    except lp.PrunerError as error:
+        assert str(error).strip()
+
+
+@pytest.fixture(scope="module")
+def folder(home, tmp_path_factory):
+    """A model in several shards, small enough to be read over and over."""
+    out = tmp_path_factory.mktemp("fuzz")
+    shutil.copytree(home / "pruned", out / "pruned")
+    model, tokenizer = lp.load(str(home / "uniform"))
+    model.save_pretrained(out / "sharded", max_shard_size="60KB")
+    tokenizer.save_pretrained(out / "sharded")
+    return out
+
+
+def tree(path: Path):
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*"))
+
+
+@SOME
+@given(data=st.data())
+def test_plans(folder, home, tmp_path_factory, data):
+    """Whatever a plan says: it is read and carried out, or refused; nothing is written beside."""
+    document = data.draw(harmed(json.loads((folder / "pruned/pruning_plan.json").read_text())))
+    place = tmp_path_factory.mktemp("plan")
+    (place / "plan.json").write_text(json.dumps(document))
+    refused_or_done(lambda: apply_to_files(lp.PruningPlan.load(place / "plan.json"), str(home / "base"), place / "out"))
+    assert set(tree(place)) <= {"plan.json", "out", *(f"out/{p.name}" for p in (place / "out").glob("*"))}
+    shutil.rmtree(place)
+
+
+@SOME
+@given(data=st.data())
+def test_index_files(folder, tmp_path_factory, data):
+    place = tmp_path_factory.mktemp("index")
+    for file in (folder / "sharded").iterdir():
+        (place / file.name).symlink_to(file)
+    index = place / "model.safetensors.index.json"
+    document = data.draw(harmed(json.loads(index.read_text())))
+    index.unlink()
+    index.write_text(json.dumps(document))
+    refused_or_done(lambda: [Shards(place).read(name) for name in Shards(place).tensors])
+    shutil.rmtree(place)
+
+
+@SOME
+@given(data=st.data())
+def test_configs(folder, tmp_path_factory, data):
+    """transformers itself takes much without a word; what it raises reaches the user as one line."""
+    place = tmp_path_factory.mktemp("config")
+    document = data.draw(harmed(json.loads((folder / "sharded/config.json").read_text()), most=2))
+    sizes = [v for v in _leaves(document) if isinstance(v, (int, float)) and abs(v) > 2000]
+    assume(len(sizes) <= 1)  # a vocabulary of 2**63 is a matter of memory
+    (place / "config.json").write_text(json.dumps(document))
+    for file in (folder / "sharded").iterdir():
+        if file.name != "config.json":
+            (place / file.name).symlink_to(file)
+    assert main(["inspect", str(place)]) in (0, 2)
+    shutil.rmtree(place)
+
+
+def _leaves(node):
+    if isinstance(node, (dict, list)):
+        for inner in node.values() if isinstance(node, dict) else node:
+            yield from _leaves(inner)
+    else:
+        yield node
+
+
+@SOME
+@given(data=st.data())
+def test_tokenizer_files(folder, tmp_path_factory, data):
+    place = tmp_path_factory.mktemp("tokenizer")
+    whole = json.loads((folder / "sharded/tokenizer.json").read_text())
+    document = data.draw(harmed(whole))
+    for file in (folder / "sharded").iterdir():
+        if file.name != "tokenizer.json":
+            (place / file.name).symlink_to(file)
+    (place / "tokenizer.json").write_text(json.dumps(document))
+    text = place / "corpus.txt"
+    text.write_text("some words of the corpus\n" * 9)
+    argv = ["vocab", str(place), "--corpus", str(text), "--keep", "0.9", "--output_dir", str(place / "out")]
+    assert main([*argv, "--eval_dataset", str(text), "--max_windows", "1"]) in (0, 2)
+    assert not [p for p in place.iterdir() if p.name.startswith(".")]
+    shutil.rmtree(place)
+
+
+RECIPE = """
+model: base
+output: out
+evaluate: {datasets: text.txt, max_windows: 4}
+stages:
+  - prune: {name: width, pruning_ratio: 0.5, taylor: param_first}
+  - recover: {method: lora, max_steps: 3, learning_rate: 1e-3}
+  - vocab: {corpus: [a.txt, b.txt], keep: 0.8}
+sweep:
+  grid: {width.pruning_ratio: [0.2, 0.5]}
+  zip: {recover.max_steps: [1, 2], vocab.keep: [0.5, 0.6]}
+seeds: [0, 1]
+executor: {kind: local, jobs: 2}
+"""
+
+
+@SOME
+@given(data=st.data())
+def test_recipes(tmp_path_factory, data):
+    file = tmp_path_factory.getbasetemp() / "recipe.yaml"
+    file.write_text(yaml.safe_dump(data.draw(harmed(yaml.safe_load(RECIPE)))), encoding="utf-8")
+    refused_or_done(lambda: points_of(read(file)))
+
+
+@SOME
+@given(data=st.data())
+def test_recipes_as_text(tmp_path_factory, data):
+    """Characters put in anywhere: YAML's own errors too are one line."""
+    at = data.draw(st.integers(0, len(RECIPE)))
+    extra = data.draw(
+        st.one_of(st.text(max_size=12), st.sampled_from(["&a [*a]", "!!python/object:os.system x", "\t", "? "]))
+    )
+    file = tmp_path_factory.getbasetemp() / "recipe.yaml"
+    file.write_text(RECIPE[:at] + extra + RECIPE[at + data.draw(st.integers(0, 20)) :], encoding="utf-8")
+    refused_or_done(lambda: points_of(read(file)))
+
+
+WORDS = st.one_of(
+    st.text(max_size=6).filter(lambda t: not t.startswith("-")),
+    st.sampled_from(["0.5", "-1", "nan", "inf", "1e9", "../x", "/nowhere", "taylor", "true", "", "python-docs", "0"]),
+)
+
+
+@SOME
+@given(data=st.data())
+def test_arguments(tmp_path_factory, data, capsys):
+    """Any flags with any values, of a model that is not there: an error before anything is written."""
+    command = data.draw(st.sampled_from([name for name in COMMANDS if name not in ("chat", "demo")]))
+    names = [f.name for f in fields(COMMANDS[command][0])]
+    argv = [command]
+    for _ in range(data.draw(st.integers(0, 5))):
+        argv += ["--" + data.draw(st.one_of(st.sampled_from(names), st.text(max_size=5))), data.draw(WORDS)]
+    reads = {"prune": "base_model", "recover": "prune_model", "evaluate": "models", "report": "runs", "run": "recipe"}
+    reads |= {"apply": "checkpoint", "to-uniform": "checkpoint"}
+    argv += ["--" + reads.get(command, "model"), "./not-there"]
+    place = tmp_path_factory.mktemp("arguments")
+    before, here = os.environ.copy(), os.getcwd()
+    os.chdir(place)
+    try:
+        code = main(argv)
+    except SystemExit as error:  # argparse's own way
+        code = error.code
+    finally:
+        os.chdir(here)
+        os.environ.clear()
+        os.environ.update(before)
+    assert code in (0, 2), argv
+    assert "Traceback" not in capsys.readouterr().err
+    assert all(p.suffix in (".log", "") for p in place.rglob("*")), tree(place)
+    shutil.rmtree(place)
