@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from .errors import PrunerError
 
@@ -101,20 +102,30 @@ def complete_folder(folder: str | Path, owned_if: str) -> Iterator[Path]:
 
 
 @contextmanager
+def held(path: Path, wait: bool = True) -> Iterator[IO[str] | None]:
+    """Hold the lock of a file, which is made if need be; yields it open, or None if another process holds the lock and
+    is not waited for.
+
+    Raises:
+        PrunerError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise PrunerError(f"cannot write {path.parent}: {error.strerror or error}") from error
+    with file:
+        yield file if _lock(file.fileno(), wait) else None
+
+
+@contextmanager
 def locked(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
     """Hold a lock of a folder; yields whether it could be had (always, if waited for).
 
-    It is the system that holds it, so it goes when the process does, however that ends. The file says whose it is, or
-    was when it was killed.
+    Its file says who holds it, or did when it was killed.
     """
-    path = folder / LOCKS / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error
-    with file:
-        if not _lock(file.fileno(), wait):
+    with held(folder / LOCKS / name, wait) as file:
+        if file is None:
             yield False
             return
         file.truncate(0)

@@ -27,7 +27,7 @@ from ..checkpoint import DTYPES, PLAN_FILE, load, load_config, locate, write_che
 from ..data import EMBEDDED_TEXT, digest, text
 from ..errors import PrunerError
 from ..evaluation import check_length, parameter_count, windows
-from ..files import complete_folder, locked, sync_folder
+from ..files import complete_folder, held, locked, sync_folder
 from ..logs import log, logging_to
 from ..provenance import provenance
 from ..selection import PruningPlan
@@ -59,8 +59,8 @@ def recover(args: RecoverArguments) -> Path:
     folder = Path(args.output_dir)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
     try:
-        with locked(folder, "recover", wait=False) if first else nullcontext(True) as alone:
-            if not alone:
+        with held(folder / LOG_FILE, wait=False) if first else nullcontext(folder) as alone:
+            if alone is None:
                 raise PrunerError(f"another process is training in {folder}: wait for it, or give another --output_dir")
             with logging_to(folder / LOG_FILE, quiet=not first):
                 log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
@@ -232,7 +232,7 @@ def _part(source: str, args: RecoverArguments, tokenizer: PreTrainedTokenizerBas
     if not args.cache_dataset or args.streaming:
         return _typed(tokenized(rows(source, args.streaming), tokenizer, form, source))
     folder = CACHE / fingerprint(source, tokenizer, form)
-    with locked(CACHE, folder.name):  # others that want the same wait for it
+    with locked(CACHE.parent, folder.name):  # others that want the same wait for it
         if not folder.is_dir():
             with complete_folder(folder, owned_if="dataset_info.json") as temporary:
                 _typed(tokenized(rows(source), tokenizer, form, source)).save_to_disk(str(temporary))
