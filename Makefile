@@ -35,7 +35,7 @@ $(READY): requirements.txt pyproject.toml
 # Exact versions with hashes, for pip install --require-hashes.
 lock: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -q uv
-	$(BIN)/uv pip compile requirements.txt --universal --python-version 3.11 --generate-hashes -q -o requirements.lock
+	$(BIN)/uv pip compile requirements.txt --universal --python-version 3.10 --generate-hashes -q -o requirements.lock
 
 # Known vulnerabilities of what is locked.
 audit: $(READY)

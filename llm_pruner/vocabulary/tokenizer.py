@@ -108,7 +108,9 @@ class Subwords:
                 return () if _is_byte(token) else None
             last = (symbols[at], symbols[at + 1])
             symbols[at : at + 2] = ["".join(last)]
-        return () if last is None else (self.ids[last[0]], self.ids[last[1]])
+        if last is None:
+            return ()
+        return (self.ids[last[0]], self.ids[last[1]]) if set(last) <= self.ids.keys() else None
 
     def needs(self, i: int, known: Iterable[int] = ()) -> set[int] | None:
         """A token and all that it takes to reach it, without what is ``known``; None if nothing leads to it."""
