@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from math import lcm
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -192,7 +193,7 @@ def _trace(model: nn.Module) -> CouplingGraph:
         if unit.size % 8 == 0 and (inside or (unit.kind == "neurons" and unit.layer in routed)):
             unit.multiple = 8
         if unit.kind == "hidden":
-            unit.multiple = _hidden_multiple(model, unit.size)
+            unit.multiple = lcm(unit.multiple, _hidden_multiple(model, unit.size))
     _name(units)
     units.sort(key=lambda u: (u.layer is None, u.layer or 0, KINDS.index(u.kind)))
     free = [unit for unit in units if unit.frozen is None]
@@ -204,16 +205,14 @@ def _hidden_multiple(model: nn.Module, size: int) -> int:
     """What the hidden size has to be a multiple of: many a config refuses one that its attention heads do not divide,
     even where heads have a size of their own."""
     config: Any = copy.deepcopy(getattr(model, "config", None))
-    if config is None:
-        return 1
-    inner = config.get_text_config()
-    heads = getattr(inner, "num_attention_heads", None)
-    if not isinstance(heads, int) or getattr(inner, "hidden_size", None) != size or size % heads:
-        return 1
     try:
         config.validate()
+        inner = config.get_text_config()
+        heads = inner.num_attention_heads
+        if inner.hidden_size != size or size % heads:
+            return 1
         inner.hidden_size = size - 1
-    except Exception:  # a config that is refused as it is says nothing
+    except Exception:  # no config, one that is refused as it is, or whose heads differ by layer, says nothing
         return 1
     try:
         config.validate()
