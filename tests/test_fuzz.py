@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -230,3 +232,13 @@ def test_arguments(tmp_path_factory, data, capsys):
     assert "Traceback" not in capsys.readouterr().err
     assert all(p.suffix in (".log", "") for p in place.rglob("*")), tree(place)
     shutil.rmtree(place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plan", "recipe", "index", "counts"])
+def test_bytes(kind):
+    """Guided by coverage, a minute of each."""
+    pytest.importorskip("atheris", reason="atheris is not installed (pip install atheris)")
+    script = [sys.executable, str(Path(__file__).with_name("fuzz_bytes.py")), kind, "-max_total_time=60"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -266,10 +266,10 @@ def _positions(text: str) -> torch.Tensor:
     values: list[int] = []
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
-        run = range(int(first), int(last or first) + 1)
-        if not 0 < len(run) <= LONGEST:
-            raise ValueError(f"the range {part} is empty or too long")
-        values.extend(run)
+        begin, end = int(first), int(last or first) + 1
+        if not 0 < end - begin <= LONGEST or end > 2**31:
+            raise ValueError(f"the range {part[:60]} is empty or too long")
+        values.extend(range(begin, end))
     if any(b <= a for a, b in itertools.pairwise(values)) or (values and values[0] < 0):
         raise ValueError(f"positions out of order: {text[:60]}")
     return torch.tensor(values, dtype=torch.long)

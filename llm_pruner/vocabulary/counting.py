@@ -43,13 +43,23 @@ class Counts:
         """Raises: PrunerError: the file is damaged, or of another tokenizer."""
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
+            made_with = content["tokenizer"]
             values = np.zeros(int(content["size"]), dtype=np.int64)
             for i, n in content["counts"].items():
                 values[int(i)] = n
             out = cls(values, dict(content["read"]))
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            OverflowError,
+            MemoryError,
+        ) as error:
             raise PrunerError(f"cannot read the counts {file}: {error}") from error
-        if content["tokenizer"] != tokenizer:
+        if made_with != tokenizer:
             raise PrunerError(f"the counts in {file} were made with another tokenizer: count again into another file")
         return out
 
