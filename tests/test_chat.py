@@ -76,7 +76,8 @@ def test_the_page_in_a_browser(home):
                     f"document.querySelector('#answer{i} textarea')?.value.length > 0", timeout=30_000
                 )
                 tab.wait_for_function(f"document.querySelector('#speed{i}')?.innerText.includes('tokens/s')")
-            assert faults == []
+            # The page closes its stream of answers itself when they are there, which the browser calls a failure.
+            assert [fault for fault in faults if "/queue/data" not in fault] == []
     finally:
         page.close()
 
