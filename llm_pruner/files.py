@@ -7,20 +7,16 @@ alone.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from .errors import PrunerError
-
-try:
-    import fcntl
-except ImportError:  # Windows: no locks, and no other difference
-    fcntl = None  # type: ignore[assignment]
 
 # What checkpoints and runs are made of.
 OURS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".log", ".scores", ".py"}
@@ -74,19 +70,18 @@ def complete_folder(folder: str | Path, owned_if: str) -> Iterator[Path]:
     target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise PrunerError(f"{target} is a file; give a folder to write to")
-    temporary: Path | None = None
-    held = -1
+    leaving = ExitStack()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _entering(target.parent):
+        with _holding(target.parent, wait=True):
             _clear(target)
             _check_ours(target, owned_if)
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-            held = os.open(temporary, os.O_RDONLY)
-            _lock(held)
+            leaving.enter_context(_holding(temporary))
+            leaving.callback(shutil.rmtree, temporary, ignore_errors=True)
         yield temporary
         sync_folder(temporary)
-        with _entering(target.parent):
+        with _holding(target.parent, wait=True):
             _swap(temporary, target)
     except OSError as error:
         raise PrunerError(f"cannot write {target}: {error.strerror or error}") from error
@@ -95,10 +90,7 @@ def complete_folder(folder: str | Path, owned_if: str) -> Iterator[Path]:
             raise PrunerError(f"cannot write {target}: {error}") from error
         raise
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if held >= 0:
-            os.close(held)
+        leaving.close()
 
 
 @contextmanager
@@ -184,13 +176,10 @@ def _clear(target: Path) -> None:
     """
     name = _literal(f".{target.name}.")
     for left in target.parent.glob(f"{name}????????.tmp"):
-        descriptor = os.open(left, os.O_RDONLY)
-        try:
-            if not _lock(descriptor):
+        with _holding(left) as dead:
+            if not dead:
                 raise PrunerError(f"another process is writing {target}: wait for it, or give another folder")
             shutil.rmtree(left)
-        finally:
-            os.close(descriptor)
     for old in target.parent.glob(f"{name}????????.old"):
         if target.exists():
             shutil.rmtree(old)
@@ -199,20 +188,20 @@ def _clear(target: Path) -> None:
 
 
 @contextmanager
-def _entering(folder: Path) -> Iterator[None]:
-    """For the moments in which names in a folder are looked at and changed: others wait."""
+def _holding(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock of a folder itself; yields whether it could be had (always, if waited for).
+
+    Of a folder that is written, all along; of the one it lies in, while names there are looked at and changed.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        _lock(descriptor, wait=True)
-        yield
+        yield _lock(descriptor, wait)
     finally:
         os.close(descriptor)
 
 
 def _lock(descriptor: int, wait: bool = False) -> bool:
     """Lock what is open; False if another process holds it. Where a file system has no locks, nobody ever does."""
-    if fcntl is None:
-        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

@@ -122,9 +122,14 @@ def digest(folder: Path, pattern: str) -> str | None:
             out.update(json.dumps(without_places(content), sort_keys=True).encode())
     assert any(found[0].glob("*.safetensors")), list(found[0].iterdir())
     if (plan := found[0] / "pruning_plan.json").exists():
-        units = json.loads(plan.read_text())
-        out.update(json.dumps({k: v for k, v in units.items() if k in ("units", "layers")}, sort_keys=True).encode())
+        said = json.loads(plan.read_text())
+        out.update(json.dumps([said[k] for k in ("units", "positions", "parameters")], sort_keys=True).encode())
     return out.hexdigest()
+
+
+def whole(folder: Path, case: Case) -> dict[str, str | None]:
+    """The digests of all that a command leaves."""
+    return {pattern: digest(folder, pattern) for pattern in case.made}
 
 
 def without_places(content):

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import RECIPE, Case, Forks, cases, digest, rubbish
+from commands import RECIPE, Case, Forks, cases, rubbish, whole
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llm_pruner as lp
@@ -34,10 +34,6 @@ def case(request, home, home_text, tmp_path) -> Case:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(home=home))
     return cases(home, recipe)[request.param]
-
-
-def whole(folder, case):
-    return {pattern: digest(folder, pattern) for pattern in case.made}
 
 
 def kill(forks, case, folder, kills, seed):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import RECIPE, Forks, cases, digest
+from commands import RECIPE, Forks, cases, whole
 from conftest import build
 
 import llm_pruner as lp
@@ -34,8 +34,7 @@ def numbers(content):
 def measured(folder):
     names = ("metrics.json", "recovery.json", "vocabulary.json", "results.json", "curves.json")
     files = sorted(p for name in names for p in folder.rglob(name))
-    assert files or not any(folder.rglob("metrics.json"))
-    return {p.name: numbers(json.loads(p.read_text())) for p in files}
+    return {str(p.relative_to(folder)): numbers(json.loads(p.read_text())) for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +57,8 @@ def test_every_command_to_the_bit(name, servers, home, home_text, tmp_path):
         folder.mkdir()
         code, said, _ = server.run(folder, case.argv, {"THREADS": threads})
         assert code == 0, said
-        found.append(({pattern: digest(folder, pattern) for pattern in case.made}, measured(folder)))
-    assert None not in found[0][0].values()
+        found.append((whole(folder, case), measured(folder)))
+    assert None not in found[0][0].values() and bool(found[0][1]) == (name != "apply")
     assert found[0] == found[1]
 
 

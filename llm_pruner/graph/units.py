@@ -170,13 +170,11 @@ _traced: WeakKeyDictionary[nn.Module, tuple[Any, CouplingGraph]] = WeakKeyDictio
 
 
 def _trace(model: nn.Module) -> CouplingGraph:
-    shapes = {name: tuple(t.shape) for name, t in sources(model).items()}
-    empty = next(
-        (name for name, shape in shapes.items() if 0 in shape and name in dict(model.named_parameters())), None
-    )
-    if empty is not None:
-        raise TraceError(f"{empty} is {list(shapes[empty])}: a model with an empty weight cannot be pruned")
+    for name, parameter in model.named_parameters():
+        if 0 in parameter.shape:
+            raise TraceError(f"{name} is {list(parameter.shape)}: a model with an empty weight cannot be pruned")
     tracer, dims = run(model)
+    shapes = {name: tuple(t.shape) for name, t in sources(model).items()}
     constants = by_leaf(tracer.constants)
     found = _occurrences(dims)
     layer_of = Layers(list(layer_lists(model)))

@@ -48,16 +48,7 @@ class Counts:
             for i, n in content["counts"].items():
                 values[int(i)] = n
             out = cls(values, dict(content["read"]))
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            IndexError,
-            AttributeError,
-            OverflowError,
-            MemoryError,
-        ) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
             raise PrunerError(f"cannot read the counts {file}: {error}") from error
         if made_with != tokenizer:
             raise PrunerError(f"the counts in {file} were made with another tokenizer: count again into another file")

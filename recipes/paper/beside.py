@@ -34,7 +34,7 @@ def table(folder: Path) -> list[list[str]]:
     """
     published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     rows = published.get(folder.name)
-    if rows is None or folder.name in ("source", "note"):
+    if not isinstance(rows, list):
         known = ", ".join(name for name, value in published.items() if isinstance(value, list))
         raise SystemExit(f"{PUBLISHED.name} has no table {folder.name!r}; it has {known}")
     try:
@@ -44,15 +44,8 @@ def table(folder: Path) -> list[list[str]]:
     names = [name for name in rows[0] if name != "point"]
     out = [["", *names]]
     for row in rows:
-        point = row["point"]
-        ours: dict[str, Any] = next(
-            (
-                r
-                for r in found
-                if all(r.get(key) == value for key, value in point.items()) and (point or not r["point"])
-            ),
-            {},
-        )
+        point = row["point"] or {"point": 0}
+        ours: dict[str, Any] = next((r for r in found if point.items() <= r.items()), {})
         values = [measured(ours, name) for name in names]
         cells = [f"{'-' if v is None else f'{v:.4g}'} / {row[n]}" for v, n in zip(values, names, strict=True)]
         out.append([", ".join(map(str, row["point"].values())) or "unpruned", *cells])
