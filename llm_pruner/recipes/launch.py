@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 from ..errors import PrunerError
 from ..logs import log
 
 PORT = 29500
+TAIL = 2**16  # characters of what was said that the reason of a failure is looked for in
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,18 @@ class Launch:
         command = self.command(arguments)
         log.info("training on %d processes of %d machines each", self.processes, self.nodes)
         try:
-            finished = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+            process = subprocess.Popen(command, stderr=subprocess.PIPE)
         except FileNotFoundError as error:
             raise PrunerError(f"training on {self.nodes} machines needs Slurm's srun: {error}") from error
-        sys.stderr.write(finished.stderr)
-        if finished.returncode:
-            said = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+        tail = ""
+        with process:
+            for chunk in iter(lambda: cast(Any, process.stderr).read1(), b""):  # shown as it comes: it may be for days
+                text = chunk.decode(errors="replace")
+                sys.stderr.write(text)
+                sys.stderr.flush()
+                tail = (tail + text)[-TAIL:]
+        if process.returncode:
+            said = [line for line in tail.splitlines() if line.startswith("error: ")]
             reason = said[0].removeprefix("error: ") if said else "see what it wrote above"
             raise PrunerError(f"training on {self.processes * self.nodes} processes failed: {reason}")
 
