@@ -2,8 +2,8 @@
 
 import sys
 
-from llm_pruner.arguments import PruneArguments
-from llm_pruner.cli import prune, run
+from llm_pruner.cli import run
+from llm_pruner.pruning import PruneArguments, prune
 
 if __name__ == "__main__":
     sys.exit(run(PruneArguments, prune))

@@ -21,7 +21,7 @@ import torch
 import llm_pruner as lp
 from llm_pruner.data import EMBEDDED_TEXT, calibration, self_calibration, text
 from llm_pruner.evaluation import parameter_count, perplexity, windows
-from llm_pruner.presets import BEST, middle
+from llm_pruner.pruning.presets import BEST, middle
 
 SIZES = (0.786, 0.711, 0.9)
 SAMPLES, TOKENS = BEST["num_examples"], BEST["calib_seq_len"]

@@ -25,7 +25,6 @@ from .arguments import (
     EvaluateArguments,
     InspectArguments,
     PerplexityArguments,
-    PruneArguments,
     ReportArguments,
     RunArguments,
     UniformArguments,
@@ -37,7 +36,7 @@ from .demo import demo
 from .errors import PrunerError
 from .files import write_text
 from .inspect import inspect
-from .pipeline import prune
+from .pruning import PruneArguments, prune
 from .recovery import RecoverArguments, recover
 
 T = TypeVar("T")
@@ -172,8 +171,8 @@ def evaluate(args: EvaluateArguments) -> None:
     """Measure models side by side; print one table, and write it in all forms to ``--output``."""
     from rich.console import Console
 
-    from .evaluation import table
-    from .measure import measured, shown, write
+    from .evaluation import shown, table
+    from .evaluation.run import measured, write
 
     found = measured(args)
     result = table(found)

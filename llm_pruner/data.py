@@ -6,7 +6,6 @@ A name is ``python-docs`` (in the standard library, so always there), a hub data
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator
@@ -53,11 +52,6 @@ HUB = {
 EMBEDDED_TEXT = "python-docs"
 COLUMNS = ("text", "sentence", "content", "output")
 MAX_DOCUMENTS = 20_000  # of a hub data set: calibration and evaluation need a few
-
-
-def digest(known: Any) -> str:
-    """A short hash of anything that JSON can hold, to tell one from another."""
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
 def documents(name: str, split: str = "train") -> Iterator[str]:

@@ -8,13 +8,15 @@ alone.
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .errors import PrunerError
 
@@ -24,6 +26,11 @@ CARD = "README.md"
 LOCKS = ".locks"
 # What torch and safetensors, which raise errors of their own, say of a disk that takes no more.
 DISK = ("No space left", "os error 28", "Disk quota", "File too large", "file write failed", "unexpected pos")
+
+
+def digest(known: Any) -> str:
+    """A short hash of anything that JSON can hold, to tell one from another; what JSON has not counts by its text."""
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_text(path: Path, content: str) -> None:

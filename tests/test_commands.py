@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import llm_pruner as lp
-from llm_pruner.arguments import PerplexityArguments, PruneArguments
+from llm_pruner.arguments import PerplexityArguments
 from llm_pruner.cli import evaluate_perplexity, main, prune, run
+from llm_pruner.pruning import PruneArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -206,7 +206,7 @@ def test_tokenized_data_is_kept(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recover(arguments(home, tmp_path / "a", cache_dataset=True, max_steps=2))
     (kept,) = (tmp_path / "datasets" / "cache").iterdir()
-    monkeypatch.setattr("llm_pruner.recovery.run.tokenized", None)  # not asked again
+    monkeypatch.setattr("llm_pruner.recovery.sets.tokenized", None)  # not asked again
     recover(arguments(home, tmp_path / "b", cache_dataset=True, max_steps=2))
     assert losses(tmp_path / "a") == losses(tmp_path / "b") and kept.is_dir()
 

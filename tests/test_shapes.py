@@ -10,9 +10,8 @@ from test_architectures import made
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import llm_pruner as lp
-from llm_pruner.arguments import PruneArguments
 from llm_pruner.graph.verify import relative_difference
-from llm_pruner.pipeline import Stopwatch, make_plan
+from llm_pruner.pruning import PruneArguments, Stopwatch, make_plan
 from llm_pruner.surgery import in_memory
 
 

@@ -1,9 +1,10 @@
 """Measuring: what a model is worth, and what it costs."""
 
-from .compare import PROMPTS, Evaluation, Table, Wanted, as_json, compare, evaluate, pad_id, table
+from .compare import PROMPTS, Evaluation, Wanted, compare, evaluate, pad_id
 from .cost import macs, macs_budget, memory, memory_budget
 from .perplexity import Perplexity, check_length, parameter_count, perplexity, windows
 from .speed import Speed, speed
+from .table import Table, as_json, shown, table
 from .timing import latency, latency_budget
 from .zero_shot import PAPER_TASKS, ZeroShot, zero_shot
 
@@ -29,6 +30,7 @@ __all__ = [
     "pad_id",
     "parameter_count",
     "perplexity",
+    "shown",
     "speed",
     "table",
     "windows",

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import gc
-import io
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import digest
+from ..files import digest
 from ..graph import Layers, context_length, evaluating, layer_lists
 from .cost import macs, memory
 from .perplexity import Perplexity, parameter_count, perplexity, tokens_per_byte, windows
@@ -165,102 +162,3 @@ def parts(model: PreTrainedModel) -> dict[str, int]:
         within = name.removeprefix(f"{found[0]}.{found[1]}.").split(".")[0] if found else "other"
         out[known.get(id(parameter), within)] += parameter.numel()
     return dict(out)
-
-
-# --- Tables ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Table:
-    """Rows of numbers, a column for each model."""
-
-    models: list[str]
-    rows: list[tuple[str, str, list[float | None]]]  # what, format, values
-    notes: list[str]
-
-    def cells(self) -> list[list[str]]:
-        """The table as text, head first; every model after the first also shows its ratio to the first."""
-        out = [["", *self.models]]
-        for name, form, values in self.rows:
-            row = [name]
-            for i, value in enumerate(values):
-                text = "" if value is None else form.format(value)
-                first = values[0]
-                if i and value is not None and first:
-                    text += f" ({value / first:.3f})"
-                row.append(text)
-            out.append(row)
-        return out
-
-    def csv(self) -> str:
-        buffer = io.StringIO()
-        writer = csv.writer(buffer)
-        writer.writerow(["", *self.models])
-        for name, _, values in self.rows:
-            writer.writerow([name, *("" if value is None else value for value in values)])
-        return buffer.getvalue()
-
-    def markdown(self) -> str:
-        head, *rows = self.cells()
-        lines = [head, ["---"] * len(head), *rows]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
-        return "\n\n".join([table, *self.notes]) + "\n"
-
-    def latex(self) -> str:
-        """For a paper, with booktabs."""
-        head, *rows = self.cells()
-        special = str.maketrans({c: f"\\{c}" for c in "_%&#$"})
-
-        def line(cells: list[str]) -> str:
-            return " & ".join(cell.translate(special) for cell in cells) + " \\\\"
-
-        body = "\n".join(map(line, rows))
-        columns = "l" + "r" * len(self.models)
-        head_line = line(head)
-        lines = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", head_line, "\\midrule", body, "\\bottomrule"]
-        return "\n".join([*lines, "\\end{tabular}"]) + "\n"
-
-
-def table(found: list[Evaluation]) -> Table:
-    """One table of all measurements."""
-    rows: list[tuple[str, str, list[float | None]]] = []
-
-    def add(name: str, form: str, value: Callable[[Evaluation], float | None]) -> None:
-        values = [value(one) for one in found]
-        if any(v is not None for v in values):
-            rows.append((name, form, values))
-
-    add("parameters", "{:,}", lambda e: e.parameters)
-    add("not in embeddings", "{:,}", lambda e: e.non_embedding)
-    for part in dict.fromkeys(part for one in found for part in one.parts):
-        add(f"... {part}", "{:,}", lambda e, part=part: e.parts.get(part))  # type: ignore[misc]
-    at = found[0].speed
-    where = f" ({at.batch} x {at.tokens})" if at else ""
-    add(f"multiply-accumulates{where}", "{:,}", lambda e: e.macs)
-    add("weights, MiB", "{:.1f}", lambda e: e.weight_bytes / 2**20)
-    add(f"cache, MiB{where}", "{:.2f}", lambda e: e.cache_bytes / 2**20)
-    for title in dict.fromkeys(title for one in found for title in one.perplexity):
-        add(f"perplexity, {title}", "{:.2f}", lambda e, t=title: e.perplexity[t].perplexity)  # type: ignore[misc]
-    different = len({one.tokenizer for one in found}) > 1
-    for title in dict.fromkeys(title for one in found for title in one.perplexity if different):
-        add(f"perplexity of a byte, {title}", "{:.4f}", lambda e, t=title: e.perplexity[t].per_byte)  # type: ignore[misc]
-    for task in dict.fromkeys(task for one in found for task in one.tasks):
-        for metric in ("acc", "acc_norm"):
-            add(f"{task}, {metric}", "{:.4f}", lambda e, t=task, m=metric: e.tasks.get(t, {}).get(m))  # type: ignore[misc]
-    add("tokens/s, prefill", "{:.0f}", lambda e: e.speed.prefill if e.speed else None)
-    add("tokens/s, decode", "{:.1f}", lambda e: e.speed.decode if e.speed else None)
-    peaks = {one.model: one.speed.peak_bytes / 2**20 for one in found if one.speed and one.speed.peak_bytes}
-    add("peak memory, MiB", "{:.0f}", lambda e: peaks.get(e.model))
-    notes = []
-    if different and found[0].perplexity:
-        notes.append("The models have different tokenizers: their perplexities do not compare; those of a byte do.")
-    counted = {t: p for one in found for t, p in one.perplexity.items()}
-    for title, p in counted.items():
-        notes.append(f"{title}: {p.tokens:,} tokens in {p.windows} windows of {p.seq_len}, stride {p.stride}.")
-    return Table([one.model for one in found], rows, notes)
-
-
-def as_json(found: list[Evaluation], about: dict[str, Any]) -> str:
-    """All numbers, and what ``about`` says of how they came to be."""
-    models = [{**asdict(one), "results": None} for one in found]
-    return json.dumps({**about, "models": models}, indent=1, default=str) + "\n"

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import PruneArguments, VocabArguments
+from ..arguments import VocabArguments
 from ..checkpoint import load_config, meta_model
 from ..evaluation import macs, parameter_count
 from ..graph import layer_lists, trace
 from ..importance import BY_POSITION
-from ..pipeline import Stopwatch, make_plan
+from ..pruning import PruneArguments, Stopwatch, make_plan
 from ..selection import PruningPlan
 from ..surgery import apply, in_memory
 

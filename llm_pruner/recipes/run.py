@@ -17,11 +17,11 @@ from rich.live import Live
 
 from ..arguments import RunArguments
 from ..errors import PrunerError
+from ..evaluation import shown
 from ..files import holder, locked, write_text
 from ..logs import log, logging_to
-from ..measure import shown
-from ..pipeline import keeping_model
 from ..provenance import provenance
+from ..pruning import keeping_model
 from .dry import dry_run
 from .executors import EXECUTORS, POLL, run_command
 from .launch import Launch

@@ -13,11 +13,11 @@ from typing import Any
 from ..arguments import (
     ApplyArguments,
     EvaluateArguments,
-    PruneArguments,
     ReportArguments,
     UniformArguments,
     VocabArguments,
 )
+from ..pruning import PruneArguments
 from ..recovery import RecoverArguments
 
 ADAPTERS = ("lora", "dora")

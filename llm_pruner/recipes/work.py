@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from typing import Any
 
 from ..arguments import EvaluateArguments
 from ..evaluation import as_json
-from ..files import locked, write_text
+from ..evaluation.run import measured
+from ..files import digest, locked, write_text
 from ..logs import log
-from ..measure import measured
 from ..provenance import provenance
 from .launch import Launch
 from .recipe import Recipe, Stage
@@ -60,10 +59,6 @@ def steps_of(recipe: Recipe) -> list[Step]:
         out.append(step)
         model = str(step.leaves or model)
     return out
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def carried_out(steps: list[Step], index: int, launch: Launch) -> dict[str, Any]:
@@ -113,7 +108,7 @@ def let_go(step: Step) -> None:
 def evaluated(recipe: Recipe, model: str, key: str) -> dict[str, Any]:
     """Measurements of a model as a row of a table; measured once, and kept."""
     given = {name: value for name, value in (recipe.evaluate or {}).items() if name != "models"}
-    key = digest([key, given])[:16]
+    key = digest([key, given])
     output = Path(recipe.output)
     file = output / EVALUATIONS / key / "evaluation.json"
     with locked(output, key):

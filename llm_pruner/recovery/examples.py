@@ -14,8 +14,9 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data import EMBEDDED_TEXT, HUB, digest, documents
+from ..data import EMBEDDED_TEXT, HUB, documents
 from ..errors import PrunerError
+from ..files import digest
 from ..logs import log
 from .objectives import Example, Vocabulary, denoised
 from .prompts import plain, prompt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -19,15 +18,15 @@ from typing import Any, cast
 import torch
 from huggingface_hub import hf_hub_download
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..arguments import listed
 from ..checkpoint import DTYPES, PLAN_FILE, load, load_config, locate, write_checkpoint
-from ..data import EMBEDDED_TEXT, digest, text
 from ..errors import PrunerError
-from ..evaluation import check_length, parameter_count, windows
-from ..files import complete_folder, held, locked, sync_folder
+from ..evaluation import check_length, parameter_count
+from ..files import complete_folder, digest, held, sync_folder
 from ..logs import log, logging_to
 from ..provenance import provenance
 from ..selection import PruningPlan
@@ -35,12 +34,11 @@ from ..version import __version__
 from .arguments import DEFAULT_DATA, RecoverArguments
 from .curves import Curves, Progress
 from .distill import Collator, Teacher, answers
-from .examples import Format, fingerprint, rows, tokenized
+from .examples import Format, fingerprint
+from .sets import WINDOW, collator, text_set, training_data
 from .trainer import PARTIAL, RecoveryTrainer, newest_checkpoint
 
 VALIDATION = "validation"
-WINDOW = 128  # tokens of a window of --extra_val_dataset, as LLM-Pruner has it
-CACHE = Path("datasets/cache")
 FINAL = ".final-"  # prefix of the folder where what was trained is written first
 LOG_FILE, METRICS_FILE = "recovery.log", "recovery.json"
 
@@ -88,17 +86,15 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
         raise PrunerError(
             f"--objective {args.objective} is for encoder-decoders, {args.prune_model} is a decoder: causal"
         )
-    train, validation = _data(args, tokenizer, form)
+    train, validation = training_data(args, tokenizer, form)
     teacher = _teacher(args, plan, model)
-    collate = Collator(_collator(tokenizer, model))
+    collate = Collator(collator(tokenizer, model))
     if teacher is not None and args.teacher_cache:
         train = _answered(args, teacher, train, collate, tokenizer, form)
         teacher.model = None
     parameters = parameter_count(model)
     student = _trainable(args, model)
-    texts = {
-        name: _text_set(name, args, model, tokenizer) for name in (args.extra_val_dataset or "").split(",") if name
-    }
+    texts = {name: text_set(name, args, model, tokenizer) for name in listed(args.extra_val_dataset)}
     evaluation = texts | ({VALIDATION: validation} if validation is not None else {})
     trainer = RecoveryTrainer(
         model=student,
@@ -197,74 +193,6 @@ def _weights(args: RecoverArguments) -> torch.dtype:
     return _compute(args) if frozen else torch.float32
 
 
-def _data(args: RecoverArguments, tokenizer: PreTrainedTokenizerBase, form: Format) -> tuple[Any, Any]:
-    """Training and validation examples; these None where there are to be none."""
-    import datasets
-
-    sources = (args.data_path or DEFAULT_DATA).split(",")
-    try:
-        parts = [_part(source, args, tokenizer, form) for source in sources]
-    except PrunerError:
-        if args.data_path:
-            raise
-        log.info("%s is out of reach: training on %s", DEFAULT_DATA, EMBEDDED_TEXT)
-        parts = [_part(EMBEDDED_TEXT, args, tokenizer, form)]
-    if args.streaming:
-        found = datasets.concatenate_datasets(parts).shuffle(seed=args.seed, buffer_size=1000)
-        held_out = 100 if args.val_set_size is None else args.val_set_size
-        validation = datasets.Dataset.from_list(list(found.take(held_out))) if held_out else None
-        return found.skip(held_out), validation
-    found = datasets.concatenate_datasets(parts)
-    in_memory = not found.cache_files
-    held_out = min(2000, len(found) // 20) if args.val_set_size is None else args.val_set_size
-    if held_out >= len(found):
-        raise PrunerError(f"--val_set_size {held_out} leaves nothing of {len(found)} examples to train on")
-    if not held_out:
-        return found.shuffle(seed=42, keep_in_memory=in_memory), None
-    split = found.train_test_split(test_size=held_out, shuffle=True, seed=42, keep_in_memory=in_memory)
-    log.info("%d examples to train on, %d to validate", len(split["train"]), held_out)
-    return split["train"], split["test"]
-
-
-def _part(source: str, args: RecoverArguments, tokenizer: PreTrainedTokenizerBase, form: Format) -> Any:
-    import datasets
-
-    if not args.cache_dataset or args.streaming:
-        return _typed(tokenized(rows(source, args.streaming), tokenizer, form, source))
-    folder = CACHE / fingerprint(source, tokenizer, form)
-    with locked(CACHE.parent, folder.name):  # others that want the same wait for it
-        if not folder.is_dir():
-            with complete_folder(folder, owned_if="dataset_info.json") as temporary:
-                _typed(tokenized(rows(source), tokenizer, form, source)).save_to_disk(str(temporary))
-    log.info("tokenized data of %s: %s", source, folder)
-    return datasets.load_from_disk(str(folder))
-
-
-def _typed(data: Any) -> Any:
-    import datasets
-
-    ids = datasets.List(datasets.Value("int64"))
-    return data.cast(datasets.Features({"input_ids": ids, "labels": ids}))
-
-
-def _text_set(name: str, args: RecoverArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    import datasets
-
-    check_length(model, WINDOW)
-    ids = windows(tokenizer, text(name, "test"), WINDOW, args.max_windows or None)
-    inputs, labels = (ids[:, : WINDOW // 2], ids[:, WINDOW // 2 :]) if model.config.is_encoder_decoder else (ids, ids)
-    return datasets.Dataset.from_dict({"input_ids": inputs.tolist(), "labels": labels.tolist()})
-
-
-def _collator(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> DataCollatorForSeq2Seq:
-    padding = copy.deepcopy(tokenizer)  # the tokenizer is saved as it came
-    if padding.pad_token_id is None:
-        padding.pad_token = padding.eos_token or padding.convert_ids_to_tokens(0)
-    padding.padding_side = "right"
-    of = model if model.config.is_encoder_decoder else None
-    return DataCollatorForSeq2Seq(padding, model=of, pad_to_multiple_of=8, return_tensors="pt", padding=True)
-
-
 def _teacher(args: RecoverArguments, plan: PruningPlan, model: PreTrainedModel) -> Teacher | None:
     if args.teacher is None:
         return None
@@ -308,7 +236,7 @@ def _trainable(args: RecoverArguments, model: PreTrainedModel) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     linear = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-    asked = [name.strip() for name in (args.lora_target_modules or "").split(",") if name.strip()]
+    asked = listed(args.lora_target_modules)
     known = sorted({name.rpartition(".")[2] for name in linear})
     for name in asked:
         if name not in known:

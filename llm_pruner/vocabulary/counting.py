@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..data import digest, documents
+from ..data import documents
 from ..errors import PrunerError
-from ..files import write_text
+from ..files import digest, write_text
 
 BATCH = 256  # documents tokenized at once, on all cores
 KEEP_EVERY = 100  # batches after which counts are written down

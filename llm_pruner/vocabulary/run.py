@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arguments import VocabArguments, device_of
+from ..arguments import VocabArguments, device_of, listed
 from ..checkpoint import PLAN_FILE, load, locate, write_card, write_checkpoint
 from ..data import text
 from ..errors import PrunerError
@@ -112,8 +112,8 @@ def kept_tokens(args: VocabArguments, model: PreTrainedModel, tokenizer: PreTrai
         other = AutoTokenizer.from_pretrained(locate(args.to_tokenizer)[0], trust_remote_code=args.trust_remote_code)
         wanted = of_tokenizer(words, Subwords(other))
     if args.languages or args.scripts:
-        scripts = [s.strip() for s in (args.scripts or "").split(",") if s.strip()]
-        scripts += scripts_of(s.strip() for s in (args.languages or "").split(",") if s.strip())
+        scripts = listed(args.scripts)
+        scripts += scripts_of(listed(args.languages))
         written = in_scripts(words, tokenizer, scripts)
         wanted = written if wanted is None else wanted & written
     return choose(words, counts, args.keep or "1.0", args.min_count, protected, wanted)

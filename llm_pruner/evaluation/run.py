@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table as Shown
-
-from .arguments import EvaluateArguments, at_least, device_of
-from .checkpoint import load, locate
-from .data import text
-from .errors import PrunerError
-from .evaluation import PAPER_TASKS, PROMPTS, Evaluation, Table, Wanted, as_json, compare
-from .files import write_text
-from .provenance import provenance
+from ..arguments import EvaluateArguments, at_least, device_of, listed
+from ..checkpoint import load, locate
+from ..data import text
+from ..errors import PrunerError
+from ..files import write_text
+from ..provenance import provenance
+from .compare import PROMPTS, Evaluation, Wanted, compare
+from .table import Table, as_json
+from .zero_shot import PAPER_TASKS
 
 
 def measured(args: EvaluateArguments) -> list[Evaluation]:
@@ -30,9 +30,9 @@ def measured(args: EvaluateArguments) -> list[Evaluation]:
     for model in args.models:
         locate(model)
     device = device_of("device", args.device)
-    tasks = PAPER_TASKS if args.tasks == "paper" else tuple(t.strip() for t in args.tasks.split(",") if t.strip())
+    tasks = PAPER_TASKS if args.tasks == "paper" else tuple(listed(args.tasks))
     wanted = Wanted(
-        {name: text(name, "test") for name in args.datasets.split(",") if name},
+        {name: text(name, "test") for name in listed(args.datasets)},
         args.seq_len,
         args.stride or None,
         args.max_windows or None,
@@ -51,14 +51,6 @@ def measured(args: EvaluateArguments) -> list[Evaluation]:
         return load(name, args.dtype, device, args.trust_remote_code, verify=args.verify)
 
     return compare(args.models, loaded, wanted)
-
-
-def shown(cells: list[list[str]]) -> Shown:
-    """Cells as a table for the terminal; the first row are its heads."""
-    out = Shown(*cells[0])
-    for row in cells[1:]:
-        out.add_row(*row)
-    return out
 
 
 def write(found: list[Evaluation], result: Table, folder: Path) -> None:

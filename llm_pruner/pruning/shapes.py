@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .errors import PrunerError
-from .evaluation import parameter_count
-from .graph import CouplingGraph, block_of, computing, evaluating, total_loss
-from .importance import BY_POSITION, Scores, score
-from .logs import log
-from .selection import NothingRemoved, NotMet, PruningPlan, parameter_budget, parameters, select
-from .surgery import apply, fitting, layer_counts, nearest, shapes_for, target_config
+from ..errors import PrunerError
+from ..evaluation import parameter_count
+from ..graph import CouplingGraph, block_of, computing, evaluating, total_loss
+from ..importance import BY_POSITION, Scores, score
+from ..logs import log
+from ..selection import NothingRemoved, NotMet, PruningPlan, parameter_budget, parameters, select
+from ..surgery import apply, fitting, layer_counts, nearest, shapes_for, target_config
 
 if TYPE_CHECKING:
     from .arguments import PruneArguments
@@ -39,7 +39,7 @@ def drop(
     blocks = [
         block_of(model, graph, _stack(graph, where, flag), layer, kind)
         for flag, kind in (("drop_attention", "heads"), ("drop_mlp", "neurons"))
-        for where, layer in args.listed(flag)
+        for where, layer in args.numbers(flag)
     ]
     counts, scores = _layers(args, model, graph, ids, clock)
     plan = None
@@ -59,7 +59,7 @@ def _layers(
     strategy = str(args.depth)
     if args.drop_layers:
         values = {name: torch.full((unit.size,), torch.inf, dtype=torch.float64) for name, unit in units.items()}
-        for where, layer in args.listed("drop_layers"):
+        for where, layer in args.numbers("drop_layers"):
             name = _stack(graph, where, "drop_layers") + ".layers"
             if layer >= units[name].size:
                 raise PrunerError(f"--drop_layers {layer} is out of range: {name} are 0 to {units[name].size - 1}")
@@ -71,7 +71,7 @@ def _layers(
             raise PrunerError(f"--layer_wise is for one stack of layers, the model has {len(units)}: use --num_layers")
         counts = dict.fromkeys(units, args.layer or 0)
     elif args.num_layers is not None:
-        asked = args.listed("num_layers")
+        asked = args.numbers("num_layers")
         if len(asked) > len(units):
             raise PrunerError(f"--num_layers names {len(asked)} stacks of layers, the model has {len(units)}")
         counts = {}
