@@ -72,9 +72,11 @@ class Case:
     made: list
 
 
+FEW = ["--num_examples", 4, "--calib_seq_len", 16, "--preset", "paper", "--hardware_align", "false"]
+
+
 def cases(home: Path, recipe: Path) -> dict[str, Case]:
     """By name; ``home`` holds ``base``, ``pruned`` (with its plan), ``text.txt``."""
-    few = ["--num_examples", 4, "--calib_seq_len", 16, "--preset", "paper", "--hardware_align", "false"]
     text = ["--calib_dataset", home / "text.txt", "--eval_datasets", home / "text.txt", "--max_seq_len", 16]
     run = ["--output_root", "out", "--save_ckpt_log_name", "run", "--save_model"]
     vocab = ["--corpus", home / "text.txt", "--keep", 0.8, "--eval_dataset", home / "text.txt", "--max_windows", 4]
@@ -83,8 +85,9 @@ def cases(home: Path, recipe: Path) -> dict[str, Case]:
     train += ["--micro_batch_size", 2, "--lora_r", 4, "--merge", "--resume_from_checkpoint", "auto", "--device", "cpu"]
     of_recipe = ["out/01-prune-*", "out/02-recover-*/merged", "out/03-vocab-*"]
     return {
-        "prune": Case(["prune", "--base_model", home / "base", "--pruning_ratio", 0.5, *few, *text, *run], ["out/run"]),
+        "prune": Case(["prune", "--base_model", home / "base", "--pruning_ratio", 0.5, *FEW, *text, *run], ["out/run"]),
         "apply": Case(["apply", home / "pruned/pruning_plan.json", home / "base", "out"], ["out"]),
+        "to-uniform": Case(["to-uniform", home / "pruned", "out"], ["out"]),
         "vocab": Case(["vocab", home / "base", *vocab, "--output_dir", "out", "--save_counts", "counts.json"], ["out"]),
         "recover": Case(
             ["recover", "--prune_model", home / "pruned", "--output_dir", "out", *train], ["out", "out/merged"]

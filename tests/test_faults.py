@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import RECIPE, Case, Forks, cases, rubbish, whole
+from commands import FEW, RECIPE, Case, Forks, cases, rubbish, whole
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llm_pruner as lp
 from llm_pruner.cli import main
 
-COMMANDS = ("prune", "apply", "vocab", "recover", "run")
+COMMANDS = ("prune", "apply", "to-uniform", "vocab", "recover", "run")
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +100,17 @@ def test_a_file_that_cannot_grow(case, forks, home, tmp_path):
     assert forks.run(tmp_path, case.argv)[0] == 0
 
 
+@pytest.mark.parametrize("options", ["size=64k", "ro"])
 @pytest.mark.parametrize("case", COMMANDS, indirect=True)
-def test_a_full_disk(case, forks, home, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True).returncode:
+def test_a_disk_that_is_full_or_read_only(case, options, forks, home, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     try:
-        refused(forks, case, small, {}, "cannot write", home=home)
+        refused(forks, case, disk, {}, "cannot write", home=home)
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("case", COMMANDS, indirect=True)
@@ -176,6 +177,35 @@ def test_two_at_one_folder(case, forks, tmp_path):
     assert sum(code == 0 for code, _, _ in ended) >= 3
 
 
+def test_two_at_one_score_cache(forks, home, home_text, tmp_path):
+    """Both score, or one uses what the other found; each has the plan that it would have alone."""
+    text = ["--calib_dataset", home_text, "--eval_datasets", "", "--output_root", "out", "--save_ckpt_log_name"]
+    argv = ["prune", "--base_model", home / "base", *FEW, "--pruning_ratio", 0.5, *text]
+    (tmp_path / "work").mkdir()
+    assert forks.run(tmp_path / "work", [*argv, "alone"])[0] == 0
+    other, ended = Forks(), []
+    try:
+        for turn in range(3):
+            cache = ["--score_cache", f"cache{turn}"]
+
+            def go(server, name, cache=cache):
+                ended.append(server.run(tmp_path / "work", [*argv, name, *cache], log=f"{name}.txt"))
+
+            names = (f"a{turn}", f"b{turn}")
+            threads = [threading.Thread(target=go, args=x) for x in zip((forks, other), names, strict=True)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert [p.suffix for p in (tmp_path / "work" / f"cache{turn}").iterdir()] == [".safetensors"]
+    finally:
+        other.close()
+    assert all(code == 0 for code, _, _ in ended), ended
+    plans = [lp.PruningPlan.load(file) for file in sorted(tmp_path.glob("work/out/*/pruning_plan.json"))]
+    kept = [{name: choice.kept.tolist() for name, choice in plan.units.items()} for plan in plans]
+    assert len(kept) == 7 and all(one == kept[0] for one in kept)
+
+
 HARMS = {
     "truncated": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
     "empty": lambda p: p.write_bytes(b""),
@@ -238,8 +268,7 @@ test_faults.cycles(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
 
 def cycles(home, folder, count):
     """Prune and apply over and over in one process; prints what it holds after a fifth of them, and in the end."""
-    few = ["--num_examples", "4", "--calib_seq_len", "16", "--preset", "paper", "--hardware_align", "false"]
-    few += ["--calib_dataset", str(home / "text.txt"), "--eval_datasets", "", "--save_model"]
+    few = [*map(str, FEW), "--calib_dataset", str(home / "text.txt"), "--eval_datasets", "", "--save_model"]
     for i in range(count):
         argv = ["prune", "--base_model", str(home / "base"), "--pruning_ratio", str(0.2 + 0.1 * (i % 5)), *few]
         assert main([*argv, "--output_root", str(folder), "--save_ckpt_log_name", "run"]) == 0

@@ -46,7 +46,7 @@ def servers():
         server.close()
 
 
-@pytest.mark.parametrize("name", ["prune", "apply", "vocab", "recover", "run"])
+@pytest.mark.parametrize("name", ["prune", "apply", "to-uniform", "vocab", "recover", "run"])
 def test_every_command_to_the_bit(name, servers, home, home_text, tmp_path):
     """In fresh processes, with one thread and with two."""
     recipe = tmp_path / "recipe.yaml"
@@ -58,7 +58,35 @@ def test_every_command_to_the_bit(name, servers, home, home_text, tmp_path):
         code, said, _ = server.run(folder, case.argv, {"THREADS": threads})
         assert code == 0, said
         found.append((whole(folder, case), measured(folder)))
-    assert None not in found[0][0].values() and bool(found[0][1]) == (name != "apply")
+    assert None not in found[0][0].values() and bool(found[0][1]) == (name not in ("apply", "to-uniform"))
+    assert found[0] == found[1]
+
+
+def test_what_only_looks_to_the_bit(servers, home, home_text, tmp_path):
+    """Measuring and telling: the same tables, page and lists in fresh processes, with one thread and with two."""
+    evaluate = ["evaluate", home / "base", home / "pruned", "--datasets", home_text, "--seq_len", 16, "--tokens", 0]
+    perplexity = ["evaluate", home / "base", "--datasets", home_text, "--tokens", 0, "--stride", 8, "--seq_len", 16]
+    commands = [
+        [*evaluate, "--samples", "--new_tokens", 8, "--output", "measured"],
+        [*perplexity, "--output", "strided"],
+    ]
+    commands += [["inspect", home / "base", "--json", "--layer", -1], ["inspect", home / "pruned/pruning_plan.json"]]
+    commands += [["report", "measured", "strided", "--figures", "figures"]]
+    found = []
+    for threads, server in enumerate(servers, 1):
+        folder = tmp_path / str(threads)
+        folder.mkdir()
+        said = []
+        for argv in commands:
+            code, text, _ = server.run(folder, argv, {"THREADS": threads})
+            assert code == 0, text
+            said += [text] if argv[0] == "inspect" else []  # the others show their pace
+        files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+        assert {"measured/table.csv", "strided/evaluation.json", "report.html"} <= files.keys()
+        page = files.pop("report.html").read_text().replace(f"{threads} threads", "threads")
+        parts = {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items() if p.suffix != ".json"}
+        numeric = {name: numbers(json.loads(p.read_text())) for name, p in files.items() if p.suffix == ".json"}
+        found.append((said, page, parts, numeric))
     assert found[0] == found[1]
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any, cast
 
 import matplotlib
@@ -46,11 +47,17 @@ class Drawing:
         artist.set_gid(gid)
         self.tips[gid] = text
 
+    def write(self, to: Path | io.StringIO, form: str, **how: Any) -> None:
+        """Write an image: the same figure gives the same bytes."""
+        about = {"Title": self.title, **({"Date": None} if form == "svg" else {})}
+        with matplotlib.rc_context({"svg.hashsalt": self.name}):
+            self.figure.savefig(to, format=form, metadata=about, **how)
+
     def svg(self) -> str:
         """An ``<svg>`` element to stand in a page beside others: ids are its own, text is text."""
         buffer = io.StringIO()
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
-            self.figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+        with matplotlib.rc_context({"svg.fonttype": "none"}):
+            self.write(buffer, "svg", transparent=True)
         out = buffer.getvalue()
         out = out[out.index("<svg") :]
         out = re.sub(r"<metadata>.*?</metadata>", "", out, flags=re.S)

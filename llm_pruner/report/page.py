@@ -98,6 +98,6 @@ def _for_papers(drawings: list[Drawing], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for drawing in drawings:
             for kind in ("svg", "png"):
-                drawing.figure.savefig(folder / f"{drawing.name}.{kind}", dpi=200, metadata={"Title": drawing.title})
+                drawing.write(folder / f"{drawing.name}.{kind}", kind, dpi=200)
     except OSError as error:
         raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error
