@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import DEFAULT_MODEL, DTYPES
+from .checkpoint import DEFAULT_MODEL, DTYPES, usable
 from .data import EMBEDDED_TEXT
 from .errors import PrunerError
 
@@ -43,14 +43,10 @@ def at_least(args: Any, least: int, *names: str) -> None:
 
 
 def device_of(flag_name: str, value: str) -> str:
+    """The device that a flag means. Raises: PrunerError: there is none such here."""
     if value == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(value)
-    except RuntimeError as error:
-        raise PrunerError(f"--{flag_name} {value!r} is no device; give cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PrunerError(f"--{flag_name} {value}: there is no CUDA device here; give --{flag_name} cpu")
+    usable(value, f"--{flag_name}")
     return value
 
 

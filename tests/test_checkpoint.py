@@ -103,8 +103,15 @@ def test_what_cannot_be_loaded(tmp_path):
     for name, message in cases.items():
         with pytest.raises(lp.PrunerError, match=message):
             lp.load(name)
-    with pytest.raises(lp.PrunerError, match="choose from"):
-        lp.load("smollm2-135m", dtype="int3")
+    lp.save(build("llama"), None, tmp_path / "mute")
+    hows = [
+        ("mute", {}, "no tokenizer"),
+        ("mute", {"device": "gpu"}, "give cpu"),
+        ("mute", {"dtype": "int3"}, "choose"),
+    ]
+    for name, how, message in [*hows, ("mute", {"device": "cuda:99"}, "give device cpu")]:
+        with pytest.raises(lp.PrunerError, match=message):
+            lp.load(str(tmp_path / name), **how)
 
 
 def test_weights_in_pickles_are_never_read(tmp_path):

@@ -105,6 +105,9 @@ def test_layers_may_be_any_iterable_and_must_name_known_kinds(setting):
         for layers in ([0, 1], iter([0, 1]), {"heads": iter([0, 1]), "neurons": range(2)})
     ]
     assert plans[0].units.keys() == plans[1].units.keys() == plans[2].units.keys()
+    assert (
+        lp.select(*setting, 0.5, kinds="heads").units.keys() == lp.select(*setting, 0.5, kinds=["heads"]).units.keys()
+    )
     with pytest.raises(lp.PrunerError, match="unknown kind 'head'"):
         lp.select(*setting, 0.5, layers={"head": [1]})
 
@@ -128,6 +131,7 @@ def test_scores_of_another_model_are_refused(setting):
         ({"scope": "both"}, "local or global"),
         ({"round_to": 0}, "1 or more"),
         ({"layers": [3]}, "layers 0 to 2"),
+        ({"layers": 1}, r"such as \[1\]"),
         ({"kinds": ["experts"]}, "nothing to prune"),
     ],
 )

@@ -186,7 +186,9 @@ def test_a_pruned_model_can_be_copied(tmp_path):
 
 
 def test_a_plan_for_another_model_is_refused():
-    plan, _ = pruned_by(build("llama"))
+    plan, pruned = pruned_by(build("llama"))
+    with pytest.raises(lp.PrunerError, match="made for another model"):
+        lp.verify(pruned, build("llama"), plan)
     with pytest.raises(lp.PrunerError, match="made for another model"):
         lp.apply(build("gpt2"), plan)
     with pytest.raises(lp.PrunerError, match="made for another model"):

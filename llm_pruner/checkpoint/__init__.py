@@ -2,7 +2,7 @@
 
 from .card import upload, write_card
 from .integrity import check
-from .load import DEFAULT_MODEL, DTYPES, EMBEDDED, load, load_config, locate, meta_model
+from .load import DEFAULT_MODEL, DTYPES, EMBEDDED, load, load_config, locate, meta_model, usable
 from .mapped import on_disk
 from .save import PLAN_FILE, save, write_checkpoint
 from .shards import Shards
@@ -25,6 +25,7 @@ __all__ = [
     "on_disk",
     "save",
     "upload",
+    "usable",
     "weights_in",
     "write_card",
     "write_checkpoint",

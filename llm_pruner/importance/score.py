@@ -95,6 +95,8 @@ def score(
     ):
         if value not in allowed:
             raise PrunerError(f"unknown {what} {value!r}; choose from {', '.join(allowed)}")
+    if isinstance(kinds, str):
+        kinds = (kinds,)
     units: list[Unit] = graph.units if kinds is None else graph.of_kind(*kinds)
     settings = {"criterion": criterion, "aggregation": aggregation, "seed": seed}
     how = native(model) if device is None else native(model).on(torch.device(device))
@@ -137,6 +139,8 @@ def checked(model: PreTrainedModel, calibration: torch.Tensor | None) -> torch.T
     """The calibration set, if it is one that the model can read."""
     if calibration is None:
         raise PrunerError("this criterion needs a calibration set: a LongTensor [samples, tokens]")
+    if not isinstance(calibration, torch.Tensor):
+        raise PrunerError(f"calibration must be a LongTensor of token ids, not {type(calibration).__name__}")
     if calibration.ndim != 2 or calibration.is_floating_point() or calibration.shape[0] < 1 or calibration.shape[1] < 2:
         raise PrunerError(
             f"calibration must be a LongTensor [samples >= 1, tokens >= 2], not {calibration.dtype} "

@@ -67,7 +67,7 @@ def select(
     Raises:
         PrunerError: an argument is out of range, or there is nothing to prune.
     """
-    kinds = tuple(kinds)
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if isinstance(ratio, Mapping):
         kinds = tuple(ratio)
     elif counts is not None and target_params is None and budget is None:
@@ -263,6 +263,8 @@ def _by_kind(layers: LayerChoice, kinds: tuple[str, ...]) -> dict[str, set[int]]
     """The layers asked for, for each kind; None for no restriction."""
     if layers is None:
         return None
+    if not isinstance(layers, (Mapping, Iterable)):
+        raise PrunerError(f"layers {layers!r} are no layers: give several, such as [{layers!r}] or range(4, 28)")
     if not isinstance(layers, Mapping):
         every = set(layers)
         return {kind: every for kind in kinds}

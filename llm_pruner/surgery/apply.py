@@ -237,8 +237,9 @@ def verify(
         tolerance: for the largest difference relative to the largest logit.
 
     Raises:
-        PrunerError: the plan cuts the vocabulary, where token ids move.
+        PrunerError: the plan cuts the vocabulary, where token ids move, or is for another model.
     """
+    check_fits({name: tuple(t.shape) for name, t in sources(model).items()}, plan)
     if any(choice.kind == "vocabulary" for choice in plan.units.values()):
         raise PrunerError("mask equivalence is not defined for a plan that cuts the vocabulary: token ids move")
     ids = random_tokens(pruned, rows=2, tokens=16, seed=seed) if tokens is None else tokens
