@@ -85,6 +85,16 @@ class EvaluateArguments(MeasuringArguments):
     samples: bool = flag(False, "have each model go on with a few prompts")
     output: str | None = flag(None, "write table.csv, table.md, table.tex, evaluation.json and lm_eval/ to this folder")
 
+    def check(self) -> None:
+        """Raises: PrunerError: with the one line that the user reads."""
+        if not self.models:
+            raise PrunerError("name at least one model: llm-pruner evaluate MODEL [MODEL ...]")
+        at_least(self, 0, "batch_size", "max_windows", "stride", "tokens", "num_fewshot")
+        at_least(self, 1, "batch", "new_tokens", "limit")
+        at_least(self, 2, "seq_len")
+        one_of(self, dtype=DTYPES)
+        self.device = device_of("device", self.device)
+
 
 @dataclass
 class ZeroShotArguments(EvaluateArguments):
@@ -112,6 +122,11 @@ class ReportArguments:
     output: str = flag("report.html", "the page to write: one file that needs no network")
     figures: str | None = flag(None, "write every figure to this folder too, as SVG and PNG")
     title: str = flag("Pruning report", "title of the page")
+
+    def check(self) -> None:
+        """Raises: PrunerError: with the one line that the user reads."""
+        if not self.runs:
+            raise PrunerError("name at least one run: llm-pruner report FOLDER [FOLDER ...]")
 
 
 @dataclass
@@ -223,6 +238,11 @@ class ApplyArguments:
     standalone: bool = flag(False, "write a modelling file too, so that layers that differ load without llm_pruner")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
 
+    def check(self) -> None:
+        """Raises: PrunerError: with the one line that the user reads."""
+        if not (self.plan and self.checkpoint and self.out):
+            raise PrunerError("give a plan, a checkpoint and a folder to write: llm-pruner apply PLAN CHECKPOINT OUT")
+
 
 @dataclass
 class VocabArguments:
@@ -264,6 +284,11 @@ class UniformArguments:
     checkpoint: str = flag("", "folder of a pruned model whose layers have different widths")
     out: str = flag("", "folder to write: the same logits, every layer as wide as the widest")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+
+    def check(self) -> None:
+        """Raises: PrunerError: with the one line that the user reads."""
+        if not (self.checkpoint and self.out):
+            raise PrunerError("give a checkpoint and a folder to write: llm-pruner to-uniform CHECKPOINT OUT")
 
 
 @dataclass

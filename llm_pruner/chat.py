@@ -73,7 +73,11 @@ def answer(
     ids = _read(model, tokenizer, prompt, how.chat)
     streamer = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, timeout=PATIENCE, skip_special_tokens=True)
     watch = _Watch()
-    options: dict[str, Any] = {"do_sample": how.temperature > 0, "max_new_tokens": how.max_new_tokens}
+    longest, room = context_length(model), how.max_new_tokens
+    if longest is not None and not model.config.is_encoder_decoder:
+        room = longest - ids["input_ids"].shape[1]
+    options: dict[str, Any] = {"do_sample": how.temperature > 0, "max_new_tokens": min(how.max_new_tokens, room)}
+    options["num_beams"] = 1  # what is written has to be known as it is
     if how.temperature > 0:
         options |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
 

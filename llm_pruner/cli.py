@@ -70,6 +70,8 @@ def run(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return _failed(f"{error.filename or 'the system'}: {error.strerror or error}")
     except RuntimeError as error:
         if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
             traceback.print_exc()
@@ -130,8 +132,7 @@ def apply(args: ApplyArguments) -> None:
     from .checkpoint import apply_to_files, check
     from .selection import PruningPlan
 
-    if not (args.plan and args.checkpoint and args.out):
-        raise PrunerError("give a plan, a checkpoint and a folder to write: llm-pruner apply PLAN CHECKPOINT OUT")
+    args.check()
     plan = PruningPlan.load(args.plan, args.verify)
     out = apply_to_files(plan, args.checkpoint, args.out, args.trust_remote_code, args.standalone)
     if args.verify:
@@ -152,8 +153,9 @@ def to_uniform(args: UniformArguments) -> None:
     from .selection import PruningPlan
     from .surgery import to_uniform as padded
 
-    if not (args.checkpoint and args.out):
-        raise PrunerError("give a checkpoint and a folder to write: llm-pruner to-uniform CHECKPOINT OUT")
+    args.check()
+    if Path(args.out).exists() and Path(args.checkpoint).exists() and Path(args.out).samefile(args.checkpoint):
+        raise PrunerError(f"{args.out} is the model that is read: give another folder to write to")
     model, tokenizer = load(args.checkpoint, trust_remote_code=args.trust_remote_code)
     plan = Path(args.checkpoint) / PLAN_FILE
     out = save(padded(model), tokenizer, args.out, PruningPlan.load(plan) if plan.is_file() else None)

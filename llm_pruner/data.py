@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import PrunerError
+from .files import read_json
 from .graph import computing, context_length, evaluating, native
 
 
@@ -29,14 +30,15 @@ class HubText:
     column: str
     splits: dict[str, str]  # "train" and "test" -> split or data file
     by_file: bool = False
+    whole: str | None = None  # the data files of all of "train", where that has many: the first will do for a sample
 
 
 _PTB = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/{}/0000.parquet"
 HUB = {
     "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "text", {"train": "train", "test": "test"}),
     "ptb": HubText(
-        "parquet", None, "sentence", {"train": _PTB.format("train"), "test": _PTB.format("test")}, by_file=True
-    ),
+        "parquet", None, "sentence", {"train": _PTB.format("train"), "test": _PTB.format("validation")}, by_file=True
+    ),  # LLM-Pruner measures on its validation part
     "c4": HubText(
         "json",
         None,
@@ -46,28 +48,31 @@ HUB = {
             "test": "hf://datasets/allenai/c4/en/c4-validation.00000-of-00008.json.gz",
         },
         by_file=True,
+        whole="hf://datasets/allenai/c4/en/c4-train.*.json.gz",
     ),
-    "bookcorpus": HubText("rojagtap/bookcorpus", None, "text", {"train": "train", "test": "train"}),
+    "bookcorpus": HubText("rojagtap/bookcorpus", None, "text", {"train": "train"}),
 }
 EMBEDDED_TEXT = "python-docs"
 COLUMNS = ("text", "sentence", "content", "output")
-MAX_DOCUMENTS = 20_000  # of a hub data set: calibration and evaluation need a few
+SOME = 20_000  # documents of a hub data set: calibration and evaluation need a few
+CHUNK = 2**20  # characters of a text file that are looked at together
 
 
-def documents(name: str, split: str = "train") -> Iterator[str]:
-    """The texts of a data set, in order.
+def documents(name: str, split: str = "train", most: int | None = None) -> Iterator[str]:
+    """The texts of a data set, in order, as they come.
 
     Args:
         name: see the module.
         split: ``train`` (for calibration) or ``test`` (held out). A local file has one split.
+        most: of a data set on the hub, stop after so many.
 
     Raises:
-        PrunerError: no such data set or file, or a file without text.
+        PrunerError: no such data set, split or file, or a file without text.
     """
     if name == EMBEDDED_TEXT:
         return iter(_python_docs(split))
     if name in HUB:
-        return _from_hub(name, split)
+        return _from_hub(name, split, most)
     path = Path(name).expanduser()
     if not path.is_file():
         raise PrunerError(
@@ -75,7 +80,7 @@ def documents(name: str, split: str = "train") -> Iterator[str]:
         )
     if path.suffix not in (".txt", ".json", ".jsonl"):
         raise PrunerError(f"cannot read {name}: give a .txt, .json or .jsonl file")
-    return iter(_from_file(path))
+    return _from_file(path)
 
 
 def text(name: str, split: str = "test") -> str:
@@ -83,7 +88,7 @@ def text(name: str, split: str = "test") -> str:
     path = Path(name).expanduser()
     if path.suffix == ".txt" and path.is_file():
         return _read(path)
-    return "\n\n".join(documents(name, split))
+    return "\n\n".join(documents(name, split, SOME))
 
 
 def calibration(
@@ -108,7 +113,7 @@ def calibration(
     if samples < 1 or tokens < 2:
         raise PrunerError(f"a calibration set needs at least 1 sample of 2 tokens, not {samples} of {tokens}")
     rng = random.Random(seed)
-    pool: Iterable[str] = documents(name, "train")
+    pool: Iterable[str] = documents(name, "train", SOME)
     if seed is not None:
         pool = list(pool)
         rng.shuffle(pool)
@@ -186,6 +191,8 @@ def _take(rests: list[list[int]], i: int, rows: list[list[int]], tokens: int, rn
         start = 0 if rng is None else rng.randint(0, len(ids) - tokens)
         rows.append(ids[start : start + tokens])
         rests[i] = ids[start + tokens :]
+        if start >= tokens:
+            rests.append(ids[:start])
 
 
 def _python_docs(split: str) -> list[str]:
@@ -196,17 +203,20 @@ def _python_docs(split: str) -> list[str]:
     return [topics[name] for i, name in enumerate(names) if (i % 5 == 4) == (split == "test")]
 
 
-def _from_hub(name: str, split: str) -> Iterator[str]:
+def _from_hub(name: str, split: str, most: int | None) -> Iterator[str]:
     from datasets import load_dataset
 
     where = HUB[name]
+    if split not in where.splits:
+        raise PrunerError(f"{name} has no held-out part to measure on: choose another text")
+    files = where.whole if where.whole and most is None and split == "train" else where.splits[split]
     try:
         if where.by_file:
-            data = load_dataset(where.loader, data_files=where.splits[split], split="train", streaming=True)
+            data = load_dataset(where.loader, data_files=files, split="train", streaming=True)
         else:
             data = load_dataset(where.loader, where.config, split=where.splits[split], streaming=True)
         for i, row in enumerate(data):
-            if i == MAX_DOCUMENTS:
+            if i == most:
                 return
             yield row[where.column]
     except Exception as error:  # the hub client raises many kinds; the user needs one line
@@ -224,22 +234,43 @@ def _read(path: Path) -> str:
         raise PrunerError(f"cannot read {path}: {error}") from error
 
 
-def _from_file(path: Path) -> list[str]:
-    content = _read(path)
-    if path.suffix == ".txt":
-        return [part for part in content.split("\n\n") if part.strip()]
-    try:
-        rows = (
-            json.loads(content)
-            if path.suffix == ".json"
-            else [json.loads(line) for line in content.split("\n") if line.strip()]
-        )
-    except json.JSONDecodeError as error:
-        raise PrunerError(f"{path} is no valid {path.suffix[1:]}: {error}") from error
-    texts = [_row_text(path, row) for row in rows] if isinstance(rows, list) else []
-    if not texts:
+def _from_file(path: Path) -> Iterator[str]:
+    found = False
+    for row in _rows(path):
+        found = True
+        yield row if path.suffix == ".txt" else _row_text(path, row)
+    if not found:
         raise PrunerError(f"{path} holds no rows")
-    return texts
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    """What a file has, as it is read: paragraphs of a text, lines of JSON, the entries of a list."""
+    if path.suffix == ".json":
+        content = read_json(path)
+        yield from content if isinstance(content, list) else []
+        return
+    try:
+        with path.open(encoding="utf-8", newline="\n" if path.suffix == ".jsonl" else None) as file:
+            if path.suffix == ".jsonl":
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield _json(line, path, number)
+                return
+            rest = ""
+            while chunk := file.read(CHUNK):
+                *whole, rest = (rest + chunk).split("\n\n")
+                yield from (part for part in whole if part.strip())
+            if rest.strip():
+                yield rest
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrunerError(f"cannot read {path}: {error}") from error
+
+
+def _json(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise PrunerError(f"{path} is no valid jsonl: line {number}: {str(error)[:200]}") from error
 
 
 def _row_text(path: Path, row: object) -> str:

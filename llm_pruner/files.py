@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +31,18 @@ DISK = ("No space left", "os error 28", "Disk quota", "File too large", "file wr
 def digest(known: Any) -> str:
     """A short hash of anything that JSON can hold, to tell one from another; what JSON has not counts by its text."""
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        PrunerError: it cannot be read, or is no JSON that a program can hold.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # numbers of 5,000 digits, lists in lists without end
+        raise PrunerError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
 
 
 def write_text(path: Path, content: str) -> None:
@@ -57,12 +69,13 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a name that is none, there is nothing to remove either
+            temporary.unlink(missing_ok=True)
         raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextmanager
-def complete_folder(folder: str | Path, owned_if: str) -> Iterator[Path]:
+def complete_folder(folder: str | Path, owned_if: str, reads: str = "") -> Iterator[Path]:
     """A temporary folder that takes the place of ``folder`` when the block succeeds, and vanishes when it fails.
 
     What a process that was killed at the same folder left is cleared away first.
@@ -70,6 +83,7 @@ def complete_folder(folder: str | Path, owned_if: str) -> Iterator[Path]:
     Args:
         owned_if: an existing non-empty ``folder`` is replaced only if it holds this file, and nothing that is no part
             of a checkpoint or a run.
+        reads: a model that is read meanwhile, whose folder is not to be replaced.
 
     Raises:
         PrunerError: the folder cannot be written, is not ours, or another process is writing it.
@@ -77,6 +91,8 @@ def complete_folder(folder: str | Path, owned_if: str) -> Iterator[Path]:
     target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise PrunerError(f"{target} is a file; give a folder to write to")
+    if reads and target.exists() and Path(reads).expanduser().exists() and target.samefile(Path(reads).expanduser()):
+        raise PrunerError(f"{target} is the model that is read: give another folder to write to")
     leaving = ExitStack()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,9 +143,12 @@ def locked(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
         if file is None:
             yield False
             return
-        file.truncate(0)
-        file.write(f"{os.getpid()} {os.uname().nodename}")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()} {os.uname().nodename}")
+            file.flush()
+        except OSError as error:
+            raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error
         yield True
         file.truncate(0)
 

@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from .arguments import InspectArguments
 from .checkpoint import load, load_config, meta_model
 from .errors import PrunerError
+from .files import read_json
 from .graph import CouplingGraph, TraceError, Unit, trace
 from .graph.verify import PermutationReport, verify_units
 from .selection import PruningPlan
@@ -44,8 +45,8 @@ def is_plan(path: Path) -> bool:
     """Whether a file says of itself that it is a pruning plan."""
     if path.suffix != ".json" or not path.is_file():
         return False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return f'"format": "{FORMAT}"' in file.read(200)
+    found = read_json(path)
+    return isinstance(found, dict) and found.get("format") == FORMAT
 
 
 def _print_plan(plan: PruningPlan, args: InspectArguments) -> None:

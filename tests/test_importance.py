@@ -67,6 +67,26 @@ def test_taylor_is_the_papers_formula(variant, aggregation):
         torch.testing.assert_close(scores.values[path + unit], expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["hidden", "vocabulary"])
+@pytest.mark.parametrize("variant", ["param_first", "param_second", "param_mix"])
+def test_units_of_the_whole_model_too(variant, kind):
+    """What lies outside the layers counts once, with whatever is scored beside it."""
+    model, ids = build("llama"), tokens(3, 10)
+    graph = lp.trace(model)
+    (unit,) = graph.of_kind(kind)
+    values = element(model, ids, variant)
+    for kinds in (None, [kind]):
+        scores = lp.score(model, graph, ids, taylor=variant, kinds=kinds).values[unit.name]
+        for index in (0, 5, unit.size - 1):
+            parts = [
+                values[name].index_select(dim, positions).sum().item()
+                for name, dims in unit.slices(index).items()
+                for dim, positions in dims.items()
+                if values[name].ndim > 1 or not any(n != name and n.startswith(name[:-6]) for n in values)
+            ]
+            assert scores[index].item() == pytest.approx(sum(parts), rel=1e-3)
+
+
 def test_grouped_heads_collect_all_their_query_heads():
     """The score of a key-value group with aggregation sum is the sum over everything that goes with it."""
     model, ids = build("llama_grouped"), tokens(3, 10)

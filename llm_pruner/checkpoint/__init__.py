@@ -2,7 +2,18 @@
 
 from .card import upload, write_card
 from .integrity import check
-from .load import DEFAULT_MODEL, DTYPES, EMBEDDED, load, load_config, locate, meta_model, usable
+from .load import (
+    DEFAULT_MODEL,
+    DTYPES,
+    EMBEDDED,
+    identity,
+    load,
+    load_config,
+    load_tokenizer,
+    locate,
+    meta_model,
+    usable,
+)
 from .mapped import on_disk
 from .save import PLAN_FILE, save, write_checkpoint
 from .shards import Shards
@@ -18,8 +29,10 @@ __all__ = [
     "apply_to_files",
     "check",
     "cut_files",
+    "identity",
     "load",
     "load_config",
+    "load_tokenizer",
     "locate",
     "meta_model",
     "on_disk",

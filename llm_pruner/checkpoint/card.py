@@ -16,21 +16,21 @@ from ..heterogeneous import differs
 from ..selection import PruningPlan
 from ..version import __version__
 from .load import EMBEDDED, HUB_IDS, locate
-from .standalone import FILE
+from .standalone import FILE, auto_class
 
 PLAIN = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AUTO_CLASS, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER_OR_ID)
+model = AUTO_CLASS.from_pretrained(FOLDER_OR_ID)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER_OR_ID)
 ```"""
 DIFFERING = """Its layers have different widths (`per_layer_config`), so llm-pruner has to be imported first:
 
 ```python
 import llm_pruner  # pip install llm_pruner
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AUTO_CLASS, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER_OR_ID)
+model = AUTO_CLASS.from_pretrained(FOLDER_OR_ID)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER_OR_ID)
 ```"""
 STANDALONE = "Without llm_pruner, `trust_remote_code=True` reads it by the `{file}` that it carries."
@@ -69,7 +69,7 @@ def write_card(
     lines += _table(metrics, perplexities)
     if "command" in plan.settings:
         lines += ["", "```bash", str(plan.settings["command"]), "```"]
-    lines += ["", "## Use", "", DIFFERING if differs(config) else PLAIN]
+    lines += ["", "## Use", "", (DIFFERING if differs(config) else PLAIN).replace("AUTO_CLASS", auto_class(config))]
     if (folder / FILE).is_file():
         lines += ["", STANDALONE.format(file=FILE)]
     lines += ["", "`pruning_plan.json` says which indices of which weights stayed.", ""]
@@ -115,7 +115,7 @@ def _license(base: str) -> str | None:
     return str(found) if found else None
 
 
-def upload(folder: Path, repository: str, token: str | None = None, private: bool = False) -> str:
+def upload(folder: Path, repository: str, token: str | None = None) -> str:
     """Put a folder on the hub; returns its address.
 
     Raises:
@@ -124,7 +124,7 @@ def upload(folder: Path, repository: str, token: str | None = None, private: boo
     try:
         validate_repo_id(repository)
         api = HfApi(token=token)
-        address = api.create_repo(repository, private=private, exist_ok=True)
+        address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=f"llm-pruner {__version__}")
     except Exception as error:  # whatever the network does
         why = " ".join(str(error).split())[:300]

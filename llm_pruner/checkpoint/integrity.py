@@ -23,6 +23,8 @@ def check(folder: str | Path, trust_remote_code: bool = False) -> None:
     if not plan.weights:
         raise PrunerError(f"{folder / PLAN_FILE} has no hashes of weights: the folder was not written by this program")
     for name, expected in plan.weights.items():
+        if Path(name).name != name:
+            raise PrunerError(f"{folder / PLAN_FILE} names {name}, which is no file of its folder")
         if not (folder / name).is_file():
             raise PrunerError(f"{folder} lacks {name}, which its plan names: the checkpoint is incomplete")
         found = sha256(folder / name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from ..errors import PrunerError
+from ..files import read_json
 from .shards import INDEX, shard_files
 from .spread import spread
 
@@ -60,22 +60,34 @@ def load(
         token: access token for the hub.
         device_map: ``auto`` fills the GPUs with layers, one after the other, and leaves on the CPU what does not fit,
             to be brought in a layer at a time; ``device`` then says nothing.
-        verify: first compare the folder of a pruned model with the hashes in its plan.
+        verify: first compare the folder of a pruned model with the hashes in its plan; others have none.
 
     Raises:
         PrunerError: there is no such model or device, it is quantized, has no tokenizer, or nothing but pickles.
     """
-    path, gguf = locate(name)
+    path, _ = locate(name)
     if (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").is_file():
-        return _with_adapter(path, dtype, device, trust_remote_code, token, device_map)
+        return _with_adapter(path, dtype, device, trust_remote_code, revision, token, device_map, verify)
     model = load_model(name, dtype, device, trust_remote_code, revision, token, device_map, verify)
+    return model, load_tokenizer(name, trust_remote_code, revision, token, model.config)
+
+
+def load_tokenizer(
+    name: str,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    config: PreTrainedConfig | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, as :func:`load` gives it."""
+    path, gguf = locate(name)
     extra = {"gguf_file": gguf} if gguf else {}
     if Path(path).is_dir() and not any(any(Path(path).glob(p)) for p in TOKENIZERS) and not gguf:
         raise PrunerError(f"{name} has no tokenizer: put the original's files there ({TOKENIZERS[0]} and others)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             path,
-            config=model.config,
+            config=config,
             trust_remote_code=trust_remote_code,
             revision=revision or "main",
             token=token,
@@ -83,7 +95,6 @@ def load(
         )
     except Exception as error:  # transformers raises whatever its loaders raise; the user needs one line
         raise PrunerError(_explain(name, path, error)) from error
-    return model, tokenizer
 
 
 def usable(device: str | torch.device, name: str) -> None:
@@ -92,6 +103,8 @@ def usable(device: str | torch.device, name: str) -> None:
         found = torch.device(device)
     except RuntimeError as error:
         raise PrunerError(f"{name} {device!r} is no device; give cpu, cuda or cuda:N") from error
+    if found.type == "meta":
+        raise PrunerError(f"{name} {device!r} holds no weights; give cpu, cuda or cuda:N")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         there = f"{torch.cuda.device_count()} of them" if torch.cuda.is_available() else "no CUDA device"
         raise PrunerError(f"{name} {device}: there is {there} here; give {name} cpu")
@@ -115,10 +128,12 @@ def load_model(
     path, gguf = locate(name)
     if (Path(path) / INDEX).is_file():
         shard_files(Path(path))
-    if verify:
+    if verify and Path(path).is_dir() and gguf is None:  # what was not pruned has no hashes to compare with
         from .integrity import check
+        from .save import PLAN_FILE
 
-        check(path, trust_remote_code)
+        if (Path(path) / PLAN_FILE).is_file():
+            check(path, trust_remote_code)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", "token": token}
     if gguf is not None:
         common["gguf_file"] = gguf
@@ -155,19 +170,21 @@ def _with_adapter(
     dtype: str | torch.dtype,
     device: str | torch.device,
     trust_remote_code: bool,
+    revision: str | None,
     token: str | None,
     device_map: str | None,
+    verify: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that an adapter was trained on, with the adapter merged into it, and the adapter's tokenizer."""
     from peft import PeftModel
 
     if not (Path(path) / "adapter_model.safetensors").is_file():
         raise PrunerError(f"{path} holds no adapter_model.safetensors; pickles are never read")
-    try:
-        base = json.loads((Path(path) / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise PrunerError(f"{path}/{ADAPTER} does not say which model the adapter is for") from error
-    model, tokenizer = load(str(base), dtype, device, trust_remote_code, token=token, device_map=device_map)
+    told = read_json(Path(path) / ADAPTER)
+    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    if not isinstance(base, str) or (Path(base) / ADAPTER).is_file():
+        raise PrunerError(f"{path}/{ADAPTER} does not say which model the adapter is for")
+    model, tokenizer = load(base, dtype, device, trust_remote_code, revision, token, device_map, verify)
     try:
         merged = PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
         if any(Path(path).glob("tokenizer*.json")):
@@ -203,6 +220,13 @@ def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
             return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
     except Exception as error:  # constructors raise what they like
         raise PrunerError(_explain(config.name_or_path or type(config).__name__, "", error)) from error
+
+
+def identity(name: str) -> list[Any]:
+    """What tells a model from another of the same name: its files, their sizes and times, where it has a folder."""
+    path, gguf = locate(name)
+    files = sorted(Path(path).glob(gguf or "*.safetensors")) if Path(path).is_dir() else []
+    return [name, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
 
 
 def locate(name: str) -> tuple[str, str | None]:

@@ -41,13 +41,14 @@ def save(
     Raises:
         PrunerError: the folder cannot be written or holds something else than a checkpoint, or the hub refuses it.
     """
+    folder = Path(folder).expanduser()
     with complete_folder(folder, owned_if="config.json") as temporary:
         write_checkpoint(model, tokenizer, temporary, plan, standalone)
         if plan is not None:
-            write_card(model.config, temporary, plan, Path(folder).name)
+            write_card(model.config, temporary, plan, folder.name)
     if push_to_hub:
-        upload(Path(folder), push_to_hub, token)
-    return Path(folder)
+        upload(folder, push_to_hub, token)
+    return folder
 
 
 def write_checkpoint(
@@ -56,15 +57,20 @@ def write_checkpoint(
     folder: Path,
     plan: PruningPlan | None = None,
     standalone: bool = False,
+    cut: bool = False,
 ) -> None:
-    """Write the files of a checkpoint into a folder that somebody else completes."""
+    """Write the files of a checkpoint into a folder that somebody else completes.
+
+    Args:
+        cut: the tokenizer is known to be the pruned model's already.
+    """
     forget_modelling(model)
     model.save_pretrained(folder, max_shard_size=SHARD)
     if standalone:
         write_modelling(model, folder)
     if tokenizer is not None:
         kept = None if plan is None else plan.tokens
-        if kept is not None and len(tokenizer) > len(kept):  # the original's, not yet cut
+        if kept is not None and not (cut or _is_cut(tokenizer, kept)):
             cut_tokenizer(tokenizer, kept, folder)
         else:
             tokenizer.save_pretrained(folder)
@@ -73,3 +79,14 @@ def write_checkpoint(
         replace(plan, weights=weights).save(folder / PLAN_FILE)
     for file in folder.iterdir():  # safetensors writes for its owner alone
         file.chmod(0o644)
+
+
+def _is_cut(tokenizer: PreTrainedTokenizerBase, kept: list[int]) -> bool:
+    """Whether a tokenizer is the one that a plan left, and not the original's: it comes from such a checkpoint.
+
+    Its length does not tell: many models have more rows than their tokenizers have tokens.
+    """
+    file = Path(tokenizer.name_or_path) / PLAN_FILE
+    if len(tokenizer) > len(kept) or not file.is_file():
+        return False
+    return PruningPlan.load(file).tokens == kept

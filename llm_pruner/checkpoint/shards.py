@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -97,9 +97,6 @@ class Shards:
             if file.readinto(cast(Any, out.numpy())) != size:
                 raise PrunerError(f"{stored.file} ends within the tensor {name}")
         return (out.view(stored.dtype) if size else out.to(stored.dtype)).view(stored.shape)
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, self.read(name)) for name in self.tensors)
 
 
 def shard_files(folder: Path) -> tuple[list[Path], dict[str, str]]:

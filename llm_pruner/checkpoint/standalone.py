@@ -6,7 +6,7 @@ import inspect
 import json
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import heterogeneous
 
@@ -26,11 +26,15 @@ def write_modelling(model: PreTrainedModel, folder: Path) -> None:
     name = type(model).__name__
     source = inspect.getsource(heterogeneous).replace("import torch\n", "import torch\nimport transformers\n", 1)
     (folder / FILE).write_text(source + TAIL.format(name=name), encoding="utf-8")
-    auto_class = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["auto_map"] = {auto_class: f"{Path(FILE).stem}.{name}"}
+    config["auto_map"] = {auto_class(model.config): f"{Path(FILE).stem}.{name}"}
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def auto_class(config: PreTrainedConfig) -> str:
+    """The class of transformers that reads such a model."""
+    return "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
 
 
 def forget_modelling(model: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..errors import PrunerError
 from ..files import complete_folder
@@ -23,7 +23,7 @@ from .load import load_config, load_model, locate, meta_model
 from .mapped import on_disk
 from .save import PLAN_FILE, write_checkpoint
 from .shards import SINGLE, Shards, write_index, write_shard
-from .standalone import write_modelling
+from .standalone import forget_modelling, write_modelling
 
 # What a checkpoint has beside weights and config, and goes with it as it is.
 COMPANIONS = (
@@ -55,12 +55,13 @@ def apply_to_files(
     if gguf is not None or not Path(path).is_dir():
         raise PrunerError(f"{source} is no folder of safetensors: only these are cut file by file")
     plan = replace(plan, settings={"base_model": source, **plan.settings})
-    with complete_folder(target, owned_if="config.json") as folder:
+    target = Path(target).expanduser()
+    with complete_folder(target, owned_if="config.json", reads=source) as folder:
         pruned = cut_files(plan, source, folder, trust_remote_code)
         if standalone:
             write_modelling(pruned, folder)
-        write_card(pruned.config, folder, plan, Path(target).name)
-    return Path(target)
+        write_card(pruned.config, folder, plan, target.name)
+    return target
 
 
 def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -71,6 +72,9 @@ def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: b
     path, _ = locate(source)
     config = load_config(source, trust_remote_code)
     model = meta_model(config, trust_remote_code)
+    forget_modelling(model)
+    if model.can_generate() and (Path(path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
     shards = Shards(path)
     hidden = any(choice.kind == "hidden" for choice in plan.units.values())  # factors of its size show in logits only
     try:

@@ -4,7 +4,7 @@ from .compare import PROMPTS, Evaluation, Wanted, compare, evaluate, pad_id
 from .cost import macs, macs_budget, memory, memory_budget
 from .perplexity import Perplexity, check_length, parameter_count, perplexity, windows
 from .speed import Speed, speed
-from .table import Table, as_json, shown, table
+from .table import Table, as_json, measured_of, shown, table
 from .timing import latency, latency_budget
 from .zero_shot import PAPER_TASKS, ZeroShot, zero_shot
 
@@ -25,6 +25,7 @@ __all__ = [
     "latency_budget",
     "macs",
     "macs_budget",
+    "measured_of",
     "memory",
     "memory_budget",
     "pad_id",

@@ -36,9 +36,10 @@ def memory(model: PreTrainedModel, tokens: int = 2048, batch: int = 1) -> int:
     return weights + sum(t.numel() * t.element_size() for t in _tensors(cache))
 
 
-def macs_budget(model: PreTrainedModel, target: float | str, tokens: int = 128) -> Budget:
+def macs_budget(model: PreTrainedModel, target: float | str, tokens: int = 128, batch: int = 1) -> Budget:
     """At most so many multiply-accumulates: a fraction, or an amount such as ``"10G"``."""
-    return Budget("target_macs", target, _of_plan(model, lambda m: macs(m, tokens)), COUNTS, "multiply-accumulates")
+    measure = _of_plan(model, lambda m: macs(m, tokens, batch))
+    return Budget("target_macs", target, measure, COUNTS, "multiply-accumulates")
 
 
 def memory_budget(model: PreTrainedModel, target: float | str, tokens: int = 2048, batch: int = 1) -> Budget:

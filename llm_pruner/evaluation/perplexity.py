@@ -118,7 +118,12 @@ def perplexity(
             return first + others, tokens + more
 
     if batch_size is None:
-        total, tokens = find_executable_batch_size(measured, starting_batch_size=FITTING)()
+        try:
+            total, tokens = find_executable_batch_size(measured, starting_batch_size=FITTING)()
+        except RuntimeError as error:
+            if "reached zero" in str(error):  # accelerate's word for it
+                raise MemoryError("out of memory with one window at a time") from error
+            raise
     else:
         total, tokens = measured(batch_size)
     loss = total / tokens

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..arguments import EvaluateArguments, at_least, device_of, listed
+from ..arguments import EvaluateArguments, listed
 from ..checkpoint import load, locate
 from ..data import text
-from ..errors import PrunerError
 from ..files import write_text
 from ..provenance import provenance
 from .compare import PROMPTS, Evaluation, Wanted, compare
@@ -23,13 +22,9 @@ def measured(args: EvaluateArguments) -> list[Evaluation]:
     Raises:
         PrunerError: bad arguments, or a model, text or task that is not to be had.
     """
-    if not args.models:
-        raise PrunerError("name at least one model: llm-pruner evaluate MODEL [MODEL ...]")
-    at_least(args, 0, "batch_size", "max_windows", "stride", "tokens")
-    at_least(args, 1, "batch", "new_tokens")
+    args.check()
     for model in args.models:
         locate(model)
-    device = device_of("device", args.device)
     tasks = PAPER_TASKS if args.tasks == "paper" else tuple(listed(args.tasks))
     wanted = Wanted(
         {name: text(name, "test") for name in listed(args.datasets)},
@@ -48,7 +43,7 @@ def measured(args: EvaluateArguments) -> list[Evaluation]:
     )
 
     def loaded(name: str) -> Any:
-        return load(name, args.dtype, device, args.trust_remote_code, verify=args.verify)
+        return load(name, args.dtype, args.device, args.trust_remote_code, verify=args.verify)
 
     return compare(args.models, loaded, wanted)
 

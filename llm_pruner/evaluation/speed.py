@@ -13,7 +13,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..graph import evaluating
-from .timing import latency, random_ids
+from ..graph.verify import random_tokens
+from .timing import latency
 
 REPEATS = 3
 
@@ -44,7 +45,7 @@ def speed(model: PreTrainedModel, tokens: int = 128, batch: int = 1, new_tokens:
     prefill = batch * tokens / (latency(model, tokens, batch) / 1e6)
     decode = None
     if model.can_generate() and not model.config.is_encoder_decoder:
-        ids = random_ids(model, min(tokens, 16), batch)
+        ids = random_tokens(model, batch, min(tokens, 16))
         both = [_seconds(lambda count=count: _generate(model, ids, count), model) for count in (1, 1 + new_tokens)]  # type: ignore[misc]
         decode = batch * new_tokens / (both[1] - both[0])  # without reading the prompt
     return Speed(tokens, batch, new_tokens, prefill, decode, peak())

@@ -65,6 +65,12 @@ class Table:
         return "\n".join([*lines, "\\end{tabular}"]) + "\n"
 
 
+def measured_of(found: list[Evaluation], task: str) -> list[str]:
+    """The names of what a task measures, accuracies first; no standard errors."""
+    names = dict.fromkeys(name for one in found for name in one.tasks.get(task, {}) if "stderr" not in name)
+    return sorted(names, key=lambda name: name not in ("acc", "acc_norm"))
+
+
 def table(found: list[Evaluation]) -> Table:
     """One table of all measurements."""
     rows: list[tuple[str, str, list[float | None]]] = []
@@ -89,7 +95,7 @@ def table(found: list[Evaluation]) -> Table:
     for title in dict.fromkeys(title for one in found for title in one.perplexity if different):
         add(f"perplexity of a byte, {title}", "{:.4f}", lambda e, t=title: e.perplexity[t].per_byte)  # type: ignore[misc]
     for task in dict.fromkeys(task for one in found for task in one.tasks):
-        for metric in ("acc", "acc_norm"):
+        for metric in measured_of(found, task):
             add(f"{task}, {metric}", "{:.4f}", lambda e, t=task, m=metric: e.tasks.get(t, {}).get(m))  # type: ignore[misc]
     add("tokens/s, prefill", "{:.0f}", lambda e: e.speed.prefill if e.speed else None)
     add("tokens/s, decode", "{:.1f}", lambda e: e.speed.decode if e.speed else None)

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import PrunerError
 from ..graph import CouplingGraph, Layers, evaluating, layer_lists, model_inputs
+from ..graph.verify import random_tokens
 from ..selection import Budget, PruningPlan
 from ..surgery import apply
 
@@ -52,13 +53,6 @@ def latency_budget(
     """
     table = LatencyTable(model, graph, kinds, tokens, batch)
     return Budget("target_latency", target, table.predict, MICROSECONDS, "microseconds")
-
-
-def random_ids(model: PreTrainedModel, tokens: int, batch: int) -> torch.Tensor:
-    """Token ids ``[batch, tokens]`` where the model lies, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
-    return torch.randint(0, vocabulary, (batch, tokens), generator=generator).to(model.device)
 
 
 class LatencyTable:
@@ -160,7 +154,7 @@ def _shared(times: dict[Layer, float], alike: dict[Layer, Any]) -> dict[Layer, f
 @torch.no_grad()
 def _timed(model: PreTrainedModel, tokens: int, batch: int) -> tuple[float, dict[Layer, float]]:
     """Microseconds of a forward pass, and of each layer in it: medians of a few passes, after one to warm up."""
-    ids = random_ids(model, tokens, batch)
+    ids = random_tokens(model, batch, tokens)
     inputs = model_inputs(model, ids)
     # Events of the device's own clock, so that kernels queue up as they do when nobody looks.
     cuda = model.device.type == "cuda"

@@ -28,11 +28,6 @@ class ZeroShot:
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
 
-    def accuracy(self, task: str) -> float:
-        """Normalised by length where the task has it, as LLM-Pruner reports."""
-        found = self.tasks[task]
-        return found.get("acc_norm", found.get("acc", float("nan")))
-
 
 def zero_shot(
     model: PreTrainedModel,

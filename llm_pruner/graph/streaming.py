@@ -36,7 +36,8 @@ class Compute:
 
     def on(self, device: torch.device) -> Compute:
         """The same on another device."""
-        if device == self.device or (self.spread and device.type == self.device.type):
+        same = device.type == self.device.type and None in (device.index, self.device.index)  # cuda is cuda:0
+        if same or device == self.device or (self.spread and device.type == self.device.type):
             return self
         return Compute(device, torch.bfloat16 if device.type != "cpu" else torch.float32)
 

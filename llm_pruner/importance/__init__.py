@@ -2,7 +2,7 @@
 
 from .aggregate import AGGREGATIONS, SCORES_FILE, Scores
 from .depth import BY_POSITION, STRATEGIES
-from .score import CRITERIA, NEED_CALIBRATION, OF_WEIGHTS, score
+from .score import CRITERIA, NEED_CALIBRATION, calibration_of, score
 from .taylor import VARIANTS
 
 __all__ = [
@@ -10,10 +10,10 @@ __all__ = [
     "BY_POSITION",
     "CRITERIA",
     "NEED_CALIBRATION",
-    "OF_WEIGHTS",
     "SCORES_FILE",
     "STRATEGIES",
     "VARIANTS",
     "Scores",
+    "calibration_of",
     "score",
 ]

@@ -58,13 +58,12 @@ def backward(
     rows = 1 if per_sample else max(1, TOKENS // ids.shape[1])
     batches = list(ids.to(compute.device).split(rows))
     shares = [1.0 if per_sample else len(batch) / len(ids) for batch in batches]
-    sweep = _Sweep(model, wanted, compute, visit, done, per_sample)
-    rest = wanted & sweep.stand_ins.names()
+    # Gradients of what lies outside the blocks add up over a whole pass: there, every sample needs one of its own.
+    rest = wanted & StandIns(model, lambda _, tensor: tensor).names() if per_sample else set()
     losses = []
-    if wanted - rest or not per_sample:
-        losses = sweep.run(batches, shares)
-    if rest and per_sample:
-        # Their gradients add up over a whole pass, so that every sample needs one of its own.
+    if wanted - rest or not rest:
+        losses = _Sweep(model, wanted - rest, compute, visit, done, per_sample).run(batches, shares)
+    if rest:
         sweep = _Sweep(model, rest, compute, visit, lambda *_: None, per_sample)
         losses = [sweep.run([batch], [1.0])[0] for batch in batches]
         named = dict(model.named_parameters())

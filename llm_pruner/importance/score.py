@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
-from ..graph import Compute, CouplingGraph, Unit, context_length, native, sources
+from ..graph import KINDS, Compute, CouplingGraph, Unit, context_length, native, sources
 from .activation import activation
 from .aggregate import AGGREGATIONS, Salience, Scores, aggregate, load_salience, save_salience, slices_of
 from .depth import BY_POSITION, STRATEGIES, depth
@@ -32,7 +32,7 @@ class Request:
 
     @property
     def tokens(self) -> torch.Tensor:
-        return checked(self.model, self.calibration)
+        return calibration_of(self.model, self.calibration)
 
 
 # A criterion returns numbers per channel; ``random`` needs none.
@@ -45,7 +45,6 @@ CRITERIA: dict[str, Callable[[Request], Salience] | None] = {
     "wanda": lambda r: activation(r.model, r.slices, r.tokens, "wanda", r.compute),
     "flap": lambda r: activation(r.model, r.slices, r.tokens, "flap", r.compute),
 }
-OF_WEIGHTS = ("random", "l1", "l2")  # need no forward pass
 READING = ("activation", "wanda", "flap")  # know only the slices that read a unit
 NEED_CALIBRATION = ("taylor", *READING, *(name for name in STRATEGIES if name not in BY_POSITION))
 
@@ -97,6 +96,12 @@ def score(
             raise PrunerError(f"unknown {what} {value!r}; choose from {', '.join(allowed)}")
     if isinstance(kinds, str):
         kinds = (kinds,)
+    for kind in kinds or ():
+        if kind not in KINDS:
+            raise PrunerError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
+    _check_graph(model, graph)
+    if weights is None and criterion not in (*BY_POSITION, "random") and any(p.is_meta for p in model.parameters()):
+        raise PrunerError(f"{criterion} needs weights, and this model has none: load it with llm_pruner.load")
     units: list[Unit] = graph.units if kinds is None else graph.of_kind(*kinds)
     settings = {"criterion": criterion, "aggregation": aggregation, "seed": seed}
     how = native(model) if device is None else native(model).on(torch.device(device))
@@ -104,7 +109,7 @@ def score(
         kinds = ["layers"] if kinds is None else list(kinds)
         if kinds != ["layers"]:
             raise PrunerError(f"{criterion} scores layers only: give kinds=['layers'], or another criterion")
-        ids = None if criterion in BY_POSITION else checked(model, calibration)
+        ids = None if criterion in BY_POSITION else calibration_of(model, calibration)
         stacks = graph.of_kind("layers")
         return Scores({u.name: depth(model, u, criterion, ids, how, most) for u in stacks}, settings)
     compute = CRITERIA[criterion]
@@ -135,8 +140,20 @@ def score(
     return Scores(values, settings)
 
 
-def checked(model: PreTrainedModel, calibration: torch.Tensor | None) -> torch.Tensor:
-    """The calibration set, if it is one that the model can read."""
+def _check_graph(model: PreTrainedModel, graph: CouplingGraph) -> None:
+    held = sources(model)
+    for name, shape in graph.shapes.items():
+        there = tuple(held[name].shape) if name in held else "absent"
+        if there != tuple(shape):
+            raise PrunerError(f"the graph is of another model: {name} is {list(shape)} in it, here {there}")
+
+
+def calibration_of(model: PreTrainedModel, calibration: torch.Tensor | None) -> torch.Tensor:
+    """The calibration set, if it is one that the model can read.
+
+    Raises:
+        PrunerError: it is none, or has token ids or a length that the model cannot read.
+    """
     if calibration is None:
         raise PrunerError("this criterion needs a calibration set: a LongTensor [samples, tokens]")
     if not isinstance(calibration, torch.Tensor):
@@ -146,6 +163,8 @@ def checked(model: PreTrainedModel, calibration: torch.Tensor | None) -> torch.T
             f"calibration must be a LongTensor [samples >= 1, tokens >= 2], not {calibration.dtype} "
             f"{list(calibration.shape)}"
         )
+    if model.config.is_encoder_decoder and calibration.shape[1] < 3:
+        raise PrunerError("an encoder-decoder predicts one half of a sample from the other: give 3 tokens or more")
     weight = cast(torch.Tensor, model.get_input_embeddings().weight)
     if int(calibration.max()) >= weight.shape[0] or int(calibration.min()) < 0:
         raise PrunerError(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ..arguments import at_least, device_of, flag, listed, one_of
 from ..checkpoint import DEFAULT_MODEL, DTYPES
 from ..data import EMBEDDED_TEXT
 from ..errors import PrunerError
+from ..files import read_json
 from ..graph import KINDS, CouplingGraph
 from ..importance import AGGREGATIONS, CRITERIA, STRATEGIES, VARIANTS
 from ..selection import NORMALIZERS
@@ -250,7 +249,7 @@ class PruneArguments:
         out = []
         for entry in listed(getattr(self, name)):
             where, _, number = entry.rpartition(".")
-            if not number.isdigit():
+            if not number.isdecimal():
                 raise PrunerError(f"--{name} {entry!r} is no number: give them by comma, such as 4,7 or encoder.4")
             out.append((where, int(number)))
         return out
@@ -264,12 +263,9 @@ class PruneArguments:
         """
         out: dict[str, Any] = {}
         if self.target_config:
-            try:
-                out = json.loads(Path(self.target_config).read_text(encoding="utf-8"))
-                if not isinstance(out, dict):
-                    raise ValueError("no object")
-            except (OSError, ValueError) as error:
-                raise PrunerError(f"cannot read --target_config {self.target_config}: {error}") from error
+            out = read_json(self.target_config)
+            if not isinstance(out, dict):
+                raise PrunerError(f"--target_config {self.target_config} holds no config: give an object of fields")
             for name in ABOUT_A_FILE:
                 out.pop(name, None)
         return out | {name: getattr(self, name) for name in SHAPE if getattr(self, name) is not None}

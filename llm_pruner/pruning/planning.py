@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..checkpoint import locate
+from ..checkpoint import identity
 from ..errors import PrunerError
 from ..evaluation import latency_budget, macs_budget, memory_budget, parameter_count
 from ..files import digest
@@ -182,14 +182,11 @@ def _cache(
     """The file for what scoring finds: named after all that it depends on, of the model its files' sizes and times."""
     if not args.score_cache or args.pruner_type == "random":
         return None
-    path, gguf = locate(args.base_model)
-    files = sorted(Path(path).glob(gguf or "*.safetensors")) if Path(path).is_dir() else []
-    model = [args.base_model, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
     samples = None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest()
     gone = [{name: choice.kept.tolist() for name, choice in plan.units.items()} for plan in plans]
     blocks = [plan.blocks for plan in plans]
     how = [args.pruner_type, args.taylor, sorted(kinds), args.dtype, args.device, args.stream]
-    return Path(args.score_cache) / f"{digest([model, samples, gone, blocks, how])}.safetensors"
+    return Path(args.score_cache) / f"{digest([identity(args.base_model), samples, gone, blocks, how])}.safetensors"
 
 
 def _budget(
@@ -205,7 +202,7 @@ def _budget(
         if args.target_params is not None:
             return parameter_budget(graph, args.target_params)
         if args.target_macs is not None:
-            return macs_budget(model, args.target_macs, args.budget_tokens)
+            return macs_budget(model, args.target_macs, args.budget_tokens, args.budget_batch)
         if args.target_memory is not None:
             return memory_budget(model, args.target_memory, args.budget_tokens, args.budget_batch)
         if args.target_latency is not None:

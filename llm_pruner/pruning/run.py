@@ -179,7 +179,7 @@ def _loaded(*how: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def files_do(args: PruneArguments) -> bool:
     """Whether the weights can stay in their files all along: nothing asked for computes with the model."""
     evaluated = args.eval_datasets.strip() or args.test_before_train or args.test_after_train
-    by_weights = args.iterative_steps == 1 and not needs_calibration(args)
+    by_weights = args.iterative_steps == 1 and not args.shares and not needs_calibration(args)
     path, gguf = locate(args.base_model)
     return bool(
         args.stream and by_weights and not evaluated and args.compensate == "none" and not gguf and Path(path).is_dir()
@@ -211,6 +211,8 @@ def _on_files(args: PruneArguments, folder: Path) -> dict[str, Any]:
 def _keep(args: PruneArguments, plan: PruningPlan, scores: Scores | None, folder: Path) -> None:
     """Write the plan, and the scores that it was made by."""
     plan.settings |= {"base_model": args.base_model, "command": shlex.join(sys.argv)}
+    if args.shape:
+        plan.settings["shape"] = args.shape
     plan.save(folder / PLAN_FILE)
     if scores is not None:
         scores.save(folder / SCORES_FILE)
@@ -300,7 +302,8 @@ def _evaluation_windows(
     args: PruneArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, torch.Tensor]:
     """Every evaluation text cut into windows, before any work is done: a missing text is found out at once."""
-    check_length(model, args.max_seq_len)
+    if listed(args.eval_datasets):
+        check_length(model, args.max_seq_len)
     return {
         name: windows(tokenizer, text(name, "test"), args.max_seq_len, args.max_windows or None)
         for name in listed(args.eval_datasets)

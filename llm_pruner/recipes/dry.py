@@ -15,7 +15,8 @@ from ..graph import layer_lists, trace
 from ..importance import BY_POSITION
 from ..pruning import PruneArguments, Stopwatch, make_plan
 from ..selection import PruningPlan
-from ..surgery import apply, in_memory
+from ..surgery import apply, in_memory, uniform_config
+from ..vocabulary.choosing import room
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -44,6 +45,8 @@ def dry_run(recipe: Recipe, steps: list[Step]) -> list[list[str]]:
             model, guessed = _cut(args, model)
         elif step.stage.command == "apply":
             model, guessed = apply(model, PruningPlan.load(args.plan)), False
+        elif step.stage.command == "to-uniform":
+            model, guessed = meta_model(uniform_config(model.config), trust), False
         else:
             rows.append([step.stage.name, *[""] * (len(HEADS) - 1)])
             continue
@@ -84,12 +87,9 @@ def _pruned(args: PruneArguments, model: PreTrainedModel) -> tuple[PreTrainedMod
 def _cut(args: VocabArguments, model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
     graph = trace(model)
     (unit,) = graph.of_kind("vocabulary")
-    count, guessed = unit.size, True
-    try:
-        number = float(args.keep or "")
-        count, guessed = int(number * unit.size if number <= 1 else min(number, unit.size)), False
-    except ValueError:  # by coverage, by count, by script: the texts would have to be read
+    count = room(args.keep, unit.size)[0] if args.keep else None
+    if count is None:  # the texts would have to be read
         return model, True
     plan = PruningPlan()
     plan.keep(unit, torch.arange(count), graph.shapes)
-    return apply(model, plan) if count < unit.size else model, guessed
+    return apply(model, plan) if count < unit.size else model, False

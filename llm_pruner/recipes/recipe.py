@@ -150,8 +150,6 @@ EXECUTOR = {
 
 def arguments_schema(command: str) -> dict[str, Any]:
     fields = {name: schema_of(kind) for name, kind in KINDS[command].fields.items()}
-    if command == "evaluate":  # beside the model at hand, others may be named
-        fields["models"] = {"type": "array", "items": {"type": "string"}}
     return {"type": ["object", "null"], "properties": fields, "additionalProperties": False}
 
 
@@ -160,6 +158,8 @@ def schema() -> dict[str, Any]:
     stages = []
     for command in KINDS:
         arguments = arguments_schema(command)
+        if command == "evaluate":  # others, to compare the model at hand with
+            arguments["properties"]["models"] = {"type": "array", "items": {"type": "string"}}
         arguments["properties"] = {
             "name": {"type": "string", "pattern": r"^[\w][\w.-]{0,59}$"},
             **arguments["properties"],
@@ -261,8 +261,8 @@ def recipe_of(document: Mapping[str, Any], lines: Mapping[Path_, int], path: str
         ((command, given),) = entry.items()
         given = dict(given or {})
         name = given.pop("name", command)
-        if any(stage.name == name for stage in stages) and "name" in (entry[command] or {}):
-            raise fault(path, lines, ("stages", i), f"two stages are called {name!r}")
+        if any(stage.name == name for stage in stages):
+            raise fault(path, lines, ("stages", i), f"two stages are called {name!r}: give one a name of its own")
         stages.append(Stage(command, name, given))
     executor = document.get("executor", {})
     return Recipe(
@@ -273,7 +273,7 @@ def recipe_of(document: Mapping[str, Any], lines: Mapping[Path_, int], path: str
         document.get("sweep"),
         list(document.get("seeds", [])),
         {"kind": executor} if isinstance(executor, str) else dict(executor),
-        document.get("keep_models", "sweep" not in document),
+        document.get("keep_models", "sweep" not in document and not document.get("seeds")),
         path,
         dict(lines),
     )

@@ -27,12 +27,14 @@ from .executors import EXECUTORS, POLL, run_command
 from .launch import Launch
 from .points import Point, points_of
 from .recipe import Recipe, fault, near, read
+from .stages import done
 from .tables import Row, cells, of_points, of_stages, write_points, write_stages
-from .work import carried_out, evaluated, let_go, steps_of
+from .work import carried_out, evaluated, evaluation, let_go, steps_of
 
 LOG_FILE, SWEEP_FILE, POINTS = "run.log", "sweep.json", "points"
 MANY = 200  # points that need --yes
 WIDTH = 160
+KILLED = "the process was killed: out of memory, perhaps"
 
 
 def run(args: RunArguments) -> Path | None:
@@ -54,10 +56,12 @@ def run(args: RunArguments) -> Path | None:
     if args.worker:
         with keeping_model():
             for point in points:
-                attended(point, output, recipe.keep_models)
+                attended(point, output)
+                if not recipe.keep_models:
+                    _let_go(point, points, output)
         return output
     if args.status:
-        _watch(points, output)
+        _watch(points, output, sweep)
         return None
     for point in points:
         _checked(point)
@@ -107,9 +111,9 @@ def _swept(recipe: Recipe, points: list[Point], output: Path, arguments: list[st
 
     def died(worker: int) -> bool:
         """A worker that was killed has not noted it itself. One that was at no point is not replaced."""
-        held = [p for p in points if record(p, output) is None and holder(output, _lock(p))[0] == worker]
+        held = [p for p in points if worker and record(p, output) is None and holder(output, _lock(p))[0] == worker]
         for point in held:
-            _note(point, output, {"error": "the process was killed: out of memory, perhaps"})
+            _note(point, output, {"error": KILLED})
         return bool(held) and any(record(point, output) is None for point in points)
 
     if missing:
@@ -117,6 +121,11 @@ def _swept(recipe: Recipe, points: list[Point], output: Path, arguments: list[st
         EXECUTORS[recipe.executor["kind"]](
             run_command(arguments, "--worker"), recipe.executor, len(missing), output, died
         )
+        for point in points:  # jobs that were killed on other machines have not noted it either
+            if record(point, output) is None and holder(output, _lock(point))[0]:
+                with locked(output, _lock(point), wait=False) as free:
+                    if free:
+                        _note(point, output, {"error": KILLED})
     rows: list[Row] = [found["row"] for point in points if "row" in (found := record(point, output) or {})]
     if rows and recipe.evaluate is not None and len({point.recipe.model for point in points}) == 1:
         model = points[0].recipe.model
@@ -141,7 +150,17 @@ def _lost(_: int) -> bool:
     raise PrunerError("the job failed: its log says why; the same command goes on with it")
 
 
-def attended(point: Point, output: Path, keep: bool) -> None:
+def _let_go(point: Point, points: list[Point], output: Path) -> None:
+    """Remove the weights of a finished point that none still to come begins with."""
+    if "row" not in (record(point, output) or {}):
+        return
+    needed = {s.key for other in points if record(other, output) is None for s in steps_of(other.recipe)}
+    for step in steps_of(point.recipe):
+        if step.key not in needed:
+            let_go(step)
+
+
+def attended(point: Point, output: Path) -> None:
     """Do a point, unless it is done or another worker is at it; what goes wrong is noted, and stops no other."""
     with locked(output, _lock(point), wait=False) as free:
         if not free or record(point, output) is not None:
@@ -149,7 +168,7 @@ def attended(point: Point, output: Path, keep: bool) -> None:
         start = time.perf_counter()
         try:
             with logging_to(_file(point, output).with_suffix(".log")):
-                row = _done(point, keep)
+                row = _done(point)
         except PrunerError as error:
             found: dict[str, Any] = {"error": " ".join(str(error).split())}
         except Exception as error:
@@ -159,7 +178,7 @@ def attended(point: Point, output: Path, keep: bool) -> None:
         _note(point, output, found | {"seconds": round(time.perf_counter() - start, 2)})
 
 
-def _done(point: Point, keep: bool) -> Row:
+def _done(point: Point) -> Row:
     """The measurements of what the last stage of a point leaves, and the seconds that its stages took."""
     recipe, steps = point.recipe, steps_of(point.recipe)
     last = next((step for step in reversed(steps) if step.leaves is not None), None)
@@ -168,8 +187,6 @@ def _done(point: Point, keep: bool) -> Row:
     if recipe.evaluate is not None and last is not None:
         evaluated(recipe, recipe.model, recipe.model)
         row = evaluated(recipe, str(last.leaves), last.key)
-    if last is not None and not keep:
-        let_go(last)
     return row | {"seconds": round(sum(note["seconds"] for note in notes), 1)}
 
 
@@ -212,21 +229,29 @@ def _same_sweep(recipe: Recipe, points: list[Point], output: Path) -> None:
     write_text(file, json.dumps({"recipe": recipe.path, "varied": varied, **provenance()}, indent=1) + "\n")
 
 
-def _watch(points: list[Point], output: Path) -> None:
-    """A table of the points, live on a terminal until all are done."""
+def _watch(points: list[Point], output: Path, sweep: bool) -> None:
+    """A table of the points, or of the stages of the only one, live on a terminal until all are done."""
+    steps = steps_of(points[0].recipe)
+
+    def states() -> list[list[str]]:
+        if not sweep:
+            notes = [done(step.folder) for step in steps]
+            entries = [(i, s.stage.name, s.key, note) for i, (s, note) in enumerate(zip(steps, notes, strict=True), 1)]
+        else:
+            found = [record(point, output) for point in points]
+            entries = [(p.number, p.name, _lock(p), note) for p, note in zip(points, found, strict=True)]
+        rows = []
+        for number, name, lock, told in entries:
+            process, lives = holder(output, lock)
+            state, note = ("running" if lives else "interrupted") if process else "waiting", ""
+            if told is not None:
+                seconds = told.get("row", told).get("seconds")
+                state, note = ("failed", told["error"]) if "error" in told else ("done", f"{seconds} s")
+            rows.append([str(number), name, state, note])
+        return rows
 
     def table() -> Any:
-        rows = [["run", "what", "state", ""]]
-        for point in points:
-            found = record(point, output)
-            if found is None:
-                process, lives = holder(output, _lock(point))
-                state, note = ("running" if lives else "interrupted") if process else "waiting", ""
-            else:
-                row = found.get("row", {})
-                state, note = ("failed", found["error"]) if "error" in found else ("done", f"{row['seconds']} s")
-            rows.append([str(point.number), point.name, state, note])
-        return shown(rows)
+        return shown([["run" if sweep else "stage", "what", "state", ""], *states()])
 
     if not output.is_dir():
         raise PrunerError(f"there is no {output}: nothing was run yet")
@@ -234,7 +259,7 @@ def _watch(points: list[Point], output: Path) -> None:
         Console(width=WIDTH).print(table())
         return
     with Live(table(), refresh_per_second=1) as live:
-        while any(record(point, output) is None for point in points):
+        while any(state in ("running", "waiting") for _, _, state, _ in states()):
             time.sleep(5 * POLL)
             live.update(table())
 
@@ -251,11 +276,14 @@ def _passed_on(args: RunArguments) -> list[str]:
 def _checked(point: Point) -> None:
     """Refuse a stage that cannot work before the first one is run."""
     recipe = point.recipe
+    try:
+        evaluation(recipe, recipe.model).check()
+    except PrunerError as error:
+        raise fault(recipe.path, recipe.lines, ("evaluate",), str(error)) from error
     for i, step in enumerate(steps_of(recipe)):
         try:
             args = step.arguments()
-            if hasattr(args, "check"):
-                args.check()
+            args.check()
         except PrunerError as error:
             where = f" (run {point.number}: {point.name})" if point.values else ""
             raise fault(recipe.path, recipe.lines, ("stages", i), f"{error}{where}") from error

@@ -50,10 +50,10 @@ class Kind:
     def build(self, given: Mapping[str, Any], model: str | None, folder: Path) -> Any:
         """The arguments of a stage that reads ``model`` and writes to ``folder``."""
         fields = self.fields
-        values = {name: converted(value, fields[name]) for name, value in given.items()}
-        reads = {self.reads: [model] if self.reads == "models" else model} if self.reads and model else {}
-        if self.reads == "models" and "models" in given:
-            reads = {}
+        values = {name: converted(value, fields[name]) for name, value in given.items() if name != self.reads}
+        reads: dict[str, Any] = {self.reads: model} if self.reads and model else {}
+        if self.reads == "models":  # those named come first: the first is compared to
+            reads = {"models": [*given.get("models", []), *([model] if model else [])]}
         return self.arguments(**(reads | values | self.sets(folder)))
 
 
@@ -112,6 +112,8 @@ def schema_of(kind: Any) -> dict[str, Any]:
 def converted(value: Any, kind: Any) -> Any:
     """A value of a recipe as the command wants it."""
     kinds = plain(kind)
+    if int in kinds and isinstance(value, float) and value.is_integer():  # 1e4
+        return int(value)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if str in kinds and isinstance(value, list):

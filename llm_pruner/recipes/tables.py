@@ -63,7 +63,8 @@ def of_points(rows: list[Row], varied: Sequence[str]) -> list[Row]:
     keys = [key for key in varied if key != "seed"]
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(json.dumps([row.get(key) for key in keys], default=str), []).append(row)
+        which = [row.get("point") == 0, *(row.get(key) for key in keys)]
+        groups.setdefault(json.dumps(which, default=str), []).append(row)
     out = []
     for group in groups.values():
         one: Row = {key: group[0].get(key) for key in keys}
@@ -77,8 +78,8 @@ def of_points(rows: list[Row], varied: Sequence[str]) -> list[Row]:
                 one[key] = (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
             elif values:
                 one[key] = values[0]
-        if keys and group[0].get("point") == 0:
-            one[keys[0]] = ORIGINAL
+        if group[0].get("point") == 0:
+            one = {"run": ORIGINAL} | one if not keys else one | {keys[0]: ORIGINAL}
         out.append(one)
     return out
 

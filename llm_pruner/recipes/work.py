@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..arguments import EvaluateArguments
-from ..evaluation import as_json
+from ..evaluation import as_json, measured_of
 from ..evaluation.run import measured
 from ..files import digest, locked, write_text
 from ..logs import log
@@ -78,9 +79,10 @@ def carried_out(steps: list[Step], index: int, launch: Launch) -> dict[str, Any]
         if note is not None:
             log.info("%s: finished before (%s)", step.stage.name, step.folder)
             return note
-        if index and (made := steps[index - 1].leaves) is not None and not any(made.glob("*.safetensors")):
-            (steps[index - 1].folder / DONE).unlink(missing_ok=True)
-            carried_out(steps, index - 1, launch)
+        before = next((i for i in reversed(range(index)) if steps[i].leaves is not None), None)
+        if before is not None and not any(Path(step.model).glob("*.safetensors")):
+            (steps[before].folder / DONE).unlink(missing_ok=True)
+            carried_out(steps, before, launch)
         log.info("%s: %s", step.stage.name, step.stage.command)
         start = time.perf_counter()
         action = launch.run if step.stage.command == "recover" and launch.several else COMMANDS[step.stage.command][1]
@@ -99,16 +101,24 @@ def carried_out(steps: list[Step], index: int, launch: Launch) -> dict[str, Any]
 
 
 def let_go(step: Step) -> None:
-    """Remove the weights that a stage left; its plan and its metrics stay."""
-    if (folder := step.leaves) is not None:
-        for file in folder.glob("*.safetensors"):
-            file.unlink()
+    """Remove the weights that a stage left, checkpoints of training too; its plan and its metrics stay."""
+    if step.leaves is not None:
+        for checkpoint in step.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        for file in step.folder.rglob("*.safetensors"):
+            file.unlink(missing_ok=True)
+
+
+def evaluation(recipe: Recipe, model: str) -> EvaluateArguments:
+    """What a recipe wants measured of every model."""
+    fields = KINDS["evaluate"].fields
+    values = {name: converted(value, fields[name]) for name, value in (recipe.evaluate or {}).items()}
+    return EvaluateArguments(models=[model], **({"tokens": 0} | values))
 
 
 def evaluated(recipe: Recipe, model: str, key: str) -> dict[str, Any]:
     """Measurements of a model as a row of a table; measured once, and kept."""
-    given = {name: value for name, value in (recipe.evaluate or {}).items() if name != "models"}
-    key = digest([key, given])
+    key = digest([key, recipe.evaluate or {}])
     output = Path(recipe.output)
     file = output / EVALUATIONS / key / "evaluation.json"
     with locked(output, key):
@@ -117,16 +127,14 @@ def evaluated(recipe: Recipe, model: str, key: str) -> dict[str, Any]:
         except (OSError, ValueError, KeyError):
             pass
         log.info("measuring %s", model)
-        fields = KINDS["evaluate"].fields
-        values = {name: converted(value, fields[name]) for name, value in given.items()}
-        found = measured(EvaluateArguments(models=[model], **({"tokens": 0} | values)))
+        found = measured(evaluation(recipe, model))
         one = found[0]
         row: dict[str, Any] = {"parameters": one.parameters, "macs": one.macs}
         for name, result in one.perplexity.items():
-            title = Path(name).stem
+            title = Path(name).stem if len({Path(n).stem for n in one.perplexity}) == len(one.perplexity) else name
             row |= {f"perplexity {title}": result.perplexity, f"per byte {title}": result.per_byte}
         for task, metrics in one.tasks.items():
-            row |= {f"{task} {metric}": metrics[metric] for metric in ("acc", "acc_norm") if metric in metrics}
+            row |= {f"{task} {metric}": metrics[metric] for metric in measured_of(found, task)}
         if one.speed:
             row |= {"prefill tokens/s": one.speed.prefill, "decode tokens/s": one.speed.decode}
         write_text(file, as_json(found, {"row": row, **provenance()}))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from ..arguments import at_least, device_of, flag, folder_of, one_of
 from ..checkpoint import DTYPES
@@ -96,7 +98,15 @@ class RecoverArguments:
         if not self.prune_model:
             raise PrunerError("--prune_model is needed: the folder of a pruned model")
         self.prune_model = folder_of(self.prune_model)
-        one_of(self, method=METHODS, objective=OBJECTIVES, report_to=REPORTS, dtype=DTYPES)
+        one_of(
+            self,
+            method=METHODS,
+            objective=OBJECTIVES,
+            report_to=REPORTS,
+            dtype=DTYPES,
+            lr_scheduler_type=[kind.value for kind in SchedulerType],
+            optim=[name.value for name in OptimizerNames],
+        )
         at_least(self, 1, *COUNTS)
         at_least(self, 0, "max_steps", "max_windows", "weight_decay", "distill_hidden", "val_set_size", "warmup_steps")
         if self.batch_size % self.micro_batch_size:

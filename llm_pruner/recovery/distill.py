@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import nll_loss
@@ -86,11 +86,17 @@ class Teacher:
             known = theirs.logits[here.to(theirs.logits.device)].float() / self.temperature
             divergence = _divergence(log_q, known.log_softmax(-1).to(log_q.device))
             if self.hidden:
-                known, found = (o.hidden_states[-1][here.to(o.logits.device)].float() for o in (theirs, outputs))
+                known, found = (_last_hidden(o)[here.to(o.logits.device)].float() for o in (theirs, outputs))
                 known = known.to(found.device)
                 total = total + self.hidden * ((known - found).square().sum(-1) / known.square().sum(-1)).sum()
         total = total + self.weight * self.temperature**2 * divergence
         return total / (len(targets) if count is None else count), outputs
+
+
+def _last_hidden(outputs: Any) -> torch.Tensor:
+    """Behind the last layer, of the decoder where there is an encoder too."""
+    states = outputs.decoder_hidden_states if "decoder_hidden_states" in outputs else outputs.hidden_states
+    return cast(torch.Tensor, states[-1])
 
 
 def read(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..data import EMBEDDED_TEXT, HUB, documents
@@ -21,6 +22,7 @@ from ..logs import log
 from .objectives import Example, Vocabulary, denoised
 from .prompts import plain, prompt
 
+AT_ONCE = 200_000  # documents of a hub text that are read without --streaming, at most
 IGNORED = -100  # labels that no loss is taken of
 TEXTS = ("text", "content", "sentence")
 ANSWERS = ("output", "response", "completion", "answer", "chosen")
@@ -70,7 +72,10 @@ def rows(source: str, streaming: bool = False) -> Any:
     if source in HUB or source == EMBEDDED_TEXT or (path.suffix == ".txt" and path.is_file()):
         if streaming:
             return datasets.IterableDataset.from_generator(_texts, gen_kwargs={"source": source})
-        return datasets.Dataset.from_dict({"text": list(documents(source, "train"))})
+        texts = list(documents(source, "train", AT_ONCE))
+        if source in HUB and len(texts) == AT_ONCE:
+            log.info("%s: the first %d documents; --streaming reads on", source, AT_ONCE)
+        return datasets.Dataset.from_dict({"text": texts})
     try:
         if path.is_file():
             if path.suffix not in FILES:
@@ -229,10 +234,13 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, form: Format) -> Example
     pieces: list[tuple[str, bool]] = []
     before = ""
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or i == 0:  # an answer to nothing teaches nothing
             continue
-        opened = str(tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True))
-        closed = str(tokenizer.apply_chat_template(messages[: i + 1], tokenize=False))
+        try:
+            opened = str(tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True))
+            closed = str(tokenizer.apply_chat_template(messages[: i + 1], tokenize=False))
+        except TemplateError:  # some refuse roles, or turns out of order
+            continue
         if not (opened.startswith(before) and closed.startswith(opened)):
             # Some templates tell earlier turns otherwise once there are later ones: only the last is sure.
             pieces, before = [], ""

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..arguments import listed
-from ..checkpoint import DTYPES, PLAN_FILE, load, load_config, locate, write_checkpoint
+from ..checkpoint import DTYPES, PLAN_FILE, identity, load, load_config, locate, write_checkpoint
 from ..errors import PrunerError
 from ..evaluation import check_length, parameter_count
 from ..files import complete_folder, digest, held, sync_folder
@@ -39,6 +39,7 @@ from .sets import WINDOW, collator, text_set, training_data
 from .trainer import PARTIAL, RecoveryTrainer, newest_checkpoint
 
 VALIDATION = "validation"
+CONFIGS = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json")
 FINAL = ".final-"  # prefix of the folder where what was trained is written first
 LOG_FILE, METRICS_FILE = "recovery.log", "recovery.json"
 
@@ -55,6 +56,10 @@ def recover(args: RecoverArguments) -> Path:
     args.check()
     plan = _plan(args)
     folder = Path(args.output_dir)
+    if folder.exists() and Path(args.prune_model).exists() and folder.samefile(args.prune_model):
+        raise PrunerError(f"{folder} is the model to be trained: give another --output_dir")
+    if any((folder / name).exists() for name in CONFIGS[:2]) and not (folder / METRICS_FILE).exists():
+        raise PrunerError(f"{folder} holds a model that no run of recover wrote: give another --output_dir")
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
     try:
         with held(folder / LOG_FILE, wait=False) if first else nullcontext(folder) as alone:
@@ -90,7 +95,7 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
     teacher = _teacher(args, plan, model)
     collate = Collator(collator(tokenizer, model))
     if teacher is not None and args.teacher_cache:
-        train = _answered(args, teacher, train, collate, tokenizer, form)
+        train = _answered(args, identity(_teacher_name(args, plan)), teacher, train, collate, tokenizer, form)
         teacher.model = None
     parameters = parameter_count(model)
     student = _trainable(args, model)
@@ -121,7 +126,7 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
             "training_loss": outcome.training_loss,
             "trained_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
             "losses": {name: _losses(trainer.state.log_history, final, name) for name in evaluation},
-            "texts": {name: {"tokens": len(t) * (WINDOW - 1), "seq_len": WINDOW} for name, t in texts.items()},
+            "texts": {name: {"tokens": _predicted(t), "seq_len": WINDOW} for name, t in texts.items()},
             "parameters": parameters,
             "arguments": asdict(args),
             **provenance(args.seed),
@@ -196,11 +201,7 @@ def _weights(args: RecoverArguments) -> torch.dtype:
 def _teacher(args: RecoverArguments, plan: PruningPlan, model: PreTrainedModel) -> Teacher | None:
     if args.teacher is None:
         return None
-    name = args.teacher
-    if name == "auto":
-        name = str(plan.settings.get("base_model", ""))
-        if not name:
-            raise PrunerError("the plan does not say which model was pruned: give it as --teacher")
+    name = _teacher_name(args, plan)
     dtype = _compute(args) if args.teacher_device.startswith("cuda") else torch.float32
     found, _ = load(name, dtype, args.teacher_device, args.trust_remote_code)
     found.requires_grad_(False)
@@ -209,8 +210,16 @@ def _teacher(args: RecoverArguments, plan: PruningPlan, model: PreTrainedModel) 
     return teacher
 
 
+def _teacher_name(args: RecoverArguments, plan: PruningPlan) -> str:
+    name = str(plan.settings.get("base_model", "")) if args.teacher == "auto" else str(args.teacher)
+    if not name:
+        raise PrunerError("the plan does not say which model was pruned: give it as --teacher")
+    return name
+
+
 def _answered(
     args: RecoverArguments,
+    who: list[Any],
     teacher: Teacher,
     data: Any,
     collate: Collator,
@@ -221,7 +230,7 @@ def _answered(
     from accelerate import PartialState
 
     assert teacher.model is not None
-    told = [fingerprint(args.data_path or DEFAULT_DATA, tokenizer, form), data._fingerprint, args.teacher]
+    told = [fingerprint(args.data_path or DEFAULT_DATA, tokenizer, form), data._fingerprint, who]
     told += [args.teacher_top, args.distill_temperature]
     file = Path(str(args.teacher_cache)) / f"{digest(told)}.arrow"
     with PartialState().main_process_first():
@@ -320,6 +329,11 @@ def _training_arguments(args: RecoverArguments, train: Any, evaluation: dict[str
     return settings
 
 
+def _predicted(windows: Any) -> int:
+    """Tokens that a loss is taken of: of a decoder's window all but the first."""
+    return sum(len(row) - (len(row) == WINDOW) for row in windows["labels"])
+
+
 def _losses(history: list[dict[str, Any]], final: dict[str, float], name: str) -> list[float | None]:
     """The first and the last loss of a validation set."""
     key = f"eval_{name}_loss"
@@ -343,8 +357,8 @@ def _save(
 ) -> None:
     """Write what was trained: first beside, then moved into the output folder, which checkpoints share."""
     stored = load_config(args.prune_model, args.trust_remote_code).dtype or torch.float32
-    with tempfile.TemporaryDirectory(prefix=FINAL, dir=folder) as name:
-        temporary = Path(name)
+    with tempfile.TemporaryDirectory(prefix=FINAL, dir=folder) as made:
+        temporary = Path(made)
         student.config.use_cache = True
         if args.method in ("lora", "dora"):
             student.save_pretrained(temporary)
@@ -352,15 +366,15 @@ def _save(
             _in_order(temporary / "adapter_config.json")
             tokenizer.save_pretrained(temporary)
         else:
-            write_checkpoint(student.to(stored), tokenizer, temporary, plan)
+            write_checkpoint(student.to(stored), tokenizer, temporary, plan, cut=True)
         (temporary / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         sync_folder(temporary)
-        for config in folder.glob("*config.json"):  # without one there is no model, until the last is there again
-            config.unlink()
-        for file in sorted(temporary.iterdir(), key=lambda f: f.name.endswith("config.json")):
+        for name in CONFIGS:  # without one there is no model, until the last is there again
+            (folder / name).unlink(missing_ok=True)
+        for file in sorted(temporary.iterdir(), key=lambda f: f.name in CONFIGS):
             file.chmod(0o644)
             os.replace(file, folder / file.name)
     if args.merge:
         with complete_folder(folder / "merged", owned_if="config.json") as temporary:
             merged = student.merge_and_unload(safe_merge=True)
-            write_checkpoint(merged.to(stored), tokenizer, temporary, plan)
+            write_checkpoint(merged.to(stored), tokenizer, temporary, plan, cut=True)

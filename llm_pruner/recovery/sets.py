@@ -26,18 +26,19 @@ def training_data(args: RecoverArguments, tokenizer: PreTrainedTokenizerBase, fo
     import datasets
 
     sources = listed(args.data_path) or [DEFAULT_DATA]
-    try:
-        parts = [_part(source, args, tokenizer, form) for source in sources]
-    except PrunerError:
-        if args.data_path:
-            raise
-        log.info("%s is out of reach: training on %s", DEFAULT_DATA, EMBEDDED_TEXT)
-        parts = [_part(EMBEDDED_TEXT, args, tokenizer, form)]
+    if not args.data_path:
+        try:
+            rows(DEFAULT_DATA, args.streaming)
+        except PrunerError:
+            log.info("%s is out of reach: training on %s", DEFAULT_DATA, EMBEDDED_TEXT)
+            sources = [EMBEDDED_TEXT]
+    parts = [_part(source, args, tokenizer, form) for source in sources]
     if args.streaming:
-        found = datasets.concatenate_datasets(parts).shuffle(seed=args.seed, buffer_size=1000)
+        found = datasets.interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
         held_out = 100 if args.val_set_size is None else args.val_set_size
         validation = datasets.Dataset.from_list(list(found.take(held_out))) if held_out else None
-        return found.skip(held_out), validation
+        # Shuffled last: what is held out stays out, however often the data is gone through.
+        return found.skip(held_out).shuffle(seed=args.seed, buffer_size=1000), validation
     found = datasets.concatenate_datasets(parts)
     in_memory = not found.cache_files
     held_out = min(2000, len(found) // 20) if args.val_set_size is None else args.val_set_size

@@ -216,7 +216,7 @@ def _map(ax: Any, drawing: Drawing, plan: PruningPlan, known: dict[str, torch.Te
     """Layer by unit, sorted: darker is less, and what lies left of the line went."""
     rows, cuts = [], []
     for name, scores in known.items():
-        ordered = np.sort(_logs(scores))
+        ordered = _logs(scores.sort().values)  # by scores: what went first is first, though it has no logarithm
         at = np.linspace(0, len(ordered) - 1, COLUMNS).round().astype(int)
         rows.append(ordered[at])
         cuts.append(1 - plan.units[name].kept.numel() / plan.units[name].size)

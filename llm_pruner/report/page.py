@@ -23,8 +23,7 @@ def report(args: ReportArguments) -> Path:
     Raises:
         PrunerError: a folder that is no run, or a page that cannot be written.
     """
-    if not args.runs:
-        raise PrunerError("name at least one run: llm-pruner report FOLDER [FOLDER ...]")
+    args.check()
     runs = _named([read(folder) for given in args.runs for folder in folders_of(given)])
     points = _distinct([point for run in runs for point in run.points])
     overall = tradeoffs(points)

@@ -20,7 +20,7 @@ import jsonschema
 import torch
 
 from ..errors import PrunerError
-from ..files import write_text
+from ..files import read_json, write_text
 from ..graph import Unit
 
 FORMAT, VERSION = "llm-pruner plan", 1
@@ -196,10 +196,7 @@ class PruningPlan:
         Raises:
             PrunerError: the file is missing, no plan, or names positions outside the shapes it states.
         """
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise PrunerError(f"cannot read the plan {path}: {error}") from error
+        document = read_json(path)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise PrunerError(f"{path} is not a pruning plan (no format {FORMAT!r})")
         if document.get("version") != VERSION:
@@ -227,7 +224,7 @@ class PruningPlan:
                 for dim, kept in dims.items():
                     if kept.numel() and int(kept[-1]) >= plan.shapes[name][dim]:
                         raise ValueError(f"{name} keeps position {int(kept[-1])} of {plan.shapes[name][dim]}")
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PrunerError(f"the plan {path} is damaged: {error}") from error
         return plan
 

@@ -7,6 +7,7 @@ from math import ceil, prod
 
 import torch
 
+from ..errors import PrunerError
 from ..graph import CouplingGraph, Unit
 from ..importance import Scores
 
@@ -89,6 +90,8 @@ def globally(
     """Remove the indices of all units together that score least per parameter; every unit keeps its minimum."""
     if not units:
         return []
+    if any(scores.values[unit.name].ndim > 1 for unit in units):
+        raise PrunerError("these scores depend on how many indices of a unit go: they rank within it, scope='local'")
     budget = sum(removable(unit, ratio) * cost for unit, cost in zip(units, costs, strict=True))
     owner = torch.cat([torch.full((unit.size,), i) for i, unit in enumerate(units)])
     index = torch.cat([torch.arange(unit.size) for unit in units])

@@ -101,6 +101,7 @@ def select(
     def solved(policy: Policy) -> PruningPlan:
         return solve(graph, budget, lambda t: policy.plan({kind: t * share for kind, share in shares.items()}))
 
+    policy = replace(policy, solving=True)
     try:
         return solved(policy)
     except NotMet:
@@ -126,6 +127,7 @@ class Policy:
     align: bool
     tensor_parallel: int
     counts: Mapping[str, int]
+    solving: bool = False  # for a target: what must stay stays, whatever the ratio
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
@@ -175,7 +177,7 @@ class Policy:
         every = dict.fromkeys([*self.kinds, *KINDS])
         for kind in sorted(every, key=lambda kind: kind != "layers"):  # what lies in layers that go is left out
             there = [unit for unit in self.graph.of_kind(kind) if not _gone(unit, plan)]
-            counted = [unit for unit in there if unit.name in self.counts or kind in self.counts]
+            counted = [u for u in there if u.name in self.counts or (kind in self.counts and self._asked(u))]
             for unit in counted:
                 self._remove(plan, unit, self._beyond(unit, self.counts.get(unit.name, self.counts.get(kind, 0))))
             if kind not in ratios:
@@ -223,6 +225,8 @@ class Policy:
             )
         if count == unit.size:
             return torch.tensor([], dtype=torch.long)
+        if count % unit.multiple:
+            raise PrunerError(f"{unit.name} cannot keep {count}: the model runs with multiples of {unit.multiple} only")
         return torch.argsort(self.scores.of(unit, unit.size - count), stable=True)[: unit.size - count]
 
     def _removals(self, kind: str, units: list[Unit], ratio: float, plan: PruningPlan) -> list[torch.Tensor]:
@@ -239,6 +243,8 @@ class Policy:
                 plan.notes.append(f"{unit.name} has {unit.size} indices, which {parts} devices cannot share equally")
             elif parts > 1:
                 out[i] = balanced(self.scores.of(unit, len(out[i])), len(out[i]), parts)
+            if self.solving:
+                out[i] = out[i][~self.scores.of(unit, len(out[i]))[out[i]].isposinf()]
         return out
 
     def _remove(self, plan: PruningPlan, unit: Unit, removed: torch.Tensor) -> None:

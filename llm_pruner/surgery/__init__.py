@@ -8,7 +8,7 @@ from .layers import skeleton
 from .rescale import rescale_norms
 from .target import SHAPE, fitting, layer_counts, nearest, shapes_for, target_config
 from .tokens import ids_in
-from .uniform import to_uniform
+from .uniform import to_uniform, uniform_config
 
 __all__ = [
     "METHODS",
@@ -30,6 +30,7 @@ __all__ = [
     "skeleton",
     "target_config",
     "to_uniform",
+    "uniform_config",
     "verify",
     "with_biases",
 ]

@@ -44,11 +44,16 @@ def apply(
             (:func:`llm_pruner.checkpoint.on_disk`: in files, for models larger than memory).
         config: that the new model must have, instead of one that is found. What an architecture derives from sizes is
             then as this config has it, and may differ from the original's: the factor on Gemma's embeddings, say.
+            A plan that was made for a shape (``settings["shape"]``) says so itself.
 
     Raises:
         PrunerError: the plan is for another model, or no config expresses what it leaves.
     """
     check_fits({name: tuple(t.shape) for name, t in sources(model).items()}, plan)
+    if config is None and isinstance(shape := plan.settings.get("shape"), dict):
+        from .target import target_config  # which needs this module
+
+        config = target_config(model, shape)
     graph = trace(model)
     known = {unit.name for unit in [*graph.units, *graph.frozen]}
     unknown = [name for name in plan.units if name not in known]
@@ -95,9 +100,17 @@ def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: Pruning
     No shape shows that, so the two models are compared, if there are weights to do so.
     """
     kinds = {choice.kind for choice in plan.units.values()}
-    if "hidden" not in kinds or not kinds <= {"hidden", "heads", "query_heads", "neurons", "layers"}:
+    if "hidden" not in kinds or any(tensor.device.type == "meta" for tensor in sources(model).values()):
         return ""
-    if any(tensor.device.type == "meta" for tensor in sources(model).values()):
+    if not kinds <= MASKABLE:  # what has no masked twin is left out, and the rest must do without another factor
+        rest = PruningPlan(blocks=plan.blocks)
+        for name, choice in plan.units.items():
+            if choice.kind in MASKABLE:
+                rest.keep(graph.unit(name), choice.kept, graph.shapes)
+        try:
+            apply(model, rest)
+        except PrunerError as error:
+            return str(error)
         return ""
     half = model.dtype in (torch.float16, torch.bfloat16)
     ids = random_tokens(pruned, rows=2, tokens=16)
@@ -196,6 +209,10 @@ def _device_at(model: PreTrainedModel, path: str) -> torch.device:
     return weight.device
 
 
+# Kinds of units whose removal is the same as zeros in their place, given norms that know.
+MASKABLE = {"hidden", "heads", "query_heads", "neurons", "layers", "vocabulary"}
+
+
 @dataclass
 class EquivalenceReport:
     """Outcome of :func:`verify`.
@@ -233,15 +250,14 @@ def verify(
     mistake.
 
     Args:
-        tokens: LongTensor ``[rows, tokens]`` to compare on; random ones by default.
+        tokens: LongTensor ``[rows, tokens]`` to compare on, of the pruned model's; random ones by default. Where the
+            plan cuts the vocabulary, the original reads the same tokens by its own numbers.
         tolerance: for the largest difference relative to the largest logit.
 
     Raises:
-        PrunerError: the plan cuts the vocabulary, where token ids move, or is for another model.
+        PrunerError: the plan is for another model.
     """
     check_fits({name: tuple(t.shape) for name, t in sources(model).items()}, plan)
-    if any(choice.kind == "vocabulary" for choice in plan.units.values()):
-        raise PrunerError("mask equivalence is not defined for a plan that cuts the vocabulary: token ids move")
     ids = random_tokens(pruned, rows=2, tokens=16, seed=seed) if tokens is None else tokens
     hidden = any(choice.kind == "hidden" for choice in plan.units.values())
     modes = kept_norms(trace(model), plan) if hidden else []
@@ -265,17 +281,29 @@ def _compare(
     tables = {n: b for n, b in pruned.named_buffers() if n not in held}  # computed anew, in a precision of their own
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name in tables and tables[name].shape == tensor.shape:
+        if name in tables and _rounded_off(tables[name], tensor, model.dtype):
             return tables[name].to(tensor.device)
         return masked(name, tensor, plan) if name in plan.kept else tensor
 
+    tokens = None if plan.tokens is None else torch.tensor(plan.tokens)
     with ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
-        expected = _logits(model, ids, dtype, change)
+        expected = _logits(model, ids if tokens is None else tokens[ids.cpu()], dtype, change)
+    if tokens is not None and expected.shape[-1] > len(tokens):
+        expected = expected[..., tokens]
     found = _logits(pruned, ids, dtype, lambda _, tensor: tensor)
     difference = (found - expected).abs().max().item()
     return EquivalenceReport(difference, relative_difference(found, expected), tolerance, dtype)
+
+
+def _rounded_off(table: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a table computed anew is what a model of ``dtype`` has, but for rounding."""
+    if table.shape != stored.shape or not (table.is_floating_point() and stored.is_floating_point()):
+        return False
+    fine = table.to(stored.device, torch.float64)
+    close = 2 * torch.finfo(dtype).eps
+    return torch.allclose(fine, stored.double(), rtol=close, atol=close, equal_nan=True)
 
 
 @torch.no_grad()

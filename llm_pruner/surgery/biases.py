@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PrunerError
 from ..graph import layer_lists
 from ..heterogeneous import fields_of, set_field
+from ..importance import calibration_of
 from .apply import rebuilt_from
 from .compensate import added_projections
 from .layers import skeleton
@@ -30,6 +31,7 @@ def with_biases(model: PreTrainedModel, calibration: torch.Tensor) -> PreTrained
         PrunerError: no projection has a bias, and no field of the config gives it one.
     """
     path = next(iter(layer_lists(model)), "")
+    calibration = calibration_of(model, calibration)
     added = added_projections(model, calibration)
     wanted = {f"{path}.{i}.{name}.bias" for i, names in enumerate(added) for name in names}
     before = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

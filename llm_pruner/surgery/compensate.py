@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
 from ..graph import computing, evaluating, given, layer_lists, model_inputs, native, passed
+from ..importance import calibration_of
 
 TEMPERATURES = [round(0.7 + 0.02 * i, 2) for i in range(21)]
 TEMPER_ON = 32  # samples
@@ -84,8 +85,8 @@ def compensate(
             projection before a gap makes up for the layers that are gone: it aims at the stream behind them.
 
     Raises:
-        PrunerError: the two do not have one stack of layers each, these do not pass a stream on, or there is no
-            bias to move.
+        PrunerError: the two are swapped or do not have one stack of layers each, these do not pass a stream on, the
+            calibration set is not for them, or there is no bias to move.
     """
     if method not in METHODS:
         raise PrunerError(f"unknown compensation {method!r}; choose from {', '.join(METHODS)}")
@@ -93,6 +94,13 @@ def compensate(
     kept = list(range(len(original)) if kept is None else kept)
     if len(kept) != len(layers) or kept != sorted(set(kept)) or kept[-1] >= len(original):
         raise PrunerError("compensation needs to know which layers of the original the pruned model's are")
+    calibration = calibration_of(model, calibration)
+    words = [cast(torch.Tensor, m.get_input_embeddings().weight).shape[0] for m in (model, pruned)]
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, pruned)]
+    if words[0] != words[1]:
+        raise PrunerError(f"compensation needs one vocabulary, and these have {words[0]} and {words[1]} tokens")
+    if sizes[0] < sizes[1]:
+        raise PrunerError("the pruned model is larger than the original: give the original first")
     if len(calibration) < MIN_SAMPLES:
         raise PrunerError(f"compensation needs at least {MIN_SAMPLES} calibration samples, not {len(calibration)}")
     added = added_projections(pruned, calibration)

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..graph import computing, evaluating, model_inputs, trace
+from ..importance import calibration_of
 from ..selection import PruningPlan, renamed
 
 BATCH = 8  # samples in a forward pass
@@ -35,7 +36,11 @@ def rescale_norms(
         model: the original.
         pruned: what ``plan`` left of it.
         calibration: LongTensor ``[samples, tokens]``.
+
+    Raises:
+        PrunerError: the calibration set is not for this model.
     """
+    calibration = calibration_of(model, calibration)
     hidden = {key for unit in trace(model).of_kind("hidden") if unit.name in plan.units for key in unit.dims}
     norms = {}
     for path, module in model.named_modules():

@@ -30,7 +30,7 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not differs(model.config):
         raise PrunerError("the layers of this model have the same widths already: it is a plain checkpoint")
-    config = _widest(model.config)
+    config = uniform_config(model.config)
     target = skeleton(type(model), config)
     canonical = canonical_names(target)
     shapes = {canonical[n]: tuple(t.shape) for n, t in target.state_dict().items() if n in canonical}
@@ -52,7 +52,7 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
     return padded
 
 
-def _widest(config: PreTrainedConfig) -> PreTrainedConfig:
+def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config without per-layer values, every field that differs by layer at its largest."""
     blocks = overrides_of(config).values()
     if getattr(config, CONSTANTS, None) or any(block.get("attributes") for block in blocks):

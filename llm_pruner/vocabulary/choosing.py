@@ -82,7 +82,7 @@ def choose(
     fixed: set[int] = set()
     for i in [*words.required, *protected]:
         fixed |= words.needs(i, fixed) or {i}
-    limit, share = _limit(keep, len(words.tokens))
+    limit, share = room(keep, len(words.tokens))
     if limit is not None and limit < len(fixed):
         raise PrunerError(
             f"--keep {keep} is {limit} tokens, and {len(fixed)} have to stay: special and added tokens, and the "
@@ -91,10 +91,10 @@ def choose(
     often = {i: int(counts[i]) if i < len(counts) else 0 for i in words.tokens}
     total = sum(often.values()) or 1
     chosen, covered = set(fixed), sum(often[i] for i in fixed)
-    room = len(words.tokens) if limit is None else limit
+    most = len(words.tokens) if limit is None else limit
     open_ = {i for i in words.tokens if often[i] >= min_count and (wanted is None or i in wanted)} - chosen
-    step = max(1, room // ROUNDS)
-    while open_ and len(chosen) < room:
+    step = max(1, most // ROUNDS)
+    while open_ and len(chosen) < most:
         # What a token brings, for each token that it takes: that changes with what is there already, so only the
         # first few are taken before all are looked at again.
         values: list[tuple[float, int]] = []
@@ -102,7 +102,7 @@ def choose(
             needed = words.needs(i, chosen)
             if needed is None or not needed:
                 open_.discard(i)
-            elif len(chosen) + len(needed) <= room:
+            elif len(chosen) + len(needed) <= most:
                 values.append((-sum(often[j] for j in needed) / len(needed), i))
         if not values:
             break
@@ -111,7 +111,7 @@ def choose(
             if share is not None and covered >= share * total:
                 return sorted(chosen)
             needed = words.needs(i, chosen) or set()
-            if len(chosen) + len(needed) <= room:
+            if len(chosen) + len(needed) <= most:
                 chosen |= needed
                 covered += sum(often[j] for j in needed)
             if len(chosen) >= goal:
@@ -119,7 +119,7 @@ def choose(
     return sorted(chosen)
 
 
-def _limit(keep: str, size: int) -> tuple[int | None, float | None]:
+def room(keep: str, size: int) -> tuple[int | None, float | None]:
     """How many tokens, or what share of what was counted."""
     name, _, value = keep.partition("=")
     try:
@@ -131,7 +131,7 @@ def _limit(keep: str, size: int) -> tuple[int | None, float | None]:
                 return min(int(number), size), None
             if number <= 1:
                 return int(number * size), None
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     raise PrunerError(f"--keep {keep!r} is no number of tokens: give 15000, 0.5 (a share) or coverage=0.9999")
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import documents
 from ..errors import PrunerError
-from ..files import digest, write_text
+from ..files import digest, read_json, write_text
 
 BATCH = 256  # documents tokenized at once, on all cores
 KEEP_EVERY = 100  # batches after which counts are written down
@@ -22,33 +22,68 @@ BLOCK = 2**18  # characters of a text file that count as a document
 
 
 @dataclass
-class Counts:
-    """Occurrences of each token.
+class Part:
+    """What a source has of each token.
 
     Attributes:
         values: int64 ``[tokens]``.
-        read: documents read of each source.
+        read: documents read.
+        stamp: size and time of a file, by which another one of the same name is known.
     """
 
     values: np.ndarray
-    read: dict[str, int] = field(default_factory=dict)
+    read: int = 0
+    stamp: list[int] | None = None
+
+
+@dataclass
+class Counts:
+    """Occurrences of each token in several sources.
+
+    Attributes:
+        size: tokens that there are.
+        parts: by the name of the source.
+    """
+
+    size: int
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def values(self) -> np.ndarray:
+        """Of all sources: int64 ``[tokens]``."""
+        return sum((part.values for part in self.parts.values()), np.zeros(self.size, dtype=np.int64))
+
+    def part(self, source: str) -> Part:
+        """What is known of a source; nothing if it is another file by now."""
+        path = Path(source).expanduser()
+        stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+        if source not in self.parts or self.parts[source].stamp != stamp:
+            self.parts[source] = Part(np.zeros(self.size, dtype=np.int64), 0, stamp)
+        return self.parts[source]
 
     def save(self, file: str | Path, tokenizer: str) -> None:
-        known = {str(i): int(n) for i, n in enumerate(self.values) if n}
-        document = {"tokenizer": tokenizer, "size": len(self.values), "read": self.read}
-        write_text(Path(file), json.dumps({**document, "counts": known}) + "\n")
+        sources = {
+            name: {
+                "read": part.read,
+                "stamp": part.stamp,
+                "counts": {str(i): int(n) for i, n in enumerate(part.values) if n},
+            }
+            for name, part in self.parts.items()
+        }
+        write_text(Path(file), json.dumps({"tokenizer": tokenizer, "size": self.size, "sources": sources}) + "\n")
 
     @classmethod
     def load(cls, file: str | Path, tokenizer: str) -> Counts:
         """Raises: PrunerError: the file is damaged, or of another tokenizer."""
+        content = read_json(file)
         try:
-            content = json.loads(Path(file).read_text(encoding="utf-8"))
-            made_with = content["tokenizer"]
-            values = np.zeros(int(content["size"]), dtype=np.int64)
-            for i, n in content["counts"].items():
-                values[int(i)] = n
-            out = cls(values, dict(content["read"]))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
+            made_with, out = content["tokenizer"], cls(int(content["size"]))
+            for name, told in content["sources"].items():
+                part = Part(np.zeros(out.size, dtype=np.int64), int(told["read"]), told["stamp"])
+                for i, n in told["counts"].items():
+                    part.values[int(i)] = n
+                out.parts[name] = part
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
             raise PrunerError(f"cannot read the counts {file}: {error}") from error
         if made_with != tokenizer:
             raise PrunerError(f"the counts in {file} were made with another tokenizer: count again into another file")
@@ -66,27 +101,30 @@ def count(tokenizer: PreTrainedTokenizerBase, sources: Iterable[str], file: str 
         PrunerError: there is no text, or no such source.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    backend, size = tokenizer.backend_tokenizer, len(tokenizer)  # type: ignore[attr-defined]
+    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     mark = digest(sorted(tokenizer.get_vocab().items()))
-    found = Counts(np.zeros(size, dtype=np.int64))
+    known = Counts(len(tokenizer))
     if file is not None and Path(file).exists():
-        found = Counts.load(file, mark)
-    for source in sources:
-        texts = itertools.islice(streamed(source), found.read.get(source, 0), None)
+        known = Counts.load(file, mark)
+    asked = list(dict.fromkeys(sources))
+    for source in asked:
+        part = known.part(source)
+        texts = itertools.islice(streamed(source), part.read, None)
         for number in itertools.count(1):
             batch = list(itertools.islice(texts, BATCH))
             if not batch:
                 break
             encoded = backend.encode_batch_fast(batch, add_special_tokens=False)
             ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encoded), dtype=np.int64)
-            found.values += np.bincount(ids, minlength=size)
-            found.read[source] = found.read.get(source, 0) + len(batch)
+            part.values += np.bincount(ids, minlength=known.size)
+            part.read += len(batch)
             if file is not None and number % KEEP_EVERY == 0:
-                found.save(file, mark)
+                known.save(file, mark)
+    found = Counts(known.size, {source: known.parts[source] for source in asked})
     if not found.values.any():
         raise PrunerError("the corpus is empty: it has no text to count tokens in")
     if file is not None:
-        found.save(file, mark)
+        known.save(file, mark)
     return found
 
 

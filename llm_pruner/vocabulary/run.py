@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arguments import VocabArguments, device_of, listed
-from ..checkpoint import PLAN_FILE, load, locate, write_card, write_checkpoint
+from ..checkpoint import PLAN_FILE, load, load_tokenizer, write_card, write_checkpoint
 from ..data import text
 from ..errors import PrunerError
 from ..evaluation import parameter_count, windows
@@ -70,6 +70,8 @@ def vocab(args: VocabArguments) -> Path:
     """
     args.check()
     held_out = text(args.eval_dataset, "test")
+    if not held_out.strip():
+        raise PrunerError(f"--eval_dataset {args.eval_dataset} has no text to compare both models on")
     for source in args.sources():  # a missing one is found out before anything is loaded
         next(streamed(source), None)
     model, tokenizer = load(args.model, args.dtype, device_of("device", args.device), args.trust_remote_code)
@@ -84,7 +86,10 @@ def vocab(args: VocabArguments) -> Path:
     plan.keep(unit, torch.tensor(kept), graph.shapes)
     pruned = apply(model, plan)
     before, after = parameter_count(model), parameter_count(pruned)
-    with complete_folder(args.output_dir, owned_if="config.json") as folder, logging_to(folder / LOG_FILE):
+    with (
+        complete_folder(args.output_dir, owned_if="config.json", reads=args.model) as folder,
+        logging_to(folder / LOG_FILE),
+    ):
         log.info("tokens: %d -> %d; parameters: %d -> %d (%.4f)", unit.size, len(kept), before, after, after / before)
         write_checkpoint(pruned, tokenizer, folder, plan)
         smaller = AutoTokenizer.from_pretrained(folder)
@@ -109,7 +114,7 @@ def kept_tokens(args: VocabArguments, model: PreTrainedModel, tokenizer: PreTrai
         counts = count(tokenizer, args.sources(), args.save_counts).values
     wanted: set[int] | None = None
     if args.to_tokenizer:
-        other = AutoTokenizer.from_pretrained(locate(args.to_tokenizer)[0], trust_remote_code=args.trust_remote_code)
+        other = load_tokenizer(args.to_tokenizer, trust_remote_code=args.trust_remote_code)
         wanted = of_tokenizer(words, Subwords(other))
     if args.languages or args.scripts:
         scripts = listed(args.scripts)

@@ -143,6 +143,9 @@ class Subwords:
             there = model["vocab"]
             stays = [pair for pair in self._merges if {*pair, "".join(pair)} <= there.keys()]
             model["merges"] = [list(pair) for pair in stays]
+        lost = [token["content"] for token in out["added_tokens"] if token["id"] not in new]
+        if lost:
+            raise PrunerError(f"the token {lost[0]!r} was added to the tokenizer and has to stay")
         for token in out["added_tokens"]:
             token["id"] = new[token["id"]]
         for ids, at in _special_places(out.get("post_processor")):

@@ -40,11 +40,16 @@ def group_norm(call: Call) -> None:
 
 @rule("convolution", "conv1d", "_convolution", "mkldnn_convolution")
 def convolution(call: Call) -> None:
-    """Depthwise: one axis of channels. Full: inputs and outputs, as in a projection. Grouped: frozen."""
+    """Depthwise: one axis of channels. Full: inputs and outputs, as in a projection. Grouped, transposed: frozen."""
     dims, weight, groups = call.dims("input"), call.dims("weight"), call["groups"] or 1
     channels = size_of(dims[1])
     for dim in weight[2:]:
         freeze(dim, "the window of a convolution")
+    if call["transposed"]:
+        for dim in (dims[1], *weight[:2], *([] if call["bias"] is None else [call.dims("bias")[0]])):
+            freeze(dim, "transposed convolution")
+        call.set([dims[0], *(fresh(n, "transposed convolution") for n in call.out.shape[1:])])
+        return
     if groups == 1:
         unify(dims[1], weight[1])
     elif groups == channels == size_of(weight[0]):

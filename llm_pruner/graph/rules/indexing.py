@@ -96,8 +96,8 @@ def gather(call: Call) -> None:
     dims, axis, at = call.dims("self"), call.dim(), call.get("index")
     point(dims[axis], at)
     for i, (dim, other) in enumerate(zip(dims, at.dims, strict=True)):
-        if i != axis and size_of(dim) == size_of(other):
-            unify(dim, other)
+        if i != axis:
+            _along(dim, other)
     call.set(at.dims)
 
 
@@ -108,9 +108,17 @@ def scatter(call: Call) -> None:
     others = [at] + ([call.get("src")] if call["src"] is not None else [])
     for other in others:
         for i, (dim, theirs) in enumerate(zip(dims, other.dims, strict=True)):
-            if i != axis and size_of(dim) == size_of(theirs):
-                unify(dim, theirs)
+            if i != axis:
+                _along(dim, theirs)
     call.set(dims)
+
+
+def _along(dim: Dim, index: Dim) -> None:
+    """A dim that an index goes along: together where it goes to the end, else only its first positions are meant."""
+    if size_of(dim) == size_of(index):
+        unify(dim, index)
+    else:
+        freeze(dim, "read or written at its first positions only")
 
 
 @rule("index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_")
