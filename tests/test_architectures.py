@@ -141,8 +141,15 @@ def test_factors_made_of_the_hidden_size_stay(family, fields, tmp_path):
 
 
 def test_a_factor_that_no_config_keeps_is_refused():
+    model = tiny_model("minicpm3")
+    graph = lp.trace(model)
+    plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.25, kinds=["hidden"])
     with pytest.raises(lp.PrunerError, match="computes something from the hidden size"):
-        pruned_by(tiny_model("minicpm3"), kinds=["hidden"])
+        lp.apply(model, plan)
+    (unit,) = graph.of_kind("vocabulary")
+    plan.keep(unit, torch.arange(unit.size - 2), graph.shapes)  # and not with other kinds beside it either
+    with pytest.raises(lp.PrunerError, match="computes something from the hidden size"):
+        lp.apply(model, plan)
 
 
 @pytest.mark.parametrize("ratio", (0.25, 0.5, 0.75))

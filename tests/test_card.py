@@ -64,8 +64,8 @@ def test_pushing(tmp_path, monkeypatch):
         def __init__(self, token):
             calls.append(("token", token))
 
-        def create_repo(self, name, private, exist_ok):
-            calls.append(("create", name, private))
+        def create_repo(self, name, exist_ok):
+            calls.append(("create", name))
             return type("Address", (str,), {"repo_id": name})(f"https://huggingface.co/{name}")
 
         def upload_folder(self, repo_id, folder_path, commit_message):
@@ -74,7 +74,7 @@ def test_pushing(tmp_path, monkeypatch):
     monkeypatch.setattr(cards, "HfApi", Api)
     plan, pruned = pruned_by(build("llama"))
     lp.save(pruned, None, tmp_path / "a", plan, push_to_hub="me/small", token="secret")
-    assert calls[:2] == [("token", "secret"), ("create", "me/small", False)]
+    assert calls[:2] == [("token", "secret"), ("create", "me/small")]
     assert {"config.json", "model.safetensors", "README.md", "pruning_plan.json"} <= set(calls[2][2])
     assert not any("secret" in file.read_text(errors="ignore") for file in (tmp_path / "a").iterdir())
 

@@ -27,9 +27,18 @@ def test_closing_an_answer_stops_the_model(home):
     model, tokenizer = lp.load(str(home / "base"))
     model.generation_config.eos_token_id = None
     written = answer(model, tokenizer, "This is", Sampling(max_new_tokens=100))
-    first = next(written)
+    next(written)
+    watch = written.gi_frame.f_locals["watch"]
     written.close()  # returns only when the thread that writes has ended
-    assert first.tokens < 100
+    assert 0 < watch.tokens < 100
+
+
+def test_an_answer_ends_with_what_the_model_reads(home):
+    model, tokenizer = lp.load(str(home / "base"))
+    model.generation_config.eos_token_id, model.generation_config.num_beams = None, 4
+    prompt = "a b c " * 20
+    room = model.config.max_position_embeddings - len(tokenizer(prompt)["input_ids"])
+    assert 0 < room < 100 and list(answer(model, tokenizer, prompt, Sampling(max_new_tokens=100)))[-1].tokens == room
 
 
 def test_the_chat_template_is_used(home):

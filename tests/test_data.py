@@ -56,6 +56,22 @@ def test_random_samples_are_seeded(tmp_path, tokenizer):
     assert all(row == [(row[0] + i) % 100 for i in range(8)] for row in a)
 
 
+def test_random_samples_use_the_whole_of_a_document(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text(numbers(0, 90))
+    for seed in range(5):
+        rows = calibration(str(path), tokenizer, 5, 8, seed=seed)
+        assert len({row[0] for row in rows.tolist()}) == 5
+
+
+@pytest.mark.parametrize("chunk", (1, 2, 3, 7, 10**6))
+def test_paragraphs_are_read_as_they_come(chunk, tmp_path, monkeypatch):
+    content = "a\n\n\nb\nc\n\n\n\nd\n\n"
+    (tmp_path / "a.txt").write_text(content)
+    monkeypatch.setattr("llm_pruner.data.CHUNK", chunk)
+    assert list(documents(str(tmp_path / "a.txt"))) == [p for p in content.split("\n\n") if p.strip()]
+
+
 def test_too_little_text_says_what_there_is(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text(numbers(0, 9))
@@ -68,7 +84,7 @@ def test_too_little_text_says_what_there_is(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "[", "no valid json"),
+        ("a.json", "[", "cannot read .*a.json"),
         ("a.json", '[{"body": "x"}]', "it has body"),
         ("a.json", "[]", "no rows"),
         ("a.json", "[3]", "must hold texts"),
@@ -108,8 +124,12 @@ def test_hub_data_sets_need_no_script(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", stub)
     assert [list(documents(n, "test")) for n in ("wikitext2", "ptb", "c4")] == [["t"]] * 3
     assert seen[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test")
-    assert seen[1][0] == "parquet" and "test/0000.parquet" in seen[1][2]
+    assert seen[1][0] == "parquet" and "validation/0000.parquet" in seen[1][2]
     assert seen[2][0] == "json" and "c4-validation" in seen[2][2]
+    with pytest.raises(PrunerError, match="no held-out part"):
+        list(documents("bookcorpus", "test"))
+    assert list(documents("c4", most=0)) == [] and "00000" in seen[3][2]
+    assert list(documents("c4")) == ["t"] and "c4-train.*" in seen[4][2]  # to train on: all of it
 
 
 def test_samples_that_the_model_writes_itself():

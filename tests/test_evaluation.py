@@ -206,7 +206,12 @@ def test_a_table_of_models(home):
     rows = list(csv.reader(shown.csv().splitlines()))
     assert rows[1] == ["parameters", str(base.parameters), str(uniform.parameters)]
     assert shown.markdown().startswith("|  | ") and "| parameters |" in shown.markdown()
-    assert shown.latex().startswith("\\begin{tabular}{lrr}") and "\\_" not in shown.latex().splitlines()[0]
+    head = shown.latex().splitlines()[2]
+    assert (
+        shown.latex().startswith("\\begin{tabular}{lrr}")
+        and head.count("&") == 2
+        and "_" not in head.replace("\\_", "")
+    )
 
 
 def test_other_tokenizers_are_told(home, smollm2):

@@ -42,6 +42,21 @@ def test_whole_model_cuts_too(kinds, tmp_path):
     assert same(pruned, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
 
 
+def test_what_a_model_writes_with_stays(tmp_path):
+    """Its generation config, and not the folder that is read."""
+    model = build("llama_grouped")
+    model.generation_config.eos_token_id, model.generation_config.temperature = [1, 5], 0.6
+    model.generation_config.do_sample = True
+    model.save_pretrained(tmp_path / "model")
+    plan, _ = pruned_by(model)
+    apply_to_files(plan, str(tmp_path / "model"), tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert found.eos_token_id == [1, 5] and found.temperature == 0.6 and found.do_sample
+    with pytest.raises(PrunerError, match="is the model that is read"):
+        apply_to_files(plan, str(tmp_path / "model"), tmp_path / "model")
+    assert same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+
+
 def test_magnitudes_are_read_from_files(architecture, tmp_path):
     model = build(architecture)
     model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
@@ -213,8 +228,9 @@ def test_files_are_standard_safetensors(pruned_folder):
     ("argv", "message"),
     [
         ([], "give a plan, a checkpoint and a folder"),
-        (["/no/plan.json", "x", "y"], "cannot read the plan"),
+        (["/no/plan.json", "x", "y"], "cannot read"),
         (["--plam", "x"], "did you mean --plan?"),
+        (["/dev/null", "x", "y"], "cannot read /dev/null"),
     ],
 )
 def test_bad_input_of_the_command(argv, message, capsys):

@@ -130,6 +130,9 @@ def test_every_command_is_a_stage():
         (("device: cpu", "base_model: x"), "unknown key 'base_model'"),
         (("name: width", "name: depth"), ":13: two stages are called 'depth'"),
         (("name: width", "name: ../../up"), "name"),
+        (("seq_len: 32", "seq_len: 32, dtype: int3"), ":4: unknown --dtype 'int3'"),
+        (("seq_len: 32", "seq_len: 32, models: [x]"), "unknown key 'models'"),
+        (("  - vocab:", "  - apply: {}\n  - vocab:"), ":32: give a plan, a checkpoint"),
         (("learning_rate: 1e-3", "learning_rate: !!python/object:os.system x"), "could not determine a constructor"),
     ],
 )
@@ -154,9 +157,39 @@ def test_files_that_are_no_recipe(tmp_path, capsys):
 
 def test_numbers_may_be_written_as_people_do(recipe):
     recipe.write_text(recipe.read_text().replace("learning_rate: 1e-3", "learning_rate: 1e-3\n      weight_decay: 0"))
+    recipe.write_text(recipe.read_text().replace("max_steps: 6", "max_steps: 6e0"))
     args = [step.arguments() for step in steps_of(read(recipe))]
+    assert args[2].max_steps == 6 and isinstance(args[2].max_steps, int)
     assert args[2].learning_rate == 1e-3 and args[2].weight_decay == 0.0 and args[1].target_params == "0.9"
     assert args[3].keep == "400" and "," not in args[3].corpus
+
+
+def test_stages_of_one_command_need_names(recipe):
+    recipe.write_text(recipe.read_text().replace("      name: width\n", "").replace("      name: depth\n", ""))
+    with pytest.raises(lp.PrunerError, match="two stages are called 'prune'"):
+        read(recipe)
+
+
+def test_others_are_measured_beside_the_model_at_hand(home, home_text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {home}/base\noutput: {tmp_path}/out\nstages:\n"
+        f"  - prune: {{pruner_type: l2, preset: paper, hardware_align: false}}\n"
+        f"  - evaluate: {{models: [{home}/base], datasets: {home_text}, seq_len: 16, max_windows: 2, tokens: 0}}\n"
+    )
+    out = run(RunArguments(str(tmp_path / "recipe.yaml")))
+    (file,) = out.glob("*/evaluation.json")
+    first, second = json.loads(file.read_text())["models"]
+    assert first["model"] == f"{home}/base" and second["parameters"] < first["parameters"]
+
+
+def test_how_far_a_recipe_is(recipe, capsys):
+    with pytest.raises(lp.PrunerError, match="nothing was run yet"):
+        run(RunArguments(str(recipe), status=True))
+    run(RunArguments(str(recipe)))
+    capsys.readouterr()
+    run(RunArguments(str(recipe), status=True))
+    said = capsys.readouterr().out
+    assert said.count("done") == 4 and "waiting" not in said
 
 
 def test_only_one_at_a_time(recipe, tmp_path):

@@ -117,6 +117,14 @@ def test_only_the_assistant_of_a_chat_is_learnt(tmp_path, tokenizer):
     assert learnt(example, tokenizer) == "Good day</s>"
 
 
+def test_an_answer_to_nothing_is_left_out(tmp_path, tokenizer):
+    turns = [{"from": who, "value": f"{who} says {i}"} for i, who in enumerate(("gpt", "human", "gpt"))]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": turns}) + "\n")
+    (row,) = tokenized(rows(str(tmp_path / "a.jsonl")), tokenizer, Format(96), "a")
+    learnt = tokenizer.decode([i for i in row["labels"] if i != IGNORED])
+    assert "gpt says 2" in learnt and "gpt says 0" not in learnt
+
+
 def test_text_is_packed_without_loss(tmp_path, tokenizer):
     file = tmp_path / "d.jsonl"
     texts = ["one two three " * n for n in (1, 9, 4, 30)]
@@ -350,7 +358,10 @@ def test_encoder_decoders(tokenizer, tmp_path, objective, method):
     plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.5, kinds=("neurons",))
     plan.settings["base_model"] = str(tmp_path / "base")
     lp.save(lp.apply(model, plan), words, tmp_path / "pruned", plan=plan)
-    recover(arguments(tmp_path, tmp_path / "out", data_path="python-docs", method=method, objective=objective))
+    hidden = {"distill_hidden": 0.1} if method == "distill" else {}
+    recover(
+        arguments(tmp_path, tmp_path / "out", data_path="python-docs", method=method, objective=objective, **hidden)
+    )
     first, last = final(tmp_path / "out")["losses"]["validation"]
     assert last < first
 
@@ -428,6 +439,8 @@ def test_killed_for_good(home, tmp_path):
         ({"cutoff_len": 500}, "the model reads at most 128"),
         ({"streaming": True, "max_steps": 0}, "give --max_steps"),
         ({"objective": "gpt"}, "unknown --objective"),
+        ({"lr_scheduler_type": "cosin"}, "unknown --lr_scheduler_type 'cosin'"),
+        ({"optim": "adamm"}, "unknown --optim 'adamm'"),
     ],
 )
 def test_bad_input_is_one_clear_line(home, tmp_path, changes, message):
@@ -436,6 +449,60 @@ def test_bad_input_is_one_clear_line(home, tmp_path, changes, message):
     with pytest.raises(lp.PrunerError, match=message):
         recover(arguments(home, tmp_path / "out", **changes))
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_folders_that_are_not_ours_are_left_alone(home, tmp_path):
+    """The model itself, another model, and files beside what is written."""
+    import shutil
+
+    shutil.copytree(home / "pruned", tmp_path / "pruned")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "pruned").iterdir()}
+    with pytest.raises(lp.PrunerError, match="is the model to be trained"):
+        recover(arguments(home, tmp_path / "pruned", prune_model=str(tmp_path / "pruned")))
+    with pytest.raises(lp.PrunerError, match="holds a model that no run of recover wrote"):
+        recover(arguments(home, tmp_path / "pruned"))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "pruned").iterdir()} == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tsconfig.json").write_text("{}")
+    recover(arguments(home, tmp_path / "out", max_steps=2))
+    assert (tmp_path / "out" / "tsconfig.json").read_text() == "{}"
+
+
+def test_a_mistake_is_no_missing_network(home, tmp_path, monkeypatch):
+    """Without --data_path only a data set out of reach is replaced; a wrong template is refused."""
+    for reach in (True, False):
+
+        def given(source, streaming=False, reach=reach):
+            if source == "yahma/alpaca-cleaned" and not reach:
+                raise lp.PrunerError("no network")
+            return rows(str(home / "data.jsonl"), streaming)
+
+        monkeypatch.setattr("llm_pruner.recovery.sets.rows", given)
+        with pytest.raises(lp.PrunerError, match="no prompt template"):
+            recover(arguments(home, tmp_path / "out", data_path=None, prompt_template_name="alpaka", max_steps=2))
+
+
+def test_what_is_held_out_of_a_stream_stays_out(home, tokenizer):
+    from llm_pruner.recovery.sets import training_data
+
+    args = arguments(home, "out", streaming=True, data_path="python-docs,python-docs", val_set_size=20)
+    args.check()
+    train, held_out = training_data(args, tokenizer, Format(32))
+    kept = {tuple(row["input_ids"]) for row in held_out}
+    for epoch in range(2):
+        train.set_epoch(epoch)
+        seen = [tuple(row["input_ids"]) for row in train.take(200)]
+        assert len(kept) == 10 and not kept & set(seen[:20])  # each text twice, so half of them are alike
+
+
+def test_another_teacher_is_asked_anew(home, tmp_path):
+    import shutil
+
+    shutil.copytree(home / "base", tmp_path / "other")
+    cache = {"teacher_cache": str(tmp_path / "cache"), "method": "distill", "max_steps": 2}
+    for i, teacher in enumerate((home / "base", tmp_path / "other", home / "base")):
+        recover(arguments(home, tmp_path / str(i), teacher=str(teacher), **cache))
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 2
 
 
 def test_the_command(home, tmp_path, capsys):

@@ -138,6 +138,10 @@ def test_scores_of_another_model_are_refused(setting):
 def test_bad_arguments(setting, bad, message):
     with pytest.raises(lp.PrunerError, match=message):
         lp.select(*setting, **({"ratio": 0.5} | bad))
+    experts = build("mixtral")
+    scored = lp.trace(experts), lp.score(experts, lp.trace(experts), criterion="l1")
+    with pytest.raises(lp.PrunerError, match="multiples of 8 only"):
+        lp.select(*scored, counts={"neurons": 33})
     with pytest.raises(lp.PrunerError, match="give 1 to 3"):
         lp.select(*setting, counts={"layers": 4})
 

@@ -425,6 +425,20 @@ def test_proportions_meet_a_target(shares):
     assert kinds <= {"layers", "neurons", "heads"} and kinds & {"neurons", "layers"}
 
 
+def test_proportions_are_kept():
+    """Three times the share of the neurons as of the heads, and the other way round."""
+    model = build("llama_grouped", intermediate_size=512, num_attention_heads=32, num_key_value_heads=32, head_dim=4)
+    graph = lp.trace(model)
+    for shares, expected in (("neurons=3,heads=1", 3.0), ("neurons=1,heads=2", 0.5)):
+        found = planned(model, tokens(8, 16), pruner_type="taylor", shares=shares, target_params="0.75").plan
+        lost = {}
+        for kind in ("neurons", "heads"):
+            units = graph.of_kind(kind)
+            kept = sum(len(found.units[u.name].kept) if u.name in found.units else u.size for u in units)
+            lost[kind] = 1 - kept / sum(u.size for u in units)
+        assert lost["neurons"] / lost["heads"] == pytest.approx(expected, rel=0.15)
+
+
 def test_layers_of_models_that_differ_by_layer_go():
     """Per-layer widths, blocks and constants move with their layers."""
     for name in ("llama_grouped", "gpt2"):

@@ -195,6 +195,31 @@ def test_a_plan_for_another_model_is_refused():
         lp.apply(build("llama", intermediate_size=56), plan)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "buffer", "factor"), [("llama", "inv_freq", 3), ("gemma3_text", "embed_scale", 5)]
+)
+def test_the_oracle_sees_what_no_checkpoint_holds(architecture, buffer, factor):
+    model = build(architecture)
+    plan, pruned = pruned_by(model, kinds=["neurons"])
+    assert lp.verify(model, pruned, plan).equivalent
+    found = [tensor for name, tensor in pruned.named_buffers() if name.endswith(buffer)]
+    found[0].mul_(factor)
+    assert not lp.verify(model, pruned, plan).equivalent
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_mask_equivalence_of_a_smaller_vocabulary(tied):
+    model = build("llama_grouped", tie_word_embeddings=tied)
+    graph = lp.trace(model)
+    plan, _ = pruned_by(model, kinds=["neurons"])
+    (unit,) = graph.of_kind("vocabulary")
+    plan.keep(unit, torch.tensor([i for i in range(unit.size) if i % 5 != 4]), graph.shapes)
+    pruned = lp.apply(model, plan)
+    assert lp.verify(model, pruned, plan).equivalent
+    pruned.get_input_embeddings().weight.data[[3, 5]] = pruned.get_input_embeddings().weight.data[[5, 3]]
+    assert not lp.verify(model, pruned, plan, torch.arange(16)[None]).equivalent
+
+
 def test_an_edited_plan_that_no_config_expresses_is_refused():
     model = build("llama")
     plan, _ = pruned_by(model, kinds=["neurons"])

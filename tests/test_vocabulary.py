@@ -1,6 +1,7 @@
 """Fewer tokens: every family of tokenizers, trained here."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,7 +196,39 @@ def test_counting_goes_on_where_it_stopped(family, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         count(family.large, [str(tmp_path / "all.jsonl")], tmp_path / "counts.json")
     again = count(family.large, [str(tmp_path / "all.jsonl")], tmp_path / "counts.json")
-    assert (again.values == whole.values).all() and again.read[str(tmp_path / "all.jsonl")] == len(TEXTS)
+    assert (again.values == whole.values).all() and again.parts[str(tmp_path / "all.jsonl")].read == len(TEXTS)
+
+
+def test_counts_of_several_sources_stay_apart(family, tmp_path):
+    names = [str(tmp_path / f"{name}.txt") for name in "ab"]
+    for name, content in zip(names, ("one two three", "four"), strict=True):
+        Path(name).write_text(content)
+    alone = [count(family.large, [name]).values for name in names]
+    file = tmp_path / "counts.json"
+    assert (count(family.large, names[:1], file).values == alone[0]).all()
+    assert (count(family.large, names[1:], file).values == alone[1]).all()  # and not what was not asked for
+    assert (count(family.large, names, file).values == alone[0] + alone[1]).all()
+    Path(names[0]).write_text("four four")  # another text by now
+    assert (count(family.large, names[:1], file).values == count(family.large, names[:1]).values).all()
+
+
+def test_rows_without_tokens_do_not_hide_what_went(model_folder, tmp_path):
+    """More rows than tokens: the tokenizer is still the original's, and is cut; once, however often it is saved."""
+    model, tokenizer = lp.load(str(model_folder))
+    graph = lp.trace(model)
+    (unit,) = graph.of_kind("vocabulary")
+    plan = lp.PruningPlan()
+    gone = [i for i in range(300, 700) if i != 700][:3]
+    plan.keep(unit, torch.tensor([i for i in range(unit.size) if i not in gone]), graph.shapes)
+    assert len(plan.tokens) > len(tokenizer) - 3
+    pruned = lp.apply(model, plan)
+    lp.save(pruned, tokenizer, tmp_path / "a", plan=plan)
+    again, small = lp.load(str(tmp_path / "a"))
+    assert len(small) == len(tokenizer) - 3
+    text = tokenizer.decode([i for i in range(400, 500)])
+    assert small.decode(small(text)["input_ids"], skip_special_tokens=True) == text
+    lp.save(again, small, tmp_path / "b", plan=lp.PruningPlan.load(tmp_path / "a" / "pruning_plan.json"))
+    assert lp.load(str(tmp_path / "b"))[1].get_vocab() == small.get_vocab()
 
 
 def test_ways_to_choose(family):
@@ -364,6 +397,8 @@ def test_vocabulary_and_neurons_in_one_plan():
         (["--languages", "xx"], "unknown language 'xx'"),
         (["--scripts", "Latin", "--keep_tokens", "/no/file"], "cannot read /no/file"),
         (["--kep", "3"], "did you mean --keep?"),
+        (["--keep", "inf", "--corpus", "python-docs"], "no number of tokens"),
+        (["--to_tokenizer", "/no/tokenizer"], "there is no model folder"),
     ],
 )
 def test_bad_input_of_the_command(argv, message, model_folder, tmp_path, capsys):

@@ -30,7 +30,7 @@ class Unit:
     Attributes:
         name: unique in its graph, such as ``model.layers.3.mlp.neurons``.
         kind: one of :data:`KINDS`.
-        layer: index of the decoder layer it lies in, None where it spans several.
+        layer: index of the layer it lies in, in its own stack, None where it spans several.
         size: how many indices it has.
         flags: why removing indices is not the same as zeroing them: ``norm`` where something normalises, averages
             or ranks over the axis, ``scale`` where attention scores are divided by a root of its size.

@@ -24,11 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import PrunerError
 from ..graph import Compute, evaluating, implementations, model_inputs, native, streamed
-from .aggregate import Salience, reduce_to
+from .aggregate import Dims, Salience, reduce_to
 
 BATCH = 8  # samples in a forward pass
 Visit = Callable[[str, int, torch.Tensor], None]
-Slices = dict[str, list[int]]
 
 
 class Readers(TorchFunctionMode):
@@ -128,7 +127,7 @@ def moments(
 
 
 def activation(
-    model: nn.Module, slices: Slices, calibration: torch.Tensor, criterion: str, compute: Compute | None = None
+    model: nn.Module, slices: Dims, calibration: torch.Tensor, criterion: str, compute: Compute | None = None
 ) -> Salience:
     """``activation``, ``wanda`` or ``flap`` of every channel that is read: ``{(parameter, dim): [size of dim]}``."""
     weights = dict(model.named_parameters())

@@ -25,8 +25,9 @@ from ..graph import Unit
 SCORES_FILE = "importance.scores"
 
 Salience = Mapping[tuple[str, int], torch.Tensor]  # (parameter, dim) -> [size of the dim]
+Dims = dict[str, list[int]]  # the dims of each parameter that a number is wanted for
 
-# ``first`` is the root of the group (q_proj, gate_proj), ``last`` what it ends in (o_proj, down_proj).
+# ``first`` is the root of the group (q_proj, gate_proj, or one projection that holds both), ``last`` what it ends in.
 AGGREGATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum": lambda slices: slices.sum(0),
     "mean": lambda slices: slices.mean(0),
@@ -42,7 +43,7 @@ class Scores:
     """What each index of each unit is worth: ``values[unit.name]`` is a float64 tensor ``[unit.size]``.
 
     Where that depends on how many indices go, as with the best block of layers, it is ``[unit.size - 1, unit.size]``:
-    row n - 1 is for n of them.
+    row n - 1 is for n of them. Infinite are those that must stay, minus infinite those that are gone already.
     """
 
     values: dict[str, torch.Tensor]
@@ -52,13 +53,15 @@ class Scores:
         """The scores ``[unit.size]`` by which ``removed`` indices of a unit are chosen.
 
         Raises:
-            PrunerError: there are none, or they are for a unit of another size.
+            PrunerError: there are none, they are for a unit of another size, or no numbers.
         """
         value = self.values.get(unit.name)
         if value is None or value.shape[-1] != unit.size:
             raise PrunerError(
                 f"there are no scores [{unit.size}] for {unit.name}: score this model, with kinds=('{unit.kind}', ...)"
             )
+        if torch.isnan(value).any():
+            raise PrunerError(f"the scores of {unit.name} are no numbers (nan): score again, in another dtype")
         return value if value.ndim == 1 else value[max(removed, 1) - 1]
 
     def save(self, path: str | Path) -> None:
@@ -103,7 +106,7 @@ def scored_slices(unit: Unit, ranks: Mapping[str, int]) -> list[tuple[str, int]]
     return [(name, dim) for name, dim in dims if ranks[name] > 1 or name.rpartition(".")[0] not in owners]
 
 
-def slices_of(units: Iterable[Unit], ranks: Mapping[str, int]) -> dict[str, list[int]]:
+def slices_of(units: Iterable[Unit], ranks: Mapping[str, int]) -> Dims:
     """The dims of every parameter that some unit needs a number for."""
     out: dict[str, list[int]] = {}
     for unit in units:

@@ -277,8 +277,7 @@ def depth(
     layers = list(layer_lists(model)[unit.name.removesuffix(".layers")])
     batches: tuple[torch.Tensor, ...] = ()
     if strategy not in BY_POSITION:
-        if calibration is None:
-            raise PrunerError(f"{strategy} needs a calibration set: a LongTensor [samples, tokens]")
+        assert calibration is not None  # the caller has looked
         batches = calibration.to(compute.device).split(max(1, TOKENS // calibration.shape[1]))
     most = len(layers) - 1 if most is None else most
     stack = Stack(model, layers, unlike(layers), batches, compute, most)

@@ -19,16 +19,14 @@ from torch import nn
 
 from ..errors import PrunerError
 from ..graph import Compute
-from .aggregate import reduce_to
+from .aggregate import Dims, Salience, reduce_to
 from .backward import backward
 
 VARIANTS = ("vectorize", "param_first", "param_second", "param_mix")
-Slices = dict[str, list[int]]
-Salience = dict[tuple[str, int], torch.Tensor]
 
 
 def taylor(
-    model: nn.Module, slices: Slices, calibration: torch.Tensor, variant: str, compute: Compute | None = None
+    model: nn.Module, slices: Dims, calibration: torch.Tensor, variant: str, compute: Compute | None = None
 ) -> Salience:
     """Taylor importance of every channel: ``{(parameter, dim): [size of the dim]}`` in fp32.
 
@@ -41,7 +39,7 @@ def taylor(
     Raises:
         PrunerError: a gradient is not finite; the message names the parameter.
     """
-    salience: Salience = {}
+    salience: dict[tuple[str, int], torch.Tensor] = {}
     samples = len(calibration)
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # g and H of the parameters being visited
 

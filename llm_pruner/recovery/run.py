@@ -117,6 +117,9 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
     outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - start
     final = trainer.evaluate() if evaluation else {}
+    parts = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # every process has some, and has to hand it over
+        parts = trainer.accelerator.get_state_dict(trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model)
     if trainer.is_world_process_zero():
         metrics = {
             "method": args.method,
@@ -131,12 +134,21 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
             "arguments": asdict(args),
             **provenance(args.seed),
         }
-        _save(args, trainer.accelerator.unwrap_model(trainer.model), tokenizer, plan, folder, metrics)
+        trained = trainer.accelerator.unwrap_model(trainer.model) if parts is None else _whole(args, parts)
+        _save(args, trained, tokenizer, plan, folder, metrics)
         for name, losses in metrics["losses"].items():
             first, last = (f"{math.exp(min(x, 700)):.2f}" if x is not None else "?" for x in losses)
             log.info("perplexity on %s: %s -> %s", name, first, last)
         log.info("recovered in %.0f s, %d steps: %s", seconds, outcome.global_step, folder)
     trainer.accelerator.wait_for_everyone()
+
+
+def _whole(args: RecoverArguments, state: dict[str, torch.Tensor]) -> Any:
+    """An ordinary model with the weights of one that lies in parts on several processes."""
+    model, _ = load(args.prune_model, _weights(args), "cpu", args.trust_remote_code)
+    student = _trainable(args, model)
+    student.load_state_dict(state)
+    return student
 
 
 def _plan(args: RecoverArguments) -> PruningPlan:

@@ -122,13 +122,15 @@ def _recovered(run: Run, metrics: dict[str, Any]) -> None:
 
 
 def _evaluated(run: Run, content: dict[str, Any]) -> None:
-    for one in content["models"]:
+    names = [_short(one["model"]) for one in content["models"]]
+    for one, short in zip(content["models"], names, strict=True):
+        name = short if names.count(short) == 1 else one["model"]
         speed, tasks = one["speed"], one["tasks"]
         accuracies = [t.get("acc_norm", t.get("acc")) for t in tasks.values()]
         known = [a for a in accuracies if a is not None]
         run.points.append(
             Point(
-                _short(one["model"]),
+                name,
                 "evaluated",
                 one["parameters"],
                 one["macs"],
@@ -138,7 +140,7 @@ def _evaluated(run: Run, content: dict[str, Any]) -> None:
             )
         )
         for prompt, written in one.get("samples", {}).items():
-            run.samples.setdefault(prompt, {})[_short(one["model"])] = written
+            run.samples.setdefault(prompt, {})[name] = written
     first = content["models"][0]
     if first["tasks"]:
         run.notes.append("accuracy is the mean of " + ", ".join(first["tasks"]))
@@ -154,4 +156,6 @@ def _perplexity(text: str, found: dict[str, Any]) -> tuple[str, float]:
 
 
 def _short(name: str) -> str:
-    return Path(name).name or name
+    """The name of a folder, or of the run whose merged adapter it is."""
+    path = Path(name)
+    return (path.parent if path.name == "merged" else path).name or name

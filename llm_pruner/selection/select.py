@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import lcm
+from typing import Any
 
 import torch
 
@@ -41,13 +42,14 @@ def select(
     Args:
         graph: from :func:`llm_pruner.trace`.
         scores: from :func:`llm_pruner.score`.
-        ratio: share of a unit's indices to remove, strictly between 0 and 1. As LLM-Pruner counts: a unit
+        ratio: share of a unit's indices to remove, strictly between 0 and 1; or a mapping from kind to share, which
+            then says the kinds too (with a target, the proportions in which they go). As LLM-Pruner counts: a unit
             of n channels loses ``n - int(n * (1 - ratio))``, in whole indices, rounded down. None is a valid
             outcome for a unit with few heads, and the plan's notes say so.
         kinds: kinds of units to prune.
-        layers: layer indices to prune in, None for all; or a mapping from kind to layer indices (a kind without an
-            entry is pruned everywhere). ``hidden``, ``vocabulary`` and ``layers`` do not ask; other units that span
-            layers are left out when layers are given.
+        layers: layer indices to prune in (of an encoder-decoder in both halves), None for all; or a mapping from kind
+            to layer indices (a kind without an entry is pruned everywhere). ``hidden``, ``vocabulary`` and ``layers``
+            do not ask; other units that span layers are left out when layers are given.
         scope: ``local`` takes the ratio from every unit, ``global`` from all units of a kind together: first what
             scores least for each parameter that it frees.
         round_to: kept counts become multiples of this, and of the unit's own ``multiple``, rounded up.
@@ -61,8 +63,9 @@ def select(
             power of two that divides a unit's size and leaves it at least 32 steps. Heads go as they are.
         tensor_parallel: keep heads, neurons and channels in multiples of this many, and as many of them in each of as
             many equal parts of a unit, so that a model split over that many devices stays so.
-        counts: how many indices stay, by the name of a unit or by kind, whatever the ratio. Without a target and
-            without a mapping for a ratio, nothing else goes.
+        counts: how many indices stay, by the name of a unit or by kind (in the layers given), whatever the ratio,
+            ``round_to``, ``floor``, ``align`` and ``tensor_parallel``. Without a target and without a mapping for a
+            ratio, nothing else goes.
 
     Raises:
         PrunerError: an argument is out of range, or there is nothing to prune.
@@ -171,6 +174,7 @@ class Policy:
                 "kinds": list(self.kinds),
                 "scope": self.scope,
                 "round_to": self.round_to,
+                **self._said(),
                 **self.scores.settings,
             }
         )
@@ -200,6 +204,14 @@ class Policy:
             self._nothing(ratios)
         return plan
 
+    def _said(self) -> dict[str, Any]:
+        """What was asked for beside the usual, for the record."""
+        layers = {kind: sorted(chosen) for kind, chosen in self.layers.items()} if self.layers is not None else None
+        usual: dict[str, Any] = {"layers": None, "normalize": "none", "floor": 0.0, "align": False}
+        usual |= {"tensor_parallel": 1, "counts": {}}
+        asked = {**{name: getattr(self, name) for name in usual}, "layers": layers, "counts": dict(self.counts)}
+        return {name: value for name, value in asked.items() if value != usual[name]}
+
     def _nothing(self, ratios: Mapping[str, float]) -> None:
         """Say why nothing goes."""
         if self.counts:
@@ -225,7 +237,7 @@ class Policy:
             )
         if count == unit.size:
             return torch.tensor([], dtype=torch.long)
-        if count % unit.multiple:
+        if count % unit.multiple and unit.kind != "hidden":  # a shape may give that other heads to divide it
             raise PrunerError(f"{unit.name} cannot keep {count}: the model runs with multiples of {unit.multiple} only")
         return torch.argsort(self.scores.of(unit, unit.size - count), stable=True)[: unit.size - count]
 

@@ -277,11 +277,11 @@ def _compare(
     tolerance: float,
     modes: list[KeptNorms],
 ) -> EquivalenceReport:
-    held = sources(model)
+    held, stored = sources(model), model.dtype
     tables = {n: b for n, b in pruned.named_buffers() if n not in held}  # computed anew, in a precision of their own
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name in tables and _rounded_off(tables[name], tensor, model.dtype):
+        if name in tables and _rounded_off(tables[name], tensor, stored):
             return tables[name].to(tensor.device)
         return masked(name, tensor, plan) if name in plan.kept else tensor
 

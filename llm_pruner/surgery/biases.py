@@ -54,8 +54,13 @@ def with_biases(model: PreTrainedModel, calibration: torch.Tensor) -> PreTrained
         raise PrunerError(
             f"no config of {type(model).__name__} gives its projections a bias: compensate by least_squares"
         )
-    missing = {name: torch.zeros(shape, dtype=model.dtype, device=model.device) for name, shape in shapes.items()}
-    return rebuilt_from(config, missing | model.state_dict(), model)
+    there = model.state_dict()
+    missing = {
+        name: torch.zeros(shape, dtype=model.dtype, device=model.device)
+        for name, shape in shapes.items()
+        if name not in there
+    }
+    return rebuilt_from(config, there | missing, model)
 
 
 def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PrunerError
 from ..graph import CouplingGraph, Unit, trace
 from ..heterogeneous import differs, fields_of, set_field
-from ..selection import PruningPlan, renamed
+from ..selection import PruningPlan
 from .apply import wrong_axis
 from .layer_solver import NO_WIDTH, Shapes, shapes_of
 from .layers import skeleton
@@ -63,23 +63,19 @@ class Equation:
         return name, round(value)
 
 
-def counts_for(
-    graph: CouplingGraph, shapes: Shapes, plan: PruningPlan | None = None, keeping: tuple[str, ...] = ()
-) -> dict[str, int]:
+def counts_for(graph: CouplingGraph, shapes: Shapes, keeping: tuple[str, ...] = ()) -> dict[str, int]:
     """How many indices every unit has to keep for a model to get these shapes.
 
     Args:
         graph: of the model.
         shapes: of every tensor of the model wanted, by name.
-        plan: the layers that go, if some do.
         keeping: kinds of units that lose nothing.
 
     Raises:
         PrunerError: nothing that may be pruned gives these shapes; the message names the first that does not fit.
     """
-    plan = plan or PruningPlan()
     units = {u.name: u for u in [*graph.units, *graph.frozen] if u.kind != "layers"}
-    equations = _equations(graph, shapes, plan, units)
+    equations = _equations(graph, shapes, units)
     frozen = {u.name: u.size for u in graph.frozen if u.kind != "layers"}
     fixed = {u.name: u.size for u in graph.units if u.kind in keeping}
     found = _solved(equations, frozen | fixed, units)
@@ -114,7 +110,7 @@ def fitting(graph: CouplingGraph, model_class: type[PreTrainedModel], config: Pr
     raise problem
 
 
-def _equations(graph: CouplingGraph, shapes: Shapes, plan: PruningPlan, units: dict[str, Unit]) -> list[Equation]:
+def _equations(graph: CouplingGraph, shapes: Shapes, units: dict[str, Unit]) -> list[Equation]:
     by_dim: dict[tuple[str, int], list[Unit]] = {}
     for unit in units.values():
         for key in unit.dims:
@@ -122,17 +118,14 @@ def _equations(graph: CouplingGraph, shapes: Shapes, plan: PruningPlan, units: d
     out = []
     known: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # dims of one form share their labels
     for name, shape in graph.shapes.items():
-        new = renamed(name, plan)
-        if new is None:
-            continue
-        if new not in shapes or len(shapes[new]) != len(shape):
-            raise PrunerError(f"the config has no {new} as the model has")
-        for dim, (size, total) in enumerate(zip(shape, shapes[new], strict=True)):
+        if name not in shapes or len(shapes[name]) != len(shape):
+            raise PrunerError(f"the config has no {name} as the model has")
+        for dim, (size, total) in enumerate(zip(shape, shapes[name], strict=True)):
             here = by_dim.get((name, dim), [])
             if size == total and not here:
                 continue
             if not here:
-                raise PrunerError(f"{new} has {size} channels in dim {dim}, which cannot become {total}")
+                raise PrunerError(f"{name} has {size} channels in dim {dim}, which cannot become {total}")
             form = tuple(id(unit.dims[name, dim]) for unit in here)
             if form not in known:  # by which units each position is in, as bits
                 bits = sum((unit.dims[name, dim] >= 0).long() << i for i, unit in enumerate(here))
@@ -142,8 +135,8 @@ def _equations(graph: CouplingGraph, shapes: Shapes, plan: PruningPlan, units: d
             for within, positions in known[form]:
                 through = [unit for i, unit in enumerate(here) if within >> i & 1]
                 terms.append((positions / prod(u.size for u in through), tuple(u.name for u in through)))
-            out.append(Equation(f"{new} (dim {dim})", total, tuple(sorted(terms))))
-    if extra := sorted(shapes.keys() - {renamed(name, plan) for name in graph.shapes}):
+            out.append(Equation(f"{name} (dim {dim})", total, tuple(sorted(terms))))
+    if extra := sorted(shapes.keys() - graph.shapes.keys()):
         raise PrunerError(f"the config asks for {extra[0]}, which the model does not have")
     return out
 
