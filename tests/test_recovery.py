@@ -3,6 +3,7 @@
 import copy
 import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
@@ -386,6 +388,29 @@ def test_two_processes_learn_what_one_does(home, tmp_path):
         assert a == pytest.approx(b, abs=1e-3)
     a, b = (final(tmp_path / n)["losses"]["validation"] for n in ("one", "two"))
     assert a == pytest.approx(b, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ("full", "lora"))
+def test_weights_spread_over_processes(home, tmp_path, method):
+    """FSDP2: every process holds a part of each weight; what is written is whole, and what one process learns."""
+    options = {"method": method, "lora_dropout": 0.0, "max_steps": 4, "merge": method == "lora", "cutoff_len": 32}
+    options |= {"no_instruction": True}
+    recover(arguments(home, tmp_path / "one", **options, data_path="python-docs"))
+    flags = {**vars(arguments(home, tmp_path / "two", **options, data_path="python-docs")), "micro_batch_size": 2}
+    common = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    fsdp |= {"FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    fsdp |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29537"]
+    script = [str(Path(__file__).with_name("spread.py"))]
+    two = subprocess.run([*launch, *script, *common], capture_output=True, text=True, env=os.environ | fsdp)
+    assert two.returncode == 0, two.stderr[-2000:]
+    for (_, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+    for name in ("model",) if method == "full" else ("adapter_model", "merged/model"):
+        one, two = (load_file(tmp_path / n / f"{name}.safetensors") for n in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert all(torch.allclose(one[key], two[key], atol=1e-3) for key in one)
 
 
 @pytest.mark.slow
