@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from .checkpoint import DEFAULT_MODEL, DTYPES, usable
+from .checkpoint import ADAPTER, DEFAULT_MODEL, DTYPES, usable
 from .data import EMBEDDED_TEXT
 from .errors import PrunerError
+from .files import read_json
 
 
 def flag(default: Any, help: str) -> Any:
@@ -184,7 +185,9 @@ class GenerateArguments(ChatArguments):
 
     base_model: str = flag(DEFAULT_MODEL, "the model of --model_type pretrain")
     model_type: str = flag("pretrain", "which of the models to serve: " + ", ".join(MODEL_TYPES))
-    ckpt: str | None = flag(None, "folder of the pruned model, for --model_type pruneLLM and tune_prune_LLM")
+    ckpt: str | None = flag(
+        None, "folder of the pruned model, for --model_type pruneLLM; for tune_prune_LLM the one that the adapter names"
+    )
     lora_ckpt: str | None = flag(None, "folder of the adapter, for --model_type tune_prune_LLM")
 
     def chosen(self) -> list[str]:
@@ -195,6 +198,11 @@ class GenerateArguments(ChatArguments):
             if name is None:
                 raise PrunerError(f"--model_type {self.model_type} needs --{flags[self.model_type]}")
             self.models = [folder_of(name)]
+            if self.model_type == "tune_prune_LLM" and self.ckpt is not None:
+                told = read_json(Path(self.models[0]) / ADAPTER).get("base_model_name_or_path")
+                pruned = Path(folder_of(self.ckpt))
+                if not (Path(str(told)).exists() and pruned.exists() and pruned.samefile(str(told))):
+                    raise PrunerError(f"the adapter {self.models[0]} was trained on {told}, not on --ckpt {self.ckpt}")
         return super().chosen()
 
 

@@ -1,5 +1,6 @@
 """The page to try models on."""
 
+import json
 import sys
 
 import pytest
@@ -112,11 +113,15 @@ def test_without_gradio_the_command_says_so(monkeypatch, capsys):
     assert "pip install gradio" in capsys.readouterr().err
 
 
-def test_generate_takes_the_flags_of_llm_pruner(home):
+def test_generate_takes_the_flags_of_llm_pruner(home, tmp_path):
     assert GenerateArguments().chosen() == ["smollm2-135m"]
     pickle = str(home / "pruned" / "pytorch_model.bin")
     assert GenerateArguments(model_type="pruneLLM", ckpt=pickle).chosen() == [str(home / "pruned")]
-    assert GenerateArguments(model_type="tune_prune_LLM", ckpt=pickle, lora_ckpt="x").chosen() == ["x"]
+    adapter = str(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(home / "pruned")}))
+    assert GenerateArguments(model_type="tune_prune_LLM", ckpt=pickle, lora_ckpt=adapter).chosen() == [adapter]
+    with pytest.raises(PrunerError, match="was trained on"):
+        GenerateArguments(model_type="tune_prune_LLM", ckpt=str(home / "base"), lora_ckpt=adapter).chosen()
     with pytest.raises(PrunerError, match="needs --ckpt"):
         GenerateArguments(model_type="pruneLLM").chosen()
     with pytest.raises(PrunerError, match="unknown --model_type 'vicuna'"):

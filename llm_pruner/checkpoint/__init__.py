@@ -3,6 +3,7 @@
 from .card import upload, write_card
 from .integrity import check
 from .load import (
+    ADAPTER,
     DEFAULT_MODEL,
     DTYPES,
     EMBEDDED,
@@ -21,6 +22,7 @@ from .standalone import write_modelling
 from .stream import apply_to_files, cut_files, weights_in
 
 __all__ = [
+    "ADAPTER",
     "DEFAULT_MODEL",
     "DTYPES",
     "EMBEDDED",

@@ -33,6 +33,9 @@ def save(
     replaced; a folder that holds anything else is left alone.
 
     Args:
+        tokenizer: the original's or the pruned model's; where the plan cuts the vocabulary, the original's is cut. None
+            writes none.
+        plan: by which the model was pruned; it says so in ``pruning_plan.json``.
         standalone: write a modelling file too, so that a checkpoint whose layers differ loads where there is no
             llm_pruner, with ``trust_remote_code=True``.
         push_to_hub: a repository, as ``user/name``, to which the folder goes as well; it is made if it is not there.

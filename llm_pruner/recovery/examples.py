@@ -187,6 +187,12 @@ def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) 
 
 
 def _example_maker(kind: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> Callable[[Row], Example]:
+    if form.objective != "causal":
+        raise PrunerError(
+            f"--objective {form.objective} denoises plain text, and the data holds more: give text or causal"
+        )
+    if form.encoder_decoder and form.train_on_inputs:
+        raise PrunerError("--train_on_inputs is for decoders: an encoder-decoder reads its prompts")
     if kind == "chat":
         if tokenizer.chat_template is None:
             raise PrunerError("the data set holds chats and the tokenizer has no chat template: give another data set")
