@@ -189,7 +189,7 @@ def test_counting_goes_on_where_it_stopped(family, tmp_path, monkeypatch):
 
     def stop(self, *args):
         saved(self, *args)
-        if self.read[str(tmp_path / "all.jsonl")] == 50:
+        if self.parts[str(tmp_path / "all.jsonl")].read == 50:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Counts, "save", stop)

@@ -17,6 +17,7 @@ from ..graph.verify import random_tokens
 from .timing import latency
 
 REPEATS = 3
+LEAST = 2**20  # bytes: a pass takes more, so that less than that was not seen
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Speed:
         prefill: tokens read in a second.
         decode: tokens written in a second; None for what does not go on with a text.
         peak_bytes: memory beside what was there before, at most, while both were done; on CUDA what the allocator
-            held in all, weights included. None where the system does not tell.
+            held in all, weights included. None where the system does not tell, or memory that was free already did.
     """
 
     tokens: int
@@ -80,7 +81,12 @@ def _peak_since(model: PreTrainedModel) -> Callable[[], int | None]:
         before = _status("VmRSS")
     except (OSError, StopIteration):
         return lambda: None
-    return lambda: _status("VmHWM") - before
+
+    def peak() -> int | None:
+        taken = _status("VmHWM") - before
+        return taken if taken > LEAST else None  # what was free in the heap from before does not show
+
+    return peak
 
 
 def _status(name: str) -> int:
