@@ -20,6 +20,7 @@ from transformers import (
 
 from ..errors import PrunerError
 from ..files import read_json
+from ..logs import log
 from .shards import INDEX, shard_files
 from .spread import spread
 
@@ -134,6 +135,8 @@ def load_model(
 
         if (Path(path) / PLAN_FILE).is_file():
             check(path, trust_remote_code)
+        else:
+            log.info("%s has no %s: there is nothing to verify it by", path, PLAN_FILE)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", "token": token}
     if gguf is not None:
         common["gguf_file"] = gguf

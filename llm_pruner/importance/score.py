@@ -94,8 +94,8 @@ def score(
     ):
         if value not in allowed:
             raise PrunerError(f"unknown {what} {value!r}; choose from {', '.join(allowed)}")
-    if isinstance(kinds, str):
-        kinds = (kinds,)
+    if kinds is not None:
+        kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for kind in kinds or ():
         if kind not in KINDS:
             raise PrunerError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
