@@ -259,6 +259,7 @@ class VocabArguments:
     model: str = flag(DEFAULT_MODEL, "alias of the embedded model, hub id, folder, or .gguf file")
     output_dir: str = flag("vocab_log", "folder to write")
     corpus: str | None = flag(None, "texts to count tokens in, by comma: hub data sets, python-docs, or files")
+    max_documents: int = flag(200_000, "of a corpus on the hub, count so many documents at most (0: all)")
     keep: str | None = flag(None, "tokens to keep: 15000, 0.5 (a share), or coverage=0.9999 (of what was counted)")
     min_count: int = flag(0, "keep only tokens that occur at least so often")
     to_tokenizer: str | None = flag(None, "keep the tokens of this tokenizer, all of which this one must have")
@@ -274,7 +275,7 @@ class VocabArguments:
 
     def check(self) -> None:
         """Raises: PrunerError: with the one line that the user reads."""
-        at_least(self, 0, "min_count", "max_windows")
+        at_least(self, 0, "min_count", "max_windows", "max_documents")
         one_of(self, dtype=DTYPES)
         if not (self.keep or self.min_count or self.to_tokenizer or self.languages or self.scripts):
             raise PrunerError("say what is to stay: --keep, --min_count, --to_tokenizer, --languages or --scripts")

@@ -209,7 +209,8 @@ def _from_hub(name: str, split: str, most: int | None) -> Iterator[str]:
     where = HUB[name]
     if split not in where.splits:
         raise PrunerError(f"{name} has no held-out part to measure on: choose another text")
-    files = where.whole if where.whole and most is None and split == "train" else where.splits[split]
+    several = where.whole if split == "train" and (most is None or most > SOME) else None
+    files = several or where.splits[split]
     try:
         if where.by_file:
             data = load_dataset(where.loader, data_files=files, split="train", streaming=True)

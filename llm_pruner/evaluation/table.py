@@ -13,6 +13,8 @@ from rich.table import Table as Shown
 
 from .compare import Evaluation
 
+SPECIAL = str.maketrans({c: f"\\{c}" for c in "_%&#$"})
+
 
 @dataclass
 class Table:
@@ -45,24 +47,27 @@ class Table:
         return buffer.getvalue()
 
     def markdown(self) -> str:
-        head, *rows = self.cells()
-        lines = [head, ["---"] * len(head), *rows]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
-        return "\n\n".join([table, *self.notes]) + "\n"
+        return "\n".join([markdown(self.cells()), *(f"{note}\n" for note in self.notes)])
 
     def latex(self) -> str:
-        """For a paper, with booktabs."""
-        head, *rows = self.cells()
-        special = str.maketrans({c: f"\\{c}" for c in "_%&#$"})
+        return latex(self.cells())
 
-        def line(cells: list[str]) -> str:
-            return " & ".join(cell.translate(special) for cell in cells) + " \\\\"
 
-        body = "\n".join(map(line, rows))
-        columns = "l" + "r" * len(self.models)
-        head_line = line(head)
-        lines = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", head_line, "\\midrule", body, "\\bottomrule"]
-        return "\n".join([*lines, "\\end{tabular}"]) + "\n"
+def markdown(cells: list[list[str]]) -> str:
+    """Cells as a Markdown table; the first row are its heads."""
+    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def latex(cells: list[list[str]]) -> str:
+    """Cells as a table for a paper, with booktabs; commands of LaTeX in them stand as they are."""
+
+    def line(row: list[str]) -> str:
+        return " & ".join(cell.translate(SPECIAL).replace("±", r"$\pm$") for cell in row) + r" \\"
+
+    head, *body = map(line, cells)
+    lines = [f"\\begin{{tabular}}{{l{'r' * (len(cells[0]) - 1)}}}", "\\toprule", head, "\\midrule", *body]
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 
 
 def measured_of(found: list[Evaluation], task: str) -> list[str]:

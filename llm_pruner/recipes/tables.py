@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.table import latex, markdown
 from ..files import write_bytes, write_text
 
 Row = dict[str, Any]
 ORIGINAL = "original"
 UNCOMPARED = ("seconds", "point")  # numbers that are no measurement of a model
-SPECIAL = str.maketrans({c: f"\\{c}" for c in "_%&#$"})
 
 
 def form(value: Any) -> str:
@@ -109,22 +109,6 @@ def cells(rows: list[Row], bold: tuple[str, str]) -> list[list[str]]:
             line.append(f"{bold[0]}{text}{bold[1]}" if marked else text)
         out.append(line)
     return out
-
-
-def markdown(table: list[list[str]]) -> str:
-    lines = [table[0], ["---"] * len(table[0]), *table[1:]]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
-
-
-def latex(table: list[list[str]]) -> str:
-    """For a paper, with booktabs; marks of bold stand as they are."""
-
-    def line(cells: list[str]) -> str:
-        return " & ".join(cell.translate(SPECIAL).replace("±", r"$\pm$") for cell in cells) + r" \\"
-
-    body = [line(cells) for cells in table]
-    head = ["\\begin{tabular}{" + "l" * len(table[0]) + "}", "\\toprule", body[0], "\\midrule"]
-    return "\n".join([*head, *body[1:], "\\bottomrule", "\\end{tabular}"]) + "\n"
 
 
 def write_rows(rows: list[Row], output: Path) -> None:

@@ -40,7 +40,9 @@ class RecoverArguments:
     num_epochs: float = flag(5, "times to go through the data")
     learning_rate: float = flag(3e-4, "highest learning rate")
     cutoff_len: int = flag(256, "tokens of an example at most")
-    val_set_size: int | None = flag(None, "examples to validate on (default: 2000, or a twentieth if that is less; 100 with --streaming)")
+    val_set_size: int | None = flag(
+        None, "examples to validate on (default: 2000, or a twentieth if that is less; 100 with --streaming)"
+    )
     prompt_template_name: str = flag("alpaca", "prompt template: alpaca, or a .json file")
     no_instruction: bool = flag(False, "use no template")
     lora_r: int = flag(8, "rank of LoRA")

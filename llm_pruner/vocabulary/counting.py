@@ -90,12 +90,18 @@ class Counts:
         return out
 
 
-def count(tokenizer: PreTrainedTokenizerBase, sources: Iterable[str], file: str | Path | None = None) -> Counts:
+def count(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Iterable[str],
+    file: str | Path | None = None,
+    most: int | None = None,
+) -> Counts:
     """Count the tokens of texts, as they come, on all cores.
 
     Args:
         sources: names of data sets or files, as :mod:`llm_pruner.data` knows them.
         file: where counts are kept; what it says has been read is not read again.
+        most: of a data set on the hub, count so many documents at most.
 
     Raises:
         PrunerError: there is no text, or no such source.
@@ -109,7 +115,7 @@ def count(tokenizer: PreTrainedTokenizerBase, sources: Iterable[str], file: str 
     asked = list(dict.fromkeys(sources))
     for source in asked:
         part = known.part(source)
-        texts = itertools.islice(streamed(source), part.read, None)
+        texts = itertools.islice(streamed(source, most), part.read, None)
         for number in itertools.count(1):
             batch = list(itertools.islice(texts, BATCH))
             if not batch:
@@ -128,11 +134,11 @@ def count(tokenizer: PreTrainedTokenizerBase, sources: Iterable[str], file: str 
     return found
 
 
-def streamed(source: str) -> Iterator[str]:
+def streamed(source: str, most: int | None = None) -> Iterator[str]:
     """The documents of a source one after the other; a text file in blocks that end with a line."""
     path = Path(source).expanduser()
     if path.suffix != ".txt" or not path.is_file():
-        yield from documents(source)
+        yield from documents(source, most=most)
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
         while block := lines.readlines(BLOCK):

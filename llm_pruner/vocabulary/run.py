@@ -73,7 +73,7 @@ def vocab(args: VocabArguments) -> Path:
     if not held_out.strip():
         raise PrunerError(f"--eval_dataset {args.eval_dataset} has no text to compare both models on")
     for source in args.sources():  # a missing one is found out before anything is loaded
-        next(streamed(source), None)
+        next(streamed(source, 1), None)
     model, tokenizer = load(args.model, args.dtype, device_of("device", args.device), args.trust_remote_code)
     kept = kept_tokens(args, model, tokenizer)
     graph = trace(model)
@@ -111,7 +111,7 @@ def kept_tokens(args: VocabArguments, model: PreTrainedModel, tokenizer: PreTrai
     protected = {i for i in named if i in words.tokens} | _of_template(tokenizer) | _in_file(args, words, tokenizer)
     counts = np.zeros(len(tokenizer), dtype=np.int64)
     if args.corpus:
-        counts = count(tokenizer, args.sources(), args.save_counts).values
+        counts = count(tokenizer, args.sources(), args.save_counts, args.max_documents or None).values
     wanted: set[int] | None = None
     if args.to_tokenizer:
         other = load_tokenizer(args.to_tokenizer, trust_remote_code=args.trust_remote_code)
