@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from .checkpoint import ADAPTER, DEFAULT_MODEL, DTYPES, usable
+from .checkpoint import DEFAULT_MODEL, DTYPES, base_of, usable
 from .data import EMBEDDED_TEXT
 from .errors import PrunerError
-from .files import read_json
+from .files import same
 
 
 def flag(default: Any, help: str) -> Any:
@@ -199,9 +199,8 @@ class GenerateArguments(ChatArguments):
                 raise PrunerError(f"--model_type {self.model_type} needs --{flags[self.model_type]}")
             self.models = [folder_of(name)]
             if self.model_type == "tune_prune_LLM" and self.ckpt is not None:
-                told = read_json(Path(self.models[0]) / ADAPTER).get("base_model_name_or_path")
-                pruned = Path(folder_of(self.ckpt))
-                if not (Path(str(told)).exists() and pruned.exists() and pruned.samefile(str(told))):
+                told = base_of(self.models[0])
+                if not same(told, folder_of(self.ckpt)):
                     raise PrunerError(f"the adapter {self.models[0]} was trained on {told}, not on --ckpt {self.ckpt}")
         return super().chosen()
 

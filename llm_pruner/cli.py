@@ -34,7 +34,7 @@ from .arguments import (
 from .checkpoint import load
 from .demo import demo
 from .errors import PrunerError
-from .files import write_text
+from .files import same, write_text
 from .inspect import inspect
 from .pruning import PruneArguments, prune
 from .recovery import RecoverArguments, recover
@@ -154,7 +154,7 @@ def to_uniform(args: UniformArguments) -> None:
     from .surgery import to_uniform as padded
 
     args.check()
-    if Path(args.out).exists() and Path(args.checkpoint).exists() and Path(args.out).samefile(args.checkpoint):
+    if same(args.out, args.checkpoint):
         raise PrunerError(f"{args.out} is the model that is read: give another folder to write to")
     model, tokenizer = load(args.checkpoint, trust_remote_code=args.trust_remote_code)
     plan = Path(args.checkpoint) / PLAN_FILE

@@ -74,6 +74,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def same(folder: str | Path, other: str | Path) -> bool:
+    """Whether two paths are one folder that is there."""
+    one, two = Path(folder).expanduser(), Path(other).expanduser()
+    return one.exists() and two.exists() and one.samefile(two)
+
+
 @contextmanager
 def complete_folder(folder: str | Path, owned_if: str, reads: str = "") -> Iterator[Path]:
     """A temporary folder that takes the place of ``folder`` when the block succeeds, and vanishes when it fails.
@@ -91,7 +97,7 @@ def complete_folder(folder: str | Path, owned_if: str, reads: str = "") -> Itera
     target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise PrunerError(f"{target} is a file; give a folder to write to")
-    if reads and target.exists() and Path(reads).expanduser().exists() and target.samefile(Path(reads).expanduser()):
+    if reads and same(target, reads):
         raise PrunerError(f"{target} is the model that is read: give another folder to write to")
     leaving = ExitStack()
     try:

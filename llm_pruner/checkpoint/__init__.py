@@ -3,10 +3,10 @@
 from .card import upload, write_card
 from .integrity import check
 from .load import (
-    ADAPTER,
     DEFAULT_MODEL,
     DTYPES,
     EMBEDDED,
+    base_of,
     identity,
     load,
     load_config,
@@ -22,13 +22,13 @@ from .standalone import write_modelling
 from .stream import apply_to_files, cut_files, weights_in
 
 __all__ = [
-    "ADAPTER",
     "DEFAULT_MODEL",
     "DTYPES",
     "EMBEDDED",
     "PLAN_FILE",
     "Shards",
     "apply_to_files",
+    "base_of",
     "check",
     "cut_files",
     "identity",

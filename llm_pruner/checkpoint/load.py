@@ -183,11 +183,7 @@ def _with_adapter(
 
     if not (Path(path) / "adapter_model.safetensors").is_file():
         raise PrunerError(f"{path} holds no adapter_model.safetensors; pickles are never read")
-    told = read_json(Path(path) / ADAPTER)
-    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
-    if not isinstance(base, str) or (Path(base) / ADAPTER).is_file():
-        raise PrunerError(f"{path}/{ADAPTER} does not say which model the adapter is for")
-    model, tokenizer = load(base, dtype, device, trust_remote_code, revision, token, device_map, verify)
+    model, tokenizer = load(base_of(path), dtype, device, trust_remote_code, revision, token, device_map, verify)
     try:
         merged = PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
         if any(Path(path).glob("tokenizer*.json")):
@@ -195,6 +191,19 @@ def _with_adapter(
     except Exception as error:
         raise PrunerError(_explain(path, path, error)) from error
     return merged.eval(), tokenizer
+
+
+def base_of(adapter: str | Path) -> str:
+    """The model that an adapter's folder says it was trained on.
+
+    Raises:
+        PrunerError: it names none, or another adapter.
+    """
+    told = read_json(Path(adapter) / ADAPTER)
+    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    if not isinstance(base, str) or (Path(base) / ADAPTER).is_file():
+        raise PrunerError(f"{adapter}/{ADAPTER} does not say which model the adapter is for")
+    return base
 
 
 def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:

@@ -35,7 +35,7 @@ from ..checkpoint import (
 from ..data import calibration, self_calibration, text
 from ..errors import PrunerError
 from ..evaluation import PROMPTS, check_length, latency, pad_id, parameter_count, perplexity, windows
-from ..files import complete_folder
+from ..files import complete_folder, same
 from ..graph import computing, context_length, native
 from ..importance import SCORES_FILE, Scores
 from ..logs import log, logging_to
@@ -65,7 +65,7 @@ def prune(args: PruneArguments) -> Path:
             raise PrunerError(
                 f"{folder} holds a checkpoint, which this run would remove: add --save_model or rename the run"
             )
-        if Path(args.base_model).exists() and folder.samefile(args.base_model):
+        if same(folder, args.base_model):
             raise PrunerError(f"{folder} is the model to be pruned: give the run another --save_ckpt_log_name")
     with complete_folder(folder, owned_if=METRICS_FILE) as temporary, logging_to(temporary / LOG_FILE):
         log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arguments import EvaluateArguments
 from ..evaluation import as_json, measured_of
 from ..evaluation.run import measured
 from ..files import digest, locked, write_text
@@ -18,7 +17,7 @@ from ..logs import log
 from ..provenance import provenance
 from .launch import Launch
 from .recipe import Recipe, Stage
-from .stages import DONE, KINDS, completed, converted, done
+from .stages import DONE, KINDS, completed, done
 
 EVALUATIONS, CACHE = "evaluations", "cache"
 
@@ -109,11 +108,9 @@ def let_go(step: Step) -> None:
             file.unlink(missing_ok=True)
 
 
-def evaluation(recipe: Recipe, model: str) -> EvaluateArguments:
+def evaluation(recipe: Recipe, model: str) -> Any:
     """What a recipe wants measured of every model."""
-    fields = KINDS["evaluate"].fields
-    values = {name: converted(value, fields[name]) for name, value in (recipe.evaluate or {}).items()}
-    return EvaluateArguments(models=[model], **({"tokens": 0} | values))
+    return KINDS["evaluate"].build({"tokens": 0, **(recipe.evaluate or {})}, model, Path())  # nothing is written there
 
 
 def evaluated(recipe: Recipe, model: str, key: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..arguments import listed
 from ..checkpoint import DTYPES, PLAN_FILE, identity, load, load_config, locate, write_checkpoint
 from ..errors import PrunerError
 from ..evaluation import check_length, parameter_count
-from ..files import complete_folder, digest, held, sync_folder
+from ..files import complete_folder, digest, held, same, sync_folder
 from ..logs import log, logging_to
 from ..provenance import provenance
 from ..selection import PruningPlan
@@ -56,7 +56,7 @@ def recover(args: RecoverArguments) -> Path:
     args.check()
     plan = _plan(args)
     folder = Path(args.output_dir)
-    if folder.exists() and Path(args.prune_model).exists() and folder.samefile(args.prune_model):
+    if same(folder, args.prune_model):
         raise PrunerError(f"{folder} is the model to be trained: give another --output_dir")
     if any((folder / name).exists() for name in CONFIGS[:2]) and not (folder / METRICS_FILE).exists():
         raise PrunerError(f"{folder} holds a model that no run of recover wrote: give another --output_dir")
