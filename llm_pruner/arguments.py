@@ -267,7 +267,7 @@ class VocabArguments:
     keep_tokens: str | None = flag(None, "file of tokens to keep in any case, one a line")
     save_counts: str | None = flag(None, "file to keep counts in; what it has is not counted again")
     eval_dataset: str = flag(EMBEDDED_TEXT, "text to compare both models on")
-    max_windows: int = flag(0, "use only the first N windows of it for perplexity (0: all)")
+    max_windows: int = flag(0, "use only what the first N windows of the original cover for perplexity (0: all)")
     device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, ...")
     dtype: str = flag("auto", "of the weights: " + ", ".join(DTYPES))
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")

@@ -16,7 +16,7 @@ from llm_pruner.checkpoint import apply_to_files
 from llm_pruner.cli import main
 from llm_pruner.data import documents, text
 from llm_pruner.errors import PrunerError
-from llm_pruner.vocabulary import Counts, Subwords, choose, count, cut_tokenizer
+from llm_pruner.vocabulary import Counts, Subwords, choose, count, cut_tokenizer, run
 from llm_pruner.vocabulary.choosing import in_scripts, of_tokenizer
 
 TEXTS = [t for _, t in zip(range(120), documents("python-docs"), strict=False)]
@@ -353,6 +353,22 @@ def test_the_command(tied, model_folder, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "files")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     assert AutoTokenizer.from_pretrained(tmp_path / "files").get_vocab() == tokenizer.get_vocab()
+
+
+def test_both_models_are_measured_on_the_same_text(model_folder, tmp_path, monkeypatch):
+    texts, measure = [], run.byte_perplexity
+
+    def noted(model, tokenizer, held_out):
+        texts.append(held_out)
+        return measure(model, tokenizer, held_out)
+
+    monkeypatch.setattr(run, "byte_perplexity", noted)
+    flags = ["--corpus", "python-docs", "--keep", "0.6", "--max_windows", "3"]
+    assert main(["vocab", str(model_folder), *flags, "--output_dir", str(tmp_path / "out")]) == 0
+    before, after = texts
+    assert before == after and before in text("python-docs", "test")
+    _, large = lp.load(str(model_folder))
+    assert len(large(before, add_special_tokens=False)["input_ids"]) < 4 * run.WINDOW
 
 
 def test_suppressed_tokens_move_or_go(model_folder, tmp_path):

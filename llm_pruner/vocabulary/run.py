@@ -189,6 +189,7 @@ def compare(
             generations += 1
             equal += expected == written[1]
     blanks = sum(len(piece.split()) for piece in pieces)
+    read = _beginning(model, large, held_out, max_windows) if max_windows else held_out
     return Comparison(
         len(pieces),
         1 - sum(same) / len(pieces),
@@ -199,9 +200,17 @@ def compare(
         largest,
         equal,
         generations,
-        byte_perplexity(model, large, held_out, max_windows),
-        byte_perplexity(smaller, small, held_out, max_windows),
+        byte_perplexity(model, large, read),
+        byte_perplexity(smaller, small, read),
     )
+
+
+def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: str, max_windows: int) -> str:
+    """What so many windows of the original cover: both models read the same text, each in its own tokens."""
+    length = min(WINDOW, context_length(model) or WINDOW)
+    ids = tokenizer(held_out, truncation=False, verbose=False)["input_ids"]
+    end = max_windows * length + length // 2  # what is cut in the middle may be other tokens, and a few fewer
+    return str(tokenizer.decode(cast(list[int], ids)[:end], skip_special_tokens=True))
 
 
 def _inputs(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -214,17 +223,14 @@ def _written(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
     return out[0, 0 if model.config.is_encoder_decoder else ids.shape[1] :].tolist()
 
 
-def byte_perplexity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: str, max_windows: int | None = None
-) -> float:
+def byte_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: str) -> float:
     """exp of the mean loss for each byte of a text in UTF-8, every token predicted once but the first of all.
 
-    Windows overlap by one token, which the next one begins with. ``max_windows`` windows of the tokenizer at hand are
-    read, whatever they cover.
+    Windows overlap by one token, which the next one begins with.
     """
     length = min(WINDOW, context_length(model) or WINDOW)
     both_sides = model.config.is_encoder_decoder  # reads the first half of a window and predicts the second
-    ids = windows(tokenizer, held_out, length, max_windows, None if both_sides else length - 1)
+    ids = windows(tokenizer, held_out, length, stride=None if both_sides else length - 1)
     with evaluating(model):
         total, _ = total_loss(model, ids.to(model.device).split(8))
     predicted = ids[:, length // 2 :].flatten() if both_sides else torch.cat([ids[0, 1:], ids[1:, 1:].flatten()])
