@@ -205,9 +205,14 @@ def compare(
     )
 
 
+def _window(model: PreTrainedModel) -> int:
+    """Tokens read at once to measure a model."""
+    return min(WINDOW, context_length(model) or WINDOW)
+
+
 def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: str, max_windows: int) -> str:
     """What so many windows of the original cover: both models read the same text, each in its own tokens."""
-    length = min(WINDOW, context_length(model) or WINDOW)
+    length = _window(model)
     ids = tokenizer(held_out, truncation=False, verbose=False)["input_ids"]
     end = max_windows * length + length // 2  # what is cut in the middle may be other tokens, and a few fewer
     return str(tokenizer.decode(cast(list[int], ids)[:end], skip_special_tokens=True))
@@ -228,7 +233,7 @@ def byte_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
     Windows overlap by one token, which the next one begins with.
     """
-    length = min(WINDOW, context_length(model) or WINDOW)
+    length = _window(model)
     both_sides = model.config.is_encoder_decoder  # reads the first half of a window and predicts the second
     ids = windows(tokenizer, held_out, length, stride=None if both_sides else length - 1)
     with evaluating(model):
