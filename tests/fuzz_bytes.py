@@ -36,7 +36,7 @@ RECIPE = (
     "model: m\noutput: o\nstages:\n  - prune: {pruning_ratio: 0.5}\nsweep:\n  grid: {prune.seed: [1, 2]}\nseeds: [0]\n"
 )
 INDEX = {"metadata": {"total_size": 8}, "weight_map": {"a.weight": "model-00001-of-00001.safetensors"}}
-COUNTS = {"tokenizer": "t", "size": 9, "sources": {"x": {"read": 1, "stamp": [3, 4], "counts": {"1": 5}}}}
+COUNTS = {"tokenizer": "t", "size": 9, "sources": {"x": {"read": 1, "stamp": [3, 4], "counts": {"1": [5, 2]}}}}
 KINDS = {
     "plan": (json.dumps(PLAN), "plan.json", PruningPlan.load),
     "recipe": (RECIPE, "recipe.yaml", lambda file: points_of(read(file))),

@@ -9,7 +9,15 @@ from conftest import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import llm_pruner as lp
 from llm_pruner.checkpoint import apply_to_files
@@ -18,6 +26,7 @@ from llm_pruner.data import documents, text
 from llm_pruner.errors import PrunerError
 from llm_pruner.vocabulary import Counts, Subwords, choose, count, cut_tokenizer, run
 from llm_pruner.vocabulary.choosing import in_scripts, of_tokenizer
+from llm_pruner.vocabulary.tokenizer import keeps_words
 
 TEXTS = [t for _, t in zip(range(120), documents("python-docs"), strict=False)]
 TEXTS += ["Größe und Länge, façade, naïve.", "Привет, мир", "你好世界", "שלום"] * 20
@@ -177,6 +186,82 @@ def test_counts_are_those_of_the_tokenizer(family):
         ids = torch.tensor(family.large(document, add_special_tokens=False)["input_ids"])
         expected += torch.bincount(ids, minlength=len(expected))
     assert torch.equal(expected, torch.from_numpy(family.counts.values))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A byte-level tokenizer of which tokens were kept for the words alone that they are."""
+    out = Family("byte level", tmp_path_factory.mktemp("chained"))
+    folder = tmp_path_factory.mktemp("whole")
+    out.chained, out.kept = out.small, choose(out.words, out.counts.values, "0.75", whole=out.counts.words)
+    out.new = {old: position for position, old in enumerate(out.kept)}
+    cut_tokenizer(out.large, out.kept, folder)
+    out.small = AutoTokenizer.from_pretrained(folder)
+    return out
+
+
+def test_whole_words_are_counted(family):
+    expected = torch.zeros(len(family.large), dtype=torch.long)
+    for document in documents("python-docs"):
+        encoding = family.large(document, add_special_tokens=False)
+        of = [-1, *encoding.word_ids(), -1]
+        alone = [i for at, i in enumerate(encoding["input_ids"], 1) if of[at - 1] != of[at] != of[at + 1]]
+        expected += torch.bincount(torch.tensor(alone, dtype=torch.long), minlength=len(expected))
+    if not family.words.by_words:
+        expected.zero_()
+    assert torch.equal(expected, torch.from_numpy(family.counts.words))
+
+
+def test_a_word_needs_no_rows_for_what_leads_to_it(whole):
+    """More text is written as before, and with fewer tokens, than where each token has all that it is merged from."""
+    assert len(whole.kept) == len(whole.chained)
+    alone = [i for i in whole.kept if not set(whole.words.parts(i)) <= whole.new.keys()]
+    assert len(alone) > 10
+    for i in alone:
+        word = whole.large.decode([i])
+        assert whole.large(word, add_special_tokens=False)["input_ids"] == [i]
+        assert whole.small(word, add_special_tokens=False)["input_ids"] == [whole.new[i]]
+    texts = list(documents("python-docs"))
+    sizes = [sum(map(len, t(texts)["input_ids"])) for t in (whole.large, whole.small, whole.chained)]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_text_of_words_and_reached_tokens_is_tokenized_as_before(whole):
+    reached = {i for i in whole.kept if whole.words.needs(i) <= whole.new.keys()}
+    same = 0
+    for piece in text("python-docs", "test")[:20000].split("\n"):
+        encoding = whole.large(piece, add_special_tokens=False)
+        of = [-1, *encoding.word_ids(), -1]
+        ids = encoding["input_ids"]
+        if all(i in reached or (i in whole.new and of[at - 1] != of[at] != of[at + 1]) for at, i in enumerate(ids, 1)):
+            assert whole.small(piece, add_special_tokens=False)["input_ids"] == [whole.new[i] for i in ids]
+            same += len(ids) > 3
+    assert same > 20
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=40))
+def test_any_text_is_still_written_with_words_kept_alone(whole, some):
+    assert whole.small.decode(whole.small(some, add_special_tokens=False)["input_ids"]) == some
+
+
+def test_a_tokenizer_with_words_kept_alone_is_cut_again(whole, tmp_path):
+    words, counts = Subwords(whole.small), count(whole.small, ["python-docs"])
+    kept = choose(words, counts.values, "0.8", whole=counts.words)
+    assert len(kept) == int(0.8 * len(whole.kept))
+    cut_tokenizer(whole.small, kept, tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    for i in kept:
+        word = whole.small.decode([i])
+        if whole.small(word, add_special_tokens=False)["input_ids"] == [i]:
+            assert again(word, add_special_tokens=False)["input_ids"] == [kept.index(i)]
+    assert again.decode(again(TEXTS[0], add_special_tokens=False)["input_ids"]) == TEXTS[0]
+
+
+def test_words_stay_alone_only_where_the_tokenizer_comes_back_with_them(whole):
+    """Beside a config of Qwen2, transformers builds that model's own tokenizer whatever the files say."""
+    assert keeps_words(whole.large, LlamaConfig()) and keeps_words(whole.large, Qwen3Config())
+    assert not keeps_words(whole.large, Qwen2Config())
 
 
 def test_counting_goes_on_where_it_stopped(family, tmp_path, monkeypatch):

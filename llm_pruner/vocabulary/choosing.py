@@ -63,10 +63,12 @@ def choose(
     min_count: int = 0,
     protected: Iterable[int] = (),
     wanted: set[int] | None = None,
+    whole: np.ndarray | None = None,
 ) -> list[int]:
-    """The ids that stay, sorted: what must, then the most frequent, with all that it takes to reach them.
+    """The ids that stay, sorted: what must, then what the text has most of for each row that it takes.
 
-    Frequent means for each token that is added: one that is merged from others which nobody needs is worth less.
+    A token can stay with all that it is merged from, which brings every time that it or one of these occurs, or, if
+    ``whole`` is given and the tokenizer allows it, alone, which brings the times that it is a whole word.
 
     Args:
         counts: occurrences by id.
@@ -75,45 +77,66 @@ def choose(
         min_count: only tokens that occur at least so often.
         protected: ids that stay as well.
         wanted: only tokens among these, if given.
+        whole: occurrences by id as a whole word.
 
     Raises:
         PrunerError: ``keep`` is no such thing, or fewer than must stay.
     """
-    fixed: set[int] = set()
+    chosen: set[int] = set()
     for i in [*words.required, *protected]:
-        fixed |= words.needs(i, fixed) or {i}
+        chosen |= words.needs(i, chosen) or {i}
     limit, share = room(keep, len(words.tokens))
-    if limit is not None and limit < len(fixed):
+    if limit is not None and limit < len(chosen):
         raise PrunerError(
-            f"--keep {keep} is {limit} tokens, and {len(fixed)} have to stay: special and added tokens, and the "
+            f"--keep {keep} is {limit} tokens, and {len(chosen)} have to stay: special and added tokens, and the "
             "characters or bytes that any text can be written with"
         )
     often = {i: int(counts[i]) if i < len(counts) else 0 for i in words.tokens}
+    alone = {i: int(whole[i]) if words.by_words and whole is not None and i < len(whole) else 0 for i in words.tokens}
+    reached = set(chosen)  # by merges, and not only as whole words
+
+    def brings(i: int) -> int:
+        """What the text has of a token that gets reached."""
+        return often[i] - alone[i] if i in chosen else often[i]
+
     total = sum(often.values()) or 1
-    chosen, covered = set(fixed), sum(often[i] for i in fixed)
+    covered = sum(often[i] for i in chosen)
     most = len(words.tokens) if limit is None else limit
     open_ = {i for i in words.tokens if often[i] >= min_count and (wanted is None or i in wanted)} - chosen
     step = max(1, most // ROUNDS)
     while open_ and len(chosen) < most:
-        # What a token brings, for each token that it takes: that changes with what is there already, so only the
-        # first few are taken before all are looked at again.
-        values: list[tuple[float, int]] = []
+        # What a token brings, for each row that it takes: that changes with what is there already, so only the first
+        # few are taken before all are looked at again.
+        values: list[tuple[float, int, bool]] = []
         for i in list(open_):
-            needed = words.needs(i, chosen)
-            if needed is None or not needed:
+            needed = words.needs(i, reached)
+            rows = len(needed - chosen) if needed else 0
+            if needed and not rows:
+                covered += sum(map(brings, needed))
+                reached |= needed
+            if not needed or not rows:
                 open_.discard(i)
-            elif len(chosen) + len(needed) <= most:
-                values.append((-sum(often[j] for j in needed) / len(needed), i))
+                continue
+            if len(chosen) + rows <= most:
+                values.append((-sum(map(brings, needed)) / rows, i, False))
+            if alone[i] and i not in chosen:
+                values.append((-alone[i], i, True))
         if not values:
             break
-        goal = len(chosen) + step
-        for _, i in sorted(values):
+        goal = min(len(chosen) + step, most)
+        for _, i, word in sorted(values):
             if share is not None and covered >= share * total:
                 return sorted(chosen)
-            needed = words.needs(i, chosen) or set()
-            if len(chosen) + len(needed) <= most:
+            if word:
+                covered += 0 if i in chosen else alone[i]
+                chosen.add(i)
+            else:
+                needed = words.needs(i, reached) or set()
+                if len(chosen | needed) > most:
+                    continue
+                covered += sum(map(brings, needed))
                 chosen |= needed
-                covered += sum(often[j] for j in needed)
+                reached |= needed
             if len(chosen) >= goal:
                 break
     return sorted(chosen)

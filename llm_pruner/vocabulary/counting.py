@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data import documents
 from ..errors import PrunerError
 from ..files import digest, read_json, write_text
+from .tokenizer import Subwords
 
 BATCH = 256  # documents tokenized at once, on all cores
 KEEP_EVERY = 100  # batches after which counts are written down
@@ -26,14 +27,20 @@ class Part:
     """What a source has of each token.
 
     Attributes:
-        values: int64 ``[tokens]``.
+        values: int64 ``[tokens]``, how often it occurs.
+        words: int64 ``[tokens]``, how often it is a whole word; zeros for a tokenizer that needs no such thing.
         read: documents read.
         stamp: size and time of a file, by which another one of the same name is known.
     """
 
     values: np.ndarray
+    words: np.ndarray
     read: int = 0
     stamp: list[int] | None = None
+
+    @classmethod
+    def of(cls, size: int, stamp: list[int] | None) -> Part:
+        return cls(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64), 0, stamp)
 
 
 @dataclass
@@ -53,12 +60,17 @@ class Counts:
         """Of all sources: int64 ``[tokens]``."""
         return sum((part.values for part in self.parts.values()), np.zeros(self.size, dtype=np.int64))
 
+    @property
+    def words(self) -> np.ndarray:
+        """Of all sources, as whole words: int64 ``[tokens]``."""
+        return sum((part.words for part in self.parts.values()), np.zeros(self.size, dtype=np.int64))
+
     def part(self, source: str) -> Part:
         """What is known of a source; nothing if it is another file by now."""
         path = Path(source).expanduser()
         stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
         if source not in self.parts or self.parts[source].stamp != stamp:
-            self.parts[source] = Part(np.zeros(self.size, dtype=np.int64), 0, stamp)
+            self.parts[source] = Part.of(self.size, stamp)
         return self.parts[source]
 
     def save(self, file: str | Path, tokenizer: str) -> None:
@@ -66,7 +78,7 @@ class Counts:
             name: {
                 "read": part.read,
                 "stamp": part.stamp,
-                "counts": {str(i): int(n) for i, n in enumerate(part.values) if n},
+                "counts": {str(i): [int(part.values[i]), int(part.words[i])] for i in part.values.nonzero()[0]},
             }
             for name, part in self.parts.items()
         }
@@ -79,9 +91,10 @@ class Counts:
         try:
             made_with, out = content["tokenizer"], cls(int(content["size"]))
             for name, told in content["sources"].items():
-                part = Part(np.zeros(out.size, dtype=np.int64), int(told["read"]), told["stamp"])
-                for i, n in told["counts"].items():
-                    part.values[int(i)] = n
+                part = Part.of(out.size, told["stamp"])
+                part.read = int(told["read"])
+                for i, (n, words) in told["counts"].items():
+                    part.values[int(i)], part.words[int(i)] = n, words
                 out.parts[name] = part
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
             raise PrunerError(f"cannot read the counts {file}: {error}") from error
@@ -107,9 +120,11 @@ def count(
         PrunerError: there is no text, or no such source.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    words = Subwords(tokenizer)
+    marked = words.marked()
+    backend = marked or tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     mark = digest(sorted(tokenizer.get_vocab().items()))
-    known = Counts(len(tokenizer))
+    known = Counts(words.size)
     if file is not None and Path(file).exists():
         known = Counts.load(file, mark)
     asked = list(dict.fromkeys(sources))
@@ -122,7 +137,11 @@ def count(
                 break
             encoded = backend.encode_batch_fast(batch, add_special_tokens=False)
             ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encoded), dtype=np.int64)
+            inside = ids >= known.size
+            ids[inside] -= known.size
             part.values += np.bincount(ids, minlength=known.size)
+            if marked:  # a word alone: it begins one, and so does the next
+                part.words += np.bincount(ids[~(inside | np.append(inside[1:], False))], minlength=known.size)
             part.read += len(batch)
             if file is not None and number % KEEP_EVERY == 0:
                 known.save(file, mark)

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,8 +26,8 @@ from ..provenance import provenance
 from ..selection import PruningPlan
 from ..surgery import apply, ids_in
 from .choosing import choose, in_scripts, of_tokenizer, scripts_of
-from .counting import count, streamed
-from .tokenizer import Subwords
+from .counting import Counts, count, streamed
+from .tokenizer import Subwords, keeps_words
 
 LOG_FILE, METRICS_FILE = "vocabulary.log", "vocabulary.json"
 DOCUMENTS, TOKENS, NEW_TOKENS = 32, 64, 16  # compared bit by bit
@@ -109,9 +108,9 @@ def kept_tokens(args: VocabArguments, model: PreTrainedModel, tokenizer: PreTrai
     words = Subwords(tokenizer)
     named = ids_in(model.config) | (ids_in(model.generation_config) if model.can_generate() else set())
     protected = {i for i in named if i in words.tokens} | _of_template(tokenizer) | _in_file(args, words, tokenizer)
-    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    found = Counts(words.size)
     if args.corpus:
-        counts = count(tokenizer, args.sources(), args.save_counts, args.max_documents or None).values
+        found = count(tokenizer, args.sources(), args.save_counts, args.max_documents or None)
     wanted: set[int] | None = None
     if args.to_tokenizer:
         other = load_tokenizer(args.to_tokenizer, trust_remote_code=args.trust_remote_code)
@@ -121,7 +120,8 @@ def kept_tokens(args: VocabArguments, model: PreTrainedModel, tokenizer: PreTrai
         scripts += scripts_of(listed(args.languages))
         written = in_scripts(words, tokenizer, scripts)
         wanted = written if wanted is None else wanted & written
-    return choose(words, counts, args.keep or "1.0", args.min_count, protected, wanted)
+    whole = found.words if words.by_words and keeps_words(tokenizer, model.config) else None
+    return choose(words, found.values, args.keep or "1.0", args.min_count, protected, wanted, whole)
 
 
 def _of_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:

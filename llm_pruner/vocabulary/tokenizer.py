@@ -3,7 +3,8 @@
 What a tokenizer needs to go on working, by its model:
 
 * BPE: a token comes about by a merge of two others, so these have to stay. Text falls back on single characters (the
-  256 of byte-level BPE), or on byte tokens.
+  256 of byte-level BPE), or on byte tokens. Where text is first split into words, a token may also stay alone, for the
+  words that are that token (``ignore_merges``): parts that only lead to it need no row then.
 * Unigram (Kudo, arXiv 1804.10959): a piece needs no other. Text falls back on single characters, or on byte tokens.
 * WordPiece: the same, a word on its first character and the ``##`` form of the others.
 
@@ -16,15 +17,18 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import PrunerError
 
 MODELS = ("BPE", "Unigram", "WordPiece")
-FILE = "tokenizer.json"
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+INSIDE = "\0"  # what no token of a byte-level tokenizer has in it
 
 
 class Subwords:
@@ -33,7 +37,9 @@ class Subwords:
     Attributes:
         document: what ``tokenizer.json`` holds.
         tokens: every token as the tokenizer writes it, by id; added ones too.
+        size: one more than the largest id.
         required: ids that must stay whatever else goes: added and special tokens, and what text falls back on.
+        by_words: whether a token may stay without what it is merged from.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -50,8 +56,11 @@ class Subwords:
         self.kind: str = model["type"]
         self.tokens = _vocabulary(model) | {t["id"]: t["content"] for t in self.document["added_tokens"]}
         self.ids = {token: i for i, token in self.tokens.items()}
+        self.size = max(self.tokens, default=-1) + 1
         self.added = {token["id"] for token in self.document["added_tokens"]}
         self.required = self._required()
+        affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        self.by_words = self.kind == "BPE" and self._byte_level() and not affixes
         self._merges = _merges(model) if self.kind == "BPE" else []
         self._parts: dict[int, tuple[int, ...] | None] = {}
         self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(self._merges)))}
@@ -105,7 +114,7 @@ class Subwords:
             none = len(self._ranks)
             rank, at = min((self._ranks.get(pair, none), at) for at, pair in enumerate(pairwise(symbols)))
             if rank == none:
-                return () if _is_byte(token) else None
+                return () if _is_byte(token) or self.document["model"].get("ignore_merges") else None
             last = (symbols[at], symbols[at + 1])
             symbols[at : at + 2] = ["".join(last)]
         if last is None:
@@ -128,6 +137,21 @@ class Subwords:
             open_.extend(parts)
         return out
 
+    def marked(self) -> Tokenizer | None:
+        """The same tokenizer, but a token that does not begin a word has :attr:`size` added to its id.
+
+        So counting tells words from their parts at the speed of ids alone. None if words do not matter.
+        """
+        if not self.by_words:
+            return None
+        document = json.loads(json.dumps(self.document))
+        model = document["model"]
+        model["vocab"] |= {INSIDE + token: i + self.size for token, i in model["vocab"].items()}
+        model["merges"] = [pair for a, b in self._merges for pair in ([a, INSIDE + b], [INSIDE + a, INSIDE + b])]
+        model["continuing_subword_prefix"] = INSIDE
+        document["truncation"] = document["padding"] = None
+        return Tokenizer.from_str(json.dumps(document))
+
     def cut(self, kept: list[int]) -> dict[str, Any]:
         """The document with only the ``kept`` tokens, ids in sorted order, which get new ids from 0 on."""
         new = {old: position for position, old in enumerate(kept)}
@@ -143,6 +167,8 @@ class Subwords:
             there = model["vocab"]
             stays = [pair for pair in self._merges if {*pair, "".join(pair)} <= there.keys()]
             model["merges"] = [list(pair) for pair in stays]
+            if self.by_words and not all(new.keys() >= set(self.parts(i) or ()) for i in kept):
+                model["ignore_merges"] = True
         lost = [token["content"] for token in out["added_tokens"] if token["id"] not in new]
         if lost:
             raise PrunerError(f"the token {lost[0]!r} was added to the tokenizer and has to stay")
@@ -194,9 +220,12 @@ def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: list[int], folder: s
     words = Subwords(tokenizer)
     known = [i for i in kept if i in words.tokens]  # an embedding may have rows that no token has
     tokenizer.save_pretrained(folder)
-    (folder / FILE).write_text(json.dumps(words.cut(known), ensure_ascii=False), encoding="utf-8")
-    file = folder / "tokenizer_config.json"
+    document = words.cut(known)
+    (folder / FILE).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    file = folder / CONFIG
     config = json.loads(file.read_text(encoding="utf-8"))
+    if words.kind == "BPE" and document["model"].get("ignore_merges"):
+        config |= _as_it_is(tokenizer)
     new = {str(old): str(position) for position, old in enumerate(kept)}
     if "added_tokens_decoder" in config:
         config["added_tokens_decoder"] = {new[i]: entry for i, entry in config["added_tokens_decoder"].items()}
@@ -205,6 +234,27 @@ def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: list[int], folder: s
         (folder / other).unlink(missing_ok=True)
     for model in folder.glob("*.model"):
         _cut_sentencepiece(model, words, known)
+
+
+def keeps_words(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> bool:
+    """Whether :class:`AutoTokenizer` gives back ``ignore_merges`` beside such a config: some types insist on a class
+    that builds its own tokenizer from vocabulary and merges."""
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        file = Path(folder) / FILE
+        document = json.loads(file.read_text(encoding="utf-8"))
+        document["model"]["ignore_merges"] = True
+        file.write_text(json.dumps(document), encoding="utf-8")
+        file = Path(folder) / CONFIG
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | _as_it_is(tokenizer)))
+        loaded: Any = AutoTokenizer.from_pretrained(folder)
+        return bool(getattr(loaded.backend_tokenizer.model, "ignore_merges", False))
+
+
+def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What makes transformers load ``tokenizer.json`` instead of building a tokenizer of the model's own class."""
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
 
 
 def _cut_sentencepiece(file: Path, words: Subwords, kept: list[int]) -> None:
