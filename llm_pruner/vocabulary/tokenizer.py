@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -241,13 +242,8 @@ def keeps_words(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) ->
     that builds its own tokenizer from vocabulary and merges."""
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        file = Path(folder) / FILE
-        document = json.loads(file.read_text(encoding="utf-8"))
-        document["model"]["ignore_merges"] = True
-        file.write_text(json.dumps(document), encoding="utf-8")
-        file = Path(folder) / CONFIG
-        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | _as_it_is(tokenizer)))
+        Tokenizer(BPE(vocab={"a": 0}, merges=[], ignore_merges=True)).save(str(Path(folder) / FILE))
+        (Path(folder) / CONFIG).write_text(json.dumps(_as_it_is(tokenizer)), encoding="utf-8")
         loaded: Any = AutoTokenizer.from_pretrained(folder)
         return bool(getattr(loaded.backend_tokenizer.model, "ignore_merges", False))
 
