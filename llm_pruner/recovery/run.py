@@ -156,7 +156,7 @@ def _plan(args: RecoverArguments) -> PruningPlan:
     path, _ = locate(args.prune_model)
     file = Path(path) / PLAN_FILE
     if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
+        if not (Path(path) / "config.json").is_file() and (Path(path) / "adapter_config.json").is_file():
             raise PrunerError(f"{path} holds an adapter, no pruned model: give the folder that pruning wrote")
         if not file.is_file():
             raise PrunerError(f"{path} is not a pruned model: it has no {PLAN_FILE}")
