@@ -67,7 +67,7 @@ def load(
         PrunerError: there is no such model or device, it is quantized, has no tokenizer, or nothing but pickles.
     """
     path, _ = locate(name)
-    if (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").is_file():
+    if is_adapter(path):
         return _with_adapter(path, dtype, device, trust_remote_code, revision, token, device_map, verify)
     model = load_model(name, dtype, device, trust_remote_code, revision, token, device_map, verify)
     return model, load_tokenizer(name, trust_remote_code, revision, token, model.config)
@@ -204,6 +204,11 @@ def base_of(adapter: str | Path) -> str:
     if not isinstance(base, str) or (Path(base) / ADAPTER).is_file():
         raise PrunerError(f"{adapter}/{ADAPTER} does not say which model the adapter is for")
     return base
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter of peft, and no model."""
+    return (Path(folder) / ADAPTER).is_file() and not (Path(folder) / "config.json").is_file()
 
 
 def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:

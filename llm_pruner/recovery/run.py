@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..arguments import listed
-from ..checkpoint import DTYPES, PLAN_FILE, identity, load, load_config, locate, write_checkpoint
+from ..checkpoint import DTYPES, PLAN_FILE, identity, is_adapter, load, load_config, locate, write_checkpoint
 from ..errors import PrunerError
 from ..evaluation import check_length, parameter_count
 from ..files import complete_folder, digest, held, same, sync_folder
@@ -156,7 +156,7 @@ def _plan(args: RecoverArguments) -> PruningPlan:
     path, _ = locate(args.prune_model)
     file = Path(path) / PLAN_FILE
     if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file() and (Path(path) / "adapter_config.json").is_file():
+        if is_adapter(path):
             raise PrunerError(f"{path} holds an adapter, no pruned model: give the folder that pruning wrote")
         if not file.is_file():
             raise PrunerError(f"{path} is not a pruned model: it has no {PLAN_FILE}")
