@@ -98,8 +98,8 @@ def equal_time(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def overhead(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a LoRA step, ours over those of peft and Trainer with nothing around, taken in turn."""
+    from llm_pruner.recovery.adapters import trainable
     from llm_pruner.recovery.examples import Format, rows, tokenized
-    from llm_pruner.recovery.run import _trainable
     from llm_pruner.recovery.sets import collator
 
     steps = 8
@@ -123,7 +123,7 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
                 disable_tqdm=True,
                 use_cpu=not torch.cuda.is_available(),
             )
-            trainer = Trainer(_trainable(given, model), settings, collator(tokenizer, model), data)
+            trainer = Trainer(trainable(given, model), settings, collator(tokenizer, model), data)
             start = time.perf_counter()
             trainer.train()
             theirs.append((time.perf_counter() - start) / steps)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from registry import perturbed, tiny_config
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -140,6 +141,33 @@ def test_text_is_packed_without_loss(tmp_path, tokenizer):
     assert streamed == list(data)
 
 
+@pytest.mark.parametrize("streaming", (False, True))
+def test_answers_are_packed_without_padding(tmp_path, tokenizer, streaming):
+    file = tmp_path / "d.jsonl"
+    cases = [(f"question {i}", "word " * n) for i, n in enumerate((3, 0, 40, 1, 9, 30))]
+    file.write_text("\n".join(json.dumps({"instruction": a, "output": b}) for a, b in cases))
+    one_by_one = tokenized(rows(str(file)), tokenizer, Format(500, "question"), "d")
+    assert len(one_by_one) == 5, "the empty answer teaches nothing"
+    stream = {name: [i for e in one_by_one for i in e[name]] for name in ("input_ids", "labels")}
+    packed = list(tokenized(rows(str(file), streaming), tokenizer, Format(16, "question", packing=True), "d"))
+    expected = [
+        {name: ids[i : i + 16] for name, ids in stream.items()} for i in range(0, len(stream["labels"]) - 15, 16)
+    ]
+    assert packed == [e for e in expected if any(label != IGNORED for label in e["labels"])]
+    assert len(packed) > 4 and any(IGNORED in e["labels"] for e in packed)
+    with pytest.raises(lp.PrunerError, match="--packing is for decoders"):
+        tokenized(rows(str(file)), tokenizer, Format(16, packing=True, encoder_decoder=True), "d")
+    with pytest.raises(lp.PrunerError, match="does not fill one window"):
+        tokenized(rows(str(file)), tokenizer, Format(5000, packing=True), "d")
+
+
+def test_the_blank_before_an_answer_is_learnt_with_it(tmp_path, tokenizer):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"instruction": "Say", "input": "so", "output": "fine words"}))
+    (example,) = tokenized(rows(str(tmp_path / "d.jsonl")), tokenizer, Format(96, "question"), "d")
+    assert tokenizer.decode(example["input_ids"]) == "Question: Say\nso\nAnswer: fine words</s>"
+    assert learnt(example, tokenizer) == " fine words</s>"
+
+
 @pytest.mark.parametrize("suffix", (".json", ".parquet", ".csv", ".txt"))
 def test_files(tmp_path, suffix):
     import datasets
@@ -189,6 +217,45 @@ def test_adapters(home, tmp_path, method, model):
     again, _ = lp.load(str(out))  # the adapter's folder alone, merged into what it names
     with torch.no_grad():
         assert relative_difference(again(ids).logits, expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", ("mixtral", "deepseek_v3", "llama4_text"))
+@pytest.mark.parametrize("method", ("lora", "dora"))
+def test_adapters_of_experts(home, tmp_path, tokenizer, name, method):
+    """All experts' matrices are one parameter, which peft calls otherwise and gives no dropout."""
+    config = tiny_config(name)
+    config.vocab_size = len(tokenizer)
+    model = perturbed(AutoModelForCausalLM, config)
+    graph = lp.trace(model)
+    plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.25, kinds=("neurons",), round_to=8)
+    lp.save(lp.apply(model, plan), tokenizer, tmp_path / "pruned", plan=plan)
+    ids = torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    out = tmp_path / "out"
+    changes = {"prune_model": str(tmp_path / "pruned"), "method": method, "merge": True, "max_steps": 3}
+    recover(arguments(home, out, **changes, packing=True, cutoff_len=48))
+    base, _ = lp.load(str(tmp_path / "pruned"))
+    plain = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    adapted = PeftModel.from_pretrained(base, str(out)).eval()
+    merged, untouched = (AutoModelForCausalLM.from_pretrained(f) for f in (out / "merged", tmp_path / "pruned"))
+    with torch.no_grad():
+        found, expected, before = (m(ids, use_cache=False).logits for m in (merged, adapted, untouched))
+    assert relative_difference(found, expected) < 1e-4 < relative_difference(before, expected)
+    changed = {n for (n, a), b in zip(merged.named_parameters(), untouched.parameters()) if not torch.equal(a, b)}
+    wanted = (
+        {n for n, p in merged.named_parameters() if ".experts." in n and p.ndim == 3} if method == "lora" else set()
+    )
+    hidden = {"gate_proj", "up_proj", "down_proj"} if method == "dora" and name == "deepseek_v3" else set()
+    wanted |= {f"{n}.weight" for n in plain if n.split(".")[-1] not in {"lm_head", "router", *hidden}}
+    assert changed == wanted
+
+
+def test_bfloat16_on_a_cpu(home, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        recover(arguments(home, tmp_path / dtype, dtype=dtype, lora_dropout=0.0))
+    exact, narrow = (dict(losses(tmp_path / dtype)) for dtype in ("float32", "bfloat16"))
+    assert narrow == pytest.approx(exact, rel=0.02) and narrow != exact
+    stored = load_file(tmp_path / "bfloat16" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
 
 
 def test_all_weights(home, tmp_path):

@@ -43,7 +43,7 @@ class RecoverArguments:
     val_set_size: int | None = flag(
         None, "examples to validate on (default: 2000, or a twentieth if that is less; 100 with --streaming)"
     )
-    prompt_template_name: str = flag("alpaca", "prompt template: alpaca, or a .json file")
+    prompt_template_name: str = flag("alpaca", "prompt template: alpaca, question, or a .json file")
     no_instruction: bool = flag(False, "use no template")
     lora_r: int = flag(8, "rank of LoRA")
     lora_alpha: int = flag(16, "scale of LoRA: alpha / r")
@@ -79,6 +79,9 @@ class RecoverArguments:
     weight_decay: float = flag(0.0, "weight decay")
     optim: str = flag("adamw_torch", "optimizer, by transformers' name: adamw_torch, adamw_bnb_8bit, ...")
     gradient_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory, slower")
+    packing: bool = flag(
+        False, "put answered prompts one after the other into windows of --cutoff_len, as text always is: no padding"
+    )
     streaming: bool = flag(False, "read the data as it comes instead of all at once; needs --max_steps")
     eval_steps: int = flag(100, "validate every so many steps")
     save_steps: int = flag(200, "write a checkpoint every so many steps")
@@ -125,6 +128,8 @@ class RecoverArguments:
             raise PrunerError("--distill_weight is between 0 and 1, --distill_temperature above 0")
         if self.save_steps % self.eval_steps:
             raise PrunerError(f"--save_steps {self.save_steps} is no multiple of --eval_steps {self.eval_steps}")
+        if self.packing and self.group_by_length:
+            raise PrunerError("--packing makes windows of one length: give no --group_by_length")
         if self.streaming and not self.max_steps:
             raise PrunerError("--streaming does not know how much data there is: give --max_steps")
         if self.method == "distill" and self.teacher is None:

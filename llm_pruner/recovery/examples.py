@@ -2,7 +2,8 @@
 
 Four kinds of rows are known by their columns: chats (``messages`` or ``conversations``), instructions (``instruction``,
 perhaps ``input``, and ``output`` or ``response``), pairs (``prompt`` and ``completion`` or ``response``) and plain
-text. Of the first three only the answers are learnt; text is packed into windows without padding.
+text. Of the first three only the answers are learnt. Text is packed into windows without padding, and so are the others
+where that is asked for.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Format:
         objective: what an encoder-decoder makes of text, see :mod:`llm_pruner.recovery.objectives`; with ``causal`` it
             reads the first half of a window and writes the second.
         seed: of the denoisers.
+        packing: put answered prompts one after the other into windows of ``cutoff_len`` tokens, instead of each into an
+            example of its own.
     """
 
     cutoff_len: int = 256
@@ -54,6 +57,12 @@ class Format:
     encoder_decoder: bool = False
     objective: str = "causal"
     seed: int = 0
+    packing: bool = False
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of an answered prompt at most; one that goes on in the next window is cut nowhere."""
+        return None if self.packing else self.cutoff_len
 
 
 def rows(source: str, streaming: bool = False) -> Any:
@@ -129,21 +138,19 @@ def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase, form: Format, sourc
     import datasets
 
     streaming = isinstance(data, datasets.IterableDataset)
-    columns = data.column_names or list(next(iter(data)))
+    columns = tuple(data.column_names or next(iter(data)))  # datasets would deal a list out to several readers
     kind = kind_of(columns, source)
-    if kind == "text":
-        column = next(name for name in TEXTS if name in columns)
+    example = _example_maker(kind, columns, tokenizer, form)
+    if kind == "text" or form.packing:
+        made_of = {"data": data, "kind": kind, "columns": columns, "tokenizer": tokenizer, "form": form}
         if streaming:
-            return datasets.IterableDataset.from_generator(
-                _windows, gen_kwargs={"data": data, "column": column, "tokenizer": tokenizer, "form": form}
-            )
-        windows = list(_windows(data, column, tokenizer, form))
+            return datasets.IterableDataset.from_generator(_windows, gen_kwargs=made_of)
+        windows = list(_windows(**made_of))
         if not windows:
-            raise PrunerError(f"{source} has less text than one window of {form.cutoff_len} tokens: lower --cutoff_len")
+            raise PrunerError(f"{source} does not fill one window of {form.cutoff_len} tokens: lower --cutoff_len")
         return datasets.Dataset.from_list(windows)
-    example = _example_maker(kind, tokenizer, form)
     how: dict[str, bool] = {} if streaming else {"keep_in_memory": True, "load_from_cache_file": False}
-    found = data.map(example, remove_columns=columns, **how).filter(_teaches, **how)
+    found = data.map(example, remove_columns=list(columns), **how).filter(_teaches, **how)
     if not streaming and len(found) < len(data):
         log.info(
             "%s: %d of %d rows have no answer within %d tokens",
@@ -161,38 +168,51 @@ def _teaches(example: Example) -> bool:
     return any(label != IGNORED for label in example["labels"])
 
 
-def _windows(data: Iterable[Row], column: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> Iterator[Example]:
-    """Documents one after the other, each ended by the end-of-text token, cut into windows of equal length."""
-    windows = _cut((str(row[column] or "") for row in data), tokenizer, form.cutoff_len)
+def _windows(
+    data: Iterable[Row], kind: str, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, form: Format
+) -> Iterator[Example]:
+    """Examples one after the other, each ended by the end-of-text token, cut into windows of equal length."""
+    example = _example_maker(kind, columns, tokenizer, form)
+    windows = _cut((example(row) for row in data), form.cutoff_len)
     if form.objective != "causal":
-        yield from denoised(windows, form.objective, Vocabulary.of(tokenizer), form.seed)
+        yield from denoised((w["input_ids"] for w in windows), form.objective, Vocabulary.of(tokenizer), form.seed)
         return
     half = form.cutoff_len // 2
     for window in windows:
         if form.encoder_decoder:
-            yield {"input_ids": window[:half], "labels": window[half:]}
-        else:
-            yield {"input_ids": window, "labels": list(window)}
+            ids = window["input_ids"]
+            yield {"input_ids": ids[:half], "labels": ids[half:]}
+        elif _teaches(window):
+            yield window
 
 
-def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
-    rest: list[int] = []
-    for text in texts:
-        rest += tokenizer(text, truncation=False, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id is not None and rest and rest[-1] != tokenizer.eos_token_id:
-            rest.append(cast(int, tokenizer.eos_token_id))
-        while len(rest) >= length:
-            yield rest[:length]
-            rest = rest[length:]
+def _cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
+    rest: Example = {"input_ids": [], "labels": []}
+    for example in examples:
+        if not _teaches(example):
+            continue
+        for name, ids in rest.items():
+            ids += example[name]
+        while len(rest["labels"]) >= length:
+            yield {name: ids[:length] for name, ids in rest.items()}
+            rest = {name: ids[length:] for name, ids in rest.items()}
 
 
-def _example_maker(kind: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> Callable[[Row], Example]:
+def _example_maker(
+    kind: str, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, form: Format
+) -> Callable[[Row], Example]:
+    """What makes an example of a row of this kind."""
+    if kind == "text":
+        column = next(name for name in TEXTS if name in columns)
+        return lambda row: _document(str(row[column] or ""), tokenizer)
     if form.objective != "causal":
         raise PrunerError(
             f"--objective {form.objective} denoises plain text, and the data holds more: give text or causal"
         )
     if form.encoder_decoder and form.train_on_inputs:
         raise PrunerError("--train_on_inputs is for decoders: an encoder-decoder reads its prompts")
+    if form.encoder_decoder and form.packing:
+        raise PrunerError("--packing is for decoders: an encoder-decoder reads prompts and writes answers apart")
     if kind == "chat":
         if tokenizer.chat_template is None:
             raise PrunerError("the data set holds chats and the tokenizer has no chat template: give another data set")
@@ -208,18 +228,30 @@ def _example_maker(kind: str, tokenizer: PreTrainedTokenizerBase, form: Format) 
         else:
             question = str(row.get("prompt") or row.get("question") or "")
         joint = " " if kind == "instruction" and form.template is None else ""
-        return _answered(question, joint + answer, tokenizer, form)
+        # Tokenizers join a blank to the word behind it: one that ends a prompt is learnt with the answer.
+        prompted = question.rstrip(" ")
+        joint = question[len(prompted) :] + joint
+        return _answered(prompted, joint + answer if answer.strip() else "", tokenizer, form)
 
     return example
+
+
+def _document(text: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """All of a text, and its end, to be learnt."""
+    ids = list(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+    if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
+        ids.append(cast(int, tokenizer.eos_token_id))
+    return {"input_ids": ids, "labels": list(ids)}
 
 
 def _answered(question: str, answer: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> Example:
     """A prompt and its answer; labels are those of the answer and of the end (LLM-Pruner's ``post_training.py``)."""
 
     def ids(text: str, end: bool) -> list[int]:
-        found = list(tokenizer(text, truncation=True, max_length=form.cutoff_len)["input_ids"])
+        cut = {"truncation": True, "max_length": form.longest} if form.longest else {"truncation": False}
+        found = list(tokenizer(text, verbose=False, **cut)["input_ids"])  # type: ignore[arg-type]
         eos = tokenizer.eos_token_id
-        if end and eos is not None and len(found) < form.cutoff_len and found[-1:] != [eos]:
+        if end and eos is not None and not (form.longest and len(found) >= form.longest) and found[-1:] != [eos]:
             found.append(cast(int, eos))
         return found
 
@@ -260,7 +292,7 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, form: Format) -> Example
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         input_ids += ids
         labels += ids if learnt or form.train_on_inputs else [IGNORED] * len(ids)
-    return {"input_ids": input_ids[: form.cutoff_len], "labels": labels[: form.cutoff_len]}
+    return {"input_ids": input_ids[: form.longest], "labels": labels[: form.longest]}
 
 
 def _messages(row: Row) -> list[dict[str, str]]:

@@ -23,7 +23,12 @@ ALPACA = {
         "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
     ),
 }
-TEMPLATES = {"alpaca": ALPACA}
+# How lm-eval's harness asks most of its questions.
+QUESTION = {
+    "prompt_input": "Question: {instruction}\n{input}\nAnswer: ",
+    "prompt_no_input": "Question: {instruction}\nAnswer: ",
+}
+TEMPLATES = {"alpaca": ALPACA, "question": QUESTION}
 
 
 def prompt(name: str) -> Prompt:

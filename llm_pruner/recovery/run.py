@@ -13,13 +13,11 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..arguments import listed
@@ -31,6 +29,7 @@ from ..logs import log, logging_to
 from ..provenance import provenance
 from ..selection import PruningPlan
 from ..version import __version__
+from .adapters import trainable
 from .arguments import DEFAULT_DATA, RecoverArguments
 from .curves import Curves, Progress
 from .distill import Collator, Teacher, answers
@@ -86,6 +85,7 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
         bool(model.config.is_encoder_decoder),
         args.objective,
         args.seed,
+        args.packing,
     )
     if args.objective != "causal" and not form.encoder_decoder:
         raise PrunerError(
@@ -98,7 +98,7 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
         train = _answered(args, identity(_teacher_name(args, plan)), teacher, train, collate, tokenizer, form)
         teacher.model = None
     parameters = parameter_count(model)
-    student = _trainable(args, model)
+    student = trainable(args, model)
     texts = {name: text_set(name, args, model, tokenizer) for name in listed(args.extra_val_dataset)}
     evaluation = texts | ({VALIDATION: validation} if validation is not None else {})
     trainer = RecoveryTrainer(
@@ -146,7 +146,7 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
 def _whole(args: RecoverArguments, state: dict[str, torch.Tensor]) -> Any:
     """An ordinary model with the weights of one that lies in parts on several processes."""
     model, _ = load(args.prune_model, _weights(args), "cpu", args.trust_remote_code)
-    student = _trainable(args, model)
+    student = trainable(args, model)
     student.load_state_dict(state)
     return student
 
@@ -249,42 +249,6 @@ def _answered(
         return answers(data, teacher.model, collate, args.teacher_top, args.distill_temperature, file)
 
 
-def _trainable(args: RecoverArguments, model: PreTrainedModel) -> Any:
-    """The model with what is to be trained: an adapter, or all of it."""
-    model.config.use_cache = False
-    if args.method not in ("lora", "dora"):
-        return model.requires_grad_(True).train()
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-    asked = listed(args.lora_target_modules)
-    known = sorted({name.rpartition(".")[2] for name in linear})
-    for name in asked:
-        if name not in known:
-            raise PrunerError(f"--lora_target_modules: the model has no linear layer {name}; it has {', '.join(known)}")
-    head = model.get_output_embeddings()
-    for name, module in linear.items():
-        chosen = name.rpartition(".")[2] in asked if asked else module is not head
-        shape = tuple(cast(torch.Tensor, module.weight).shape)
-        if chosen and args.lora_r > min(shape):
-            raise PrunerError(f"--lora_r {args.lora_r} is more than {name} {list(shape)} is wide: lower it")
-    config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=asked or "all-linear",
-        use_dora=args.method == "dora",
-        bias="none",
-        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
-    )
-    if args.gradient_checkpointing:
-        model.enable_input_require_grads()
-    found = get_peft_model(model, config)
-    if Path(args.prune_model).is_dir():  # so that the adapter finds it from anywhere; a hub id is its own name
-        found.peft_config["default"].base_model_name_or_path = str(Path(args.prune_model).resolve())
-    return found
-
-
 def _training_arguments(args: RecoverArguments, train: Any, evaluation: dict[str, Any]) -> TrainingArguments:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if args.batch_size % (args.micro_batch_size * processes):
@@ -355,7 +319,9 @@ def _losses(history: list[dict[str, Any]], final: dict[str, float], name: str) -
 def _in_order(file: Path) -> None:
     """peft writes sets as they come; equal runs are to leave equal files."""
     config = json.loads(file.read_text(encoding="utf-8"))
-    config = {name: sorted(v) if name.endswith("_modules") and isinstance(v, list) else v for name, v in config.items()}
+    config = {
+        name: sorted(v) if name.startswith("target_") and isinstance(v, list) else v for name, v in config.items()
+    }
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
