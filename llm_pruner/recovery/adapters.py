@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,14 +31,14 @@ def trainable(args: RecoverArguments, model: PreTrainedModel) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     linear, stacked = _chosen(args, model)
-    layers, weights = _for_peft(model, sorted({_last(name) for name in linear}))
-    parameters = [*weights, *sorted({".".join(name.split(".")[-2:]) for name in stacked})]
+    layers, weights = _for_peft(model, linear)
+    parameters = weights + stacked
     dropout = args.lora_dropout
     if parameters and args.method == "dora":
-        log.info("dora adapts linear layers alone: %s stay as they are", ", ".join(parameters))
+        log.info("dora does not reach %s", _told(parameters))
         parameters = []
     if parameters and dropout:
-        log.info("without dropout, which adapters of experts' parameters (%s) cannot have", ", ".join(parameters))
+        log.info("no dropout, which adapters of %s cannot have", _told(parameters))
         dropout = 0.0
     config = LoraConfig(
         r=args.lora_r,
@@ -45,8 +46,6 @@ def trainable(args: RecoverArguments, model: PreTrainedModel) -> Any:
         lora_dropout=dropout,
         target_modules=layers,
         target_parameters=parameters or None,
-        # Of the same name as one that is adapted, but not to be.
-        exclude_modules=[name for name, _ in _linear(model) if _last(name) in layers and name not in linear] or None,
         use_dora=args.method == "dora",
         bias="none",
         task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
@@ -62,39 +61,63 @@ def trainable(args: RecoverArguments, model: PreTrainedModel) -> Any:
 def _chosen(args: RecoverArguments, model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """The linear layers that get an adapter, and the parameters that hold a matrix of every expert."""
     head = model.get_output_embeddings()
-    linear = {
-        name: tuple(cast(torch.Tensor, module.weight).shape)
-        for name, module in _linear(model)
-        # A layer that gives something else than a product, such as a router, cannot have a product added.
-        if module is not head and type(module).forward in [kind.forward for kind in LINEAR]
-    }
-    stacked = {
-        f"{path}.{name}": tuple(parameter.shape[1:])
-        for path, module in model.named_modules()
-        if "expert" in f"{path} {type(module).__name__}".lower() and not isinstance(module, LINEAR)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and min(parameter.shape) > 1
-    }
     asked = listed(args.lora_target_modules)
-    if head is not None and asked:  # the head only by name
-        linear |= {name: tuple(module.weight.shape) for name, module in _linear(model) if module is head}
-    known = sorted({_last(name) for name in linear | stacked})
+    shapes: dict[str, tuple[int, ...]] = {}
+    stacked: set[str] = set()
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules():
+        if isinstance(module, LINEAR):
+            # The head only by name; of a weight with several uses peft would adapt one, and merging changes all.
+            wanted = bool(asked) if module is head else uses[id(module.weight)] == 1
+            if wanted and _multiplies(module) and not _refused(model, path):
+                shapes[path] = tuple(cast(torch.Tensor, module.weight).shape)
+        elif "expert" in f"{path} {type(module).__name__}".lower():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3 and uses[id(parameter)] == 1:
+                    stacked.add(f"{path}.{name}")
+                    shapes[f"{path}.{name}"] = tuple(parameter.shape[1:])
+    known = sorted({_last(name) for name in shapes})
     for name in asked:
         if name not in known:
             raise PrunerError(f"--lora_target_modules: the model has no linear layer {name}; it has {', '.join(known)}")
-    for name, shape in (linear | stacked).items():
-        if args.lora_r > min(shape) and (not asked or _last(name) in asked):
-            raise PrunerError(f"--lora_r {args.lora_r} is more than {name} {list(shape)} is wide: lower it")
-    here, there = ([name for name in found if not asked or _last(name) in asked] for found in (linear, stacked))
-    return here, there
+    chosen = [name for name in shapes if not asked or _last(name) in asked]
+    for name in chosen:
+        if args.lora_r > min(shapes[name]):
+            raise PrunerError(f"--lora_r {args.lora_r} is more than {name} {list(shapes[name])} is wide: lower it")
+    return [name for name in chosen if name not in stacked], [name for name in chosen if name in stacked]
 
 
-def _linear(model: PreTrainedModel) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LINEAR)]
+@torch.no_grad()
+def _multiplies(module: Any) -> bool:
+    """Whether a layer gives its product, which an adapter's can be added to; some routers are layers and do not."""
+    if type(module).forward in [kind.forward for kind in LINEAR]:
+        return True
+    width, out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+    try:
+        found = module(module.weight.new_zeros(1, width))
+    except Exception:  # it wants something else
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, out)
+
+
+def _refused(model: PreTrainedModel, name: str) -> bool:
+    """Whether peft refuses a layer: kernels of state-space models read the weights of some themselves."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, _last(name))
+    except ValueError:
+        return True
+    return False
 
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def _told(names: list[str]) -> str:
+    return ", ".join(sorted({".".join(name.split(".")[-2:]) for name in names}))
 
 
 def _for_peft(model: PreTrainedModel, layers: list[str]) -> tuple[list[str], list[str]]:
@@ -104,5 +127,5 @@ def _for_peft(model: PreTrainedModel, layers: list[str]) -> tuple[list[str], lis
 
     taken = LoraConfig(target_modules=list(layers))
     convert_peft_config_for_transformers(taken, model, None)
-    left = [name for name in layers if name in (taken.target_modules or ())]
-    return left, [f"{name}.weight" for name in layers if name not in left]
+    left = set(taken.target_modules or ())
+    return [name for name in layers if name in left], [f"{name}.weight" for name in layers if name not in left]

@@ -296,7 +296,6 @@ def _training_arguments(args: RecoverArguments, train: Any, evaluation: dict[str
         run_name=Path(args.output_dir).name,
         project=args.wandb_project or "huggingface",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
         use_cpu=args.device == "cpu",
         seed=args.seed,
         data_seed=args.seed,
