@@ -1,8 +1,14 @@
 """Every architecture that transformers registers: neurons and heads work, the rest is right or refused."""
 
 import pytest
-from registry import model_types
+import torch
+from registry import model_types, tiny_model
 from survey import survey
+
+from llm_pruner.graph import model_inputs
+from llm_pruner.graph.verify import relative_difference
+from llm_pruner.recovery import RecoverArguments
+from llm_pruner.recovery.adapters import trainable
 
 # One of each sort; the others are slow only because there are so many.
 QUICK = (
@@ -88,3 +94,22 @@ def test_right_or_refused(name):
         return
     assert row.works("neurons") == (name not in NO_NEURONS), row.kinds.get("neurons")
     assert row.works("heads") == (name not in NO_HEADS), row.kinds.get("heads")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_adapters_are_merged_as_they_are_trained(name):
+    if name in NOT_BUILT | NOT_TRACED or name == "reformer":  # which trains on windows of one length alone
+        return
+    model = tiny_model(name)
+    inputs = model_inputs(model, torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        before = model(**inputs, use_cache=False).logits
+    student = trainable(RecoverArguments(prune_model="", lora_r=1), model)
+    student.train()(**inputs, use_cache=False).logits.float().logsumexp(-1).mean().backward()
+    with torch.no_grad():
+        for path, parameter in student.named_parameters():
+            if "lora_B" in path and parameter.grad is not None:  # the others stay zero
+                torch.nn.init.normal_(parameter, std=0.05)
+        expected = student.eval()(**inputs, use_cache=False).logits
+        found = student.merge_and_unload(safe_merge=True)(**inputs, use_cache=False).logits
+    assert relative_difference(found, expected) < 1e-4 < relative_difference(expected, before)

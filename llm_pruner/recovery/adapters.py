@@ -33,6 +33,8 @@ def trainable(args: RecoverArguments, model: PreTrainedModel) -> Any:
     linear, stacked = _chosen(args, model)
     layers, weights = _for_peft(model, linear)
     parameters = weights + stacked
+    if not layers and (not parameters or args.method == "dora"):
+        raise PrunerError("the model has no linear layer that an adapter can be added to: give --method full")
     dropout = args.lora_dropout
     if parameters and args.method == "dora":
         log.info("dora does not reach %s", _told(parameters))

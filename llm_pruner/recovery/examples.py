@@ -193,9 +193,10 @@ def _cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
             continue
         for name, ids in rest.items():
             ids += example[name]
-        while len(rest["labels"]) >= length:
-            yield {name: ids[:length] for name, ids in rest.items()}
-            rest = {name: ids[length:] for name, ids in rest.items()}
+        full = len(rest["labels"]) // length * length
+        for start in range(0, full, length):
+            yield {name: ids[start : start + length] for name, ids in rest.items()}
+        rest = {name: ids[full:] for name, ids in rest.items()}
 
 
 def _example_maker(
