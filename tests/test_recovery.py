@@ -50,7 +50,11 @@ def arguments(home, out, **changes):
     return RecoverArguments(**(usual | changes))
 
 
-def _pruned(model, tokenizer, folder, kind):
+def pruned(name, tokenizer, folder, kind):
+    """A tiny random model of a type, pruned, in a folder."""
+    config = tiny_config(name)
+    config.vocab_size = len(tokenizer)
+    model = perturbed(AutoModelForCausalLM, config)
     graph = lp.trace(model)
     plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.25, kinds=(kind,), round_to=8)
     lp.save(lp.apply(model, plan), tokenizer, folder, plan=plan)
@@ -229,9 +233,7 @@ def test_adapters(home, tmp_path, method, model):
 @pytest.mark.parametrize("method", ("lora", "dora"))
 def test_adapters_of_experts(home, tmp_path, tokenizer, name, method):
     """All experts' matrices are one parameter, which peft calls otherwise and gives no dropout."""
-    config = tiny_config(name)
-    config.vocab_size = len(tokenizer)
-    _pruned(perturbed(AutoModelForCausalLM, config), tokenizer, tmp_path / "pruned", "neurons")
+    pruned(name, tokenizer, tmp_path / "pruned", "neurons")
     ids = torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(0))
     out = tmp_path / "out"
     changes = {"prune_model": str(tmp_path / "pruned"), "method": method, "merge": True, "max_steps": 3}
@@ -441,17 +443,15 @@ def test_encoder_decoders(tokenizer, tmp_path, objective, method):
 # --- Many processes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ("llama", "mamba"))
-def test_two_processes_learn_what_one_does(home, tmp_path, tokenizer, name):
-    pruned = home / "pruned"
+@pytest.mark.parametrize(("name", "rank"), (("llama", 4), ("mamba", 1)))
+def test_two_processes_learn_what_one_does(home, tmp_path, tokenizer, name, rank):
+    model = home / "pruned"
     if name == "mamba":  # the forward pass calls some of its layers never
-        pruned = tmp_path / "pruned"
-        config = tiny_config(name)
-        config.vocab_size = len(tokenizer)
-        _pruned(perturbed(AutoModelForCausalLM, config), tokenizer, pruned, "channels")
-    settings = {"prune_model": pruned, "data_path": home / "data.jsonl", "device": "cpu"}
+        model = tmp_path / "pruned"
+        pruned(name, tokenizer, model, "channels")
+    settings = {"prune_model": model, "data_path": home / "data.jsonl", "device": "cpu"}
     settings |= {"batch_size": 8, "micro_batch_size": 2, "max_steps": 5, "val_set_size": 8, "cutoff_len": 96}
-    settings |= {"lora_r": 1, "lora_dropout": 0, "eval_steps": 5, "save_steps": 5, "logging_steps": 1}
+    settings |= {"lora_r": rank, "lora_dropout": 0, "eval_steps": 5, "save_steps": 5, "logging_steps": 1}
     common = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     script = str(Path(__file__).parents[1] / "post_training.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533", script]

@@ -140,7 +140,7 @@ def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase, form: Format, sourc
     streaming = isinstance(data, datasets.IterableDataset)
     columns = tuple(data.column_names or next(iter(data)))  # datasets would deal a list out to several readers
     kind = kind_of(columns, source)
-    example = _example_maker(kind, columns, tokenizer, form)
+    example = _example_maker(kind, columns, tokenizer, form)  # a stream would refuse what it cannot make only when read
     if kind == "text" or form.packing:
         made_of = {"data": data, "kind": kind, "columns": columns, "tokenizer": tokenizer, "form": form}
         if streaming:
