@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up on a machine with Python >= 3.10 and make.
+# `make demo` and `make test` set everything up on a machine with Python >= 3.11 and make.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -18,12 +18,13 @@ slow: $(READY)
 
 # Asks every architecture that transformers knows; some minutes.
 supported-models: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python tests/survey.py
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m helpers.survey
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 $(READY): requirements.txt pyproject.toml
 	@echo "setting up $(VENV) (a few minutes, once)"
@@ -35,7 +36,7 @@ $(READY): requirements.txt pyproject.toml
 # Exact versions with hashes, for pip install --require-hashes.
 lock: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -q uv
-	$(BIN)/uv pip compile requirements.txt --universal --python-version 3.10 --generate-hashes -q -o requirements.lock
+	$(BIN)/uv pip compile requirements.txt --universal --python-version 3.11 --generate-hashes -q -o requirements.lock
 
 # Known vulnerabilities of what is locked.
 audit: $(READY)
@@ -43,4 +44,4 @@ audit: $(READY)
 	$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.lock
 
 clean:
-	rm -rf $(VENV) prune_log
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

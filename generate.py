@@ -2,9 +2,7 @@
 
 import sys
 
-from llm_pruner.arguments import GenerateArguments
-from llm_pruner.chat import chat
-from llm_pruner.cli import run
+from llm_pruner.cli import run_script
 
 if __name__ == "__main__":
-    sys.exit(run(GenerateArguments, chat))
+    sys.exit(run_script("generate.py"))

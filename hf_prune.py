@@ -2,8 +2,7 @@
 
 import sys
 
-from llm_pruner.cli import run
-from llm_pruner.pruning import PruneArguments, prune
+from llm_pruner.cli import run_script
 
 if __name__ == "__main__":
-    sys.exit(run(PruneArguments, prune))
+    sys.exit(run_script("hf_prune.py"))

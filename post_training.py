@@ -2,8 +2,7 @@
 
 import sys
 
-from llm_pruner.cli import run
-from llm_pruner.recovery import RecoverArguments, recover
+from llm_pruner.cli import run_script
 
 if __name__ == "__main__":
-    sys.exit(run(RecoverArguments, recover))
+    sys.exit(run_script("post_training.py"))

@@ -20,7 +20,8 @@ import torch
 
 import llm_pruner as lp
 from llm_pruner.data import EMBEDDED_TEXT, calibration, self_calibration, text
-from llm_pruner.evaluation import parameter_count, perplexity, windows
+from llm_pruner.evaluation.perplexity import perplexity, windows
+from llm_pruner.models.skeleton import parameter_count
 from llm_pruner.pruning.presets import BEST, middle
 
 SIZES = (0.786, 0.711, 0.9)

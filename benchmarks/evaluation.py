@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 import llm_pruner as lp
-from llm_pruner.arguments import ReportArguments
 from llm_pruner.data import text
-from llm_pruner.evaluation import perplexity, windows
-from llm_pruner.importance import SCORES_FILE, Scores
-from llm_pruner.report import report
+from llm_pruner.evaluation.perplexity import perplexity, windows
+from llm_pruner.importance.scores import SCORES_FILE, Scores
+from llm_pruner.report.arguments import ReportArguments
+from llm_pruner.report.page import report
 from llm_pruner.selection.plan import Choice, PruningPlan
 
 BATCH, WINDOWS, PAIRS = 8, 32, 5

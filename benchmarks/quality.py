@@ -18,7 +18,8 @@ import torch
 
 import llm_pruner as lp
 from llm_pruner.data import calibration, text
-from llm_pruner.evaluation import parameter_count, perplexity, windows
+from llm_pruner.evaluation.perplexity import perplexity, windows
+from llm_pruner.models.skeleton import parameter_count
 
 KINDS, LAYERS = ("heads", "neurons"), range(4, 28)
 ROWS = (

@@ -22,8 +22,9 @@ from transformers import Trainer, TrainingArguments
 
 import llm_pruner as lp
 from llm_pruner.data import text
-from llm_pruner.evaluation import perplexity, windows
-from llm_pruner.recovery import RecoverArguments, recover
+from llm_pruner.evaluation.perplexity import perplexity, windows
+from llm_pruner.recovery.arguments import RecoverArguments
+from llm_pruner.recovery.run import recover
 
 COMMON: dict[str, Any] = {
     "batch_size": 16,
@@ -99,8 +100,8 @@ def equal_time(args: argparse.Namespace, name: str) -> dict[str, Any]:
 def overhead(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a LoRA step, ours over those of peft and Trainer with nothing around, taken in turn."""
     from llm_pruner.recovery.adapters import trainable
-    from llm_pruner.recovery.examples import Format, rows, tokenized
-    from llm_pruner.recovery.sets import collator
+    from llm_pruner.recovery.datasets import collator
+    from llm_pruner.recovery.tokenize import Format, rows, tokenized
 
     steps = 8
     ours, theirs = [], []

@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 import llm_pruner as lp
-from llm_pruner.checkpoint import meta_model, on_disk
+from llm_pruner.checkpoint.config import meta_model
+from llm_pruner.checkpoint.on_disk import on_disk
 
 SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 22, "num_attention_heads": 16},

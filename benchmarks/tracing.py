@@ -25,7 +25,7 @@ def measure(model_type: str, fields: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
 
     import llm_pruner as lp
-    from llm_pruner.checkpoint import meta_model
+    from llm_pruner.checkpoint.config import meta_model
 
     lp.trace(meta_model(AutoConfig.for_model("llama", num_hidden_layers=1)))  # imports and caches
     before = peak()
@@ -49,7 +49,7 @@ def tiny() -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import llm_pruner as lp
-    from llm_pruner.graph.verify import verify_units
+    from llm_pruner.graph.permutation import verify_units
 
     fields = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     model = AutoModelForCausalLM.from_config(

@@ -1,9 +1,8 @@
-"""Measure size, compute, memory and speed: ``python evaluate/cost.py --models A B``."""
+"""Measure size, compute, memory and speed: ``python evaluate/cost.py --model A B``."""
 
 import sys
 
-from llm_pruner.arguments import CostArguments
-from llm_pruner.cli import evaluate, run
+from llm_pruner.cli import run_script
 
 if __name__ == "__main__":
-    sys.exit(run(CostArguments, evaluate))
+    sys.exit(run_script("evaluate/cost.py"))

@@ -2,8 +2,7 @@
 
 import sys
 
-from llm_pruner.arguments import PerplexityArguments
-from llm_pruner.cli import evaluate_perplexity, run
+from llm_pruner.cli import run_script
 
 if __name__ == "__main__":
-    sys.exit(run(PerplexityArguments, evaluate_perplexity))
+    sys.exit(run_script("evaluate/perplexity.py"))

@@ -1,9 +1,8 @@
-"""Measure accuracy on lm-eval's tasks: ``python evaluate/zero_shot.py --models A B --tasks piqa,arc_easy``."""
+"""Measure accuracy on tasks of lm-eval: ``python evaluate/zero_shot.py --model A B --tasks piqa,arc_easy``."""
 
 import sys
 
-from llm_pruner.arguments import ZeroShotArguments
-from llm_pruner.cli import evaluate, run
+from llm_pruner.cli import run_script
 
 if __name__ == "__main__":
-    sys.exit(run(ZeroShotArguments, evaluate))
+    sys.exit(run_script("evaluate/zero_shot.py"))

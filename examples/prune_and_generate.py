@@ -2,7 +2,8 @@
 
 import llm_pruner as lp
 from llm_pruner.data import calibration, text
-from llm_pruner.evaluation import parameter_count, perplexity, windows
+from llm_pruner.evaluation.perplexity import perplexity, windows
+from llm_pruner.models.skeleton import parameter_count
 
 model, tokenizer = lp.load("smollm2-135m")
 graph = lp.trace(model)

@@ -8,7 +8,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import llm_pruner as lp
 from llm_pruner.data import calibration, text
-from llm_pruner.evaluation import perplexity, windows
+from llm_pruner.evaluation.perplexity import perplexity, windows
 
 model, tokenizer = lp.load("smollm2-135m")
 held_out = windows(tokenizer, text("python-docs"), 128, 32)

@@ -1,23 +1,42 @@
 """llm-pruner: structural pruning of any Hugging Face transformer.
 
+Importing it patches transformers in one module, :mod:`llm_pruner.models.per_layer`: model classes then build layers of
+different widths from per-layer configs. Nothing heavy is imported until it is used.
+
 model, tokenizer = lp.load("smollm2-135m")
 graph = lp.trace(model)                               # which axes are coupled
 scores = lp.score(model, graph, calibration)          # what each index is worth
 plan = lp.select(graph, scores, ratio=0.25)           # what stays, as data
 pruned = lp.apply(model, plan)                        # a smaller model of the same class
 lp.save(pruned, tokenizer, "pruned", plan=plan)       # an ordinary checkpoint
+
+run = lp.prune("smollm2-135m", target_params=0.8, output="smaller")  # all of it in one call
 """
 
-from .checkpoint import load, save
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .errors import PrunerError
-from .graph import CouplingGraph, Unit, trace
-from .importance import Scores, score
-from .selection import PruningPlan, select
-from .surgery import apply, compensate, install, verify
+from .models.install import install_when_imported
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .checkpoint.load import load
+    from .checkpoint.save import save
+    from .graph.units import CouplingGraph, Unit, trace
+    from .importance.criteria import register_criterion
+    from .importance.score import score
+    from .importance.scores import Scores
+    from .pruning.run import PruneRun, prune
+    from .refit.compensate import compensate
+    from .selection.plan import PruningPlan
+    from .selection.select import select
+    from .surgery.apply import apply
+    from .surgery.equivalence import verify
 
 __all__ = [
     "CouplingGraph",
+    "PruneRun",
     "PrunerError",
     "PruningPlan",
     "Scores",
@@ -26,6 +45,8 @@ __all__ = [
     "apply",
     "compensate",
     "load",
+    "prune",
+    "register_criterion",
     "save",
     "score",
     "select",
@@ -33,4 +54,35 @@ __all__ = [
     "verify",
 ]
 
-install()  # so that AutoModel.from_pretrained reads checkpoints whose layers differ
+_MODULES = {
+    "load": "checkpoint.load",
+    "save": "checkpoint.save",
+    "CouplingGraph": "graph.units",
+    "Unit": "graph.units",
+    "trace": "graph.units",
+    "register_criterion": "importance.criteria",
+    "score": "importance.score",
+    "Scores": "importance.scores",
+    "PruneRun": "pruning.run",
+    "prune": "pruning.run",
+    "compensate": "refit.compensate",
+    "PruningPlan": "selection.plan",
+    "select": "selection.select",
+    "apply": "surgery.apply",
+    "verify": "surgery.equivalence",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+install_when_imported()

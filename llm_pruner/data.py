@@ -16,9 +16,11 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .choices import EMBEDDED_TEXT
 from .errors import PrunerError
 from .files import read_json
-from .graph import computing, context_length, evaluating, native
+from .models.blockwise import computing, native_compute
+from .models.running import context_length, evaluating
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,6 @@ HUB = {
     ),
     "bookcorpus": HubText("rojagtap/bookcorpus", None, "text", {"train": "train"}),
 }
-EMBEDDED_TEXT = "python-docs"
 COLUMNS = ("text", "sentence", "content", "output")
 SOME = 20_000  # documents of a hub data set: calibration and evaluation need a few
 CHUNK = 2**20  # characters of a text file that are looked at together
@@ -96,6 +97,7 @@ def calibration(
     tokenizer: PreTrainedTokenizerBase,
     samples: int = 10,
     tokens: int = 64,
+    *,
     seed: int | None = None,
     fewer: bool = False,
 ) -> torch.Tensor:
@@ -160,7 +162,7 @@ def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, se
     longest = context_length(model) or 2**31
     tokens = ids.shape[1]
     prompt = max(1, min(tokens // 4, longest - tokens))
-    prompts = ids.repeat(-(-samples // len(ids)), 1)[:samples, -prompt:].to(native(model).device)
+    prompts = ids.repeat(-(-samples // len(ids)), 1)[:samples, -prompt:].to(native_compute(model).device)
     settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,

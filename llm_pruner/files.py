@@ -74,8 +74,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def same(folder: str | Path, other: str | Path) -> bool:
-    """Whether two paths are one folder that is there."""
+def same_folder(folder: str | Path, other: str | Path) -> bool:
+    """Return True if both paths exist and are the same folder."""
     one, two = Path(folder).expanduser(), Path(other).expanduser()
     return one.exists() and two.exists() and one.samefile(two)
 
@@ -97,7 +97,7 @@ def complete_folder(folder: str | Path, owned_if: str, reads: str = "") -> Itera
     target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise PrunerError(f"{target} is a file; give a folder to write to")
-    if reads and same(target, reads):
+    if reads and same_folder(target, reads):
         raise PrunerError(f"{target} is the model that is read: give another folder to write to")
     leaving = ExitStack()
     try:
@@ -123,7 +123,7 @@ def complete_folder(folder: str | Path, owned_if: str, reads: str = "") -> Itera
 
 
 @contextmanager
-def held(path: Path, wait: bool = True) -> Iterator[IO[str] | None]:
+def file_lock(path: Path, wait: bool = True) -> Iterator[IO[str] | None]:
     """Hold the lock of a file, which is made if need be; yields it open, or None if another process holds the lock and
     is not waited for.
 
@@ -140,12 +140,12 @@ def held(path: Path, wait: bool = True) -> Iterator[IO[str] | None]:
 
 
 @contextmanager
-def locked(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
+def folder_lock(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
     """Hold a lock of a folder; yields whether it could be had (always, if waited for).
 
     Its file says who holds it, or did when it was killed.
     """
-    with held(folder / LOCKS / name, wait) as file:
+    with file_lock(folder / LOCKS / name, wait) as file:
         if file is None:
             yield False
             return
@@ -159,7 +159,7 @@ def locked(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
         file.truncate(0)
 
 
-def holder(folder: Path, name: str) -> tuple[int, bool]:
+def lock_holder(folder: Path, name: str) -> tuple[int, bool]:
     """The process that holds a lock, or was killed with it, 0 for none; and whether it lives, as far as is known.
 
     The lock is left alone: to try it would keep others from it for a moment.

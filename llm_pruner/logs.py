@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger("llm_pruner")
-_open: list[Path] = []  # the logs that are written to just now
+_open: list[Path] = []  # logs being written, outermost first
 
 
 @contextmanager
 def logging_to(path: Path, quiet: bool = False) -> Iterator[None]:
-    """Send the log to the terminal and to a file; with ``quiet``, in all but the first of several processes, nowhere.
+    """Send the log to the terminal and append it to a file; the logger is left as it was.
 
-    The file is added to, so that a run that goes on has one log.
+    Args:
+        quiet: send it nowhere, as all but the first of several processes do.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = []
@@ -27,6 +28,7 @@ def logging_to(path: Path, quiet: bool = False) -> Iterator[None]:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
+    before = log.level, log.propagate
     log.setLevel(logging.INFO)
     log.propagate = False
     _open.append(path)
@@ -34,6 +36,8 @@ def logging_to(path: Path, quiet: bool = False) -> Iterator[None]:
         yield
     finally:
         _open.remove(path)
+        log.setLevel(before[0])
+        log.propagate = before[1]
         for handler in handlers:
             log.removeHandler(handler)
             handler.close()

@@ -13,17 +13,22 @@ import transformers
 from .version import __version__
 
 
+def versions() -> dict[str, str]:
+    """Return the versions that results depend on."""
+    return {
+        "llm_pruner": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 def provenance(seed: int | None = None) -> dict[str, Any]:
-    """For the record that every run leaves: enough to run it again, and to know where numbers come from."""
+    """Return what a run's record needs to be run again: command, seed, versions and machine."""
     cuda = torch.cuda.is_available()
     return {
         "command": shlex.join(sys.argv),
         **({} if seed is None else {"seed": seed}),
-        "versions": {
-            "llm_pruner": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
     }

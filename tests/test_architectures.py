@@ -7,27 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import pruned_by, tokens
+from helpers.architectures import tiny_model
+from helpers.models import made, pruned_by, tokens
+from helpers.survey import masked_copy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from registry import perturbed, tiny_model
-from survey import masked_copy
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import llm_pruner as lp
-from llm_pruner.checkpoint import meta_model
+from llm_pruner.checkpoint.config import meta_model
 from llm_pruner.cli import main
-from llm_pruner.graph.verify import check_permutation, random_tokens, relative_difference
-from llm_pruner.selection import PruningPlan
+from llm_pruner.graph.permutation import check_permutation
+from llm_pruner.models.running import random_tokens, relative_difference
+from llm_pruner.selection.plan import PruningPlan
 
-REMOTE = Path(__file__).parent / "remote_code"
-
-
-def made(model_type, seed=0, seq2seq=False, **fields):
-    """A perturbed random model of a config given in full."""
-    fields = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0} | fields
-    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    return perturbed(auto, AutoConfig.for_model(model_type, **fields), seed)
+REMOTE = Path(__file__).parent / "fixtures" / "remote_code"
 
 
 def reloaded(model, folder):

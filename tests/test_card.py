@@ -1,7 +1,7 @@
 """The model card, and the way to the hub."""
 
 import pytest
-from conftest import build, pruned_by
+from helpers.models import build, pruned_by
 from huggingface_hub import ModelCard
 
 import llm_pruner as lp

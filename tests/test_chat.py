@@ -4,13 +4,13 @@ import json
 import sys
 
 import pytest
-from conftest import browser_page
+from helpers.browser import browser_page
 
 import llm_pruner as lp
-from llm_pruner.arguments import ChatArguments, GenerateArguments
-from llm_pruner.chat import Sampling, answer, page_of
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
+from llm_pruner.tools.arguments import ChatArguments, GenerateArguments
+from llm_pruner.tools.chat import Sampling, answer, page_of
 
 
 def test_an_answer_is_what_generate_writes(home):
@@ -108,22 +108,22 @@ def test_bad_input_of_the_command(argv, message, capsys):
 
 def test_without_gradio_the_command_says_so(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.setattr("llm_pruner.chat.find_spec", lambda name: None)
+    monkeypatch.setattr("llm_pruner.tools.chat.find_spec", lambda name: None)
     assert main(["chat", "smollm2-135m"]) == 2
     assert "pip install gradio" in capsys.readouterr().err
 
 
 def test_generate_takes_the_flags_of_llm_pruner(home, tmp_path):
-    assert GenerateArguments().chosen() == ["smollm2-135m"]
+    assert GenerateArguments().models_to_serve() == ["smollm2-135m"]
     pickle = str(home / "pruned" / "pytorch_model.bin")
-    assert GenerateArguments(model_type="pruneLLM", ckpt=pickle).chosen() == [str(home / "pruned")]
+    assert GenerateArguments(model_type="pruneLLM", ckpt=pickle).models_to_serve() == [str(home / "pruned")]
     adapter = str(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(home / "pruned")}))
-    assert GenerateArguments(model_type="tune_prune_LLM", ckpt=pickle, lora_ckpt=adapter).chosen() == [adapter]
+    assert GenerateArguments(model_type="tune_prune_LLM", ckpt=pickle, lora_ckpt=adapter).models_to_serve() == [adapter]
     with pytest.raises(PrunerError, match="was trained on"):
-        GenerateArguments(model_type="tune_prune_LLM", ckpt=str(home / "base"), lora_ckpt=adapter).chosen()
+        GenerateArguments(model_type="tune_prune_LLM", ckpt=str(home / "base"), lora_ckpt=adapter).models_to_serve()
     with pytest.raises(PrunerError, match="needs --ckpt"):
-        GenerateArguments(model_type="pruneLLM").chosen()
+        GenerateArguments(model_type="pruneLLM").models_to_serve()
     with pytest.raises(PrunerError, match="unknown --model_type 'vicuna'"):
-        GenerateArguments(model_type="vicuna").chosen()
+        GenerateArguments(model_type="vicuna").models_to_serve()
     assert ChatArguments().host == "127.0.0.1"

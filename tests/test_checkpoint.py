@@ -5,10 +5,11 @@ import stat
 
 import pytest
 import torch
-from conftest import build, tokens
+from helpers.models import build, tokens
 
 import llm_pruner as lp
-from llm_pruner.checkpoint import load_config, locate
+from llm_pruner.checkpoint.config import load_config
+from llm_pruner.checkpoint.locate import locate
 from llm_pruner.files import complete_folder
 
 

@@ -4,18 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import build
+from helpers.models import build
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import llm_pruner as lp
-from llm_pruner.arguments import PerplexityArguments
-from llm_pruner.cli import evaluate_perplexity, main, prune, run
-from llm_pruner.pruning import PruneArguments
+from llm_pruner.cli import main, run_command
+from llm_pruner.commands import SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,8 +40,12 @@ def flags(folder, *extra):
     ]
 
 
+def script(name, *argv):
+    return run_command(SCRIPTS[name], argv, name)
+
+
 def hf_prune(folder, *extra):
-    return run(PruneArguments, prune, flags(folder, *extra), "hf_prune.py")
+    return script("hf_prune.py", *flags(folder, *extra))
 
 
 DOCUMENTED = [
@@ -121,25 +125,31 @@ def test_criteria_of_forward_passes_and_compensation(folder):
 
 
 def test_presets(folder, capsys):
-    """best unless a flag of LLM-Pruner's method is given; a preset can be named, and single choices overruled."""
+    """A preset is a set of defaults: what is given wins over it and changes nothing else."""
     lines = [" ".join(f"w{2 + (i * j + i) % 94}" for j in range(20)) for i in range(1, 41)]
     (folder / "text.txt").write_text("\n\n".join(lines))
-    found = {}
+    outcome = {}
     for name, extra in {
         "default": "",
-        "paper": "--taylor param_first",
-        "named": "--preset best --taylor vectorize",
-        "wide": "--preset best --block_attention_layer_start 0",
+        "paper": "--preset paper",
+        "wanda": "--pruner_type wanda",
+        "vectorize": "--taylor vectorize",
+        "heads": "--block_attention_layer_start 0",
+        "kinds": "--kinds heads",
     }.items():
-        assert hf_prune(folder, *extra.split(), "--save_ckpt_log_name", name) == 0
+        argv = flags(folder, *extra.split(), "--save_ckpt_log_name", name)
+        assert main(["prune", *argv]) == 0
         plan = lp.PruningPlan.load(folder / "runs" / name / "pruning_plan.json")
         metrics = json.loads((folder / "runs" / name / "metrics.json").read_text())
         kinds = {c.kind for c in plan.units.values()}
-        found[name] = (plan.settings["taylor"], kinds, "compensation" in metrics, metrics["arguments"]["num_examples"])
-    assert found["default"] == ("param_second", {"neurons"}, True, 128)
-    assert found["paper"] == ("param_first", {"heads", "neurons"}, False, 10)
-    assert found["named"] == ("vectorize", {"neurons"}, True, 128)
-    assert found["wide"][1] == {"heads", "neurons"}
+        examples = metrics["arguments"]["num_examples"]
+        outcome[name] = (plan.settings.get("taylor"), kinds, "compensation" in metrics, examples)
+    assert outcome["default"] == ("param_second", {"neurons"}, True, 128)
+    assert outcome["paper"] == ("param_first", {"heads", "neurons"}, False, 10)
+    assert outcome["wanda"] == (None, {"neurons"}, True, 128)
+    assert outcome["vectorize"] == ("vectorize", {"neurons"}, True, 128)
+    assert outcome["heads"] == ("param_second", {"heads", "neurons"}, True, 128)
+    assert outcome["kinds"][1] == {"heads"}
     assert "gives 40 samples of 16 tokens, not 128" in capsys.readouterr().err
 
 
@@ -184,14 +194,14 @@ def test_the_same_run_gives_the_same_bits(folder):
         ("--block_attention_layer_start 3 --block_attention_layer_end 3", "out of range"),
         ("--block_wise --channel_wise", "exclude each other"),
         ("--layer_wise --layer 3", "give fewer"),
-        ("--layer_wise --iterative_steps 2", "mean nothing"),
-        ("--layer 2", "goes with --layer_wise"),
-        ("--channel_wise --block_mlp_layer_start 1", "goes with --block_wise"),
+        ("--layer_wise --iterative_steps 2", "exclude each other"),
+        ("--layer 2", "--layer needs --layer_wise"),
+        ("--channel_wise --block_mlp_layer_start 1", "layer ranges are for heads and neurons"),
         ("--max_seq_len 128", "at most 64"),
         ("--seed -1", "out of range"),
         ("--num_examples 0", "1 or more"),
         ("--device cuda:99", "no CUDA device" if not torch.cuda.is_available() else "cuda"),
-        ("--device toaster", "is no device"),
+        ("--device toaster", "is not valid: give cpu"),
         ("--save_ckpt_log_name ../up", "plain folder name"),
         ("--prunning_ratio 0.5", "did you mean --pruning_ratio"),
         ("--output_root /proc/nowhere", "cannot write"),
@@ -203,12 +213,12 @@ def test_the_same_run_gives_the_same_bits(folder):
         ("--target_params 0.9 --target_macs 0.9", "exclude each other"),
         ("--target_memory 3parsec", "is no size"),
         ("--floor 1", "out of range"),
-        ("--normalize mean", "goes with --global_pruning"),
+        ("--normalize mean", "--normalize needs --global_pruning"),
         ("--target_macs 0.01 --budget_tokens 16", "cannot be reached"),
         ("--compensate wishes", "choose from none, least_squares"),
         ("--compensate least_squares --num_examples 10", "--num_examples of at least 32"),
         ("--preset fast", "choose from best, paper"),
-        ("--compensate least_squares --channel_wise --num_examples 40", "goes with --block_wise"),
+        ("--compensate least_squares --channel_wise --num_examples 40", "hidden states of one size"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(folder, capsys, extra, message):
@@ -233,15 +243,15 @@ def test_evaluate_perplexity(folder, capsys):
     out = folder / "p.json"
     arguments = ["--model", str(folder / "model"), "--dataset", str(folder / "text.txt"), "--seq_len", "16"]
     windows = ["--max_windows", "4", "--output", str(out)]
-    assert run(PerplexityArguments, evaluate_perplexity, [*arguments, *windows]) == 0
+    assert script("evaluate/perplexity.py", *arguments, *windows) == 0
     record = json.loads(out.read_text())
     assert (
         record["windows"] == 4 and record["tokens"] == 60 and f"{record['perplexity']:.4f}" in capsys.readouterr().out
     )
-    assert run(PerplexityArguments, evaluate_perplexity, [*arguments[:-1], "4000"]) == 2
+    assert script("evaluate/perplexity.py", *arguments[:-1], "4000") == 2
     assert "less than one window" in capsys.readouterr().err
-    script = [sys.executable, str(ROOT / "evaluate" / "perplexity.py"), *arguments, "--max_windows", "4"]
-    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    command = [sys.executable, str(ROOT / "evaluate" / "perplexity.py"), *arguments, "--max_windows", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and f"{record['perplexity']:.4f}" in done.stdout
 
 
@@ -277,11 +287,12 @@ def test_evaluate_is_no_package():
         (MemoryError(), "out of memory:"),
     ],
 )
-def test_out_of_memory_says_how_much_and_what_to_do(capsys, error, asked):
-    def action(_):
+def test_out_of_memory_says_how_much_and_what_to_do(monkeypatch, capsys, error, asked):
+    def run_out(_):
         raise error
 
-    assert run(PruneArguments, action, [], "hf_prune.py") == 2
+    monkeypatch.setattr("llm_pruner.pruning.run.run_prune", run_out)
+    assert run_command(replace(SCRIPTS["hf_prune.py"]), [], "hf_prune.py") == 2
     line = capsys.readouterr().err.strip()
     assert line.startswith("error: out of memory") and asked in line and "--stream" in line
 

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import build, pruned_by, tokens
-from registry import tiny_model
+from helpers.architectures import tiny_model
+from helpers.models import build, pruned_by, tokens
 from transformers import AutoModelForCausalLM
 
 import llm_pruner as lp
-from llm_pruner.graph.verify import relative_difference
-from llm_pruner.selection import PruningPlan
-from llm_pruner.surgery import with_biases
+from llm_pruner.models.running import relative_difference
+from llm_pruner.refit.biases import with_biases
+from llm_pruner.selection.plan import PruningPlan
 
 
 def logits(model, ids):

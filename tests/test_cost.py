@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import build, tokens
-from registry import tiny_model
+from helpers.architectures import tiny_model
+from helpers.models import build, tokens
 
 import llm_pruner as lp
-from llm_pruner.evaluation import latency_budget, macs, macs_budget, memory, memory_budget
+from llm_pruner.evaluation.cost import macs, macs_budget, memory, memory_budget
+from llm_pruner.evaluation.latency import latency_budget
 
 
 def test_multiply_accumulates_by_hand():
@@ -63,14 +64,14 @@ def test_an_amount_or_a_share():
 
 
 def table(model, kinds=("heads", "neurons"), tokens=16):
-    from llm_pruner.evaluation.timing import LatencyTable
+    from llm_pruner.evaluation.latency import LatencyTable
 
     return LatencyTable(model, lp.trace(model), kinds, tokens, 1)
 
 
 def test_latency_table(monkeypatch):
     """With times that are counted instead of taken, the table tells the cost of a plan exactly."""
-    from llm_pruner.evaluation import timing as module
+    from llm_pruner.evaluation import latency as module
 
     def counted(model, tokens, batch):
         layers = {("model.layers", i): sum(p.numel() for p in m.parameters()) for i, m in enumerate(model.model.layers)}

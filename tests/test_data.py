@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import build, tokens
-from registry import tiny_model
+from helpers.architectures import tiny_model
+from helpers.models import build, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llm_pruner.data import calibration, documents, self_calibration, text
 from llm_pruner.errors import PrunerError
-from llm_pruner.evaluation import perplexity
+from llm_pruner.evaluation.perplexity import perplexity
 
 
 @pytest.fixture

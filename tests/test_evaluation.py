@@ -9,15 +9,18 @@ import sys
 
 import pytest
 import torch
-from conftest import build, tokens
+from helpers.models import build, tokens
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
-from llm_pruner.evaluation import PAPER_TASKS, Wanted, compare, evaluate, perplexity, speed, table, windows, zero_shot
-from llm_pruner.evaluation.compare import parts
+from llm_pruner.evaluation.evaluate import Measurements, evaluate_model, evaluate_models, parts
+from llm_pruner.evaluation.perplexity import perplexity, windows
+from llm_pruner.evaluation.speed import speed
+from llm_pruner.evaluation.table import table
+from llm_pruner.evaluation.zero_shot import PAPER_TASKS, zero_shot
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
@@ -192,8 +195,8 @@ def test_speed(home):
 
 
 def test_a_table_of_models(home):
-    wanted = Wanted({"docs": "some words of text " * 40}, seq_len=16, tokens=16, new_tokens=2)
-    found = compare([str(home / "base"), str(home / "uniform")], lp.load, wanted)
+    wanted = Measurements({"docs": "some words of text " * 40}, seq_len=16, tokens=16, new_tokens=2)
+    found = evaluate_models([str(home / "base"), str(home / "uniform")], lp.load, wanted)
     shown = table(found)
     base, uniform = found
     assert base.parameters - uniform.parameters == 3 * 3 * 32 * 32 == base.parts["mlp"] - uniform.parts["mlp"]
@@ -215,9 +218,9 @@ def test_a_table_of_models(home):
 
 
 def test_other_tokenizers_are_told(home, smollm2):
-    wanted = Wanted({"docs": "some words of text " * 40}, seq_len=8, tokens=0)
+    wanted = Measurements({"docs": "some words of text " * 40}, seq_len=8, tokens=0)
     models = {"a": lp.load(str(home / "base")), "b": smollm2}
-    shown = table(compare(models, lambda name: models[name], wanted))
+    shown = table(evaluate_models(models, lambda name: models[name], wanted))
     assert shown.notes[0].endswith("their perplexities do not compare; those of a byte do.")
 
 
@@ -268,5 +271,5 @@ def test_bad_input_of_the_command(argv, message, capsys):
 
 def test_evaluate_is_a_function_too(home):
     model, tokenizer = lp.load(str(home / "base"))
-    found = evaluate("base", model, tokenizer, Wanted(tokens=0))
+    found = evaluate_model("base", model, tokenizer, Measurements(tokens=0))
     assert found.speed is None and found.non_embedding == found.parameters - found.parts["embeddings"]

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import FEW, RECIPE, Case, Forks, cases, rubbish, whole
+from helpers.commands import FEW, RECIPE, Case, Forks, cases, rubbish, whole
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llm_pruner as lp

@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
-from conftest import build, pruned_by
+from helpers.models import build, pruned_by
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llm_pruner as lp
-from llm_pruner.checkpoint import Shards, apply_to_files, check, weights_in
+from llm_pruner.checkpoint.apply_files import apply_to_files
+from llm_pruner.checkpoint.integrity import check
+from llm_pruner.checkpoint.shards import Shards
+from llm_pruner.checkpoint.stored import weights_in
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
 

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import llm_pruner as lp
-from llm_pruner.checkpoint import apply_to_files
+from llm_pruner.checkpoint.apply_files import apply_to_files
 from llm_pruner.checkpoint.shards import Shards
 from llm_pruner.cli import COMMANDS, main
-from llm_pruner.recipes import read
-from llm_pruner.recipes.points import points_of
+from llm_pruner.recipes.recipe import read
+from llm_pruner.recipes.sweep import points_of
 
 SOME = settings(
     deadline=None,

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from conftest import build, pruned_by, tokens
-from registry import tiny_model
-from test_streaming import rounded
+from helpers.architectures import tiny_model
+from helpers.models import build, pruned_by, rounded, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llm_pruner as lp
-from llm_pruner.checkpoint.spread import spread
-from llm_pruner.evaluation import latency, latency_budget, perplexity
-from llm_pruner.graph import layer_lists
-from llm_pruner.importance import VARIANTS
+from llm_pruner.evaluation.latency import latency, latency_budget
+from llm_pruner.evaluation.perplexity import perplexity
+from llm_pruner.importance.taylor import VARIANTS
+from llm_pruner.models.dispatch import spread
+from llm_pruner.models.per_layer import layer_lists
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 FAMILIES = ("llama_grouped", "gpt2", "mixtral", "bloom", "gemma2", "t5:seq2seq")

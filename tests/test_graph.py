@@ -4,13 +4,14 @@ import resource
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, BASE, build
+from helpers.models import ARCHITECTURES, BASE, build
 from torch import nn
 from transformers import AutoConfig
 
-from llm_pruner.checkpoint import meta_model
-from llm_pruner.graph import TraceError, trace
-from llm_pruner.graph.verify import check_permutation, verify_units
+from llm_pruner.checkpoint.config import meta_model
+from llm_pruner.graph.permutation import check_permutation, verify_units
+from llm_pruner.graph.tracer import TraceError
+from llm_pruner.graph.units import trace
 
 
 def test_every_unit_passes_the_permutation_oracle(architecture):

@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
-from conftest import build, tokens
+from helpers.models import build, tokens
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llm_pruner as lp
-from llm_pruner.importance import AGGREGATIONS, VARIANTS
-from llm_pruner.importance.backward import backward
+from llm_pruner.importance.aggregate import AGGREGATIONS
+from llm_pruner.importance.gradients import visit_gradients
+from llm_pruner.importance.taylor import VARIANTS
 
 
 def gradients(model, ids):
@@ -131,7 +132,7 @@ def test_the_loss_and_its_gradient_are_those_of_cross_entropy():
     expected = gradients(model, ids)
     model.zero_grad()
     seen = {}
-    loss = backward(model, expected, ids, lambda n, w, g: seen.update({n: g.clone()}))
+    loss = visit_gradients(model, expected, ids, lambda n, w, g: seen.update({n: g.clone()}))
     with torch.no_grad():
         logits = model(ids).logits
     assert loss == pytest.approx(cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item(), rel=1e-6)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import build, pruned_by, tokens
+from helpers.models import build, pruned_by, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import llm_pruner as lp
-from llm_pruner.surgery import to_uniform
+from llm_pruner.surgery.uniform import to_uniform
 
 NAMES = ["llama_grouped", "qwen3", "gpt2", "phi3"]
 

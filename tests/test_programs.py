@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from llm_pruner.graph import trace
-from llm_pruner.graph.verify import verify_units
+from llm_pruner.graph.permutation import verify_units
+from llm_pruner.graph.units import trace
 
 WIDTH, TOKENS = 12, 16
 

@@ -11,13 +11,13 @@ import pytest
 from transformers import AutoConfig
 
 import llm_pruner as lp
-from llm_pruner.arguments import RunArguments
 from llm_pruner.cli import main
-from llm_pruner.recipes import read, run
-from llm_pruner.recipes.points import points_of
-from llm_pruner.recipes.recipe import schema
-from llm_pruner.recipes.stages import KINDS
-from llm_pruner.recipes.work import steps_of
+from llm_pruner.recipes.arguments import RunArguments
+from llm_pruner.recipes.recipe import read, schema
+from llm_pruner.recipes.run import run_recipe as run
+from llm_pruner.recipes.stages import STAGES
+from llm_pruner.recipes.steps import steps_of
+from llm_pruner.recipes.sweep import points_of
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SMALL = """
@@ -68,7 +68,7 @@ def recipe(home, home_text, tmp_path):
 
 def test_stages_follow_each_other(recipe, tmp_path, capsys):
     """Each stage reads what the last one left; a table grows; what is done is not done again, what changes is."""
-    out = run(RunArguments(str(recipe)))
+    out = run(RunArguments(recipe=str(recipe)))
     rows = json.loads((out / "results.json").read_text())
     assert [row["stage"] for row in rows] == ["original", "depth", "width", "recover", "vocab"]
     sizes = [row["parameters"] for row in rows]
@@ -84,21 +84,21 @@ def test_stages_follow_each_other(recipe, tmp_path, capsys):
     page = (tmp_path / "page.html").read_text()
     assert all(folder.name in page for name, folder in folders.items() if name != "04-vocab")
     times = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    run(RunArguments(str(recipe)))
+    run(RunArguments(recipe=str(recipe)))
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == times
     recipe.write_text(recipe.read_text().replace("keep: 400", "keep: 380"))
-    run(RunArguments(str(recipe)))
+    run(RunArguments(recipe=str(recipe)))
     after = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     assert times.items() <= after.items() and len(after) == len(times) + 1
 
 
 def test_what_is_told_is_what_comes(recipe, tmp_path, capsys):
     """A dry run writes nothing and says the shapes and parameters that the run then gives."""
-    assert run(RunArguments(str(recipe), dry_run=True)) is None
+    assert run(RunArguments(recipe=str(recipe), dry_run=True)) is None
     assert not (tmp_path / "out").exists()
     told = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     said = {cells[1].strip(): cells[7].strip().replace(",", "") for cells in told}
-    out = run(RunArguments(str(recipe)))
+    out = run(RunArguments(recipe=str(recipe)))
     for row in json.loads((out / "results.json").read_text()):
         if row["stage"] != "recover":
             assert int(said[row["stage"]]) == row["parameters"]
@@ -108,7 +108,7 @@ def test_every_command_is_a_stage():
     """What a command can do, a recipe can: all its arguments but those that the recipe decides."""
     from dataclasses import fields
 
-    for name, kind in KINDS.items():
+    for name, kind in STAGES.items():
         decided = {kind.reads, *kind.sets(Path())}
         known = schema()["$defs"][name]["properties"][name]["properties"]
         assert {f.name for f in fields(kind.arguments)} - decided - {None} <= set(known), name
@@ -176,7 +176,7 @@ def test_others_are_measured_beside_the_model_at_hand(home, home_text, tmp_path)
         f"  - prune: {{pruner_type: l2, preset: paper, hardware_align: false}}\n"
         f"  - evaluate: {{models: [{home}/base], datasets: {home_text}, seq_len: 16, max_windows: 2, tokens: 0}}\n"
     )
-    out = run(RunArguments(str(tmp_path / "recipe.yaml")))
+    out = run(RunArguments(recipe=str(tmp_path / "recipe.yaml")))
     (file,) = out.glob("*/evaluation.json")
     first, second = json.loads(file.read_text())["models"]
     assert first["model"] == f"{home}/base" and second["parameters"] < first["parameters"]
@@ -184,32 +184,32 @@ def test_others_are_measured_beside_the_model_at_hand(home, home_text, tmp_path)
 
 def test_how_far_a_recipe_is(recipe, capsys):
     with pytest.raises(lp.PrunerError, match="nothing was run yet"):
-        run(RunArguments(str(recipe), status=True))
-    run(RunArguments(str(recipe)))
+        run(RunArguments(recipe=str(recipe), status=True))
+    run(RunArguments(recipe=str(recipe)))
     capsys.readouterr()
-    run(RunArguments(str(recipe), status=True))
+    run(RunArguments(recipe=str(recipe), status=True))
     said = capsys.readouterr().out
     assert said.count("done") == 4 and "waiting" not in said
 
 
 def test_only_one_at_a_time(recipe, tmp_path):
-    from llm_pruner.files import locked
+    from llm_pruner.files import folder_lock
 
-    with locked(tmp_path / "out", "recipe"), pytest.raises(lp.PrunerError, match="another process is at work"):
-        run(RunArguments(str(recipe)))
+    with folder_lock(tmp_path / "out", "recipe"), pytest.raises(lp.PrunerError, match="another process is at work"):
+        run(RunArguments(recipe=str(recipe)))
 
 
 def test_killed_and_run_again_it_ends_the_same(recipe, tmp_path):
     """SIGKILL at several moments; the same command then finishes what is missing, with the same table."""
     whole = tmp_path / "whole"
-    run(RunArguments(str(recipe), output=str(whole)))
+    run(RunArguments(recipe=str(recipe), output=str(whole)))
     command = [sys.executable, "-m", "llm_pruner", "run", str(recipe)]
     for moment in (9, 11, 14):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(moment)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    out = run(RunArguments(str(recipe)))
+    out = run(RunArguments(recipe=str(recipe)))
 
     def table(folder):
         rows = json.loads((folder / "results.json").read_text())

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.architectures import perturbed, tiny_config
 from peft import PeftModel
-from registry import perturbed, tiny_config
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -22,19 +22,21 @@ from transformers import (
 )
 
 import llm_pruner as lp
-from llm_pruner.cli import run
-from llm_pruner.graph.verify import relative_difference
-from llm_pruner.recovery import RecoverArguments, RecoveryTrainer, recover
+from llm_pruner.cli import main
+from llm_pruner.models.running import relative_difference
+from llm_pruner.recovery.arguments import RecoverArguments
 from llm_pruner.recovery.distill import Collator, Teacher, labelled
-from llm_pruner.recovery.examples import IGNORED, Format, kind_of, rows, tokenized
 from llm_pruner.recovery.prompts import plain, prompt
+from llm_pruner.recovery.run import recover
+from llm_pruner.recovery.tokenize import IGNORED, Format, kind_of, rows, tokenized
+from llm_pruner.recovery.trainer import RecoveryTrainer
 
 
 def arguments(home, out, **changes):
     usual = {
         "prune_model": str(home / "pruned"),
         "data_path": str(home / "data.jsonl"),
-        "output_dir": str(out),
+        "output": str(out),
         "device": "cpu",
         "batch_size": 4,
         "micro_batch_size": 2,
@@ -47,7 +49,7 @@ def arguments(home, out, **changes):
         "logging_steps": 1,
         "learning_rate": 1e-2,
     }
-    return RecoverArguments(**(usual | changes))
+    return RecoverArguments.of(**(usual | changes))
 
 
 def pruned(name, tokenizer, folder, kind):
@@ -288,7 +290,7 @@ def test_tokenized_data_is_kept(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recover(arguments(home, tmp_path / "a", cache_dataset=True, max_steps=2))
     (kept,) = (tmp_path / "datasets" / "cache").iterdir()
-    monkeypatch.setattr("llm_pruner.recovery.sets.tokenized", None)  # not asked again
+    monkeypatch.setattr("llm_pruner.recovery.datasets.tokenized", None)  # not asked again
     recover(arguments(home, tmp_path / "b", cache_dataset=True, max_steps=2))
     assert losses(tmp_path / "a") == losses(tmp_path / "b") and kept.is_dir()
 
@@ -455,10 +457,10 @@ def test_two_processes_learn_what_one_does(home, tmp_path, tokenizer, name, rank
     common = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     script = str(Path(__file__).parents[1] / "post_training.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533", script]
-    two = subprocess.run([*launch, *common, "--output_dir", str(tmp_path / "two")], capture_output=True, text=True)
+    two = subprocess.run([*launch, *common, "--output", str(tmp_path / "two")], capture_output=True, text=True)
     assert two.returncode == 0, two.stderr[-2000:]
     one = subprocess.run(
-        [sys.executable, script, *common, "--output_dir", str(tmp_path / "one")], capture_output=True, text=True
+        [sys.executable, script, *common, "--output", str(tmp_path / "one")], capture_output=True, text=True
     )
     assert one.returncode == 0, one.stderr[-2000:]
     for (_, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
@@ -479,7 +481,7 @@ def test_weights_spread_over_processes(home, tmp_path, method):
     fsdp |= {"FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     fsdp |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29537"]
-    script = [str(Path(__file__).with_name("spread.py"))]
+    script = [str(Path(__file__).parent / "helpers" / "two_processes.py")]
     two = subprocess.run([*launch, *script, *common], capture_output=True, text=True, env=os.environ | fsdp)
     assert two.returncode == 0, two.stderr[-2000:]
     for (_, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
@@ -500,7 +502,7 @@ def test_killed_for_good(home, tmp_path):
     script = str(Path(__file__).parents[1] / "post_training.py")
 
     def start(folder):
-        command = [sys.executable, script, *flags, "--output_dir", str(folder)]
+        command = [sys.executable, script, *flags, "--output", str(folder)]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     assert start(tmp_path / "whole").wait() == 0
@@ -579,13 +581,13 @@ def test_a_mistake_is_no_missing_network(home, tmp_path, monkeypatch):
                 raise lp.PrunerError("no network")
             return rows(str(home / "data.jsonl"), streaming)
 
-        monkeypatch.setattr("llm_pruner.recovery.sets.rows", given)
+        monkeypatch.setattr("llm_pruner.recovery.datasets.rows", given)
         with pytest.raises(lp.PrunerError, match="no prompt template"):
             recover(arguments(home, tmp_path / "out", data_path=None, prompt_template_name="alpaka", max_steps=2))
 
 
 def test_what_is_held_out_of_a_stream_stays_out(home, tokenizer):
-    from llm_pruner.recovery.sets import training_data
+    from llm_pruner.recovery.datasets import training_data
 
     args = arguments(home, "out", streaming=True, data_path="python-docs,python-docs", val_set_size=20)
     args.check()
@@ -608,5 +610,5 @@ def test_another_teacher_is_asked_anew(home, tmp_path):
 
 
 def test_the_command(home, tmp_path, capsys):
-    code = run(RecoverArguments, recover, ["--prune_model", str(tmp_path)])
+    code = main(["recover", "--prune_model", str(tmp_path)])
     assert code == 2 and capsys.readouterr().err.startswith("error: ")

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from registry import model_types, tiny_model
-from survey import survey
+from helpers.architectures import model_types, tiny_model
+from helpers.survey import survey
 
-from llm_pruner.graph import model_inputs
-from llm_pruner.graph.verify import relative_difference
-from llm_pruner.recovery import RecoverArguments
+from llm_pruner.models.running import model_inputs, relative_difference
 from llm_pruner.recovery.adapters import trainable
+from llm_pruner.recovery.arguments import RecoverArguments
 
 # One of each sort; the others are slow only because there are so many.
 QUICK = (
@@ -104,7 +103,7 @@ def test_adapters_are_merged_as_they_are_trained(name):
     inputs = model_inputs(model, torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():
         before = model(**inputs, use_cache=False).logits
-    student = trainable(RecoverArguments(prune_model="", lora_r=1), model)
+    student = trainable(RecoverArguments(lora_r=1), model)
     student.train()(**inputs, use_cache=False).logits.float().logsumexp(-1).mean().backward()
     with torch.no_grad():
         for path, parameter in student.named_parameters():

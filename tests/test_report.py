@@ -7,14 +7,13 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from conftest import browser_page
+from helpers.browser import browser_page
 
 from llm_pruner.cli import main
-from llm_pruner.importance import Scores
-from llm_pruner.report import Point, Run, read
+from llm_pruner.importance.scores import Scores
 from llm_pruner.report.figures import frontier, pruning, tradeoffs
-from llm_pruner.selection import PruningPlan
-from llm_pruner.selection.plan import Choice
+from llm_pruner.report.runs import MeasuredModel, Run, read
+from llm_pruner.selection.plan import Choice, PruningPlan
 
 
 @pytest.fixture(scope="module")
@@ -186,4 +185,4 @@ def test_bad_input(runs, tmp_path, capsys):
 
 
 def test_points_may_lack_everything():
-    assert tradeoffs([Point("a", "pruned"), Point("b", "pruned", parameters=5)]) == []
+    assert tradeoffs([MeasuredModel("a", "pruned"), MeasuredModel("b", "pruned", parameters=5)]) == []

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import RECIPE, Forks, cases, whole
-from conftest import build
+from helpers.commands import RECIPE, Forks, cases, whole
+from helpers.models import build
 
 import llm_pruner as lp
 from llm_pruner.data import calibration, text
-from llm_pruner.evaluation import parameter_count, perplexity, windows
-from llm_pruner.graph.verify import random_tokens
+from llm_pruner.evaluation.perplexity import perplexity, windows
+from llm_pruner.models.running import random_tokens
+from llm_pruner.models.skeleton import parameter_count
 
 GOLDEN = Path(__file__).with_name("golden.json")
 TIMES = ("seconds", "gib", "time", "per_second", "date", "version", "git", "host", "machine", "arguments", "cpu")

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import build
+from helpers.models import build
 
 import llm_pruner as lp
-from llm_pruner.selection import lifted, removable
 from llm_pruner.selection.budgets import parameters
+from llm_pruner.selection.compose import scores_in_original
+from llm_pruner.selection.ranking import removable_count
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +22,10 @@ def setting():
 def test_a_unit_loses_what_llm_pruner_would_take(setting):
     graph, _ = setting
     neurons, heads = graph.unit("model.layers.0.mlp.neurons"), graph.unit("model.layers.0.self_attn.heads")
-    assert [removable(neurons, r) for r in (0.1, 0.25, 0.34, 0.5)] == [
+    assert [removable_count(neurons, r) for r in (0.1, 0.25, 0.34, 0.5)] == [
         48 - int(48 * (1 - r)) for r in (0.1, 0.25, 0.34, 0.5)
     ]
-    assert [removable(heads, r) for r in (0.25, 0.43, 0.5, 0.99)] == [0, 0, 1, 1]
+    assert [removable_count(heads, r) for r in (0.25, 0.43, 0.5, 0.99)] == [0, 0, 1, 1]
 
 
 def test_the_lowest_scores_go_and_layers_are_respected(setting):
@@ -95,7 +96,7 @@ def test_what_is_gone_scores_lowest_in_the_next_step(setting):
     graph, scores = setting
     plan = lp.select(graph, scores, 0.25, kinds=["neurons"])
     name, choice = next(iter(plan.units.items()))
-    again = lifted(lp.Scores({name: torch.arange(36.0).double()}), graph, plan).values[name]
+    again = scores_in_original(lp.Scores({name: torch.arange(36.0).double()}), graph, plan).values[name]
     assert torch.isinf(again).sum() == 12 and torch.equal(again[choice.kept], torch.arange(36.0).double())
 
 

@@ -5,20 +5,19 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import build, tokens
-from test_architectures import made
+from helpers.models import build, made, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import llm_pruner as lp
-from llm_pruner.graph.verify import relative_difference
-from llm_pruner.pruning import PruneArguments, Stopwatch, make_plan
-from llm_pruner.surgery import in_memory
+from llm_pruner.models.running import relative_difference
+from llm_pruner.pruning.arguments import PruneArguments
+from llm_pruner.pruning.planning import Planning, make_plan
+from llm_pruner.pruning.settings import resolve_settings
 
 
 def planned(model, ids=None, **flags):
-    args = PruneArguments(**({"pruner_type": "random", "depth": None, "hardware_align": False} | flags))
-    args.check()
-    return make_plan(args, model, ids, Stopwatch(), in_memory)
+    arguments = PruneArguments.of(**({"preset": "paper", "pruner_type": "random"} | flags))
+    return make_plan(Planning(settings=resolve_settings(arguments), ids=ids), model)
 
 
 FAMILIES = {
@@ -203,7 +202,7 @@ def test_dead_channels_go_and_nothing_changes(family, criterion):
     pruned = lp.apply(model, plan)
     assert lp.verify(model, pruned, plan).equivalent
     if family == "llama_grouped":  # a mean of squares over fewer channels; the factor is the same for every token
-        from llm_pruner.surgery import rescale_norms
+        from llm_pruner.refit.norms import rescale_norms
 
         off = relative_difference(pruned(ids).logits, model(ids).logits)
         factors = rescale_norms(model, pruned, plan, ids)
@@ -212,7 +211,7 @@ def test_dead_channels_go_and_nothing_changes(family, criterion):
 
 
 def test_norms_that_multiply_by_one_more_are_rescaled_too():
-    from llm_pruner.surgery import rescale_norms
+    from llm_pruner.refit.norms import rescale_norms
 
     model = build("gemma3_text")
     graph = lp.trace(model)
@@ -329,7 +328,7 @@ def test_blocks_of_layers_go(family, tmp_path):
 
 
 def test_a_block_that_is_gone_comes_back_as_zeros():
-    from llm_pruner.surgery import to_uniform
+    from llm_pruner.surgery.uniform import to_uniform
 
     model = build("llama_grouped")
     found = planned(model, drop_attention="1", drop_mlp="2")
@@ -341,19 +340,19 @@ def test_a_block_that_is_gone_comes_back_as_zeros():
     ("flags", "message"),
     [
         ({"drop_layers": "9"}, "out of range"),
-        ({"drop_layers": "x"}, "is no number"),
+        ({"drop_layers": "x"}, "is not valid: give numbers"),
         ({"drop_layers": "0,1,2"}, "keep 0|at least one"),
         ({"num_layers": "3"}, "give fewer"),
         ({"num_layers": "0"}, "cannot keep 0"),
         ({"num_layers": "2,2"}, "names 2 stacks"),
-        ({"num_layers": "2", "drop_layers": "1"}, "all say which"),
+        ({"num_layers": "2", "drop_layers": "1"}, "each says which layers go"),
         ({"num_layers": "2", "depth": "best"}, "choose from"),
         ({"drop_layers": "1", "depth": "loss"}, "give one"),
         ({"drop_attention": "0"}, "caches are measured by it"),
         ({"drop_mlp": "7"}, "out of range"),
-        ({"shares": "layers=1,neurons=1"}, "say with one of"),
-        ({"shares": "layers", "target_params": "0.5"}, "is no proportion"),
-        ({"shares": "vocabulary=1", "target_params": "0.5"}, "tokens are cut by llm-pruner vocab"),
+        ({"shares": "layers=1,neurons=1"}, "--shares needs --target_params or"),
+        ({"shares": "layers", "target_params": "0.5"}, "is not valid: give proportions"),
+        ({"shares": "vocabulary=1", "target_params": "0.5"}, "tokens are pruned by llm-pruner vocab"),
         ({"shares": "measured:heds", "target_params": "0.5"}, "choose from heads"),
         ({"num_layers": "2", "depth": "loss"}, "needs? a calibration set"),
     ],

@@ -4,32 +4,15 @@ import weakref
 
 import pytest
 import torch
-from conftest import build, pruned_by, tokens
-from registry import tiny_model
+from helpers.models import build, pruned_by, rounded, tokens
 
 import llm_pruner as lp
-from llm_pruner.checkpoint import on_disk
-from llm_pruner.evaluation import perplexity
-from llm_pruner.graph import StandIns, computing, native, streamed
-from llm_pruner.importance import VARIANTS
+from llm_pruner.checkpoint.on_disk import on_disk
+from llm_pruner.evaluation.perplexity import perplexity
+from llm_pruner.importance.taylor import VARIANTS
+from llm_pruner.models.blockwise import StandIns, computing, native_compute, standing_in
 
 FAMILIES = ("llama_grouped", "gpt2", "mixtral", "bloom", "gemma2", "t5:seq2seq", "bart:seq2seq", "mamba", "zamba2")
-
-
-def rounded(name):
-    """A model whose float32 weights are exact in bfloat16, and its bfloat16 twin."""
-    make = build if name in ("llama_grouped", "gpt2", "mixtral") else tiny_model
-    wide = make(name)
-    tables = {n: b.clone() for n, b in wide.named_buffers()}
-    narrow = make(name).to(torch.bfloat16)
-    for module in narrow.modules():  # as after loading, tables of sines stay in float32
-        for key in module._buffers:
-            path = next((n for n, m in narrow.named_modules() if m is module), "")
-            module._buffers[key] = tables[f"{path}.{key}".lstrip(".")]
-    with torch.no_grad():
-        for parameter in wide.parameters():
-            parameter.copy_(parameter.to(torch.bfloat16))
-    return wide, narrow
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -65,7 +48,7 @@ def test_only_one_block_is_converted_at_a_time():
         return copy
 
     before = dict(narrow.named_parameters())
-    with torch.no_grad(), streamed(narrow, stand_in):
+    with torch.no_grad(), standing_in(narrow, stand_in):
         narrow(tokens(2, 8), use_cache=False)
     assert max(most) == 1 and {n for n, _ in made} >= before.keys()
     assert all(p is before[n] for n, p in narrow.named_parameters())
@@ -124,7 +107,7 @@ def test_the_command_streams(smollm2, tmp_path, monkeypatch):
 
 def test_layers_go_to_devices_in_order(tmp_path):
     """As many as there is room for; embeddings and head to the first; tied weights stay one."""
-    from llm_pruner.checkpoint.spread import spread
+    from llm_pruner.models.dispatch import spread
 
     model = build("llama_grouped")
     model.config.tie_word_embeddings = True
@@ -137,7 +120,7 @@ def test_layers_go_to_devices_in_order(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.device.type == model.model.rotary_emb.inv_freq.device.type == "meta"
     with pytest.raises(lp.PrunerError, match="device_map='auto'"):  # as accelerate offloads
-        native(model)
+        native_compute(model)
 
 
 def test_without_gpus_a_device_map_changes_nothing(smollm2, tmp_path, monkeypatch):

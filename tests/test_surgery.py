@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, build, pruned_by, tokens
+from helpers.models import ARCHITECTURES, build, pruned_by, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llm_pruner as lp
-from llm_pruner.graph.verify import relative_difference
+from llm_pruner.models.running import relative_difference
 
 
 def same_when_reloaded(pruned, folder):

@@ -13,15 +13,18 @@ import pytest
 from pyarrow import parquet
 
 import llm_pruner as lp
-from llm_pruner.arguments import RunArguments
-from llm_pruner.cli import main, parse
-from llm_pruner.recipes import read, run
+from llm_pruner.cli import main
+from llm_pruner.evaluation.table import latex
+from llm_pruner.flags import parse_flags
+from llm_pruner.recipes.arguments import RunArguments
 from llm_pruner.recipes.executors import parameters
-from llm_pruner.recipes.launch import Launch, flags
-from llm_pruner.recipes.points import points_of
-from llm_pruner.recipes.run import attended, record
-from llm_pruner.recipes.tables import cells, latex, of_points
-from llm_pruner.recovery import RecoverArguments
+from llm_pruner.recipes.recipe import read
+from llm_pruner.recipes.results import cells, of_points
+from llm_pruner.recipes.run import record, run_point
+from llm_pruner.recipes.run import run_recipe as run
+from llm_pruner.recipes.sweep import points_of
+from llm_pruner.recipes.torchrun import Launch, flags
+from llm_pruner.recovery.arguments import RecoverArguments
 
 SWEEP = """model: {home}/base
 output: {out}
@@ -79,7 +82,7 @@ def test_points_are_all_combinations(sweep):
 
 
 def test_a_sweep_is_a_table(sweep, tmp_path, capsys):
-    out = run(RunArguments(str(sweep)))
+    out = run(RunArguments(recipe=str(sweep)))
     rows = json.loads((out / "results.json").read_text())
     assert [row["point"] for row in rows] == list(range(9))
     assert rows.pop(0)["parameters"] > rows[0]["parameters"]  # the original
@@ -97,7 +100,7 @@ def test_a_sweep_is_a_table(sweep, tmp_path, capsys):
     assert table.count("\n") == 7 and table.count("**") == 4 and "| original |" in table and "±" in table
     assert r"\textbf{" in (out / "results.tex").read_text()
     times = {p: p.stat().st_mtime_ns for p in (out / "points").glob("*.json")}
-    run(RunArguments(str(sweep)))
+    run(RunArguments(recipe=str(sweep)))
     assert {p: p.stat().st_mtime_ns for p in (out / "points").glob("*.json")} == times
 
 
@@ -185,7 +188,7 @@ def test_no_cluster_here(sweep, capsys):
 def test_jobs_through_submitit(sweep):
     """submitit's executor for this machine: two jobs that share the points between them."""
     sweep.write_text(sweep.read_text() + "executor: {kind: submitit, jobs: 2, cpus: 1}\n")
-    out = run(RunArguments(str(sweep)))
+    out = run(RunArguments(recipe=str(sweep)))
     assert len(results(out)) == 8
     assert len(list((out / "jobs").glob("*_submitted.pkl"))) >= 2
 
@@ -266,11 +269,11 @@ stages:
 
 def test_what_trains_on_several_machines():
     """The command, as text: every machine of the job starts its processes, and they meet at the first."""
-    arguments = RecoverArguments(prune_model="model", output_dir="out", merge=True, learning_rate=1e-3)
+    arguments = RecoverArguments.of(prune_model="model", output_dir="out", merge=True, learning_rate=1e-3)
     command = " ".join(Launch.of({"gpus": 8, "nodes": 2}).command(arguments))
     assert command.startswith("srun --nodes 2 --ntasks 2 --ntasks-per-node 1 ")
     assert "--nproc_per_node 8 --nnodes 2 --rdzv_backend c10d" in command
-    assert parse(RecoverArguments, flags(arguments), "recover") == arguments
+    assert parse_flags(RecoverArguments, flags(arguments)) == arguments
     assert not Launch.of({"gpus": 0}).several
 
 
@@ -290,7 +293,7 @@ def test_a_worker_that_is_killed_costs_one_point(sweep, tmp_path):
     third = points_of(recipe)[2]
     code = f"""
 import os, sys
-import llm_pruner.recipes
+import llm_pruner.recipes.run
 r = sys.modules["llm_pruner.recipes.run"]
 before = r._done
 def dies(point):
@@ -306,31 +309,31 @@ sys.exit(main(["run", {str(sweep)!r}, "--worker"]))
     r.run_command = lambda arguments, *more: [sys.executable, "-c", code]
     try:
         with pytest.raises(lp.PrunerError, match="1 of 8 runs failed"):
-            run(RunArguments(str(sweep)))
+            run(RunArguments(recipe=str(sweep)))
     finally:
         r.run_command = before
     out = tmp_path / "out"
     assert "killed" in record(third, out)["error"] and len(results(out)) == 7
-    assert len(results(run(RunArguments(str(sweep))))) == 8
+    assert len(results(run(RunArguments(recipe=str(sweep))))) == 8
 
 
 def test_weights_that_were_let_go_are_made_again(sweep, tmp_path):
     """A stage that is added after a sweep reads what is not there any more."""
     text = sweep.read_text().replace("[taylor, random]", "[l2]").replace("[0.25, 0.5]", "[0.5]")
     sweep.write_text(text.replace("seeds: [0, 1]", ""))
-    out = run(RunArguments(str(sweep)))
+    out = run(RunArguments(recipe=str(sweep)))
     first = results(out)
     more = "  - prune: {name: again, pruner_type: l1, pruning_ratio: 0.25, preset: paper}\nsweep:"
     sweep.write_text(sweep.read_text().replace("sweep:", more))
     for point in points_of(read(sweep)):
-        attended(point, out)
+        run_point(point, out)
         assert record(point, out)["row"]["parameters"] < first[0]["parameters"]
 
 
 @pytest.mark.slow
 def test_killed_twenty_times_it_ends_the_same(sweep, tmp_path):
     """SIGKILL to all processes at 20 random moments."""
-    whole = run(RunArguments(str(sweep), output=str(tmp_path / "whole")))
+    whole = run(RunArguments(recipe=str(sweep), output=str(tmp_path / "whole")))
     command = [sys.executable, "-m", "llm_pruner", "run", str(sweep)]
     chance, kills = random.Random(0), 0
     while kills < 20:
@@ -344,4 +347,4 @@ def test_killed_twenty_times_it_ends_the_same(sweep, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
-    assert results(run(RunArguments(str(sweep)))) == results(whole)
+    assert results(run(RunArguments(recipe=str(sweep)))) == results(whole)

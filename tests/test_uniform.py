@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import torch
-from conftest import build, pruned_by, tokens
+from helpers.models import build, pruned_by, tokens
 from transformers import AutoModelForCausalLM
 
 import llm_pruner as lp
 from llm_pruner.checkpoint.standalone import FILE
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
-from llm_pruner.surgery import to_uniform
+from llm_pruner.surgery.uniform import to_uniform
 
 # Reads a checkpoint in a process that has not heard of llm_pruner, and writes its logits and what it generates.
 STRANGER = """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build
+from helpers.models import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -20,13 +20,14 @@ from transformers import (
 )
 
 import llm_pruner as lp
-from llm_pruner.checkpoint import apply_to_files
+from llm_pruner.checkpoint.apply_files import apply_to_files
 from llm_pruner.cli import main
 from llm_pruner.data import documents, text
 from llm_pruner.errors import PrunerError
-from llm_pruner.vocabulary import Counts, Subwords, choose, count, cut_tokenizer, run
-from llm_pruner.vocabulary.choosing import in_scripts, of_tokenizer
-from llm_pruner.vocabulary.tokenizer import keeps_words
+from llm_pruner.surgery.tokenizer import Subwords, cut_tokenizer, keeps_words
+from llm_pruner.vocabulary import run
+from llm_pruner.vocabulary.choosing import choose, in_scripts, of_tokenizer
+from llm_pruner.vocabulary.counting import Counts, count
 
 TEXTS = [t for _, t in zip(range(120), documents("python-docs"), strict=False)]
 TEXTS += ["Größe und Länge, façade, naïve.", "Привет, мир", "你好世界", "שלום"] * 20

@@ -12,11 +12,12 @@ from transformers import PreTrainedConfig
 
 from ..errors import PrunerError
 from ..files import CARD
-from ..heterogeneous import differs
-from ..selection import PruningPlan
+from ..models.per_layer import has_per_layer_widths
+from ..selection.plan import PruningPlan
 from ..version import __version__
-from .load import EMBEDDED, HUB_IDS, locate
-from .standalone import FILE, auto_class
+from .config import auto_class
+from .locate import EMBEDDED, HUB_IDS, locate
+from .standalone import FILE
 
 PLAIN = """```python
 from transformers import AUTO_CLASS, AutoTokenizer
@@ -69,7 +70,12 @@ def write_card(
     lines += _table(metrics, perplexities)
     if "command" in plan.settings:
         lines += ["", "```bash", str(plan.settings["command"]), "```"]
-    lines += ["", "## Use", "", (DIFFERING if differs(config) else PLAIN).replace("AUTO_CLASS", auto_class(config))]
+    lines += [
+        "",
+        "## Use",
+        "",
+        (DIFFERING if has_per_layer_widths(config) else PLAIN).replace("AUTO_CLASS", auto_class(config)),
+    ]
     if (folder / FILE).is_file():
         lines += ["", STANDALONE.format(file=FILE)]
     lines += ["", "`pruning_plan.json` says which indices of which weights stayed.", ""]

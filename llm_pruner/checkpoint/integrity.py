@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import PrunerError
-from ..selection import PruningPlan
-from .load import load_config, meta_model
-from .save import PLAN_FILE
+from ..selection.plan import PruningPlan
+from .config import load_config, meta_model
+from .locate import PLAN_FILE
 from .shards import Shards, sha256
-from .stream import OtherForm, stored_names
+from .stored import OtherForm, stored_names
 
 
 def check(folder: str | Path, trust_remote_code: bool = False) -> None:

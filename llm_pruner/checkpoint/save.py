@@ -8,13 +8,13 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import complete_folder
-from ..selection import PruningPlan
-from ..vocabulary.tokenizer import cut_tokenizer
+from ..selection.plan import PruningPlan
+from ..surgery.tokenizer import cut_tokenizer
 from .card import upload, write_card
+from .locate import PLAN_FILE
 from .shards import sha256
 from .standalone import forget_modelling, write_modelling
 
-PLAN_FILE = "pruning_plan.json"
 SHARD = "4GB"
 
 

@@ -6,9 +6,10 @@ import inspect
 import json
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .. import heterogeneous
+from ..models import per_layer
+from .config import auto_class
 
 FILE = "modeling_pruned.py"
 TAIL = '''
@@ -24,17 +25,12 @@ class {name}(transformers.{name}):
 def write_modelling(model: PreTrainedModel, folder: Path) -> None:
     """Write the file, and name it in the config of the folder for ``trust_remote_code=True``."""
     name = type(model).__name__
-    source = inspect.getsource(heterogeneous).replace("import torch\n", "import torch\nimport transformers\n", 1)
+    source = inspect.getsource(per_layer).replace("import torch\n", "import torch\nimport transformers\n", 1)
     (folder / FILE).write_text(source + TAIL.format(name=name), encoding="utf-8")
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["auto_map"] = {auto_class(model.config): f"{Path(FILE).stem}.{name}"}
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def auto_class(config: PreTrainedConfig) -> str:
-    """The class of transformers that reads such a model."""
-    return "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
 
 
 def forget_modelling(model: PreTrainedModel) -> None:

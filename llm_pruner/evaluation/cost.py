@@ -9,9 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..graph import Answering, model_inputs, traceable
-from ..selection import BYTES, COUNTS, Budget, PruningPlan
-from ..surgery import apply, skeleton
+from ..models.running import MetaReads, model_inputs, tracing_mode
+from ..models.skeleton import skeleton
+from ..selection.budgets import BYTES, COUNTS, Budget
+from ..selection.plan import PruningPlan
+from ..surgery.apply import apply
 
 
 @torch.no_grad()
@@ -21,7 +23,7 @@ def macs(model: PreTrainedModel, tokens: int = 128, batch: int = 1) -> int:
     Of a mixture of experts, those of the experts that tokens are sent to.
     """
     twin = _on_meta(model)
-    with traceable(twin), FlopCounterMode(display=False) as counter, Answering():
+    with tracing_mode(twin), FlopCounterMode(display=False) as counter, MetaReads():
         twin(**model_inputs(twin, _ids(batch, tokens)), use_cache=False)
     return int(counter.get_total_flops()) // 2
 
@@ -30,7 +32,7 @@ def macs(model: PreTrainedModel, tokens: int = 128, batch: int = 1) -> int:
 def memory(model: PreTrainedModel, tokens: int = 2048, batch: int = 1) -> int:
     """Bytes of the weights, in their own precision, and of the cache that ``[batch, tokens]`` fill."""
     twin = _on_meta(model)
-    with traceable(twin), Answering():
+    with tracing_mode(twin), MetaReads():
         cache = twin(**model_inputs(twin, _ids(batch, tokens)), use_cache=True).get("past_key_values")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return weights + sum(t.numel() * t.element_size() for t in _tensors(cache))

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.utils import find_executable_batch_size
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
-from ..graph import Compute, computing, context_length, evaluating, total_loss
+from ..models.blockwise import Compute, computing
+from ..models.loss import total_loss
+from ..models.running import context_length, evaluating
 
 FITTING = 32  # windows to try first; fewer as long as memory runs out
 
@@ -129,8 +130,3 @@ def perplexity(
     loss = total / tokens
     value = math.exp(loss) if loss < 700 else math.inf
     return Perplexity(value, loss, tokens, ids.shape[0], ids.shape[1], stride)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())

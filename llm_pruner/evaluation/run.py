@@ -3,49 +3,82 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..arguments import EvaluateArguments, listed
-from ..checkpoint import load, locate
+from rich.console import Console
+
+from ..checkpoint.load import load_with_tokenizer
+from ..checkpoint.locate import locate
 from ..data import text
 from ..files import write_text
+from ..models.dispatch import resolve_device
 from ..provenance import provenance
-from .compare import PROMPTS, Evaluation, Wanted, compare
-from .table import Table, as_json
+from .arguments import EvaluateArguments, PerplexityArguments
+from .evaluate import PROMPTS, Evaluation, Measurements, evaluate_models
+from .perplexity import perplexity, windows
+from .table import Table, as_json, table, terminal_table
 from .zero_shot import PAPER_TASKS
 
 
-def measured(args: EvaluateArguments) -> list[Evaluation]:
-    """Measure what the arguments say.
+def measure(args: EvaluateArguments) -> list[Evaluation]:
+    """Measure the models that the arguments name, side by side.
 
     Raises:
-        PrunerError: bad arguments, or a model, text or task that is not to be had.
+        PrunerError: the arguments are not valid, or a model, text or task cannot be had.
     """
     args.check()
-    for model in args.models:
+    device = resolve_device(args.device, "--device")
+    for model in args.model:
         locate(model)
-    tasks = PAPER_TASKS if args.tasks == "paper" else tuple(listed(args.tasks))
-    wanted = Wanted(
-        {name: text(name, "test") for name in listed(args.datasets)},
-        args.seq_len,
-        args.stride or None,
-        args.max_windows or None,
-        args.batch_size or None,
-        tasks,
-        args.include_path,
-        args.limit,
-        args.num_fewshot,
-        args.tokens,
-        args.batch,
-        args.new_tokens,
-        PROMPTS if args.samples else (),
+    settings = Measurements(
+        texts={name: text(name, "test") for name in args.datasets},
+        seq_len=args.seq_len,
+        stride=args.stride or None,
+        max_windows=args.max_windows or None,
+        batch_size=args.batch_size or None,
+        tasks=PAPER_TASKS if args.tasks == ["paper"] else tuple(args.tasks),
+        include_path=args.include_path,
+        limit=args.limit,
+        num_fewshot=args.num_fewshot,
+        tokens=args.tokens,
+        batch=args.batch,
+        new_tokens=args.new_tokens,
+        prompts=PROMPTS if args.samples else (),
     )
 
-    def loaded(name: str) -> Any:
-        return load(name, args.dtype, args.device, args.trust_remote_code, verify=args.verify)
+    def load_model(name: str) -> Any:
+        return load_with_tokenizer(name, args.dtype, device, args.trust_remote_code, verify=args.verify)
 
-    return compare(args.models, loaded, wanted)
+    return evaluate_models(args.model, load_model, settings)
+
+
+def run_evaluate(args: EvaluateArguments) -> None:
+    """Run ``llm-pruner evaluate``: print one table, and write it in all forms to ``--output``."""
+    evaluations = measure(args)
+    result = table(evaluations)
+    console = Console()
+    console.print(terminal_table(result.cells()))
+    for note in result.notes:
+        console.print(note)
+    if args.output:
+        write(evaluations, result, Path(args.output))
+
+
+def run_perplexity(args: PerplexityArguments) -> None:
+    """Run ``evaluate/perplexity.py``: print the perplexity, and write it to ``--output``."""
+    args.check()
+    content = text(args.dataset, "test")
+    device = resolve_device(args.device, "--device")
+    model, tokenizer = load_with_tokenizer(args.model, args.dtype, device, args.trust_remote_code, verify=args.verify)
+    stride = args.stride or None
+    ids = windows(tokenizer, content, args.seq_len, args.max_windows or None, stride)
+    result = perplexity(model, ids, args.batch_size or None, stride=stride)
+    record = {"model": args.model, "dataset": args.dataset, **asdict(result)}
+    print(f"{args.model} on {args.dataset}: perplexity {result.perplexity:.4f} ({result.tokens} tokens)")
+    if args.output:
+        write_text(Path(args.output), json.dumps(record, indent=1) + "\n")
 
 
 def write(found: list[Evaluation], result: Table, folder: Path) -> None:

@@ -12,9 +12,8 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..graph import evaluating
-from ..graph.verify import random_tokens
-from .timing import latency
+from ..models.running import evaluating, random_tokens
+from .latency import latency
 
 REPEATS = 3
 LEAST = 2**20  # bytes: a pass takes more, so that less than that was not seen

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table as Shown
 
-from .compare import Evaluation
+from .evaluate import Evaluation
 
 SPECIAL = str.maketrans({c: f"\\{c}" for c in "_%&#$"})
 
@@ -70,7 +70,7 @@ def latex(cells: list[list[str]]) -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 
 
-def measured_of(found: list[Evaluation], task: str) -> list[str]:
+def metrics_of(found: list[Evaluation], task: str) -> list[str]:
     """The names of what a task measures, accuracies first; no standard errors."""
     names = dict.fromkeys(name for one in found for name in one.tasks.get(task, {}) if "stderr" not in name)
     return sorted(names, key=lambda name: name not in ("acc", "acc_norm"))
@@ -100,7 +100,7 @@ def table(found: list[Evaluation]) -> Table:
     for title in dict.fromkeys(title for one in found for title in one.perplexity if different):
         add(f"perplexity of a byte, {title}", "{:.4f}", lambda e, t=title: e.perplexity[t].per_byte)  # type: ignore[misc]
     for task in dict.fromkeys(task for one in found for task in one.tasks):
-        for metric in measured_of(found, task):
+        for metric in metrics_of(found, task):
             add(f"{task}, {metric}", "{:.4f}", lambda e, t=task, m=metric: e.tasks.get(t, {}).get(m))  # type: ignore[misc]
     add("tokens/s, prefill", "{:.0f}", lambda e: e.speed.prefill if e.speed else None)
     add("tokens/s, decode", "{:.1f}", lambda e: e.speed.decode if e.speed else None)
@@ -115,7 +115,7 @@ def table(found: list[Evaluation]) -> Table:
     return Table([one.model for one in found], rows, notes)
 
 
-def shown(cells: list[list[str]]) -> Shown:
+def terminal_table(cells: list[list[str]]) -> Shown:
     """Cells as a table for the terminal; the first row are its heads."""
     out = Shown(*cells[0])
     for row in cells[1:]:

@@ -10,24 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..heterogeneous import Constant, arguments_of, hook_selecting, layer_lists
+from ..models.per_layer import Constant, arguments_of, hook_selecting, layer_lists
 from .axes import Atom, Dim, find, flatten, freeze, leaves
-from .rules import Traced
-
-if TYPE_CHECKING:
-    from .tracer import Tracer
+from .call import Recorder, Traced
 
 COMBINED = "combined with a constant"
 
 
 @contextmanager
-def selected(model: nn.Module, constants: Iterable[Constant], kept: list[int]) -> Iterator[None]:
+def selecting_constants(model: nn.Module, constants: Iterable[Constant], kept: list[int]) -> Iterator[None]:
     """For the length of the block, give the layers only the ``kept`` indices of these constants, in that order."""
     with ExitStack() as stack:
         for constant in constants:
@@ -38,44 +35,48 @@ def selected(model: nn.Module, constants: Iterable[Constant], kept: list[int]) -
 
 
 @contextmanager
-def separate_constants(model: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """While tracing, a constant that enters a layer is met there as one of that layer's own."""
+def separate_constants(model: nn.Module, recorder: Recorder, constants: list[tuple[Atom, Constant]]) -> Iterator[None]:
+    """While tracing, meet a constant that enters a layer as one of that layer's own, and append it to ``constants``."""
     with ExitStack() as stack:
         for path, layers in layer_lists(model).items():
             for i, layer in enumerate(layers):
-                hook = _hook_renewing(tracer, f"{path}.{i}")
+                hook = _hook_renewing(recorder, constants, f"{path}.{i}")
                 stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
 
-def _hook_renewing(tracer: Tracer, path: str) -> Callable[..., Any]:
+def _hook_renewing(recorder: Recorder, constants: list[tuple[Atom, Constant]], path: str) -> Callable[..., Any]:
     def renew(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = arguments_of(module, args, kwargs)
         for name, value in bound.arguments.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                known = tracer.lookup(value)
+                known = recorder.lookup(value)
                 if known.role == "constant":
-                    bound.arguments[name] = _renewed(tracer, known, path, name)
+                    renewed, own = _renewed(known, path, name)
+                    constants.extend(own)
+                    recorder.record(renewed)
+                    bound.arguments[name] = renewed.tensor
         return bound.args[1:], bound.kwargs
 
     return renew
 
 
-def _renewed(tracer: Tracer, known: Traced, path: str, argument: str) -> torch.Tensor:
-    """The same tensor anew, whose frozen axes are new and free, and remembered as constants of the layer."""
+def _renewed(known: Traced, path: str, argument: str) -> tuple[Traced, list[tuple[Atom, Constant]]]:
+    """Copy a constant with new, free atoms for its frozen axes; return it with the constants of the layer that these
+    atoms are."""
     with _disable_current_modes():
         tensor = known.tensor.clone()
     dims: list[Dim] = []
+    constants: list[tuple[Atom, Constant]] = []
     for i, dim in enumerate(known.dims):
         atoms = flatten(dim)
         renewed = tuple(Atom(atom.size) if _renewable(atom) else atom for atom in atoms)
         for position, (new, old) in enumerate(zip(renewed, atoms, strict=True)):
             if new is not old:
                 inner = prod(atom.size for atom in atoms[position + 1 :])
-                tracer.constants.append((new, Constant(path, argument, i, new.size, inner)))
+                constants.append((new, Constant(path, argument, i, new.size, inner)))
         dims.append(renewed)
-    tracer.record(Traced(tensor, dims, "constant"))
-    return tensor
+    return Traced(tensor, dims, "constant"), constants
 
 
 def _renewable(atom: Atom) -> bool:

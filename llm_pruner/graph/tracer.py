@@ -19,30 +19,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import PrunerError
-from . import rules
+from ..models.per_layer import Constant
+from ..models.running import answer_on_meta, model_inputs, stored_tensors, tracing_mode
 from .axes import Atom, Dim, freeze, fresh, leaves, size_of, tag, unify
-from .constants import COMBINED, Constant, separate_constants
-from .rules import Call, Traced, indexing, tensors_in
+from .call import RULES, Call, Traced, tensors_in
+from .constants import COMBINED, separate_constants
+from .rules import indexing
 
-BATCH, TOKENS = 2, 16  # long enough for every branch of a decoder to run, short enough to be free
-
-
-def unread(operator: str, args: Any) -> bool | None:
-    """What to say when a model reads a value on the meta device, where there is none; None if it does not.
-
-    Models ask for "is nothing padded", whose answer here is yes.
-    """
-    if operator == "_local_scalar_dense" and args[0].device.type == "meta":
-        return bool(args[0].dtype is torch.bool)
-    return None
-
-
-class Answering(TorchDispatchMode):
-    """Lets models on the meta device read values; see :func:`unread`."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = unread(func.overloadpacket.__name__, args)
-        return func(*args, **(kwargs or {})) if answer is None else answer
+TRACE_ROWS, TRACE_TOKENS = 2, 16  # long enough for every branch of a decoder to run, short enough to be free
 
 
 class TraceError(PrunerError):
@@ -64,7 +48,6 @@ class Tracer(TorchDispatchMode):
         self.calls: list[tuple[list[int], list[int]]] = []  # what each operator wrote and read, by storage
         self.alive: list[torch.Tensor] = []  # the ids of dead tensors and storages would be reused
         self.idle: set[str] = set()  # tensors that the output does not depend on
-        self.rules = rules.load()
 
     @property
     def where(self) -> str:
@@ -85,7 +68,7 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if (answer := unread(name, args)) is not None:
+        if (answer := answer_on_meta(name, args)) is not None:
             return answer
         # Looked up before the call: in-place operators change shapes and strides under our feet.
         inputs = [self.lookup(t) for t in tensors_in([*args, *kwargs.values()])]
@@ -97,9 +80,9 @@ class Tracer(TorchDispatchMode):
         outs = [t for t in tensors_in(out) if id(t) not in self.traced or any(t is a for a in args)]
         if not outs:
             return out
-        rule = self.rules.get(name)
+        rule = RULES.get(name)
         if rule is None and torch.Tag.pointwise in func.tags:
-            rule = self.rules["clone"]
+            rule = RULES["clone"]
         if rule is None:
             self._freeze_unknown(name, inputs, outs)
             return out
@@ -190,7 +173,7 @@ def module_names(model: nn.Module, tracer: Tracer) -> Iterator[None]:
         yield
 
 
-def _remembered(model: nn.Module) -> Callable[[], None]:
+def _snapshot(model: nn.Module) -> Callable[[], None]:
     """What puts every attribute and buffer of a model back as it is now.
 
     Some models note on their modules what they have seen: rotary embeddings of dynamic length keep the longest.
@@ -213,93 +196,16 @@ def _remembered(model: nn.Module) -> Callable[[], None]:
 def _quiet(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Everything that tracing needs around the model."""
     with ExitStack() as stack:
-        stack.callback(_remembered(model))
+        stack.callback(_snapshot(model))
         for context in (
             torch.no_grad(),
-            traceable(model),
+            tracing_mode(model),
             module_names(model, tracer),
-            separate_constants(model, tracer),
+            separate_constants(model, tracer, tracer.constants),
         ):
             stack.enter_context(context)
         stack.enter_context(ListIndexing())
         yield
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode; every module's own mode is put back afterwards."""
-    training = [m for m in model.modules() if m.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def implementations(model: nn.Module, **chosen: str) -> Iterator[None]:
-    """Choose how blocks run, as in ``experts="eager"``; put back afterwards.
-
-    Every module's own config is set, for a layer may hold another than the model's.
-    """
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    saved: list[tuple[Any, str, Any]] = []
-    try:
-        for config in configs.values():
-            for block, value in chosen.items():
-                slot = f"_{block}_implementation_internal"
-                if hasattr(config, slot):
-                    saved.append((config, slot, config.__dict__.get(slot)))
-                    config.__dict__[slot] = value
-        yield
-    finally:
-        for config, slot, value in saved:
-            config.__dict__[slot] = value
-
-
-@contextmanager
-def traceable(model: nn.Module) -> Iterator[None]:
-    """Run attention eagerly and experts batched, in eval mode: both show the axes that fused kernels hide."""
-    with evaluating(model), implementations(model, attn="eager", experts="batched_mm"):
-        yield
-
-
-def sources(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that a checkpoint holds, by its first name: parameters and persistent float buffers.
-
-    Without those that transformers leaves out when it saves, such as tables of sines, since they are computed anew.
-    """
-    out: dict[str, torch.Tensor] = dict(model.named_parameters())
-    transient = {f"{p}.{n}".lstrip(".") for p, m in model.named_modules() for n in m._non_persistent_buffers_set}
-    for name, buffer in model.named_buffers():
-        if name not in transient and buffer.is_floating_point():
-            out[name] = buffer
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    return {name: tensor for name, tensor in out.items() if name not in ignored}
-
-
-def model_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Token ids ``[rows, tokens]`` as arguments of the model.
-
-    An encoder-decoder reads the first half of each row in its encoder and the second in its decoder: what it predicts
-    is how the text goes on.
-    """
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return {"input_ids": ids}
-    half = ids.shape[1] // 2
-    return {"input_ids": ids[:, :half], "decoder_input_ids": ids[:, half:]}
-
-
-def context_length(model: nn.Module) -> int | None:
-    """How many tokens the model reads at once, where its config says so."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
-    return longest if isinstance(longest, int) else None
-
-
-def predicted(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The ids among :func:`model_inputs` that the model's logits are about."""
-    return inputs.get("decoder_input_ids", inputs["input_ids"])
 
 
 def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
@@ -314,14 +220,14 @@ def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
     try:
         return _run(model, torch.device("meta"))
     except TraceError as on_meta:
-        if any(tensor.device.type == "meta" for tensor in sources(model).values()):
+        if any(tensor.device.type == "meta" for tensor in stored_tensors(model).values()):
             raise TraceError(f"{on_meta}; a model with its weights may do better") from on_meta
-        return _run(model, next(iter(sources(model).values())).device)
+        return _run(model, next(iter(stored_tensors(model).values())).device)
 
 
 def _run(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str, list[Dim]]]:
     tracer = Tracer(device)
-    named = sources(model)
+    named = stored_tensors(model)
     state: dict[str, torch.Tensor] = {}
     twins: dict[int, torch.Tensor] = {}  # tied tensors stay one tensor
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
@@ -341,7 +247,7 @@ def _run(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str, list
     tag(vocabulary, "vocabulary")
     inputs = {}
     for name in model_inputs(model, torch.empty(1, 2)):  # each side has positions of its own
-        ids = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS) * 31 % size_of(vocabulary)
+        ids = torch.arange(TRACE_ROWS * TRACE_TOKENS).view(TRACE_ROWS, TRACE_TOKENS) * 31 % size_of(vocabulary)
         inputs[name] = ids.to(device)
         tracer.record(Traced(inputs[name], [fresh(n) for n in ids.shape], "activation", vocabulary))
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}

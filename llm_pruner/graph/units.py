@@ -14,10 +14,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from ..models.layers import LayerLocator
+from ..models.per_layer import Constant, layer_lists
+from ..models.running import stored_tensors
 from .axes import Atom, Dim, labels, leaves
-from .constants import COMBINED, Constant, by_leaf
-from .stacks import Layers, layer_lists
-from .tracer import TraceError, run, sources
+from .constants import COMBINED, by_leaf
+from .tracer import TraceError, run
 
 KINDS = ("heads", "query_heads", "neurons", "experts", "hidden", "channels", "layers", "vocabulary")
 Slices = dict[str, dict[int, torch.Tensor]]
@@ -151,7 +153,10 @@ def trace(model: nn.Module) -> CouplingGraph:
     """
     # What was found is remembered as long as the model has the same shapes and config.
     config = getattr(model, "config", None)
-    about = (str(config and config.to_dict()), tuple((name, tuple(t.shape)) for name, t in sources(model).items()))
+    about = (
+        str(config and config.to_dict()),
+        tuple((name, tuple(t.shape)) for name, t in stored_tensors(model).items()),
+    )
     known = _traced.get(model)
     if known is None or known[0] != about:
         known = about, _trace(model)
@@ -160,7 +165,7 @@ def trace(model: nn.Module) -> CouplingGraph:
     return known[1].copy()
 
 
-def remember(model: nn.Module, like: nn.Module) -> None:
+def share_graph(model: nn.Module, like: nn.Module) -> None:
     """A model has the units of another of the same config, which was traced."""
     if like in _traced:
         _traced[model] = _traced[like]
@@ -174,10 +179,10 @@ def _trace(model: nn.Module) -> CouplingGraph:
         if 0 in parameter.shape:
             raise TraceError(f"{name} is {list(parameter.shape)}: a model with an empty weight cannot be pruned")
     tracer, dims = run(model)
-    shapes = {name: tuple(t.shape) for name, t in sources(model).items()}
+    shapes = {name: tuple(t.shape) for name, t in stored_tensors(model).items()}
     constants = by_leaf(tracer.constants)
     found = _occurrences(dims)
-    layer_of = Layers(list(layer_lists(model)))
+    layer_of = LayerLocator(list(layer_lists(model)))
     units = [_unit(atom, where, layer_of, found, constants.get(id(atom), [])) for atom, where in found]
     for unit in units:
         if unit.frozen is None and tracer.idle.issuperset(unit.parameters):
@@ -242,7 +247,7 @@ def _occurrences(dims: dict[str, list[Dim]]) -> list[Occurrence]:
     return [(atoms[key], where[key]) for key in atoms if atoms[key].size > 1]
 
 
-def _unit(atom: Atom, where: dict, layer_of: Layers, found: list[Occurrence], constants: list[Constant]) -> Unit:
+def _unit(atom: Atom, where: dict, layer_of: LayerLocator, found: list[Occurrence], constants: list[Constant]) -> Unit:
     layers = {layer_of(name) for name, _ in where}
     layer = layers.pop() if len(layers) == 1 else None
     kind = _kind(atom, where, layer, found)

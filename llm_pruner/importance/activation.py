@@ -23,10 +23,12 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from ..errors import PrunerError
-from ..graph import Compute, evaluating, implementations, model_inputs, native, streamed
-from .aggregate import Dims, Salience, reduce_to
+from ..models.blockwise import Compute, native_compute, standing_in
+from ..models.running import evaluating, implementations, model_inputs
+from .aggregate import reduce_to
+from .scores import Dims, Salience
 
-BATCH = 8  # samples in a forward pass
+SAMPLES_PER_PASS = 8  # samples in a forward pass
 Visit = Callable[[str, int, torch.Tensor], None]
 
 
@@ -73,11 +75,11 @@ class Readers(TorchFunctionMode):
 @torch.no_grad()
 def read(model: nn.Module, calibration: torch.Tensor, visit: Visit, compute: Compute | None = None) -> None:
     """Run the calibration set ``[samples, tokens]`` through the model, in eval mode, and visit what weights read."""
-    compute, readers = compute or native(model), Readers(visit)
-    stand_ins = streamed(model, lambda name, tensor: readers.known(name, compute.convert(tensor)))
+    compute, readers = compute or native_compute(model), Readers(visit)
+    stand_ins = standing_in(model, lambda name, tensor: readers.known(name, compute.convert(tensor)))
     # Experts as a loop over views of their weights: that says what each of them reads.
     with evaluating(model), implementations(model, experts="eager"), stand_ins, readers:
-        for ids in calibration.to(compute.device).split(BATCH):
+        for ids in calibration.to(compute.device).split(SAMPLES_PER_PASS):
             model(**model_inputs(model, ids), use_cache=False)
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from ..errors import PrunerError
-from ..graph import Compute
-from .aggregate import Dims, Salience, reduce_to
-from .backward import backward
+from ..models.blockwise import Compute
+from .aggregate import reduce_to
+from .gradients import visit_gradients
+from .scores import Dims, Salience
 
 VARIANTS = ("vectorize", "param_first", "param_second", "param_mix")
 
@@ -75,9 +76,9 @@ def taylor(
         add(name, (weight * gradient).sub_(hessian.mul_(weight).mul_(weight), alpha=0.5).abs_())
 
     if variant == "param_mix":
-        backward(model, slices, calibration, both, mixed, per_sample=True, compute=compute)
+        visit_gradients(model, slices, calibration, both, mixed, per_sample=True, compute=compute)
     elif variant == "param_second":
-        backward(model, slices, calibration, second, per_sample=True, compute=compute)
+        visit_gradients(model, slices, calibration, second, per_sample=True, compute=compute)
     else:
-        backward(model, slices, calibration, first, compute=compute)
+        visit_gradients(model, slices, calibration, first, compute=compute)
     return salience

@@ -1,220 +1,331 @@
-"""From arguments to a plan: what goes whole, what is scored, how much of each unit stays."""
+"""From settings to a plan: which layers go, which widths are scored, how much of each unit stays."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..checkpoint import identity
+from ..checkpoint.locate import identity
 from ..errors import PrunerError
-from ..evaluation import latency_budget, macs_budget, memory_budget, parameter_count
+from ..evaluation.cost import macs_budget, memory_budget
+from ..evaluation.latency import latency_budget
 from ..files import digest
-from ..graph import CouplingGraph, trace
-from ..importance import BY_POSITION, NEED_CALIBRATION, Scores, score
+from ..graph.units import CouplingGraph, trace
+from ..importance.criteria import needs_calibration as criterion_needs_calibration
+from ..importance.layers import BY_POSITION
+from ..importance.score import score
+from ..importance.scores import Scores
 from ..logs import log
-from ..selection import Budget, NothingRemoved, PruningPlan, composed, lifted, parameter_budget, renamed, select
-from ..surgery import Place, apply
-from .arguments import PruneArguments
-from .shapes import drop, gone, measured, wanted_shape
+from ..models.skeleton import parameter_count
+from ..provenance import versions
+from ..selection.budgets import Budget, NothingRemoved, parameter_budget
+from ..selection.compose import compose_plans, scores_in_original
+from ..selection.plan import PruningPlan, name_after
+from ..selection.select import select
+from ..surgery.apply import Place, apply, in_memory
+from .presets import default_layers
+from .settings import BudgetSettings, PruneSettings, WidthSettings
+from .whole_layers import describe_dropped, measure_sensitivity, plan_layers, reachable_shape
 
 Weights = Iterable[tuple[str, torch.Tensor]]
+Progress = Callable[[str, int, int], None]
 
 
 class Stopwatch:
-    """Seconds of each named stage."""
+    """Seconds of each named stage; tells ``progress`` (stage, done, total) when a stage begins and ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.progress = progress
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
+        if self.progress:
+            self.progress(stage, 0, 1)
         yield
+        if self.progress:
+            self.progress(stage, 1, 1)
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
 
 
-def needs_calibration(args: PruneArguments) -> bool:
-    """Whether choosing what goes, or mending norms, takes a calibration set."""
-    chooses = args.num_layers is not None or bool(args.shape) or args.shares is not None
-    by_forward = chooses and not args.drop_layers and args.depth not in BY_POSITION
-    by_criterion = args.widths and args.pruner_type in NEED_CALIBRATION
-    return by_forward or by_criterion or args.rescale_norms
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """What a plan is made from.
+
+    Attributes:
+        ids: calibration set, LongTensor ``[samples, tokens]``, None where the settings need none.
+        place: where tensors of pruned models are put.
+        weights: weights to score one after the other, of a model on the meta device.
+    """
+
+    settings: PruneSettings
+    ids: torch.Tensor | None = None
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    place: Place = in_memory
+    weights: Weights | None = None
 
 
-@dataclass
-class Made:
-    """What planning gives: the plan for the model, the pruned model, the model's graph, the last scores of widths."""
+@dataclass(frozen=True, kw_only=True)
+class PlannedModel:
+    """Result of planning: the plan, the pruned model, the original's graph, the last scores of widths."""
 
     plan: PruningPlan
     pruned: PreTrainedModel
     graph: CouplingGraph
-    scores: Scores | None
+    scores: Scores | None = None
 
 
-def make_plan(
-    args: PruneArguments,
-    model: PreTrainedModel,
-    ids: torch.Tensor | None,
-    clock: Stopwatch,
-    place: Place,
-    weights: Weights | None = None,
-) -> Made:
-    """Choose what goes, by the calibration set ``ids``; new tensors are put in their ``place``.
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A model before layers were dropped from it, and the plan that drops them."""
 
-    Whole layers go first, and the widths of what that leaves are scored and chosen then; the plan says both.
-    """
+    model: PreTrainedModel
+    graph: CouplingGraph
+    dropped: PruningPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthGoal:
+    """Widths that go: by ``counts`` (and ``config``) for a shape, else by ratio, proportions or budget."""
+
+    kinds: tuple[str, ...]
+    layers: Mapping[str, Iterable[int]] | None = None
+    proportions: Mapping[str, float] = field(default_factory=dict)
+    budget: Budget | None = None
+    counts: Mapping[str, int] | None = None
+    config: PreTrainedConfig | None = None
+
+
+def needs_calibration(settings: PruneSettings) -> bool:
+    """Return True if choosing what goes, or rescaling norms, takes a calibration set."""
+    layers, widths = settings.layers, settings.widths
+    chooses_layers = bool(layers.keep or settings.shape or widths.proportions or "layers" in widths.kinds)
+    by_forward = chooses_layers and not layers.drop and layers.criterion not in BY_POSITION
+    by_criterion = settings.prunes_widths and criterion_needs_calibration(settings.scoring.criterion)
+    return by_forward or by_criterion or settings.refit.rescale_norms
+
+
+def make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
+    """Choose what goes. Whole layers go first; the widths of what is left are scored and chosen then."""
+    settings, clock = planning.settings, planning.clock
     with clock("trace"):
         graph = trace(model)
-    dropped = drop(args, model, graph, ids, clock)
+    dropped = plan_layers(settings, model, graph, planning.ids, clock)
     if dropped is None:
-        return _narrowed(args, model, graph, ids, clock, place, weights)
+        return _plan_widths(planning, model, graph)
     with clock("apply"):
-        shorter = apply(model, dropped, place)
-    log.info("without %s: %s parameters", gone(dropped), f"{parameter_count(shorter):,}")
-    done = args.shares and args.target_params and parameter_budget(graph, args.target_params).met_by(dropped)
-    if done or not args.widths:
-        return Made(dropped, shorter, graph, None)
-    if weights is not None:
-        weights = ((new, t) for name, t in weights if (new := renamed(name, dropped)) is not None)
+        shorter = apply(model, dropped, planning.place)
+    log.info("without %s: %s parameters", describe_dropped(dropped), f"{parameter_count(shorter):,}")
+    only_layers = PlannedModel(plan=dropped, pruned=shorter, graph=graph)
+    budget = settings.budget
+    proportional = bool(settings.widths.proportions) and budget is not None and budget.kind == "target_params"
+    if proportional and parameter_budget(graph, budget.target).met_by(dropped):  # type: ignore[union-attr]
+        return only_layers
+    if not settings.prunes_widths:
+        return only_layers
+    if planning.weights is not None:
+        kept = ((new, t) for name, t in planning.weights if (new := name_after(name, dropped)) is not None)
+        planning = replace(planning, weights=kept)
     with clock("trace"):
         left = trace(shorter)
     try:
-        made = _narrowed(args, shorter, left, ids, clock, place, weights, (model, graph, dropped))
+        planned = _plan_widths(planning, shorter, left, Whole(model=model, graph=graph, dropped=dropped))
     except NothingRemoved:
-        if not args.shape:
+        if not settings.shape:
             raise
-        return Made(dropped, shorter, graph, None)
-    return Made(composed(dropped, graph, made.plan, left), made.pruned, graph, None)
+        return only_layers
+    return PlannedModel(plan=compose_plans(dropped, graph, planned.plan, left), pruned=planned.pruned, graph=graph)
 
 
-def _narrowed(
-    args: PruneArguments,
-    model: PreTrainedModel,
-    graph: CouplingGraph,
-    ids: torch.Tensor | None,
-    clock: Stopwatch,
-    place: Place,
-    weights: Weights | None,
-    whole: tuple[PreTrainedModel, CouplingGraph, PruningPlan] | None = None,
-) -> Made:
-    """Choose widths; ``whole`` is the model, with its graph, that layers were dropped from by a plan.
+def _plan_widths(
+    planning: Planning, model: PreTrainedModel, graph: CouplingGraph, whole: Whole | None = None
+) -> PlannedModel:
+    """Choose widths. Each iterative step scores the last step's model and plans anew for ``model``, in which indices
+    already removed score lowest."""
+    settings, clock, steps = planning.settings, planning.clock, planning.settings.widths.iterative_steps
+    goal = _width_goal(planning, model, graph, whole)
+    plan, pruned, current, scores = PruningPlan(), model, graph, None
+    for step in range(1, steps + 1):
+        scores = scores_in_original(_score(planning, pruned, current, goal, plan, whole), graph, plan)
+        try:
+            with clock("select"):
+                plan = _select(settings.widths, graph, scores, goal, step)
+        except PrunerError as error:
+            if step == steps:
+                raise
+            log.info("step %d of %d: %s", step, steps, error)
+            continue
+        with clock("apply"):
+            pruned = apply(model, plan, planning.place, goal.config)
+        if step < steps:
+            log.info("step %d of %d: %s parameters", step, steps, f"{parameter_count(pruned):,}")
+            with clock("trace"):
+                current = trace(pruned)
+    plan.settings["iterative_steps"] = steps
+    return PlannedModel(plan=plan, pruned=pruned, graph=graph, scores=scores)
 
-    With several iterative steps, each step scores the last step's model and plans anew for the original, in
-    which what is gone already scores lowest.
-    """
-    config = counts = shares = None
-    if args.shape:
-        config, counts = wanted_shape(model, graph, args.shape)
+
+def _width_goal(planning: Planning, model: PreTrainedModel, graph: CouplingGraph, whole: Whole | None) -> WidthGoal:
+    settings, widths = planning.settings, planning.settings.widths
+    if settings.shape:
+        config, counts = reachable_shape(model, graph, settings.shape)
         kinds = tuple({u.kind: None for u in graph.units if counts.get(u.name, u.size) < u.size})
         if not kinds and config.to_dict() == model.config.to_dict():
             raise NothingRemoved("the model has this shape already")
         if not kinds:
             raise PrunerError("the shape cannot be reached: its weights are as large as the model's, not the same")
-    else:
-        kinds = args.kinds(graph)
-    with clock("budget"):
-        budget = None if args.shape else _budget(args, model, graph, kinds, whole)
-    if (proportions := args.proportions()) is not None:
-        shares = {kind: share for kind, share in proportions.items() if kind != "layers"}
-        kinds = tuple(shares)
-    layers = None if counts or shares else args.layers(graph)
-    scope = "global" if args.global_pruning else "local"
-
-    def scored(model: PreTrainedModel, graph: CouplingGraph, plan: PruningPlan) -> Scores:
-        criteria = str(args.pruner_type), str(args.taylor), str(args.grouping_strategy)
-        cache = _cache(args, ids, kinds, [plan, *(whole[2:] if whole else ())])
-        with clock("score"):
-            return score(model, graph, ids, *criteria, kinds, args.seed, args.device, weights, cache=cache)
-
-    def chosen(scores: Scores, ratio: float | dict[str, float]) -> PruningPlan:
-        aligned = bool(args.hardware_align)
-        with clock("select"):
-            return select(
-                graph,
-                scores,
-                ratio,
-                kinds,
-                layers,
-                scope,
-                args.round_to,
-                None,
-                budget,
-                args.normalize,
-                args.floor,
-                aligned,
-                args.tensor_parallel,
-                counts,
-            )
-
-    if shares is not None and not all(shares.values()):
-        with clock("sensitivity"):
-            shares = measured(model, graph, scored(model, graph, PruningPlan()), tuple(shares), ids)
-    plan, pruned, current, scores = PruningPlan(), model, graph, None
-    for step in range(1, args.iterative_steps + 1):
-        scores = lifted(scored(pruned, current, plan), graph, plan)
-        try:
-            plan = chosen(scores, shares or args.pruning_ratio * step / args.iterative_steps)
-        except PrunerError as error:
-            if step == args.iterative_steps:
-                raise
-            log.info("step %d of %d: %s", step, args.iterative_steps, error)
-            continue
-        with clock("apply"):
-            pruned = apply(model, plan, place, config)
-        if step < args.iterative_steps:
-            log.info("step %d of %d: %s parameters", step, args.iterative_steps, f"{parameter_count(pruned):,}")
-            with clock("trace"):
-                current = trace(pruned)
-    plan.settings["iterative_steps"] = args.iterative_steps
-    return Made(plan, pruned, graph, scores)
+        return WidthGoal(kinds=kinds, counts=counts, config=config)
+    proportions = {kind: share for kind, share in widths.proportions.items() if kind != "layers"}
+    kinds = tuple(proportions) or width_kinds(widths, graph)
+    with planning.clock("budget"):
+        budget = _budget(settings, model, graph, kinds, whole)
+    if proportions and not all(proportions.values()):
+        scores = _score(planning, model, graph, WidthGoal(kinds=kinds), PruningPlan(), whole)
+        with planning.clock("sensitivity"):
+            proportions = measure_sensitivity(model, graph, scores, kinds, planning.ids)
+    layers = None if proportions else width_layers(widths, graph, kinds)
+    return WidthGoal(kinds=kinds, layers=layers, proportions=proportions, budget=budget)
 
 
-def _cache(
-    args: PruneArguments, ids: torch.Tensor | None, kinds: tuple[str, ...], plans: list[PruningPlan]
-) -> Path | None:
-    """The file for what scoring finds: named after all that it depends on, of the model its files' sizes and times."""
-    if not args.score_cache or args.pruner_type == "random":
+def width_kinds(widths: WidthSettings, graph: CouplingGraph) -> tuple[str, ...]:
+    """Return the kinds of units whose widths are pruned in a model.
+
+    Raises:
+        PrunerError: the model has no unit of a kind that was asked for.
+    """
+    chosen = tuple(kind for kind in widths.kinds if kind != "layers")
+    present = list(dict.fromkeys(unit.kind for unit in graph.units))
+    if chosen:
+        missing = [kind for kind in chosen if kind not in present]
+        if len(missing) == len(chosen):
+            raise PrunerError(f"the model has no {' and no '.join(missing)} to prune; it has {', '.join(present)}")
+        return chosen
+    if widths.preset == "paper":
+        return ("heads", "neurons")
+    return next(((kind,) for kind in ("neurons", "heads", "channels") if kind in present), ("neurons",))
+
+
+def width_layers(widths: WidthSettings, graph: CouplingGraph, kinds: tuple[str, ...]) -> dict[str, list[int]] | None:
+    """Return the layers that each kind is pruned in: those that ``--block_*`` name, else the preset's.
+
+    Raises:
+        PrunerError: a range lies outside the model.
+    """
+    if set(kinds) == {"hidden"}:
         return None
-    samples = None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    gone = [{name: choice.kept.tolist() for name, choice in plan.units.items()} for plan in plans]
-    blocks = [plan.blocks for plan in plans]
-    how = [args.pruner_type, args.taylor, sorted(kinds), args.dtype, args.device, args.stream]
-    return Path(args.score_cache) / f"{digest([identity(args.base_model), samples, gone, blocks, how])}.safetensors"
+    numbers = [unit.layer for unit in graph.units if unit.layer is not None]
+    if not numbers:
+        raise PrunerError("the architecture has no layers in which anything can be pruned")
+    count = max(numbers) + 1
+    usual, out = default_layers(widths.preset, count), {}
+    for kind, (start, end) in widths.ranges.items():
+        present = {unit.layer for unit in graph.of_kind(kind)}
+        if not present or (kind == "experts" and (start, end) == (None, None)):
+            continue
+        first = usual.start if start is None else start
+        last = max(usual.stop, first + 1) if end is None else end
+        if not 0 <= first < last <= count:
+            block = "attention" if "heads" in kind else "mlp"
+            raise PrunerError(
+                f"--block_{block}_layer_start {first} --block_{block}_layer_end {last} is out of range: the model has "
+                f"layers 0 to {count - 1}, and the end is not included"
+            )
+        # Layers of the range without such a unit, as dense layers before a mixture's, cannot be asked for.
+        out[kind] = [i for i in range(first, last) if i in present]
+    return out
+
+
+def _score(
+    planning: Planning,
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    goal: WidthGoal,
+    plan: PruningPlan,
+    whole: Whole | None,
+) -> Scores:
+    scoring, device = planning.settings.scoring, planning.settings.model.device
+    plans = [plan, *([whole.dropped] if whole else [])]
+    with planning.clock("score"):
+        return score(
+            model,
+            graph,
+            planning.ids,
+            criterion=scoring.criterion,
+            taylor=scoring.taylor,
+            aggregation=scoring.aggregation,
+            kinds=goal.kinds,
+            seed=scoring.seed,
+            device=device,
+            weights=planning.weights,
+            cache=_cache_file(planning, goal.kinds, plans),
+        )
+
+
+def _select(widths: WidthSettings, graph: CouplingGraph, scores: Scores, goal: WidthGoal, step: int) -> PruningPlan:
+    return select(
+        graph,
+        scores,
+        ratio=goal.proportions or widths.ratio * step / widths.iterative_steps,
+        kinds=goal.kinds,
+        layers=goal.layers,
+        scope=widths.scope,
+        round_to=widths.round_to,
+        budget=goal.budget,
+        normalize=widths.normalize,
+        floor=widths.floor,
+        align=widths.align,
+        tensor_parallel=widths.tensor_parallel,
+        counts=goal.counts,
+    )
+
+
+def _cache_file(planning: Planning, kinds: tuple[str, ...], plans: list[PruningPlan]) -> Path | None:
+    """Return the file that keeps what scoring finds, named after everything that it depends on."""
+    settings = planning.settings
+    if settings.scoring.cache is None or settings.scoring.criterion == "random":
+        return None
+    samples = None if planning.ids is None else hashlib.sha256(planning.ids.numpy().tobytes()).hexdigest()
+    key: list[Any] = [versions(), identity(settings.model.name), samples, sorted(kinds)]
+    key += [[{name: c.kept.tolist() for name, c in plan.units.items()}, plan.blocks] for plan in plans]
+    key += [settings.scoring.criterion, settings.scoring.taylor]
+    key += [settings.model.dtype, settings.model.device, settings.model.offload]
+    return settings.scoring.cache / f"{digest(key)}.safetensors"
 
 
 def _budget(
-    args: PruneArguments,
+    settings: PruneSettings,
     model: PreTrainedModel,
     graph: CouplingGraph,
     kinds: tuple[str, ...],
-    whole: tuple[PreTrainedModel, CouplingGraph, PruningPlan] | None = None,
+    whole: Whole | None,
 ) -> Budget | None:
-    """What the model may cost; a share is one of what the ``whole`` costs, before layers went."""
-
-    def budget(model: PreTrainedModel, graph: CouplingGraph) -> Budget | None:
-        if args.target_params is not None:
-            return parameter_budget(graph, args.target_params)
-        if args.target_macs is not None:
-            return macs_budget(model, args.target_macs, args.budget_tokens, args.budget_batch)
-        if args.target_memory is not None:
-            return memory_budget(model, args.target_memory, args.budget_tokens, args.budget_batch)
-        if args.target_latency is not None:
-            if args.stream:
-                raise PrunerError(
-                    "--target_latency times a model in memory, and this one has to be streamed: give --target_macs"
-                )
-            return latency_budget(model, graph, args.target_latency, args.budget_tokens, args.budget_batch, kinds)
+    """Return the budget; a fraction is one of the cost of ``whole``, before layers went."""
+    if settings.budget is None:
         return None
+    if settings.budget.kind == "target_latency" and settings.model.offload:
+        raise PrunerError("--target_latency times a model in memory, and this one is offloaded: give --target_macs")
+    budget = _cost_budget(settings.budget, model, graph, kinds)
+    if whole is not None:
+        budget.whole = _cost_budget(settings.budget, whole.model, whole.graph, kinds).measure(PruningPlan())
+    return budget
 
-    found = budget(model, graph)
-    if found is not None and whole is not None:
-        cost = budget(*whole[:2])
-        found.whole = cost.measure(PruningPlan()) if cost else None
-    return found
+
+def _cost_budget(
+    budget: BudgetSettings, model: PreTrainedModel, graph: CouplingGraph, kinds: tuple[str, ...]
+) -> Budget:
+    if budget.kind == "target_params":
+        return parameter_budget(graph, budget.target)
+    if budget.kind == "target_macs":
+        return macs_budget(model, budget.target, budget.tokens, budget.batch)
+    if budget.kind == "target_memory":
+        return memory_budget(model, budget.target, budget.tokens, budget.batch)
+    return latency_budget(model, graph, budget.target, tokens=budget.tokens, batch=budget.batch, kinds=kinds)

@@ -1,4 +1,4 @@
-"""Named choices of method. docs/choosing.md has the measurements behind them."""
+"""Presets: named defaults of a method. docs/choosing.md has the measurements behind them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PAPER: dict[str, Any] = {
     "self_examples": 0,
     "hardware_align": False,
 }
-# What measured best: neurons only, in the middle layers, by second-order scores of more text, and refitted afterwards
-# on that text and as much again that the model writes itself.
+# Best measured: neurons only, in the middle layers, by second-order scores of more text, refitted afterwards on that
+# text and on as much that the model writes itself.
 BEST: dict[str, Any] = PAPER | {
     "taylor": "param_second",
     "num_examples": 128,
@@ -28,7 +28,16 @@ BEST: dict[str, Any] = PAPER | {
 PRESETS = {"best": BEST, "paper": PAPER}
 
 
-def middle(count: int) -> range:
-    """The layers that ``best`` prunes: all but the first eighth and the last fifteenth, at least one on either side."""
+def default_layers(preset: str, count: int) -> range:
+    """Return the layers whose heads and neurons a preset prunes, of ``count``.
+
+    ``paper`` spares the first three and the last; ``best`` the first eighth and the last fifteenth, at least one on
+    either side.
+
+    >>> default_layers("paper", 32), default_layers("best", 30)
+    (range(3, 31), range(4, 28))
+    """
+    if preset == "paper":
+        return range(min(3, count - 1), count - 1)
     start, end = max(1, round(count / 8)), count - max(1, round(count / 15))
     return range(start, end) if start < end else range(count)

@@ -13,7 +13,7 @@ import jsonschema
 import yaml
 
 from ..errors import PrunerError
-from .stages import KINDS, schema_of
+from .stages import STAGES, schema_of, stage_arguments
 
 Path_ = tuple[Any, ...]
 
@@ -26,6 +26,8 @@ Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
@@ -149,17 +151,18 @@ EXECUTOR = {
 
 
 def arguments_schema(command: str) -> dict[str, Any]:
-    fields = {name: schema_of(kind) for name, kind in KINDS[command].fields.items()}
+    fields = {name: schema_of(kind) for name, kind in stage_arguments(command).items()}
     return {"type": ["object", "null"], "properties": fields, "additionalProperties": False}
 
 
 def schema() -> dict[str, Any]:
     """The JSON schema of a recipe."""
     stages = []
-    for command in KINDS:
+    for command in STAGES:
         arguments = arguments_schema(command)
         if command == "evaluate":  # others, to compare the model at hand with
-            arguments["properties"]["models"] = {"type": "array", "items": {"type": "string"}}
+            for name in ("model", "models"):
+                arguments["properties"][name] = {"type": ["string", "array"], "items": {"type": "string"}}
         arguments["properties"] = {
             "name": {"type": "string", "pattern": r"^[\w][\w.-]{0,59}$"},
             **arguments["properties"],
@@ -179,7 +182,7 @@ def schema() -> dict[str, Any]:
         },
         "required": ["model", "output", "stages"],
         "additionalProperties": False,
-        "$defs": {command: stage for command, stage in zip(KINDS, stages, strict=True)},
+        "$defs": {command: stage for command, stage in zip(STAGES, stages, strict=True)},
     }
 
 
@@ -192,8 +195,8 @@ def check(document: Any, lines: Mapping[Path_, int], path: str) -> None:
         if len(stage) != 1:
             raise fault(path, lines, where, f"a stage is one command with its arguments, not {len(stage)}")
         (command,) = stage
-        if command not in KINDS:
-            raise fault(path, lines, (*where, command), f"unknown stage {command!r}{near(command, KINDS)}")
+        if command not in STAGES:
+            raise fault(path, lines, (*where, command), f"unknown stage {command!r}{near(command, STAGES)}")
         _checked(stage, whole["$defs"][command], where, lines, path)
     for where, key, value in _swept(document.get("sweep") or {}):
         if key == "model":
@@ -202,7 +205,7 @@ def check(document: Any, lines: Mapping[Path_, int], path: str) -> None:
         name, _, argument = key.partition(".")
         if name not in commands:
             raise fault(path, lines, where, f"{key!r} is varied, and no stage is called {name!r}{near(name, commands)}")
-        known = KINDS[commands[name]].fields
+        known = stage_arguments(commands[name])
         if argument not in known:
             raise fault(path, lines, where, f"stage {name!r} has no argument {argument!r}{near(argument, known)}")
         _checked(value, schema_of(known[argument]), where, lines, path)

@@ -15,21 +15,21 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from ..arguments import RunArguments
 from ..errors import PrunerError
-from ..evaluation import shown
-from ..files import holder, locked, write_text
+from ..evaluation.table import terminal_table
+from ..files import folder_lock, lock_holder, write_text
 from ..logs import log, logging_to
 from ..provenance import provenance
-from ..pruning import keeping_model
-from .dry import dry_run
+from ..pruning.run import keeping_model
+from .arguments import RunArguments
+from .dry_run import dry_run
 from .executors import EXECUTORS, POLL, run_command
-from .launch import Launch
-from .points import Point, points_of
 from .recipe import Recipe, fault, near, read
-from .stages import done
-from .tables import Row, cells, of_points, of_stages, write_points, write_stages
-from .work import carried_out, evaluated, evaluation, let_go, steps_of
+from .results import Row, cells, of_points, of_stages, write_points, write_stages
+from .stages import note_of
+from .steps import evaluation, measure_model, remove_weights, run_step, steps_of
+from .sweep import SweepPoint, points_of
+from .torchrun import Launch
 
 LOG_FILE, SWEEP_FILE, POINTS = "run.log", "sweep.json", "points"
 MANY = 200  # points that need --yes
@@ -37,7 +37,7 @@ WIDTH = 160
 KILLED = "the process was killed: out of memory, perhaps"
 
 
-def run(args: RunArguments) -> Path | None:
+def run_recipe(args: RunArguments) -> Path | None:
     """Run a recipe; returns its output folder.
 
     Raises:
@@ -56,7 +56,7 @@ def run(args: RunArguments) -> Path | None:
     if args.worker:
         with keeping_model():
             for point in points:
-                attended(point, output)
+                run_point(point, output)
                 if not recipe.keep_models:
                     _let_go(point, points, output)
         return output
@@ -70,7 +70,7 @@ def run(args: RunArguments) -> Path | None:
             console = Console(width=WIDTH)
             if sweep:
                 console.print(f"{point.number} of {len(points)}: {point.name}")
-            console.print(shown(dry_run(point.recipe, steps_of(point.recipe))))
+            console.print(terminal_table(dry_run(point.recipe, steps_of(point.recipe))))
         return None
     if len(points) > MANY and not args.yes:
         raise PrunerError(f"{args.recipe} makes {len(points)} runs: add --yes if that is meant")
@@ -79,29 +79,29 @@ def run(args: RunArguments) -> Path | None:
         return output
     with _alone_in(output), logging_to(output / LOG_FILE):
         if sweep:
-            _swept(recipe, points, output, _passed_on(args))
+            _run_sweep(recipe, points, output, _passed_on(args))
         else:
-            _staged(points[0], output)
+            _run_stages(points[0], output)
     return output
 
 
-def _staged(point: Point, output: Path) -> None:
+def _run_stages(point: SweepPoint, output: Path) -> None:
     """One run, stage by stage, with a table that grows."""
     recipe, rows = point.recipe, list[Row]()
     if recipe.evaluate is not None:
-        rows.append({"stage": "original"} | evaluated(recipe, recipe.model, recipe.model))
+        rows.append({"stage": "original"} | measure_model(recipe, recipe.model, recipe.model))
     steps = steps_of(recipe)
     for i, step in enumerate(steps):
-        note = carried_out(steps, i, Launch.of(recipe.executor))
+        note = run_step(steps, i, Launch.of(recipe.executor))
         row: Row = {"stage": step.stage.name, "folder": step.folder.name, "seconds": note["seconds"]}
         if recipe.evaluate is not None and step.leaves is not None:
-            row |= evaluated(recipe, str(step.leaves), step.key)
+            row |= measure_model(recipe, str(step.leaves), step.key)
         rows.append(row)
         write_stages(rows, output)
-    Console(width=WIDTH).print(shown(of_stages(rows)))
+    Console(width=WIDTH).print(terminal_table(of_stages(rows)))
 
 
-def _swept(recipe: Recipe, points: list[Point], output: Path, arguments: list[str]) -> None:
+def _run_sweep(recipe: Recipe, points: list[SweepPoint], output: Path, arguments: list[str]) -> None:
     """All points, by the workers of an executor."""
     _same_sweep(recipe, points, output)
     missing = [point for point in points if "error" in (record(point, output) or {"error": ""})]
@@ -111,7 +111,9 @@ def _swept(recipe: Recipe, points: list[Point], output: Path, arguments: list[st
 
     def died(worker: int) -> bool:
         """A worker that was killed has not noted it itself. One that was at no point is not replaced."""
-        held = [p for p in points if worker and record(p, output) is None and holder(output, _lock(p))[0] == worker]
+        held = [
+            p for p in points if worker and record(p, output) is None and lock_holder(output, _lock(p))[0] == worker
+        ]
         for point in held:
             _note(point, output, {"error": KILLED})
         return bool(held) and any(record(point, output) is None for point in points)
@@ -122,18 +124,18 @@ def _swept(recipe: Recipe, points: list[Point], output: Path, arguments: list[st
             run_command(arguments, "--worker"), recipe.executor, len(missing), output, died
         )
         for point in points:  # jobs that were killed on other machines have not noted it either
-            if record(point, output) is None and holder(output, _lock(point))[0]:
-                with locked(output, _lock(point), wait=False) as free:
+            if record(point, output) is None and lock_holder(output, _lock(point))[0]:
+                with folder_lock(output, _lock(point), wait=False) as free:
                     if free:
                         _note(point, output, {"error": KILLED})
     rows: list[Row] = [found["row"] for point in points if "row" in (found := record(point, output) or {})]
     if rows and recipe.evaluate is not None and len({point.recipe.model for point in points}) == 1:
         model = points[0].recipe.model
-        rows.insert(0, {"point": 0} | evaluated(points[0].recipe, model, model))  # measured by the workers
+        rows.insert(0, {"point": 0} | measure_model(points[0].recipe, model, model))  # measured by the workers
     varied = list(dict.fromkeys(key for point in points for key in point.values))
     if rows:
         write_points(rows, varied, output)
-        Console(width=WIDTH).print(shown(cells(of_points(rows, varied), ("[bold]", "[/bold]"))))
+        Console(width=WIDTH).print(terminal_table(cells(of_points(rows, varied), ("[bold]", "[/bold]"))))
     failed = [(point, found) for point in points if "error" in (found := record(point, output) or {})]
     left = [point for point in points if record(point, output) is None]
     for point, found in failed:
@@ -150,19 +152,19 @@ def _lost(_: int) -> bool:
     raise PrunerError("the job failed: its log says why; the same command goes on with it")
 
 
-def _let_go(point: Point, points: list[Point], output: Path) -> None:
+def _let_go(point: SweepPoint, points: list[SweepPoint], output: Path) -> None:
     """Remove the weights of a finished point that none still to come begins with."""
     if "row" not in (record(point, output) or {}):
         return
     needed = {s.key for other in points if record(other, output) is None for s in steps_of(other.recipe)}
     for step in steps_of(point.recipe):
         if step.key not in needed:
-            let_go(step)
+            remove_weights(step)
 
 
-def attended(point: Point, output: Path) -> None:
+def run_point(point: SweepPoint, output: Path) -> None:
     """Do a point, unless it is done or another worker is at it; what goes wrong is noted, and stops no other."""
-    with locked(output, _lock(point), wait=False) as free:
+    with folder_lock(output, _lock(point), wait=False) as free:
         if not free or record(point, output) is not None:
             return
         start = time.perf_counter()
@@ -178,19 +180,19 @@ def attended(point: Point, output: Path) -> None:
         _note(point, output, found | {"seconds": round(time.perf_counter() - start, 2)})
 
 
-def _done(point: Point) -> Row:
+def _done(point: SweepPoint) -> Row:
     """The measurements of what the last stage of a point leaves, and the seconds that its stages took."""
     recipe, steps = point.recipe, steps_of(point.recipe)
     last = next((step for step in reversed(steps) if step.leaves is not None), None)
-    notes = [carried_out(steps, i, Launch.of(recipe.executor)) for i in range(len(steps))]
+    notes = [run_step(steps, i, Launch.of(recipe.executor)) for i in range(len(steps))]
     row: Row = {}
     if recipe.evaluate is not None and last is not None:
-        evaluated(recipe, recipe.model, recipe.model)
-        row = evaluated(recipe, str(last.leaves), last.key)
+        measure_model(recipe, recipe.model, recipe.model)
+        row = measure_model(recipe, str(last.leaves), last.key)
     return row | {"seconds": round(sum(note["seconds"] for note in notes), 1)}
 
 
-def record(point: Point, output: Path) -> dict[str, Any] | None:
+def record(point: SweepPoint, output: Path) -> dict[str, Any] | None:
     """What is noted of a point; None where it is not finished."""
     try:
         return dict(json.loads(_file(point, output).read_text(encoding="utf-8")))
@@ -198,25 +200,25 @@ def record(point: Point, output: Path) -> dict[str, Any] | None:
         return None
 
 
-def _key(point: Point) -> str:
+def _key(point: SweepPoint) -> str:
     return steps_of(point.recipe)[-1].key[:8]
 
 
-def _file(point: Point, output: Path) -> Path:
+def _file(point: SweepPoint, output: Path) -> Path:
     return output / POINTS / f"{point.number:04}-{_key(point)}.json"
 
 
-def _lock(point: Point) -> str:
+def _lock(point: SweepPoint) -> str:
     return f"point-{point.number:04}-{_key(point)}"
 
 
-def _note(point: Point, output: Path, found: dict[str, Any]) -> None:
+def _note(point: SweepPoint, output: Path, found: dict[str, Any]) -> None:
     steps = [step.folder.name for step in steps_of(point.recipe)]
     about = {"values": point.values, "stages": steps, **found, **provenance()}
     write_text(_file(point, output), json.dumps(about, indent=1, default=str) + "\n")
 
 
-def _same_sweep(recipe: Recipe, points: list[Point], output: Path) -> None:
+def _same_sweep(recipe: Recipe, points: list[SweepPoint], output: Path) -> None:
     """Keep two sweeps out of one folder."""
     varied = sorted({key for point in points for key in point.values})
     file = output / SWEEP_FILE
@@ -229,20 +231,20 @@ def _same_sweep(recipe: Recipe, points: list[Point], output: Path) -> None:
     write_text(file, json.dumps({"recipe": recipe.path, "varied": varied, **provenance()}, indent=1) + "\n")
 
 
-def _watch(points: list[Point], output: Path, sweep: bool) -> None:
+def _watch(points: list[SweepPoint], output: Path, sweep: bool) -> None:
     """A table of the points, or of the stages of the only one, live on a terminal until all are done."""
     steps = steps_of(points[0].recipe)
 
     def states() -> list[list[str]]:
         if not sweep:
-            notes = [done(step.folder) for step in steps]
+            notes = [note_of(step.folder) for step in steps]
             entries = [(i, s.stage.name, s.key, note) for i, (s, note) in enumerate(zip(steps, notes, strict=True), 1)]
         else:
             found = [record(point, output) for point in points]
             entries = [(p.number, p.name, _lock(p), note) for p, note in zip(points, found, strict=True)]
         rows = []
         for number, name, lock, told in entries:
-            process, lives = holder(output, lock)
+            process, lives = lock_holder(output, lock)
             state, note = ("running" if lives else "interrupted") if process else "waiting", ""
             if told is not None:
                 seconds = told.get("row", told).get("seconds")
@@ -251,7 +253,7 @@ def _watch(points: list[Point], output: Path, sweep: bool) -> None:
         return rows
 
     def table() -> Any:
-        return shown([["run" if sweep else "stage", "what", "state", ""], *states()])
+        return terminal_table([["run" if sweep else "stage", "what", "state", ""], *states()])
 
     if not output.is_dir():
         raise PrunerError(f"there is no {output}: nothing was run yet")
@@ -273,7 +275,7 @@ def _passed_on(args: RunArguments) -> list[str]:
     return given
 
 
-def _checked(point: Point) -> None:
+def _checked(point: SweepPoint) -> None:
     """Refuse a stage that cannot work before the first one is run."""
     recipe = point.recipe
     try:
@@ -292,7 +294,7 @@ def _checked(point: Point) -> None:
 @contextmanager
 def _alone_in(output: Path) -> Iterator[None]:
     """Keep other processes from running recipes in a folder."""
-    with locked(output, "recipe", wait=False) as free:
+    with folder_lock(output, "recipe", wait=False) as free:
         if not free:
             raise PrunerError(f"another process is at work in {output}: wait for it, or give another output")
         yield

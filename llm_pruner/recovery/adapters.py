@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..arguments import listed
 from ..errors import PrunerError
 from ..logs import log
 from .arguments import RecoverArguments
@@ -55,15 +54,15 @@ def trainable(args: RecoverArguments, model: PreTrainedModel) -> Any:
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     found = get_peft_model(model, config)
-    if Path(args.prune_model).is_dir():  # so that the adapter finds it from anywhere; a hub id is its own name
-        found.peft_config["default"].base_model_name_or_path = str(Path(args.prune_model).resolve())
+    if Path(args.model).is_dir():  # so that the adapter finds it from anywhere; a hub id is its own name
+        found.peft_config["default"].base_model_name_or_path = str(Path(args.model).resolve())
     return found
 
 
 def _chosen(args: RecoverArguments, model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """The linear layers that get an adapter, and the parameters that hold a matrix of every expert."""
     head = model.get_output_embeddings()
-    asked = listed(args.lora_target_modules)
+    asked = args.lora_target_modules
     shapes: dict[str, tuple[int, ...]] = {}
     stacked: set[str] = set()
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))

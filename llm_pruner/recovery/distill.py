@@ -24,7 +24,7 @@ from torch.nn.functional import nll_loss
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
-from .examples import IGNORED
+from .tokenize import IGNORED
 
 CACHED = ("teacher_tokens", "teacher_log_probabilities")
 

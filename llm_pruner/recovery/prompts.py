@@ -10,7 +10,6 @@ from pathlib import Path
 from ..errors import PrunerError
 
 Prompt = Callable[[str, str], str]  # instruction and input (which may be empty) -> prompt
-
 # Stanford Alpaca's wording, which models tuned on its data know.
 ALPACA = {
     "prompt_input": (

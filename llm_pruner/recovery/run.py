@@ -20,21 +20,24 @@ from huggingface_hub import hf_hub_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..arguments import listed
-from ..checkpoint import DTYPES, PLAN_FILE, identity, is_adapter, load, load_config, locate, write_checkpoint
+from ..checkpoint.config import load_config
+from ..checkpoint.load import DTYPES, load, load_with_tokenizer
+from ..checkpoint.locate import PLAN_FILE, identity, is_adapter, locate
+from ..checkpoint.save import write_checkpoint
 from ..errors import PrunerError
-from ..evaluation import check_length, parameter_count
-from ..files import complete_folder, digest, held, same, sync_folder
+from ..evaluation.perplexity import check_length
+from ..files import complete_folder, digest, file_lock, same_folder, sync_folder
 from ..logs import log, logging_to
+from ..models.skeleton import parameter_count
 from ..provenance import provenance
-from ..selection import PruningPlan
+from ..selection.plan import PruningPlan
 from ..version import __version__
 from .adapters import trainable
 from .arguments import DEFAULT_DATA, RecoverArguments
-from .curves import Curves, Progress
+from .callbacks import Curves, Progress
+from .datasets import WINDOW, collator, text_set, training_data
 from .distill import Collator, Teacher, answers
-from .examples import Format, fingerprint
-from .sets import WINDOW, collator, text_set, training_data
+from .tokenize import Format, fingerprint
 from .trainer import PARTIAL, RecoveryTrainer, newest_checkpoint
 
 VALIDATION = "validation"
@@ -54,16 +57,16 @@ def recover(args: RecoverArguments) -> Path:
     """
     args.check()
     plan = _plan(args)
-    folder = Path(args.output_dir)
-    if same(folder, args.prune_model):
-        raise PrunerError(f"{folder} is the model to be trained: give another --output_dir")
+    folder = Path(args.output)
+    if same_folder(folder, args.model):
+        raise PrunerError(f"{folder} is the model to be trained: give another --output")
     if any((folder / name).exists() for name in CONFIGS[:2]) and not (folder / METRICS_FILE).exists():
-        raise PrunerError(f"{folder} holds a model that no run of recover wrote: give another --output_dir")
+        raise PrunerError(f"{folder} holds a model that no run of recover wrote: give another --output")
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
     try:
-        with held(folder / LOG_FILE, wait=False) if first else nullcontext(folder) as alone:
+        with file_lock(folder / LOG_FILE, wait=False) if first else nullcontext(folder) as alone:
             if alone is None:
-                raise PrunerError(f"another process is training in {folder}: wait for it, or give another --output_dir")
+                raise PrunerError(f"another process is training in {folder}: wait for it, or give another --output")
             with logging_to(folder / LOG_FILE, quiet=not first):
                 log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
                 _run(args, plan, folder)
@@ -75,7 +78,7 @@ def recover(args: RecoverArguments) -> Path:
 def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
     set_seed(args.seed)
     resume = _resume(args)
-    model, tokenizer = load(args.prune_model, _weights(args), "cpu", args.trust_remote_code)
+    model, tokenizer = load_with_tokenizer(args.model, _weights(args), "cpu", args.trust_remote_code)
     check_length(model, args.cutoff_len)
     form = Format(
         args.cutoff_len,
@@ -88,18 +91,16 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
         args.packing,
     )
     if args.objective != "causal" and not form.encoder_decoder:
-        raise PrunerError(
-            f"--objective {args.objective} is for encoder-decoders, {args.prune_model} is a decoder: causal"
-        )
+        raise PrunerError(f"--objective {args.objective} is for encoder-decoders, {args.model} is a decoder: causal")
     train, validation = training_data(args, tokenizer, form)
     teacher = _teacher(args, plan, model)
     collate = Collator(collator(tokenizer, model))
     if teacher is not None and args.teacher_cache:
-        train = _answered(args, identity(_teacher_name(args, plan)), teacher, train, collate, tokenizer, form)
+        train = _cache_teacher(args, identity(_teacher_name(args, plan)), teacher, train, collate, tokenizer, form)
         teacher.model = None
     parameters = parameter_count(model)
     student = trainable(args, model)
-    texts = {name: text_set(name, args, model, tokenizer) for name in listed(args.extra_val_dataset)}
+    texts = {name: text_set(name, args, model, tokenizer) for name in args.extra_val_dataset}
     evaluation = texts | ({VALIDATION: validation} if validation is not None else {})
     trainer = RecoveryTrainer(
         model=student,
@@ -145,7 +146,7 @@ def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
 
 def _whole(args: RecoverArguments, state: dict[str, torch.Tensor]) -> Any:
     """An ordinary model with the weights of one that lies in parts on several processes."""
-    model, _ = load(args.prune_model, _weights(args), "cpu", args.trust_remote_code)
+    model, _ = load(args.model, _weights(args), "cpu", args.trust_remote_code)
     student = trainable(args, model)
     student.load_state_dict(state)
     return student
@@ -153,7 +154,7 @@ def _whole(args: RecoverArguments, state: dict[str, torch.Tensor]) -> Any:
 
 def _plan(args: RecoverArguments) -> PruningPlan:
     """The plan by which the model was pruned, from its folder or its repository on the hub."""
-    path, _ = locate(args.prune_model)
+    path, _ = locate(args.model)
     file = Path(path) / PLAN_FILE
     if Path(path).is_dir():
         if is_adapter(path):
@@ -166,14 +167,14 @@ def _plan(args: RecoverArguments) -> PruningPlan:
     except Exception as error:  # the hub raises whatever it raises
         why = " ".join(str(error).split())[:160]
         raise PrunerError(
-            f"there is no pruned model {args.prune_model}: no such folder here, and on the hub no {PLAN_FILE} of that "
+            f"there is no pruned model {args.model}: no such folder here, and on the hub no {PLAN_FILE} of that "
             f"name ({type(error).__name__}: {why})"
         ) from error
 
 
 def _resume(args: RecoverArguments) -> Path | None:
     """The checkpoint to go on from; what an interrupted run left half-written is removed."""
-    folder = Path(args.output_dir)
+    folder = Path(args.output)
     if os.environ.get("RANK", "0") == "0":
         for left in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{FINAL}*")]:
             shutil.rmtree(left, ignore_errors=True)
@@ -182,7 +183,7 @@ def _resume(args: RecoverArguments) -> Path | None:
         if newest is not None:
             raise PrunerError(
                 f"{folder} holds checkpoints of an earlier run: add --resume_from_checkpoint auto, or give another "
-                "--output_dir"
+                "--output"
             )
         return None
     if args.resume_from_checkpoint == "auto":
@@ -229,7 +230,7 @@ def _teacher_name(args: RecoverArguments, plan: PruningPlan) -> str:
     return name
 
 
-def _answered(
+def _cache_teacher(
     args: RecoverArguments,
     who: list[Any],
     teacher: Teacher,
@@ -242,7 +243,7 @@ def _answered(
     from accelerate import PartialState
 
     assert teacher.model is not None
-    told = [fingerprint(args.data_path or DEFAULT_DATA, tokenizer, form), data._fingerprint, who]
+    told = [fingerprint(",".join(args.data_path) or DEFAULT_DATA, tokenizer, form), data._fingerprint, who]
     told += [args.teacher_top, args.distill_temperature]
     file = Path(str(args.teacher_cache)) / f"{digest(told)}.arrow"
     with PartialState().main_process_first():
@@ -262,7 +263,7 @@ def _training_arguments(args: RecoverArguments, train: Any, evaluation: dict[str
     compute = _compute(args)
     best = VALIDATION in evaluation and (steps >= args.save_steps)
     settings = TrainingArguments(
-        output_dir=args.output_dir,
+        output_dir=args.output,
         per_device_train_batch_size=args.micro_batch_size,
         per_device_eval_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=args.batch_size // args.micro_batch_size // processes,
@@ -293,7 +294,7 @@ def _training_arguments(args: RecoverArguments, train: Any, evaluation: dict[str
         metric_for_best_model=f"eval_{VALIDATION}_loss" if best else None,
         greater_is_better=False if best else None,
         report_to=args.report_to,
-        run_name=Path(args.output_dir).name,
+        run_name=Path(args.output).name,
         project=args.wandb_project or "huggingface",
         remove_unused_columns=False,
         use_cpu=args.device == "cpu",
@@ -333,7 +334,7 @@ def _save(
     metrics: dict[str, Any],
 ) -> None:
     """Write what was trained: first beside, then moved into the output folder, which checkpoints share."""
-    stored = load_config(args.prune_model, args.trust_remote_code).dtype or torch.float32
+    stored = load_config(args.model, args.trust_remote_code).dtype or torch.float32
     with tempfile.TemporaryDirectory(prefix=FINAL, dir=folder) as made:
         temporary = Path(made)
         student.config.use_cache = True

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from ..errors import PrunerError
 from ..files import DISK, sync_folder
 from .distill import CACHED, Teacher, read, shifted
-from .examples import IGNORED
+from .tokenize import IGNORED
 
 PARTIAL = ".partial-"  # prefix of a checkpoint's folder while it is written
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..importance import Scores
-from ..selection import PruningPlan
-from .runs import Point, Run
+from ..importance.scores import Scores
+from ..selection.plan import PruningPlan
+from .runs import MeasuredModel, Run
 
 # Okabe and Ito's colours, which those who do not see some colours tell apart, and shapes for print without any.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -73,15 +73,15 @@ class Drawing:
         return f'<svg class="figure" {label} {width} {box[0]}>' + out[out.index(">") + 1 :]
 
 
-def tradeoffs(points: list[Point]) -> list[Drawing]:
+def tradeoffs(points: list[MeasuredModel]) -> list[Drawing]:
     """What every measure of quality costs: perplexity of each text, and accuracy, over each measure of size."""
-    sizes: list[tuple[str, Callable[[Point], float | None]]] = [
+    sizes: list[tuple[str, Callable[[MeasuredModel], float | None]]] = [
         ("parameters, millions", lambda p: p.parameters / 1e6 if p.parameters else None),
         ("multiply-accumulates, billions", lambda p: p.macs / 1e9 if p.macs else None),
         ("latency, ms", lambda p: p.latency),
     ]
     texts = dict.fromkeys(text for p in points for text in p.perplexity)
-    qualities: list[tuple[str, bool, Callable[[Point], float | None]]] = [
+    qualities: list[tuple[str, bool, Callable[[MeasuredModel], float | None]]] = [
         (f"perplexity, {text}", False, lambda p, t=text: p.perplexity.get(t))  # type: ignore[misc]
         for text in texts
     ]

@@ -8,17 +8,17 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..arguments import ReportArguments
 from ..errors import PrunerError
 from ..files import write_text
 from ..logs import log
 from ..version import __version__
+from .arguments import ReportArguments
 from .figures import Drawing, pruning, recoveries, tradeoffs
-from .runs import Point, Run, folders_of, read
+from .runs import MeasuredModel, Run, folders_of, read
 
 
-def report(args: ReportArguments) -> Path:
-    """Write the page of the runs given; returns its path.
+def write_report(args: ReportArguments) -> Path:
+    """Run ``llm-pruner report``: write the page, print and return its path.
 
     Raises:
         PrunerError: a folder that is no run, or a page that cannot be written.
@@ -47,6 +47,7 @@ def report(args: ReportArguments) -> Path:
     path = Path(args.output)
     write_text(path, page)
     log.info("report of %d run%s: %s", len(runs), "s" * (len(runs) > 1), path)
+    print(path)
     return path
 
 
@@ -59,19 +60,19 @@ def _named(runs: list[Run]) -> list[Run]:
     return runs
 
 
-def _distinct(points: list[Point]) -> list[Point]:
+def _distinct(points: list[MeasuredModel]) -> list[MeasuredModel]:
     """Every model once for each way in which it was measured: many runs begin with the same original."""
-    out: list[Point] = []
+    out: list[MeasuredModel] = []
     for point in points:
         if point not in out:
             out.append(point)
     return out
 
 
-def _summary(points: list[Point]) -> dict[str, list[tuple[str, float | str]]]:
+def _summary(points: list[MeasuredModel]) -> dict[str, list[tuple[str, float | str]]]:
     """The columns of the table, of those that hold anything: what each cell shows and by what it is sorted."""
     largest = max((p.parameters or 0 for p in points), default=0)
-    columns: dict[str, tuple[str, Callable[[Point], float | None]]] = {
+    columns: dict[str, tuple[str, Callable[[MeasuredModel], float | None]]] = {
         "parameters": ("{:,}", lambda p: p.parameters),
         "of the largest": ("{:.3f}", lambda p: p.parameters / largest if p.parameters else None),
         "MACs, billions": ("{:.2f}", lambda p: p.macs / 1e9 if p.macs else None),

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import PLAN_FILE
+from ..checkpoint.locate import PLAN_FILE
 from ..errors import PrunerError
-from ..importance import SCORES_FILE, Scores
-from ..selection import PruningPlan
+from ..importance.scores import SCORES_FILE, Scores
+from ..selection.plan import PruningPlan
 
 PRUNED, RECOVERED, EVALUATED, CURVES = "metrics.json", "recovery.json", "evaluation.json", "curves.json"
 
 
 @dataclass
-class Point:
+class MeasuredModel:
     """A model and what is known of it; every number may be missing.
 
     Attributes:
@@ -49,7 +49,7 @@ class Run:
 
     name: str
     folder: Path
-    points: list[Point] = field(default_factory=list)
+    points: list[MeasuredModel] = field(default_factory=list)
     plan: PruningPlan | None = None
     scores: Scores | None = None
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
@@ -94,11 +94,13 @@ def read(folder: str | Path) -> Run:
 def _pruned(run: Run, metrics: dict[str, Any]) -> None:
     for stage, key in (("original", "before"), ("pruned", "after")):
         known = metrics[key]
-        name = metrics["arguments"]["base_model"] if key == "before" else run.name
+        name = metrics["arguments"]["model"] if key == "before" else run.name
         latency = metrics.get("latency", {}).get(f"{key}_us")
         perplexity = dict(_perplexity(text, p) for text, p in known["perplexity"].items())
         run.points.append(
-            Point(_short(name), stage, int(metrics[f"parameters_{key}"]), None, latency and latency / 1e3, perplexity)
+            MeasuredModel(
+                _short(name), stage, int(metrics[f"parameters_{key}"]), None, latency and latency / 1e3, perplexity
+            )
         )
         for i, sample in enumerate(known.get("samples", ())):
             run.samples.setdefault(f"sample {i + 1}", {})[stage] = sample
@@ -114,7 +116,7 @@ def _recovered(run: Run, metrics: dict[str, Any]) -> None:
         _perplexity(name, told | {"perplexity": math.exp(min(metrics["losses"][name][1], 700))})
         for name, told in texts.items()
     )
-    run.points.append(Point(run.name, "recovered", metrics.get("parameters"), perplexity=perplexity))
+    run.points.append(MeasuredModel(run.name, "recovered", metrics.get("parameters"), perplexity=perplexity))
     run.notes.append(f"{metrics['method']}: {metrics['steps']} steps, {metrics['tokens']:,} tokens")
     if (run.folder / CURVES).is_file():
         content = json.loads((run.folder / CURVES).read_text(encoding="utf-8"))
@@ -129,7 +131,7 @@ def _evaluated(run: Run, content: dict[str, Any]) -> None:
         accuracies = [t.get("acc_norm", t.get("acc")) for t in tasks.values()]
         known = [a for a in accuracies if a is not None]
         run.points.append(
-            Point(
+            MeasuredModel(
                 name,
                 "evaluated",
                 one["parameters"],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ..errors import PrunerError
-from ..graph import CouplingGraph
+from ..graph.units import CouplingGraph
 from .plan import PruningPlan
 
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..errors import PrunerError
-from ..graph import CouplingGraph
-from .plan import PruningPlan, renamed
+from ..graph.units import CouplingGraph
+from ..importance.scores import Scores
+from .plan import PruningPlan, name_after
 
 
-def composed(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, left: CouplingGraph) -> PruningPlan:
+def compose_plans(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, left: CouplingGraph) -> PruningPlan:
     """The plan that does at once what ``first`` does to a model, and ``then`` to what that leaves.
 
     Args:
@@ -18,7 +21,7 @@ def composed(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, left: 
     Raises:
         PrunerError: a unit of what was left is none of the model's.
     """
-    old_names = {new: name for name in graph.shapes if (new := renamed(name, first)) is not None}
+    old_names = {new: name for name in graph.shapes if (new := name_after(name, first)) is not None}
     owners = {(name, dim): [] for unit in graph.units for name, dim in unit.dims}  # type: dict[tuple[str, int], list]
     for unit in graph.units:
         for key in unit.dims:
@@ -49,3 +52,25 @@ def composed(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, left: 
             for field in ("removed", "lowest_kept", "highest_removed"):
                 setattr(out.units[unit.name], field, getattr(why[unit.name], field))
     return out
+
+
+def scores_in_original(scores: Scores, graph: CouplingGraph, plan: PruningPlan) -> Scores:
+    """Express the scores of a pruned model in the indices of the original; indices already removed get -inf.
+
+    Args:
+        scores: of the model that ``plan`` left.
+        graph: of the original model.
+    """
+    values = {}
+    for unit in graph.units:
+        found = scores.values.get(unit.name)
+        if unit.name not in plan.units:
+            if found is not None:
+                values[unit.name] = found
+            continue
+        kept = plan.units[unit.name].kept
+        value = torch.full((unit.size,), -torch.inf, dtype=torch.float64)
+        # An axis with one index left is no unit any more, and that index stays.
+        value[kept] = found if found is not None and len(found) == len(kept) else torch.inf
+        values[unit.name] = value
+    return Scores(values, scores.settings)

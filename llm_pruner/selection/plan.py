@@ -21,7 +21,7 @@ import torch
 
 from ..errors import PrunerError
 from ..files import read_json, write_text
-from ..graph import Unit
+from ..graph.units import Unit
 
 FORMAT, VERSION = "llm-pruner plan", 1
 WHY = ("removed", "lowest_kept", "highest_removed")
@@ -272,7 +272,7 @@ def _positions(text: str) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.long)
 
 
-def renamed(name: str, plan: PruningPlan) -> str | None:
+def name_after(name: str, plan: PruningPlan) -> str | None:
     """The name of a tensor after layers and blocks are dropped; None when it lies in one of these."""
     if any(name.startswith(f"{path}.") for path in plan.blocks):
         return None

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ..errors import PrunerError
-from ..graph import KINDS, CouplingGraph, Unit
-from ..importance import Scores
+from ..graph.units import KINDS, CouplingGraph, Unit
+from ..importance.scores import Scores
 from .budgets import Budget, NothingRemoved, NotMet, parameter_budget, solve
-from .plan import PruningPlan, renamed
-from .policies import NORMALIZERS, alignment, balanced, costs, globally, locally
+from .plan import PruningPlan, name_after
+from .ranking import NORMALIZERS, alignment, index_costs, rank_balanced, rank_globally, rank_locally
 
 LayerChoice = Iterable[int] | Mapping[str, Iterable[int]] | None
 SHARDED = ("heads", "neurons", "channels")  # what tensor parallelism splits
@@ -26,6 +26,7 @@ def select(
     scores: Scores,
     ratio: float | Mapping[str, float] = 0.25,
     kinds: Iterable[str] = ("heads", "neurons"),
+    *,
     layers: LayerChoice = None,
     scope: str = "local",
     round_to: int = 1,
@@ -246,15 +247,17 @@ class Policy:
         parts = self.tensor_parallel if kind in SHARDED else 1
         steps = [lcm(self.round_to, parts, unit.multiple, alignment(unit) if self.align else 1) for unit in units]
         if self.scope == "local":
-            out = locally(units, self.scores, ratio, steps, self.floor)
+            out = rank_locally(units, self.scores, ratio, steps, self.floor)
         else:
             normalizer = NORMALIZERS[self.normalize]
-            out = globally(units, self.scores, ratio, steps, self.floor, costs(units, self.graph), normalizer)
+            out = rank_globally(
+                units, self.scores, ratio, steps, self.floor, index_costs(units, self.graph), normalizer
+            )
         for i, unit in enumerate(units):
             if unit.size % parts:
                 plan.notes.append(f"{unit.name} has {unit.size} indices, which {parts} devices cannot share equally")
             elif parts > 1:
-                out[i] = balanced(self.scores.of(unit, len(out[i])), len(out[i]), parts)
+                out[i] = rank_balanced(self.scores.of(unit, len(out[i])), len(out[i]), parts)
             if self.solving:
                 out[i] = out[i][~self.scores.of(unit, len(out[i]))[out[i]].isposinf()]
         return out
@@ -274,7 +277,7 @@ class Policy:
 
 def _gone(unit: Unit, plan: PruningPlan) -> bool:
     """Whether a unit lies in layers that the plan drops."""
-    return bool(plan.layers) and all(renamed(name, plan) is None for name in unit.parameters)
+    return bool(plan.layers) and all(name_after(name, plan) is None for name in unit.parameters)
 
 
 def _by_kind(layers: LayerChoice, kinds: tuple[str, ...]) -> dict[str, set[int]] | None:
@@ -290,25 +293,3 @@ def _by_kind(layers: LayerChoice, kinds: tuple[str, ...]) -> dict[str, set[int]]
     if unknown:
         raise PrunerError(f"layers are given for the unknown kind {unknown[0]!r}; choose from {', '.join(KINDS)}")
     return {kind: set(chosen) for kind, chosen in layers.items()}
-
-
-def lifted(scores: Scores, graph: CouplingGraph, plan: PruningPlan) -> Scores:
-    """Scores of a pruned model as scores of the original: what is gone scores lowest, so it goes again.
-
-    Args:
-        scores: of the model that ``plan`` left.
-        graph: of the original model.
-    """
-    values = {}
-    for unit in graph.units:
-        found = scores.values.get(unit.name)
-        if unit.name not in plan.units:
-            if found is not None:
-                values[unit.name] = found
-            continue
-        kept = plan.units[unit.name].kept
-        value = torch.full((unit.size,), -torch.inf, dtype=torch.float64)
-        # An axis with one index left is no unit any more, and that index stays.
-        value[kept] = found if found is not None and len(found) == len(kept) else torch.inf
-        values[unit.name] = value
-    return Scores(values, scores.settings)

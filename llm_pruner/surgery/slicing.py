@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import PrunerError
-from ..selection import PruningPlan
+from ..selection.plan import PruningPlan
 
 
 def cut(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
@@ -20,7 +20,7 @@ def cut(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
     return tensor.contiguous()
 
 
-def masked(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
+def mask(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
     """The tensor with everything that the plan removes set to zero, at its full shape."""
     out = tensor.clone()
     for dim, positions in plan.kept.get(name, {}).items():

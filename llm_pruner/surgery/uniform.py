@@ -9,14 +9,15 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
-from ..graph import CouplingGraph, Unit, native, trace
-from ..graph.verify import random_tokens, relative_difference
-from ..heterogeneous import CONSTANTS, SUBMODULES, differs, global_config, overrides_of
-from .apply import _logits, rebuilt_from
-from .config_solver import canonical_names
-from .layers import skeleton
+from ..graph.units import CouplingGraph, Unit, trace
+from ..models.blockwise import native_compute
+from ..models.per_layer import CONSTANTS, SUBMODULES, global_config, has_per_layer_widths, overrides_of
+from ..models.running import random_tokens, relative_difference
+from ..models.skeleton import canonical_names, skeleton
+from .equivalence import _changed_logits
+from .rebuild import build_from_state
 
-TOLERANCE = 1e-5  # of the largest logit; sums of more numbers, the added ones zero, are taken in another order
+PADDING_TOLERANCE = 1e-5  # of the largest logit; sums of more numbers, the added ones zero, are taken in another order
 
 
 def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
@@ -28,7 +29,7 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
         PrunerError: the layers differ in more than widths of their config, or zeros would change the logits, as they
             do where something is normalised over the units or routed among them.
     """
-    if not differs(model.config):
+    if not has_per_layer_widths(model.config):
         raise PrunerError("the layers of this model have the same widths already: it is a plain checkpoint")
     config = uniform_config(model.config)
     target = skeleton(type(model), config)
@@ -40,12 +41,12 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
     # A block that was gone comes back, and adds nothing.
     done |= {name: next(iter(done.values())).new_zeros(shape) for name, shape in shapes.items() if name not in done}
     state = {name: done[canonical[name]] if name in canonical else t for name, t in target.state_dict().items()}
-    padded = rebuilt_from(config, state, model)
+    padded = build_from_state(config, state, model)
     ids = random_tokens(model, rows=2, tokens=16)
-    dtype = native(model).dtype
-    found, expected = (_logits(m, ids, dtype, lambda _, t: t) for m in (padded, model))
+    dtype = native_compute(model).dtype
+    found, expected = (_changed_logits(m, ids, dtype, lambda _, t: t) for m in (padded, model))
     off = relative_difference(found, expected)
-    if off > TOLERANCE:
+    if off > PADDING_TOLERANCE:
         raise PrunerError(
             f"zeros change what this model computes (its logits by {off:.1e}): it cannot be made uniform so"
         )

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PrunerError
-from .tokenizer import Subwords
+from ..surgery.tokenizer import Subwords
 
 ROUNDS = 40
 # Scripts that a language is written in, by the words that begin Unicode's names of their letters.
@@ -85,7 +85,7 @@ def choose(
     chosen: set[int] = set()
     for i in [*words.required, *protected]:
         chosen |= words.needs(i, chosen) or {i}
-    limit, share = room(keep, len(words.tokens))
+    limit, share = token_budget(keep, len(words.tokens))
     if limit is not None and limit < len(chosen):
         raise PrunerError(
             f"--keep {keep} is {limit} tokens, and {len(chosen)} have to stay: special and added tokens, and the "
@@ -142,7 +142,7 @@ def choose(
     return sorted(chosen)
 
 
-def room(keep: str, size: int) -> tuple[int | None, float | None]:
+def token_budget(keep: str, size: int) -> tuple[int | None, float | None]:
     """How many tokens, or what share of what was counted."""
     name, _, value = keep.partition("=")
     try:

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from ..data import documents
 from ..errors import PrunerError
 from ..files import digest, read_json, write_text
-from .tokenizer import Subwords
+from ..surgery.tokenizer import Subwords
 
-BATCH = 256  # documents tokenized at once, on all cores
+DOCUMENTS_PER_BATCH = 256  # documents tokenized at once, on all cores
 KEEP_EVERY = 100  # batches after which counts are written down
 BLOCK = 2**18  # characters of a text file that count as a document
 
@@ -130,9 +130,9 @@ def count(
     asked = list(dict.fromkeys(sources))
     for source in asked:
         part = known.part(source)
-        texts = itertools.islice(streamed(source, most), part.read, None)
+        texts = itertools.islice(iterate_documents(source, most), part.read, None)
         for number in itertools.count(1):
-            batch = list(itertools.islice(texts, BATCH))
+            batch = list(itertools.islice(texts, DOCUMENTS_PER_BATCH))
             if not batch:
                 break
             encoded = backend.encode_batch_fast(batch, add_special_tokens=False)
@@ -153,7 +153,7 @@ def count(
     return found
 
 
-def streamed(source: str, most: int | None = None) -> Iterator[str]:
+def iterate_documents(source: str, most: int | None = None) -> Iterator[str]:
     """The documents of a source one after the other; a text file in blocks that end with a line."""
     path = Path(source).expanduser()
     if path.suffix != ".txt" or not path.is_file():

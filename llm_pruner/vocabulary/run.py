@@ -14,23 +14,31 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arguments import VocabArguments, device_of, listed
-from ..checkpoint import PLAN_FILE, load, load_tokenizer, write_card, write_checkpoint
+from ..checkpoint.card import write_card
+from ..checkpoint.load import load_tokenizer, load_with_tokenizer
+from ..checkpoint.locate import PLAN_FILE
+from ..checkpoint.save import write_checkpoint
 from ..data import text
 from ..errors import PrunerError
-from ..evaluation import parameter_count, windows
+from ..evaluation.perplexity import windows
 from ..files import complete_folder, write_text
-from ..graph import context_length, evaluating, total_loss, trace
+from ..graph.units import trace
 from ..logs import log, logging_to
+from ..models.dispatch import resolve_device
+from ..models.loss import total_loss
+from ..models.running import context_length, evaluating
+from ..models.skeleton import parameter_count
 from ..provenance import provenance
-from ..selection import PruningPlan
-from ..surgery import apply, ids_in
+from ..selection.plan import PruningPlan
+from ..surgery.apply import apply
+from ..surgery.config.token_ids import ids_in
+from ..surgery.tokenizer import Subwords, keeps_words
+from .arguments import VocabArguments
 from .choosing import choose, in_scripts, of_tokenizer, scripts_of
-from .counting import Counts, count, streamed
-from .tokenizer import Subwords, keeps_words
+from .counting import Counts, count, iterate_documents
 
 LOG_FILE, METRICS_FILE = "vocabulary.log", "vocabulary.json"
-DOCUMENTS, TOKENS, NEW_TOKENS = 32, 64, 16  # compared bit by bit
+DOCUMENTS, COMPARED_TOKENS, NEW_TOKENS = 32, 64, 16  # compared bit by bit
 PIECE = 200  # characters of what is compared
 WINDOW = 128
 
@@ -61,7 +69,7 @@ class Comparison:
     perplexity_after: float
 
 
-def vocab(args: VocabArguments) -> Path:
+def prune_vocabulary(args: VocabArguments) -> Path:
     """Run what the arguments say; returns the folder of the new checkpoint.
 
     Raises:
@@ -71,9 +79,11 @@ def vocab(args: VocabArguments) -> Path:
     held_out = text(args.eval_dataset, "test")
     if not held_out.strip():
         raise PrunerError(f"--eval_dataset {args.eval_dataset} has no text to compare both models on")
-    for source in args.sources():  # a missing one is found out before anything is loaded
-        next(streamed(source, 1), None)
-    model, tokenizer = load(args.model, args.dtype, device_of("device", args.device), args.trust_remote_code)
+    for source in args.corpus:  # a missing one is found out before anything is loaded
+        next(iterate_documents(source, 1), None)
+    model, tokenizer = load_with_tokenizer(
+        args.model, args.dtype, resolve_device(args.device, "--device"), args.trust_remote_code
+    )
     kept = kept_tokens(args, model, tokenizer)
     graph = trace(model)
     units = graph.of_kind("vocabulary")
@@ -86,21 +96,21 @@ def vocab(args: VocabArguments) -> Path:
     pruned = apply(model, plan)
     before, after = parameter_count(model), parameter_count(pruned)
     with (
-        complete_folder(args.output_dir, owned_if="config.json", reads=args.model) as folder,
+        complete_folder(args.output, owned_if="config.json", reads=args.model) as folder,
         logging_to(folder / LOG_FILE),
     ):
         log.info("tokens: %d -> %d; parameters: %d -> %d (%.4f)", unit.size, len(kept), before, after, after / before)
         write_checkpoint(pruned, tokenizer, folder, plan)
         smaller = AutoTokenizer.from_pretrained(folder)
-        found = compare((model, tokenizer), (pruned, smaller), kept, held_out, args.max_windows or None)
+        found = compare_vocabularies((model, tokenizer), (pruned, smaller), kept, held_out, args.max_windows or None)
         for name, value in asdict(found).items():
             log.info("%s: %s", name, round(value, 4) if isinstance(value, float) else value)
         metrics: dict[str, Any] = {"tokens_before": unit.size, "tokens_after": len(kept), "parameters_before": before}
         metrics |= {"parameters_after": after, "comparison": asdict(found), "arguments": asdict(args), **provenance()}
         write_text(folder / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
-        write_card(pruned.config, folder, PruningPlan.load(folder / PLAN_FILE), Path(args.output_dir).name)
-    print(args.output_dir)
-    return Path(args.output_dir)
+        write_card(pruned.config, folder, PruningPlan.load(folder / PLAN_FILE), Path(args.output).name)
+    print(args.output)
+    return Path(args.output)
 
 
 def kept_tokens(args: VocabArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -110,14 +120,16 @@ def kept_tokens(args: VocabArguments, model: PreTrainedModel, tokenizer: PreTrai
     protected = {i for i in named if i in words.tokens} | _of_template(tokenizer) | _in_file(args, words, tokenizer)
     found = Counts(words.size)
     if args.corpus:
-        found = count(tokenizer, args.sources(), args.save_counts, args.max_documents or None)
+        found = count(tokenizer, args.corpus, args.save_counts, args.max_documents or None)
     wanted: set[int] | None = None
     if args.to_tokenizer:
         other = load_tokenizer(args.to_tokenizer, trust_remote_code=args.trust_remote_code)
+        if other is None:
+            raise PrunerError(f"--to_tokenizer {args.to_tokenizer} has no tokenizer")
         wanted = of_tokenizer(words, Subwords(other))
     if args.languages or args.scripts:
-        scripts = listed(args.scripts)
-        scripts += scripts_of(listed(args.languages))
+        scripts = list(args.scripts)
+        scripts += scripts_of(args.languages)
         written = in_scripts(words, tokenizer, scripts)
         wanted = written if wanted is None else wanted & written
     whole = found.words if words.by_words and keeps_words(tokenizer, model.config) else None
@@ -154,7 +166,7 @@ def _in_file(args: VocabArguments, words: Subwords, tokenizer: PreTrainedTokeniz
 
 
 @torch.no_grad()
-def compare(
+def compare_vocabularies(
     original: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     pruned: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     kept: list[int],
@@ -170,7 +182,7 @@ def compare(
         for t in (large, small)
     )
     same = [[new.get(i) for i in a] == b for a, b in zip(before, after, strict=True)]
-    longest = min(TOKENS, (context_length(model) or 2**31) - NEW_TOKENS)
+    longest = min(COMPARED_TOKENS, (context_length(model) or 2**31) - NEW_TOKENS)
     compared = list(
         itertools.islice((ids for ids, s in zip(before, same, strict=True) if s and len(ids) > 1), DOCUMENTS)
     )

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llm_pruner.recipes.tables import markdown
+from llm_pruner.evaluation.table import markdown
 
 PUBLISHED = Path(__file__).with_name("published.json")
 

@@ -1,103 +1,10 @@
 """What each ATen operator does to axes: one file a family of operators, one function a rule.
 
-A rule takes a :class:`Call` and sets the dims of its outputs. An operator with neither a rule nor the
-``pointwise`` tag freezes every axis that enters it, so a missing rule costs prunable axes, never
+A rule takes a :class:`llm_pruner.graph.call.Call` and sets the dims of its outputs. An operator with neither a
+rule nor the ``pointwise`` tag freezes every axis that enters it, so a missing rule costs prunable axes, never
 correctness. To add one, write a function in the file it belongs to and decorate it with its names.
 """
 
-from __future__ import annotations
+from . import creation, fused, indexing, layout, matmul, pointwise, reduction
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-import torch
-
-from ..axes import Dim
-
-if TYPE_CHECKING:
-    from ..tracer import Tracer
-
-
-@dataclass
-class Traced:
-    """What the tracer knows of one tensor.
-
-    ``role`` is ``constant`` (depends on neither weights nor tokens), ``weight`` or ``activation``.
-    ``index_of`` is set for integer tensors whose values are positions along a known dim.
-    """
-
-    tensor: torch.Tensor
-    dims: list[Dim]
-    role: str = "activation"
-    index_of: Dim | None = None
-
-
-@dataclass
-class Call:
-    """One operator call: its arguments by schema name and its output."""
-
-    tracer: Tracer
-    func: Any
-    args: dict[str, Any]
-    out: Any
-    traced_inputs: list[Traced] = field(default_factory=list)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.args.get(name)
-
-    def get(self, name: str) -> Traced:
-        """The traced tensor passed as argument ``name``."""
-        return self.tracer.lookup(self.args[name])
-
-    def dims(self, name: str) -> list[Dim]:
-        return self.get(name).dims
-
-    def dim(self, name: str = "dim", of: str = "self") -> int:
-        """Argument ``name`` as a non-negative index into the dims of argument ``of``."""
-        value = self.args[name]
-        return value % max(len(self.dims(of)), 1)
-
-    @property
-    def role(self) -> str:
-        roles = {t.role for t in self.traced_inputs}
-        return next((r for r in ("activation", "weight") if r in roles), "constant")
-
-    def set(
-        self, dims: list[Dim], out: torch.Tensor | None = None, index_of: Dim | None = None, role: str | None = None
-    ) -> None:
-        """Record the dims of the output (or of ``out``, where there are several)."""
-        tensor = self.out if out is None else out
-        self.tracer.record(Traced(tensor, dims, role or self.role, index_of))
-
-
-Rule = Callable[[Call], None]
-RULES: dict[str, Rule] = {}
-FAMILIES = ("creation", "pointwise", "layout", "matmul", "reduction", "indexing", "fused")
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule under the names of its operators, without ``aten::`` and without the overload."""
-
-    def register(function: Rule) -> Rule:
-        for name in names:
-            RULES[name] = function
-        return function
-
-    return register
-
-
-def load() -> dict[str, Rule]:
-    for family in FAMILIES:
-        import_module(f"{__name__}.{family}")
-    return RULES
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in (possibly nested) arguments."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
+__all__ = ["creation", "fused", "indexing", "layout", "matmul", "pointwise", "reduction"]

@@ -8,7 +8,7 @@ they have no rule here, are met as constants, and a constant freezes what it is 
 from __future__ import annotations
 
 from ..axes import fresh
-from . import Call, rule
+from ..call import Call, rule
 
 
 @rule(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..axes import flag, freeze, fresh, size_of, tag, unify
-from . import Call, rule
+from ..call import Call, rule
 from .layout import reshape
 
 

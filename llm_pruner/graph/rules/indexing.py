@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..axes import Dim, freeze, fresh, leaves, size_of, tag, unify
-from . import Call, Traced, rule
+from ..call import Call, Traced, rule
 from .pointwise import broadcast
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..axes import Dim, concat, find, flatten, freeze, fresh, size_of, split_concat, split_product, unify
-from . import Call, rule
+from ..call import Call, rule
 
 
 def reshape(dims: list[Dim], shape: tuple[int, ...]) -> list[Dim]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..axes import Dim, flag, freeze, tag, unify
-from . import Call, rule
+from ..call import Call, rule
 from .pointwise import broadcast
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from ..axes import Dim, tag, unify
-from . import Call, rule, tensors_in
+from ..call import Call, rule, tensors_in
 
 # A non-linearity between two projections is what makes an axis one of neurons.
 ACTIVATIONS = {
     "celu", "elu", "expm1", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid_forward",
     "mish", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "square", "tanh", "threshold", "where",
 }  # fmt: skip
-
 # Index by index, though torch does not tag them so.
 UNTAGGED = (
     "floor_divide", "masked_fill", "masked_fill_", "polar", "log_sigmoid_forward", "lift_fresh", "copy_",

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..axes import Dim, flag, freeze, fresh, tag
-from . import Call, rule, tensors_in
+from ..call import Call, rule, tensors_in
+from .pointwise import pointwise
 
 
 def axes_of(value: Any, rank: int) -> list[int]:
@@ -25,8 +26,6 @@ def axes_of(value: Any, rank: int) -> list[int]:
 )  # fmt: skip
 def reduce(call: Call) -> None:
     if "other" in call.args:  # max(a, b) of two tensors is pointwise
-        from .pointwise import pointwise
-
         return pointwise(call)
     dims = call.dims("self")
     reduced = axes_of(call["dim"], len(dims))

@@ -1,0 +1,47 @@
+"""Flags of ``llm-pruner apply`` and ``llm-pruner to-uniform``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import PrunerError
+from ..flags import Arguments, flag
+
+
+@dataclass(kw_only=True)
+class ApplyArguments(Arguments):
+    """Flags of ``llm-pruner apply``."""
+
+    plan: str = flag("", "plan to apply, a JSON file")
+    model: str = flag("", "safetensors folder of the model that the plan is for", aliases=("checkpoint",))
+    output: str = flag("", "folder to write", aliases=("out",))
+    verify: bool = flag(False, "refuse a plan that was changed after it was written, and check the written files")
+    standalone: bool = flag(False, "write a modelling file too, so that per-layer checkpoints load without llm_pruner")
+    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+
+    def check(self) -> None:
+        """Refuse missing paths.
+
+        Raises:
+            PrunerError: plan, model or output is missing.
+        """
+        if not (self.plan and self.model and self.output):
+            raise PrunerError("give a plan, a checkpoint and a folder to write: llm-pruner apply PLAN MODEL OUTPUT")
+
+
+@dataclass(kw_only=True)
+class UniformArguments(Arguments):
+    """Flags of ``llm-pruner to-uniform``."""
+
+    model: str = flag("", "folder of a pruned model whose layers have different widths", aliases=("checkpoint",))
+    output: str = flag("", "folder to write: the same logits, every layer as wide as the widest", aliases=("out",))
+    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+
+    def check(self) -> None:
+        """Refuse missing paths.
+
+        Raises:
+            PrunerError: model or output is missing.
+        """
+        if not (self.model and self.output):
+            raise PrunerError("give a checkpoint and a folder to write: llm-pruner to-uniform MODEL OUTPUT")

@@ -1,0 +1,48 @@
+"""Load configs and build models without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+
+from ..errors import PrunerError
+from .locate import explain, locate
+
+
+def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """The config alone, from anything that :func:`load` takes, or from a ``config.json`` file."""
+    path, gguf = locate(name)
+    extra = {"gguf_file": gguf} if gguf else {}
+    try:
+        config = AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, revision=revision or "main", **extra
+        )
+    except Exception as error:
+        raise PrunerError(explain(name, path, error)) from error
+    if gguf:
+        config.__dict__.pop("quantization_config", None)
+    return config
+
+
+def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of this config without weights, on the meta device.
+
+    Raises:
+        PrunerError: the config makes no model.
+    """
+    try:
+        with torch.device("meta"):
+            return auto_model_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
+    except Exception as error:  # constructors raise what they like
+        raise PrunerError(explain(config.name_or_path or type(config).__name__, "", error)) from error
+
+
+def auto_model_class(config: PreTrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def auto_class(config: PreTrainedConfig) -> str:
+    """The class of transformers that reads such a model."""
+    return "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"

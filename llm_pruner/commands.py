@@ -1,0 +1,177 @@
+"""The table of commands: what each runs, its flags, and how a recipe chains it.
+
+Functions and flags are named by strings and imported when a command is asked for, so that ``llm-pruner --help`` loads
+neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+ADAPTER_METHODS = ("lora", "dora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chaining:
+    """How a command becomes a stage of a recipe.
+
+    Attributes:
+        reads: flag that names the model it reads, None where it reads none.
+        writes: flags that the recipe sets, with ``{folder}`` for the stage's folder.
+        leaves: subfolder of the stage's folder with the resulting checkpoint, by the stage's arguments; None where
+            the stage leaves no checkpoint.
+        defaults: defaults of a stage where they differ from the command's, by the arguments given.
+    """
+
+    reads: str | None = "model"
+    writes: Mapping[str, Any]
+    leaves: Callable[[Any], str] | None = lambda arguments: ""
+    defaults: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda given: {}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of ``llm-pruner``, or one script.
+
+    Attributes:
+        summary: one line for ``--help``.
+        function: ``module:function``, called with the arguments.
+        arguments: ``module:class`` of its flags.
+        positionals: flags that leading words without dashes fill; further words go to the last.
+        chaining: how a recipe runs it, None where it cannot be a stage.
+    """
+
+    summary: str
+    function: str
+    arguments: str
+    positionals: tuple[str, ...] = ()
+    chaining: Chaining | None = None
+
+    @cached_property
+    def run(self) -> Callable[[Any], Any]:
+        return _import(self.function)
+
+    @cached_property
+    def arguments_class(self) -> type:
+        return _import(self.arguments)
+
+
+def _import(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(f"llm_pruner.{module}"), attribute)
+
+
+def _recovery_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"merge": given.get("method", "lora") in ADAPTER_METHODS, "resume_from_checkpoint": "auto"}
+
+
+_TO_FOLDER = {"output": "{folder}"}
+
+COMMANDS: dict[str, Command] = {
+    "prune": Command(
+        "Prune a model and measure it before and after.",
+        "pruning.run:run_prune",
+        "pruning.arguments:PruneArguments",
+        ("model", "output"),
+        Chaining(writes=_TO_FOLDER | {"save_model": True}, defaults=lambda given: {"eval_datasets": []}),
+    ),
+    "recover": Command(
+        "Train a pruned model to regain its quality.",
+        "recovery.run:recover",
+        "recovery.arguments:RecoverArguments",
+        ("model", "output"),
+        Chaining(
+            writes=_TO_FOLDER,
+            leaves=lambda arguments: "merged" if arguments.merge else "",
+            defaults=_recovery_defaults,
+        ),
+    ),
+    "evaluate": Command(
+        "Compare models: perplexity, tasks, size and speed.",
+        "evaluation.run:run_evaluate",
+        "evaluation.arguments:EvaluateArguments",
+        ("model",),
+        Chaining(writes=_TO_FOLDER, leaves=None),
+    ),
+    "vocab": Command(
+        "Remove unneeded tokens from a model and its tokenizer.",
+        "vocabulary.run:prune_vocabulary",
+        "vocabulary.arguments:VocabArguments",
+        ("model", "output"),
+        Chaining(writes=_TO_FOLDER),
+    ),
+    "apply": Command(
+        "Apply a plan to a checkpoint file by file, without loading it.",
+        "pruning.apply_plan:apply_plan",
+        "checkpoint.arguments:ApplyArguments",
+        ("plan", "model", "output"),
+        Chaining(writes=_TO_FOLDER),
+    ),
+    "to-uniform": Command(
+        "Pad layers of different widths with zeros, for a stock checkpoint.",
+        "checkpoint.run:write_uniform",
+        "checkpoint.arguments:UniformArguments",
+        ("model", "output"),
+        Chaining(writes=_TO_FOLDER),
+    ),
+    "run": Command(
+        "Run a recipe stage by stage, skipping finished stages.",
+        "recipes.run:run_recipe",
+        "recipes.arguments:RunArguments",
+        ("recipe",),
+    ),
+    "report": Command(
+        "Write one page about runs: tables, figures, samples, provenance.",
+        "report.page:write_report",
+        "report.arguments:ReportArguments",
+        ("runs",),
+        Chaining(reads=None, writes={"output": "{folder}/report.html"}, leaves=None),
+    ),
+    "chat": Command(
+        "Serve a page that sends one prompt to up to three models.",
+        "tools.chat:serve_chat",
+        "tools.arguments:ChatArguments",
+        ("model",),
+    ),
+    "inspect": Command(
+        "Print the units of a model, or what a plan removes.",
+        "tools.inspection:run_inspect",
+        "tools.arguments:InspectArguments",
+        ("model",),
+    ),
+    "demo": Command(
+        "Prune the embedded model and compare it with the original.",
+        "tools.demo:run_demo",
+        "tools.arguments:DemoArguments",
+    ),
+}
+# The scripts at the root and in evaluate/: the same functions with LLM-Pruner's flags and defaults.
+SCRIPTS: dict[str, Command] = {
+    "hf_prune.py": replace(COMMANDS["prune"], arguments="pruning.arguments:HfPruneArguments"),
+    "post_training.py": COMMANDS["recover"],
+    "generate.py": Command(
+        "Serve a page to try a model, chosen as LLM-Pruner's generate.py does.",
+        "tools.chat:serve_chat",
+        "tools.arguments:GenerateArguments",
+        ("model",),
+    ),
+    "evaluate/cost.py": Command(
+        "Measure size, compute, memory and speed.",
+        "evaluation.run:run_evaluate",
+        "evaluation.arguments:CostArguments",
+        ("model",),
+    ),
+    "evaluate/perplexity.py": Command(
+        "Measure perplexity.", "evaluation.run:run_perplexity", "evaluation.arguments:PerplexityArguments", ("model",)
+    ),
+    "evaluate/zero_shot.py": Command(
+        "Measure accuracy on tasks of lm-eval.",
+        "evaluation.run:run_evaluate",
+        "evaluation.arguments:ZeroShotArguments",
+        ("model",),
+    ),
+}

@@ -1,0 +1,101 @@
+"""Flags of ``llm-pruner evaluate`` and of the scripts in ``evaluate/``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..choices import DEFAULT_MODEL, EMBEDDED_TEXT, Dtype
+from ..errors import PrunerError
+from ..flags import Arguments, check_at_least, flag
+
+TEXTS = "wikitext2, ptb, c4, python-docs, or a .txt, .json or .jsonl file"
+
+
+@dataclass(kw_only=True)
+class MeasuringArguments(Arguments):
+    """Flags of every command that measures a model on texts."""
+
+    seq_len: int = flag(128, "tokens per window", group="texts")
+    stride: int = flag(0, "tokens from one window to the next (0: windows do not overlap)", group="texts")
+    max_windows: int = flag(0, "use only the first N windows of a text (0: all)", group="texts")
+    device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, mps, ...", group="model")
+    dtype: Dtype = flag("auto", "dtype of the weights", group="model")
+    verify: bool = flag(False, "check the files of pruned models against the hashes in their plans", group="model")
+    trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint", group="model")
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments(MeasuringArguments):
+    """Flags of ``llm-pruner evaluate``."""
+
+    model: list[str] = flag(
+        [],
+        "models to compare with the first: aliases, hub ids, folders (adapters too) or .gguf files",
+        group="model",
+        aliases=("models",),
+    )
+    datasets: list[str] = flag([EMBEDDED_TEXT], f"texts for perplexity: {TEXTS} ('': none)", group="texts")
+    batch_size: int = flag(0, "windows or requests per forward pass (0: as many as fit)", group="texts")
+    tasks: list[str] = flag([], "tasks of lm-eval; paper: the seven of LLM-Pruner's table 1", group="tasks")
+    include_path: str | None = flag(None, "folder with your own lm-eval task files", group="tasks")
+    limit: int | None = flag(None, "use only the first N documents of each task", group="tasks")
+    num_fewshot: int | None = flag(None, "worked examples before each question (default: the task's)", group="tasks")
+    tokens: int = flag(128, "tokens per sequence for speed, MACs and cache (0: measure no speed)", group="cost")
+    batch: int = flag(1, "sequences per batch for speed, MACs and cache", group="cost")
+    new_tokens: int = flag(32, "tokens to generate for decode speed and for each sample", group="cost")
+    samples: bool = flag(False, "let every model continue a few prompts", group="output")
+    output: str | None = flag(
+        None, "folder for table.csv, table.md, table.tex, evaluation.json and lm_eval/", group="output"
+    )
+
+    def check(self) -> None:
+        """Refuse arguments that cannot work.
+
+        Raises:
+            PrunerError: no model is named, or a number is out of range.
+        """
+        if not self.model:
+            raise PrunerError("name at least one model: llm-pruner evaluate MODEL [MODEL ...]")
+        check_at_least(self, 0, "batch_size", "max_windows", "stride", "tokens", "num_fewshot")
+        check_at_least(self, 1, "batch", "new_tokens", "limit")
+        check_at_least(self, 2, "seq_len")
+
+
+@dataclass(kw_only=True)
+class ZeroShotArguments(EvaluateArguments):
+    """Flags of ``evaluate/zero_shot.py``."""
+
+    datasets: list[str] = flag([], f"texts for perplexity as well: {TEXTS}", group="texts")
+    tasks: list[str] = flag(["paper"], "tasks of lm-eval; paper: the seven of LLM-Pruner's table 1", group="tasks")
+    tokens: int = flag(0, "tokens per sequence for speed, MACs and cache (0: measure no speed)", group="cost")
+
+
+@dataclass(kw_only=True)
+class CostArguments(EvaluateArguments):
+    """Flags of ``evaluate/cost.py``."""
+
+    datasets: list[str] = flag([], f"texts for perplexity as well: {TEXTS}", group="texts")
+
+
+@dataclass(kw_only=True)
+class PerplexityArguments(MeasuringArguments):
+    """Flags of ``evaluate/perplexity.py``."""
+
+    model: str = flag(
+        DEFAULT_MODEL,
+        "alias of the embedded model, hub id, folder, or .gguf file",
+        group="model",
+        aliases=("base_model",),
+    )
+    dataset: str = flag(EMBEDDED_TEXT, TEXTS, group="texts")
+    batch_size: int = flag(0, "windows per forward pass (0: as many as fit)", group="texts")
+    output: str | None = flag(None, "JSON file for the result", group="output")
+
+    def check(self) -> None:
+        """Refuse numbers out of range.
+
+        Raises:
+            PrunerError: a number is out of range.
+        """
+        check_at_least(self, 0, "batch_size", "max_windows", "stride")
+        check_at_least(self, 2, "seq_len")

@@ -1,0 +1,211 @@
+"""Command-line flags: declared as fields of a dataclass, parsed by argparse, checked where they are declared."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+from .errors import PrunerError
+
+T = TypeVar("T", bound="Arguments")
+
+
+def flag(default: Any, help: str, *, group: str = "options", aliases: Sequence[str] = ()) -> Any:
+    """Declare a flag as a dataclass field.
+
+    Args:
+        default: value when the flag is not given; a list becomes a default factory.
+        help: phrase for ``--help``; the parser adds the default.
+        group: heading in ``--help``.
+        aliases: older spellings, without dashes.
+    """
+    metadata = {"help": help, "group": group, "aliases": tuple(aliases)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Base of the flags of a command: splits lists at commas and refuses values outside a ``Literal``.
+
+    Raises:
+        PrunerError: a value is not one of its choices.
+    """
+
+    @classmethod
+    def of(cls: type[T], **flags: Any) -> T:
+        """Build arguments from flags by name, without dashes, in any of their spellings.
+
+        Raises:
+            PrunerError: a flag is unknown (the message names the nearest), or its value is not valid.
+        """
+        known = canonical_flags(cls)
+        for name in flags:
+            if name not in known:
+                raise PrunerError(f"unknown argument {name}{_did_you_mean(name, known)}")
+        return cls(**{known[name]: value for name, value in flags.items()})
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            kind, value = value_type(type(self), one.name), getattr(self, one.name)
+            if kind.several and not isinstance(value, (list, tuple, type(None))):
+                setattr(self, one.name, split_list(str(value)))
+            for item in getattr(self, one.name) or () if kind.several else (value,):
+                if kind.choices and item is not None and item not in kind.choices:
+                    raise PrunerError(f"--{one.name} {item!r} is not valid: choose from {', '.join(kind.choices)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueType:
+    """Type of a flag's value: ``convert`` reads one value, ``several`` says whether a flag takes a list of them."""
+
+    convert: type
+    choices: tuple[str, ...] = ()
+    several: bool = False
+    optional: bool = False
+
+
+def value_type(arguments_class: type, name: str) -> ValueType:
+    """Return the type of the flag ``name``, from its annotation."""
+    return _value_type(typing.get_type_hints(arguments_class)[name])
+
+
+def _value_type(hint: Any) -> ValueType:
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    optional, (kind, *_) = type(None) in parts, [part for part in parts if part is not type(None)]
+    if typing.get_origin(kind) is list:
+        inner = _value_type(typing.get_args(kind)[0])
+        return ValueType(convert=inner.convert, choices=inner.choices, several=True, optional=optional)
+    if typing.get_origin(kind) is Literal:
+        return ValueType(convert=str, choices=typing.get_args(kind), optional=optional)
+    return ValueType(convert=kind, optional=optional)
+
+
+def split_list(text: str | None) -> list[str]:
+    """Split a comma-separated value into its entries.
+
+    >>> split_list("wikitext2, ptb,")
+    ['wikitext2', 'ptb']
+    """
+    return [entry.strip() for entry in (text or "").split(",") if entry.strip()]
+
+
+def check_at_least(arguments: Any, least: int, *names: str) -> None:
+    """Refuse flags below ``least``; flags that are not given pass.
+
+    Raises:
+        PrunerError: a flag is too small; the message names it.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise PrunerError(f"--{name} {value} is out of range: give {least} or more")
+
+
+def default_of(one: Field[Any]) -> Any:
+    """Return the default of a dataclass field."""
+    return one.default_factory() if one.default_factory is not MISSING else one.default
+
+
+def canonical_flags(arguments_class: type) -> dict[str, str]:
+    """Map every spelling of every flag to its field: ``{"base_model": "model", "model": "model", ...}``."""
+    return {
+        spelling: one.name
+        for one in fields(arguments_class)
+        for spelling in (one.name, *one.metadata.get("aliases", ()))
+    }
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise PrunerError(message)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Show switches without a value and only the first spelling of every flag."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.option_strings == ["-h", "--help"]:
+            return super()._format_action_invocation(action)
+        if action.nargs == "?":
+            return action.option_strings[0]
+        return f"{action.option_strings[0]} {self._format_args(action, str(action.metavar))}"
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid: give true or false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def build_parser(arguments_class: type, program: str, summary: str) -> argparse.ArgumentParser:
+    """Build the parser of a command from the fields of its arguments, in the groups that they name."""
+    parser = _Parser(
+        prog=program,
+        description=summary,
+        usage=f"{program} [flags]",
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups: dict[str, Any] = {}
+    for one in fields(arguments_class):
+        title = one.metadata["group"]
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        _add_flag(group, one, value_type(arguments_class, one.name))
+    return parser
+
+
+def _add_flag(group: Any, one: Field[Any], kind: ValueType) -> None:
+    names = [f"--{name}" for name in (one.name, *one.metadata["aliases"])]
+    default = default_of(one)
+    text = one.metadata["help"].replace("%", "%%")
+    if kind.choices:
+        text += f": {', '.join(kind.choices)}"
+    if "(default" not in text and default not in (None, False, "", []):
+        shown = ",".join(map(str, default)) if kind.several else default
+        text += f" (default: {str(shown).replace('%', '%%')})"
+    if kind.convert is bool:
+        group.add_argument(*names, dest=one.name, nargs="?", const=True, type=_boolean, help=text)
+        if default is not False:
+            off = [name.replace("--", "--no_", 1) for name in names]
+            group.add_argument(*off, dest=one.name, action="store_false", help=argparse.SUPPRESS)
+        return
+    metavar = {int: "N", float: "X"}.get(kind.convert, "VALUE")
+    extra: dict[str, Any] = {"nargs": "*", "action": "extend"} if kind.several else {}
+    group.add_argument(*names, dest=one.name, type=kind.convert, metavar=metavar, help=text, **extra)
+
+
+def parse_flags(arguments_class: type[T], argv: Sequence[str], program: str = "", summary: str = "") -> T:
+    """Read flags into a dataclass.
+
+    Raises:
+        PrunerError: a flag is unknown (the message names the nearest), lacks its value or has one of another type.
+    """
+    parser = build_parser(arguments_class, program, summary)
+    known, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        spellings = [option for action in parser._actions for option in action.option_strings]
+        raise PrunerError(f"unknown argument {unknown[0]}{_did_you_mean(unknown[0], spellings)}")
+    values = vars(known)
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = [
+                item for entry in value for item in (split_list(entry) if isinstance(entry, str) else [entry])
+            ]
+    return arguments_class(**values)

@@ -1,0 +1,91 @@
+"""The permutation oracle: does the graph tell the truth about a unit?
+
+If the indices of a unit really belong together, reordering them in all its slices at once changes nothing
+in the model's output; and if each slice matters, reordering all but one does. One forward pass a question,
+no rebuilding, and it holds for normalised axes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..models.running import logits, random_tokens, relative_difference, tracing_mode
+from .constants import selecting_constants
+from .units import CouplingGraph, Unit
+
+LOGIT_TOLERANCE = 1e-4
+
+
+@dataclass
+class PermutationReport:
+    """Outcome for one unit; differences are relative to the largest absolute logit.
+
+    Attributes:
+        difference: change of the logits when every slice is permuted (should be rounding).
+        effect: change when the first slice is left out (should not be).
+    """
+
+    unit: Unit
+    difference: float
+    effect: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= LOGIT_TOLERANCE < self.effect
+
+
+@contextmanager
+def permuted(model: nn.Module, unit: Unit, order: torch.Tensor, leave_out: int | None = None) -> Iterator[None]:
+    """Reorder the indices of ``unit`` in the model's own weights for the length of the block."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    saved = {name: tensors[name].detach().clone() for name in unit.parameters}
+    try:
+        with torch.no_grad():
+            for i, (name, dim) in enumerate(unit.dims):
+                if i == leave_out:
+                    continue
+                positions = unit.positions(name, dim)
+                index = torch.arange(tensors[name].shape[dim])
+                index[positions.flatten()] = positions[order].flatten()
+                tensors[name].copy_(tensors[name].index_select(dim, index.to(tensors[name].device)))
+        with selecting_constants(model, unit.constants, order.tolist()):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, value in saved.items():
+                tensors[name].copy_(value)
+
+
+def check_permutation(model: nn.Module, unit: Unit, seed: int = 0) -> PermutationReport:
+    """Ask the permutation oracle about one unit of a real (not meta) model."""
+    ids = random_tokens(model, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(unit.size, generator=generator)
+    if (order == torch.arange(unit.size)).all():
+        order = order.roll(1)
+    with tracing_mode(model):
+        before = logits(model, ids)
+        with permuted(model, unit, order):
+            difference = relative_difference(logits(model, ids), before)
+        with permuted(model, unit, order, leave_out=0):
+            effect = relative_difference(logits(model, ids), before)
+    return PermutationReport(unit, difference, effect)
+
+
+def verify_units(model: nn.Module, graph: CouplingGraph) -> list[PermutationReport]:
+    """Check every unit that permutation applies to, and freeze those that fail.
+
+    Whole layers and the vocabulary have an order of their own (depth, token ids) and are left out.
+    """
+    reports = []
+    for unit in [u for u in graph.units if u.kind not in ("layers", "vocabulary")]:
+        report = check_permutation(model, unit)
+        reports.append(report)
+        if not report.passed:
+            graph.freeze(unit, f"permuting it changes the logits by {report.difference:.1e} ({report.effect:.1e})")
+    return reports

@@ -1,0 +1,300 @@
+"""Criteria for whole layers: forward passes only.
+
+block_influence   1 - mean_t cos(h_t, h'_t), with h what a layer is given of token t and h' what it passes on
+                  (ShortGPT, arXiv 2403.03853, equation 1)
+cosine            1 - mean_t cos(f_t, f'_t), with f what leaves the last layer, and f' the same without the layer
+loss_change       how much the mean token loss grows when the layer passes on what it is given
+                  (as in Shortened LLaMA, arXiv 2402.02834, section 3.1, with the loss for the perplexity)
+loss              the same, measured anew after each removal: the layer that costs least goes first
+contiguous        the block of n layers over which hidden states turn least: arccos(mean_t cos(h_t, h'_t)) / pi, with
+                  h' what the block passes on (Gromov et al., arXiv 2403.17887, equation 6; all tokens, not the last)
+last              the last layers go first (LLM-Pruner's ``--layer_wise``)
+spaced_middle     n layers around the middle, as far apart as the stack allows (Pruning-LLMs, OpenBA-V2)
+
+A layer that holds a tensor that no other layer has (T5's first holds the position bias of all) stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from math import floor, pi
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cosine_similarity
+
+from ..errors import PrunerError
+from ..graph.units import Unit
+from ..models.blockwise import Compute, computing
+from ..models.layers import hidden_in, hidden_out
+from ..models.loss import total_loss
+from ..models.per_layer import layer_lists
+from ..models.running import evaluating, model_inputs
+
+TOKENS_PER_PASS = 2048  # in a forward pass
+
+
+@dataclass
+class LayerStack:
+    """What a strategy looks at.
+
+    Attributes:
+        layers: of one stack of the model.
+        fixed: indices of those that must stay.
+        batches: the calibration set, in parts that a forward pass takes; empty for strategies that go by position.
+        most: how many layers will go at most.
+    """
+
+    model: nn.Module
+    layers: list[nn.Module]
+    fixed: set[int]
+    batches: tuple[torch.Tensor, ...]
+    compute: Compute
+    most: int
+
+    @property
+    def free(self) -> list[int]:
+        return [i for i in range(len(self.layers)) if i not in self.fixed]
+
+    def scores(self, by_layer: dict[int, float]) -> torch.Tensor:
+        """``[layers]``, infinite for those without one."""
+        out = torch.full((len(self.layers),), torch.inf, dtype=torch.float64)
+        for i, value in by_layer.items():
+            out[i] = value
+        return out
+
+    def by_count(self, gone: Callable[[int], list[int]]) -> torch.Tensor:
+        """``[layers - 1, layers]``: row n - 1 scores what ``gone(n)`` names lowest."""
+        rows = []
+        for count in range(1, len(self.layers)):
+            named = gone(count)
+            rows.append(self.scores({i: 0.0 if i in named else 1.0 for i in self.free}))
+        return torch.stack(rows)
+
+
+class CachedPass:
+    """The forward pass of one batch, of which some layers pass on what they are given.
+
+    The hidden states in front of every layer are kept, so that a pass begins at the first layer that changes.
+
+    Attributes:
+        states: in front of every layer, and behind the last.
+    """
+
+    def __init__(self, stack: LayerStack, ids: torch.Tensor):
+        self.stack, self.ids = stack, ids
+        self.states: list[torch.Tensor] = []
+        self.beside: list[Any] = []  # what a layer returns beside hidden states, None if these are all it returns
+        self.loss = self.tokens = 0.0
+
+        def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.states.append(hidden_in(args, kwargs))
+            self.beside.append(output[1:] if isinstance(output, tuple) else None)
+            self.after = hidden_out(output)
+
+        handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in stack.layers]
+        try:
+            self.loss, self.tokens = total_loss(stack.model, [ids])
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(self.beside) != len(stack.layers):
+            raise PrunerError("the layers of this model do not run once each, in order: they cannot be compared")
+        self.states.append(self.after)
+
+    @contextmanager
+    def without(self, gone: set[int], start: int) -> Iterator[list[torch.Tensor]]:
+        """The model from layer ``start`` on, without the layers ``gone``; yields the states that its pass leaves,
+        in front of each layer from ``start`` on and behind the last."""
+        seen: list[torch.Tensor] = []
+        before = [layer.__dict__.get("forward") for layer in self.stack.layers]
+
+        def passing(index: int, inner: Callable[..., Any] | None) -> Callable[..., Any]:
+            last = index == len(self.stack.layers) - 1
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = hidden_in(args, kwargs) if index >= start else self.states[start]
+                if index >= start:
+                    seen.append(hidden)
+                out = inner(*args, **kwargs) if inner else hidden
+                if last:
+                    seen.append(hidden_out(out))
+                if inner or self.beside[index] is None:
+                    return out
+                return (hidden, *self.beside[index])
+
+            return forward
+
+        try:
+            for i, layer in enumerate(self.stack.layers):
+                layer.forward = passing(i, layer.forward if i >= start and i not in gone else None)
+            yield seen
+        finally:
+            for layer, own in zip(self.stack.layers, before, strict=True):
+                layer.__dict__.pop("forward", None)  # the class's own shows again
+                if own is not None:
+                    layer.forward = own
+
+    def loss_without(self, gone: set[int], start: int, keep: bool = False) -> float:
+        """The summed loss without some layers; with ``keep``, the run goes on from the states that this pass leaves."""
+        with self.without(gone, start) as seen:
+            total, _ = total_loss(self.stack.model, [self.ids])
+        if keep:
+            self.states[start:], self.loss = seen, total
+        return total
+
+
+def _block_influence(stack: LayerStack) -> torch.Tensor:
+    similar, tokens = torch.zeros(len(stack.layers), dtype=torch.float64), 0
+    for ids in stack.batches:
+        states = [state.double() for state in CachedPass(stack, ids).states]
+        tokens += states[0][..., 0].numel()
+        for i, (before, after) in enumerate(pairwise(states)):
+            similar[i] += cosine_similarity(before, after, dim=-1).sum().cpu()
+    return stack.scores({i: (1 - similar[i] / tokens).item() for i in stack.free})
+
+
+def _cosine(stack: LayerStack) -> torch.Tensor:
+    similar, tokens = dict.fromkeys(stack.free, 0.0), 0
+    for ids in stack.batches:
+        run = CachedPass(stack, ids)
+        tokens += run.states[-1][..., 0].numel()
+        for i in stack.free:
+            with run.without({i}, i) as seen:
+                stack.model(**model_inputs(stack.model, ids), use_cache=False)
+            similar[i] += cosine_similarity(seen[-1].double(), run.states[-1].double(), dim=-1).sum().item()
+    return stack.scores({i: 1 - value / tokens for i, value in similar.items()})
+
+
+def _loss_change(stack: LayerStack) -> torch.Tensor:
+    change, tokens = dict.fromkeys(stack.free, 0.0), 0.0
+    for ids in stack.batches:
+        run = CachedPass(stack, ids)
+        tokens += run.tokens
+        for i in stack.free:
+            change[i] += run.loss_without({i}, i) - run.loss
+    return stack.scores({i: value / tokens for i, value in change.items()})
+
+
+def _greedy_loss(stack: LayerStack) -> torch.Tensor:
+    """Each removal is that of the layer without which the loss grows least, measured without those gone before.
+
+    What a layer costs grows as others go, mostly; so only those are measured again that cost least when last seen,
+    until one that was just measured does (lazy greedy selection). Scores are what each removal cost, made to
+    ascend in the order of removal.
+    """
+    runs = [CachedPass(stack, ids) for ids in stack.batches]
+    tokens = sum(run.tokens for run in runs)
+    gone: set[int] = set()
+
+    def cost(index: int) -> float:
+        return sum(run.loss_without(gone | {index}, index) - run.loss for run in runs) / tokens
+
+    costs = {i: cost(i) for i in stack.free}
+    scores, least = dict[int, float](), -torch.inf
+    while costs and len(scores) < stack.most:
+        measured = set(costs) if not gone else set()
+        while (index := min(costs, key=lambda i: costs[i])) not in measured:
+            costs[index] = cost(index)
+            measured.add(index)
+        scores[index] = least = _above(least, costs.pop(index))
+        gone.add(index)
+        for run in runs:
+            run.loss_without(gone, index, keep=True)
+    # What stays costs more than what goes, whatever was measured when.
+    for index in sorted(costs, key=lambda i: costs[i]):
+        scores[index] = least = _above(least, costs[index])
+    return stack.scores(scores)
+
+
+def _above(least: float, value: float) -> float:
+    """The value, or the next number after the last one if it does not lie above that."""
+    return max(value, torch.nextafter(torch.tensor(least, dtype=torch.float64), torch.tensor(torch.inf)).item())
+
+
+def _contiguous(stack: LayerStack) -> torch.Tensor:
+    size = len(stack.layers)
+    similar, tokens = torch.zeros(size + 1, size + 1, dtype=torch.float64), 0
+    for ids in stack.batches:
+        states = [nn.functional.normalize(s.double(), dim=-1).flatten(0, -2) for s in CachedPass(stack, ids).states]
+        tokens += len(states[0])
+        for i, before in enumerate(states):
+            for j in range(i + 1, size + 1):
+                similar[i, j] += (before * states[j]).sum().cpu()
+    angle = (similar / tokens).clamp(-1, 1).arccos() / pi
+
+    def block(count: int) -> list[int]:
+        starts = [s for s in range(size - count + 1) if not stack.fixed & set(range(s, s + count))]
+        start = min(starts, key=lambda s: angle[s, s + count].item(), default=0)
+        return list(range(start, start + count))
+
+    return stack.by_count(block)
+
+
+def _last(stack: LayerStack) -> torch.Tensor:
+    return stack.scores({i: float(len(stack.layers) - i) for i in stack.free})
+
+
+def _spaced_middle(stack: LayerStack) -> torch.Tensor:
+    def spaced(count: int) -> list[int]:
+        free = stack.free
+        # Even steps; of two at least while the stack has room for that, so that no two are neighbours.
+        step = max(len(free) / (count + 1), min(2.0, (len(free) - 1) / max(count - 1, 1)))
+        first = (len(free) - 1) / 2 - (count - 1) / 2 * step
+        return [free[min(floor(first + i * step + 0.5), len(free) - 1)] for i in range(min(count, len(free)))]
+
+    return stack.by_count(spaced)
+
+
+# By position, or by what forward passes say.
+STRATEGIES: dict[str, Callable[[LayerStack], torch.Tensor]] = {
+    "last": _last,
+    "spaced_middle": _spaced_middle,
+    "block_influence": _block_influence,
+    "cosine": _cosine,
+    "loss_change": _loss_change,
+    "loss": _greedy_loss,
+    "contiguous": _contiguous,
+}
+BY_POSITION = ("last", "spaced_middle")
+
+
+@torch.no_grad()
+def score_layers(
+    model: nn.Module,
+    unit: Unit,
+    strategy: str,
+    calibration: torch.Tensor | None,
+    compute: Compute,
+    most: int | None = None,
+) -> torch.Tensor:
+    """What each layer of a stack is worth by a strategy: float64 ``[layers]``, infinite for those that must stay.
+
+    Where what goes depends on how many go, ``[layers - 1, layers]``: row n - 1 is for n.
+
+    Args:
+        most: how many layers will go at most (default: any number); ``loss`` measures no further.
+    """
+    layers = list(layer_lists(model)[unit.name.removesuffix(".layers")])
+    batches: tuple[torch.Tensor, ...] = ()
+    if strategy not in BY_POSITION:
+        assert calibration is not None  # the caller has looked
+        batches = calibration.to(compute.device).split(max(1, TOKENS_PER_PASS // calibration.shape[1]))
+    most = len(layers) - 1 if most is None else most
+    stack = LayerStack(model, layers, irreplaceable_layers(layers), batches, compute, most)
+    if strategy in BY_POSITION:
+        return STRATEGIES[strategy](stack)
+    with evaluating(model), computing(model, compute):
+        return STRATEGIES[strategy](stack)
+
+
+def irreplaceable_layers(layers: list[nn.Module]) -> set[int]:
+    """Layers that hold a tensor that no other layer of their stack has."""
+    names = [{name for name, _ in layer.named_parameters()} for layer in layers]
+    return {
+        i for i, mine in enumerate(names) if mine - set().union(*(other for j, other in enumerate(names) if j != i))
+    }

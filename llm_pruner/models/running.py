@@ -1,0 +1,159 @@
+"""Run a model: inputs, modes, implementations, context length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from ..errors import PrunerError
+
+
+def answer_on_meta(operator: str, args: Any) -> bool | None:
+    """What to say when a model reads a value on the meta device, where there is none; None if it does not.
+
+    Models ask for "is nothing padded", whose answer here is yes.
+    """
+    if operator == "_local_scalar_dense" and args[0].device.type == "meta":
+        return bool(args[0].dtype is torch.bool)
+    return None
+
+
+class MetaReads(TorchDispatchMode):
+    """Lets models on the meta device read values; see :func:`unread`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = answer_on_meta(func.overloadpacket.__name__, args)
+        return func(*args, **(kwargs or {})) if answer is None else answer
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode; every module's own mode is put back afterwards."""
+    training = [m for m in model.modules() if m.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def implementations(model: nn.Module, **chosen: str) -> Iterator[None]:
+    """Choose how blocks run, as in ``experts="eager"``; put back afterwards.
+
+    Every module's own config is set, for a layer may hold another than the model's.
+    """
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    saved: list[tuple[Any, str, Any]] = []
+    try:
+        for config in configs.values():
+            for block, value in chosen.items():
+                slot = f"_{block}_implementation_internal"
+                if hasattr(config, slot):
+                    saved.append((config, slot, config.__dict__.get(slot)))
+                    config.__dict__[slot] = value
+        yield
+    finally:
+        for config, slot, value in saved:
+            config.__dict__[slot] = value
+
+
+@contextmanager
+def tracing_mode(model: nn.Module) -> Iterator[None]:
+    """Run attention eagerly and experts batched, in eval mode: both show the axes that fused kernels hide."""
+    with evaluating(model), implementations(model, attn="eager", experts="batched_mm"):
+        yield
+
+
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor that a checkpoint holds, by its first name: parameters and persistent float buffers.
+
+    Without those that transformers leaves out when it saves, such as tables of sines, since they are computed anew.
+    """
+    out: dict[str, torch.Tensor] = dict(model.named_parameters())
+    transient = {f"{p}.{n}".lstrip(".") for p, m in model.named_modules() for n in m._non_persistent_buffers_set}
+    for name, buffer in model.named_buffers():
+        if name not in transient and buffer.is_floating_point():
+            out[name] = buffer
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return {name: tensor for name, tensor in out.items() if name not in ignored}
+
+
+def model_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Token ids ``[rows, tokens]`` as arguments of the model.
+
+    An encoder-decoder reads the first half of each row in its encoder and the second in its decoder: what it predicts
+    is how the text goes on.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return {"input_ids": ids}
+    half = ids.shape[1] // 2
+    return {"input_ids": ids[:, :half], "decoder_input_ids": ids[:, half:]}
+
+
+def context_length(model: nn.Module) -> int | None:
+    """How many tokens the model reads at once, where its config says so."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
+    return longest if isinstance(longest, int) else None
+
+
+def target_ids(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The ids among :func:`model_inputs` that the model's logits are about."""
+    return inputs.get("decoder_input_ids", inputs["input_ids"])
+
+
+def random_tokens(model: nn.Module, rows: int = 2, tokens: int = 16, seed: int = 0) -> torch.Tensor:
+    """LongTensor ``[rows, tokens]`` of token ids, on the model's device."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, embedding.weight.shape[0], (rows, tokens), generator=generator)
+    return ids.to(embedding.weight.device)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The model's logits in fp32 ``[rows, tokens, vocabulary]``; encoder-decoders read ``ids`` on both sides."""
+    return model(**model_inputs(model, ids), use_cache=False).logits.float()
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """``max |a - b| / max |b|``; infinite where either is not finite."""
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return float("inf")
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
+
+
+def check_calibration(model: PreTrainedModel, calibration: torch.Tensor | None) -> torch.Tensor:
+    """The calibration set, if it is one that the model can read.
+
+    Raises:
+        PrunerError: it is none, or has token ids or a length that the model cannot read.
+    """
+    if calibration is None:
+        raise PrunerError("this criterion needs a calibration set: a LongTensor [samples, tokens]")
+    if not isinstance(calibration, torch.Tensor):
+        raise PrunerError(f"calibration must be a LongTensor of token ids, not {type(calibration).__name__}")
+    if calibration.ndim != 2 or calibration.is_floating_point() or calibration.shape[0] < 1 or calibration.shape[1] < 2:
+        raise PrunerError(
+            f"calibration must be a LongTensor [samples >= 1, tokens >= 2], not {calibration.dtype} "
+            f"{list(calibration.shape)}"
+        )
+    if model.config.is_encoder_decoder and calibration.shape[1] < 3:
+        raise PrunerError("an encoder-decoder predicts one half of a sample from the other: give 3 tokens or more")
+    weight = cast(torch.Tensor, model.get_input_embeddings().weight)
+    if int(calibration.max()) >= weight.shape[0] or int(calibration.min()) < 0:
+        raise PrunerError(
+            f"calibration has token id {int(calibration.max())}, the model a vocabulary of {weight.shape[0]}: "
+            "it was made with another tokenizer"
+        )
+    longest = context_length(model)
+    if longest is not None and calibration.shape[1] > longest:
+        raise PrunerError(f"calibration samples have {calibration.shape[1]} tokens, the model reads at most {longest}")
+    return calibration

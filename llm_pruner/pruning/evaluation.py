@@ -1,0 +1,74 @@
+"""Measure a model before and after pruning: perplexity, and test generations."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..data import text
+from ..evaluation.evaluate import PROMPTS
+from ..evaluation.perplexity import check_length, perplexity, windows
+from ..logs import log
+from ..models.blockwise import computing, native_compute
+from ..models.generate import pad_id
+from .planning import Stopwatch
+from .settings import EvaluationSettings, PruneSettings
+
+
+def evaluation_windows(
+    settings: EvaluationSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
+    """Cut every evaluation text into windows, so that a missing text is found before any work is done."""
+    if settings.datasets:
+        check_length(model, settings.tokens)
+    return {
+        name: windows(tokenizer, text(name, "test"), settings.tokens, settings.max_windows)
+        for name in settings.datasets
+    }
+
+
+def evaluate_model(
+    when: str,
+    settings: PruneSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: dict[str, torch.Tensor],
+    clock: Stopwatch,
+) -> dict[str, Any]:
+    """Return the perplexity on every text and, where asked for, continuations of LLM-Pruner's kind of prompts."""
+    evaluation = settings.evaluation
+    compute = native_compute(model).on(torch.device(evaluation.device))
+    if not settings.model.offload and not settings.model.device_map:
+        model.to(evaluation.device)  # type: ignore[arg-type]
+    metrics: dict[str, Any] = {"perplexity": {}}
+    if evaluation.generate_before if when.startswith("before") else evaluation.generate_after:
+        with clock("generate"), computing(model, compute):
+            metrics["samples"] = [_generate(settings, model, tokenizer, prompt) for prompt in PROMPTS]
+        for sample in metrics["samples"]:
+            log.info("%s: %s", when, sample)
+    for name, ids in texts.items():
+        with clock("perplexity"):
+            result = perplexity(model, ids, compute=compute)
+        metrics["perplexity"][name] = asdict(result)
+        log.info("perplexity %s on %s: %.4f (%d tokens)", when, name, result.perplexity, result.tokens)
+    return metrics
+
+
+@torch.no_grad()
+def _generate(settings: PruneSettings, model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """Sample one continuation of up to ``tokens`` tokens in all; seeded, so both models draw alike."""
+    set_seed(settings.seed)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    out = model.generate(
+        **inputs,
+        do_sample=True,
+        top_k=50,
+        top_p=settings.evaluation.top_p,
+        temperature=settings.evaluation.temperature,
+        max_length=max(settings.evaluation.tokens, inputs["input_ids"].shape[1] + 1),
+        pad_token_id=pad_id(tokenizer),
+    )
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -1,0 +1,109 @@
+"""Mend a pruned model within its run: rescaled norms and compensation, recorded in plan and metrics."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import calibration, self_calibration
+from ..errors import PrunerError
+from ..logs import log
+from ..refit.biases import with_biases
+from ..refit.compensate import compensate
+from ..refit.norms import rescale_norms
+from ..selection.plan import PruningPlan
+from .planning import Stopwatch
+from .settings import CalibrationSettings, PruneSettings
+
+
+def calibration_set(settings: CalibrationSettings, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Return the calibration set, LongTensor ``[samples, tokens]``.
+
+    Raises:
+        PrunerError: the text is too short for the samples that were asked for.
+    """
+    ids = calibration(
+        settings.dataset,
+        tokenizer,
+        settings.samples,
+        settings.tokens,
+        seed=settings.seed,
+        fewer=settings.fewer_samples,
+    )
+    if len(ids) < settings.samples:
+        log.info(
+            "the calibration text gives %d samples of %d tokens, not %d", len(ids), settings.tokens, settings.samples
+        )
+    return ids
+
+
+def mend(
+    settings: PruneSettings,
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    plan: PruningPlan,
+    ids: torch.Tensor,
+    metrics: dict[str, Any],
+    clock: Stopwatch,
+) -> PreTrainedModel:
+    """Rescale norms and compensate as the settings say; return the mended model.
+
+    What was done is recorded in ``metrics`` and, so that the plan can be applied again with it, in
+    ``plan.settings["refit"]``.
+    """
+    refit: dict[str, Any] = {}
+    if settings.refit.rescale_norms:
+        with clock("rescale_norms"):
+            metrics["norm_factors"] = rescale_norms(model, pruned, plan, ids)
+        refit["rescale_norms"] = True
+    if settings.refit.compensation != "none":
+        with clock("compensate"):
+            pruned, metrics["compensation"], own = _compensate(settings, model, pruned, plan, ids)
+        if "none" not in metrics["compensation"]:
+            refit |= {"compensation": settings.refit.compensation, "self_samples": own, "seed": settings.seed}
+    if refit:
+        plan.settings["refit"] = refit | {"calibration": asdict(settings.calibration)}
+    return pruned
+
+
+def _compensate(
+    settings: PruneSettings, model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, ids: torch.Tensor
+) -> tuple[PreTrainedModel, dict[str, Any], int]:
+    """Return the compensated model, a record of it, and how many samples the model wrote itself.
+
+    A model that cannot be compensated is left alone unless the user asked for it.
+    """
+    refit, own = settings.refit, 0
+    try:
+        if refit.self_samples and (refit.self_samples_required or not settings.model.offload):
+            ids, own = _with_self_samples(settings, model, ids)
+        if refit.compensation == "bias":
+            pruned = with_biases(pruned, ids)
+        kept = next((kept.tolist() for kept in plan.layers.values()), None)
+        report = compensate(model, pruned, ids, method=refit.compensation, kept=kept)
+    except PrunerError as error:
+        if refit.required:
+            raise
+        log.info("no compensation: %s", error)
+        return pruned, {"none": str(error)}, 0
+    moved = sum(layer.ridge is not None for layer in report.layers)
+    log.info(
+        "compensation moved %d of %d projections, logits scaled by %s", moved, len(report.layers), report.temperature
+    )
+    return pruned, asdict(report), own
+
+
+def _with_self_samples(settings: PruneSettings, model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return the calibration set with samples that the model writes itself in front; without, where it cannot."""
+    try:
+        own = self_calibration(model, ids, settings.refit.self_samples, settings.seed)
+    except PrunerError as error:
+        if settings.refit.self_samples_required:  # the user asked for them
+            raise
+        log.info("compensating without text of the model's own: %s", error)
+        return ids, 0
+    log.info("compensating on %d samples, %d of them the model's own", len(ids) + len(own), len(own))
+    return torch.cat([own, ids]), len(own)

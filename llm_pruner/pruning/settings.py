@@ -1,0 +1,340 @@
+"""Settings of a pruning run: what its flags and preset resolve to, once. Frozen; nothing changes them on their way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..choices import SHAPE
+from ..errors import PrunerError
+from ..files import read_json
+from ..importance.criteria import check_criterion
+from ..models.dispatch import resolve_device
+from ..refit.compensate import MIN_SAMPLES
+from .arguments import TARGETS, PruneArguments
+from .presets import PRESETS
+
+# Fields of a config file that describe the file, not the model's shape.
+NO_SHAPE = ("architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map")
+DEFAULT_LAYERS_KEPT = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Model to prune and where it lives; with ``offload`` its weights stay mapped in their files."""
+
+    name: str
+    dtype: str = "auto"
+    device: str = "cpu"
+    device_map: str | None = None
+    offload: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings:
+    """How units are scored (:func:`llm_pruner.score`)."""
+
+    criterion: str
+    taylor: str
+    aggregation: str
+    seed: int
+    cache: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    """Calibration set: ``samples`` of ``tokens`` from a text.
+
+    Attributes:
+        fewer_samples: accept fewer samples where the text is short.
+        shorter_samples: accept samples cut to the model's context length.
+    """
+
+    dataset: str
+    samples: int
+    tokens: int
+    seed: int | None = None
+    fewer_samples: bool = False
+    shorter_samples: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSettings:
+    """Whole layers and blocks that go.
+
+    Attributes:
+        first: keep only so many first layers.
+        drop: layers to drop, as (stack, index).
+        keep: layer counts to keep, as (stack, count).
+        drop_attention: layers whose attention goes, as (stack, index).
+        drop_mlp: layers whose MLP goes.
+        criterion: that chooses layers.
+        samples: calibration samples for it.
+    """
+
+    first: int | None = None
+    drop: tuple[tuple[str, int], ...] = ()
+    keep: tuple[tuple[str, int], ...] = ()
+    drop_attention: tuple[tuple[str, int], ...] = ()
+    drop_mlp: tuple[tuple[str, int], ...] = ()
+    criterion: str = "loss"
+    samples: int = 16
+
+    @property
+    def any(self) -> bool:
+        return bool(self.first or self.drop or self.keep or self.drop_attention or self.drop_mlp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthSettings:
+    """Which widths go, and how they are chosen (:func:`llm_pruner.select`).
+
+    Attributes:
+        kinds: kinds of units; empty: the preset's.
+        ranges: first and last layer (not included) by kind; None where the preset says.
+        ratio: share of a unit's indices that goes, where no budget is given.
+        proportions: proportions of kinds under a budget; 0 where they are to be measured.
+    """
+
+    preset: str
+    kinds: tuple[str, ...] = ()
+    ranges: Mapping[str, tuple[int | None, int | None]] = field(default_factory=dict)
+    ratio: float = 0.5
+    proportions: Mapping[str, float] = field(default_factory=dict)
+    iterative_steps: int = 1
+    scope: str = "local"
+    normalize: str = "none"
+    floor: float = 0.0
+    round_to: int = 1
+    tensor_parallel: int = 1
+    align: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSettings:
+    """What the pruned model may cost: ``kind`` is a flag of ``--target_*``."""
+
+    kind: str
+    target: str
+    tokens: int = 2048
+    batch: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitSettings:
+    """What is mended after pruning.
+
+    Attributes:
+        compensation: method, or ``none``.
+        required: fail where compensation is impossible, rather than go on without.
+        self_samples: calibration samples that the model writes itself, besides those of the text.
+        self_samples_required: write them even if the model is offloaded, which is slow; fail where it cannot write.
+        rescale_norms: rescale norms when hidden channels go.
+    """
+
+    compensation: str = "none"
+    required: bool = False
+    self_samples: int = 0
+    self_samples_required: bool = False
+    rescale_norms: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What is measured before and after pruning."""
+
+    datasets: tuple[str, ...] = ()
+    tokens: int = 128
+    max_windows: int | None = None
+    device: str = "cpu"
+    generate_before: bool = False
+    generate_after: bool = False
+    temperature: float = 1.0
+    top_p: float = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
+    """Where a run is written, and whether its checkpoint is."""
+
+    folder: Path
+    save: bool = False
+    standalone: bool = False
+    push_to_hub: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings:
+    """Settings of a pruning run, by concern."""
+
+    preset: str
+    seed: int
+    model: ModelSettings
+    scoring: ScoringSettings
+    calibration: CalibrationSettings
+    layers: LayerSettings
+    widths: WidthSettings
+    shape: Mapping[str, Any]
+    budget: BudgetSettings | None
+    refit: RefitSettings
+    evaluation: EvaluationSettings
+    output: OutputSettings
+
+    @property
+    def prunes_widths(self) -> bool:
+        """True unless only whole layers or blocks go."""
+        if self.widths.kinds:
+            return self.widths.kinds != ("layers",)
+        return not self.layers.any or bool(self.budget or self.shape)
+
+
+def resolve_settings(arguments: PruneArguments) -> PruneSettings:
+    """Check flags, fill in the preset and resolve devices.
+
+    Raises:
+        PrunerError: flags exclude or need each other, a value is not valid, a criterion or device does not exist, or
+            the file of ``--target_config`` cannot be read.
+    """
+    arguments.check()
+    value = filled_arguments(arguments)
+    device = resolve_device(arguments.device, "--device")
+    settings = PruneSettings(
+        preset=arguments.preset,
+        seed=arguments.seed,
+        model=ModelSettings(
+            name=arguments.model,
+            dtype=arguments.dtype,
+            device=device,
+            device_map=arguments.device_map,
+            offload=arguments.stream,
+            trust_remote_code=arguments.trust_remote_code,
+        ),
+        scoring=ScoringSettings(
+            criterion=check_criterion(value["pruner_type"]),
+            taylor=value["taylor"],
+            aggregation=value["grouping_strategy"],
+            seed=arguments.seed,
+            cache=Path(arguments.score_cache) if arguments.score_cache else None,
+        ),
+        calibration=CalibrationSettings(
+            dataset=arguments.calib_dataset,
+            samples=value["num_examples"],
+            tokens=value["calib_seq_len"],
+            seed=arguments.calib_seed,
+            fewer_samples=arguments.num_examples is None,
+            shorter_samples=arguments.calib_seq_len is None,
+        ),
+        layers=_layer_settings(arguments),
+        widths=_width_settings(arguments, bool(value["hardware_align"])),
+        shape=_shape(arguments),
+        budget=_budget_settings(arguments),
+        refit=_refit_settings(arguments, value),
+        evaluation=EvaluationSettings(
+            datasets=tuple(arguments.eval_datasets),
+            tokens=arguments.max_seq_len,
+            max_windows=arguments.max_windows or None,
+            device=resolve_device(arguments.eval_device, "--eval_device"),
+            generate_before=arguments.test_before_train,
+            generate_after=arguments.test_after_train,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+        ),
+        output=OutputSettings(
+            folder=Path(arguments.output or Path(arguments.output_root) / arguments.save_ckpt_log_name),
+            save=arguments.save_model or arguments.output is not None,
+            standalone=arguments.standalone,
+            push_to_hub=arguments.push_to_hub,
+        ),
+    )
+    refit = settings.refit
+    if refit.compensation != "none" and settings.calibration.samples < MIN_SAMPLES:
+        raise PrunerError(
+            f"--compensate {refit.compensation} needs --num_examples of at least {MIN_SAMPLES}, better 128; give more, "
+            "or --compensate none"
+        )
+    return settings
+
+
+def filled_arguments(arguments: PruneArguments) -> dict[str, Any]:
+    """Return all flags by name, those that are not given as the preset has them."""
+    preset = PRESETS[arguments.preset]
+    return {name: preset.get(name) if value is None else value for name, value in asdict(arguments).items()}
+
+
+def _layer_settings(arguments: PruneArguments) -> LayerSettings:
+    first = (arguments.layer or DEFAULT_LAYERS_KEPT) if arguments.layer_wise else None
+    return LayerSettings(
+        first=first,
+        drop=tuple(arguments.layer_numbers("drop_layers")),
+        keep=tuple(arguments.layer_numbers("num_layers")),
+        drop_attention=tuple(arguments.layer_numbers("drop_attention")),
+        drop_mlp=tuple(arguments.layer_numbers("drop_mlp")),
+        criterion="last" if first else arguments.depth or "loss",
+        samples=arguments.depth_examples,
+    )
+
+
+def _width_settings(arguments: PruneArguments, align: bool) -> WidthSettings:
+    attention, mlp = (
+        (getattr(arguments, f"block_{block}_layer_start"), getattr(arguments, f"block_{block}_layer_end"))
+        for block in ("attention", "mlp")
+    )
+    kinds: tuple[str, ...] = tuple(arguments.kinds)
+    if arguments.channel_wise:
+        kinds = ("hidden",)
+    elif not kinds and (arguments.block_wise or attention != (None, None)):
+        kinds = ("heads", "neurons")
+    proportions: Mapping[str, float] = arguments.proportions()
+    if "layers" in kinds and any(map(arguments.is_given, TARGETS)):
+        proportions = dict.fromkeys(kinds, 1.0)
+    return WidthSettings(
+        preset=arguments.preset,
+        kinds=kinds,
+        ranges={"heads": attention, "query_heads": attention, "neurons": mlp, "channels": mlp, "experts": mlp},
+        ratio=arguments.pruning_ratio,
+        proportions=proportions,
+        iterative_steps=arguments.iterative_steps,
+        scope="global" if arguments.global_pruning else "local",
+        normalize=arguments.normalize,
+        floor=arguments.floor,
+        round_to=arguments.round_to,
+        tensor_parallel=arguments.tensor_parallel,
+        align=align,
+    )
+
+
+def _budget_settings(arguments: PruneArguments) -> BudgetSettings | None:
+    for kind in TARGETS:
+        if (target := getattr(arguments, kind)) is not None:
+            return BudgetSettings(
+                kind=kind, target=str(target), tokens=arguments.budget_tokens, batch=arguments.budget_batch
+            )
+    return None
+
+
+def _refit_settings(arguments: PruneArguments, value: Mapping[str, Any]) -> RefitSettings:
+    compensation = value["compensate"]
+    if arguments.compensate is None and "hidden" in (*arguments.kinds, *("hidden",) * arguments.channel_wise):
+        compensation = "none"  # the default of a preset gives way where hidden states change their size
+    return RefitSettings(
+        compensation=compensation,
+        required=arguments.compensate is not None,
+        self_samples=value["self_examples"],
+        self_samples_required=arguments.self_examples is not None,
+        rescale_norms=arguments.rescale_norms,
+    )
+
+
+def _shape(arguments: PruneArguments) -> dict[str, Any]:
+    """Return the config fields that the result must have."""
+    out: dict[str, Any] = {}
+    if arguments.target_config:
+        content = read_json(arguments.target_config)
+        if not isinstance(content, dict):
+            raise PrunerError(f"--target_config {arguments.target_config} holds no config: give an object of fields")
+        out = {name: value for name, value in content.items() if name not in NO_SHAPE}
+    named = {name: getattr(arguments, name) for name in SHAPE}
+    return out | {name: value for name, value in named.items() if value is not None}

@@ -1,0 +1,261 @@
+"""Plans for whole layers and blocks, reachable shapes, and the sensitivity of the loss to each kind of unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import PrunerError
+from ..graph.units import CouplingGraph, Unit, block_of
+from ..importance.layers import BY_POSITION
+from ..importance.score import score
+from ..importance.scores import Scores
+from ..logs import log
+from ..models.blockwise import computing
+from ..models.loss import total_loss
+from ..models.running import evaluating
+from ..models.skeleton import parameter_count
+from ..selection.budgets import NothingRemoved, NotMet, parameter_budget, parameters
+from ..selection.plan import PruningPlan
+from ..selection.ranking import removable_count
+from ..selection.select import select
+from ..surgery.apply import apply
+from ..surgery.config.shape import counts_fitting, layer_counts, nearest, shapes_for, target_config
+from .settings import PruneSettings
+
+PROBE = 0.05  # share of the parameters that each kind loses to measure what that costs
+SAMPLES_PER_PASS = 16
+
+
+class Clock(Protocol):
+    def __call__(self, stage: str) -> Any: ...
+
+
+def plan_layers(
+    settings: PruneSettings, model: PreTrainedModel, graph: CouplingGraph, ids: torch.Tensor | None, clock: Clock
+) -> PruningPlan | None:
+    """Return the plan for whole layers and blocks, None where none go.
+
+    Raises:
+        PrunerError: a layer does not exist, or too few would stay.
+    """
+    layers = settings.layers
+    blocks = [
+        block_of(model, graph, _stack_path(graph, where, flag), layer, kind)
+        for flag, kind in (("drop_attention", "heads"), ("drop_mlp", "neurons"))
+        for where, layer in getattr(layers, flag)
+    ]
+    if layers.drop:
+        counts, scores = _named_layers(graph, layers.drop)
+    elif "layers" in settings.widths.proportions:
+        counts, scores = _proportional_layers(settings, model, graph, ids, clock)
+    else:
+        counts, scores = _counted_layers(settings, model, graph, ids, clock)
+    plan = select(graph, scores, counts=counts) if counts else None
+    for path in blocks:
+        plan = plan or PruningPlan()
+        plan.drop_block(path, graph.shapes)
+    return plan
+
+
+def _named_layers(graph: CouplingGraph, drop: tuple[tuple[str, int], ...]) -> tuple[dict[str, int], Scores]:
+    """Return how many layers stay in each stack when the named ones go, and scores that make these go."""
+    units = {unit.name: unit for unit in graph.of_kind("layers")}
+    values = {name: torch.full((unit.size,), torch.inf, dtype=torch.float64) for name, unit in units.items()}
+    for where, layer in drop:
+        name = _stack_path(graph, where, "drop_layers") + ".layers"
+        if layer >= units[name].size:
+            raise PrunerError(f"--drop_layers {layer} is out of range: {name} are 0 to {units[name].size - 1}")
+        values[name][layer] = 0.0
+    counts = {name: int(value.isinf().sum()) for name, value in values.items()}
+    return _only_fewer(units, counts), Scores(values, {"criterion": "named"})
+
+
+def _counted_layers(
+    settings: PruneSettings, model: PreTrainedModel, graph: CouplingGraph, ids: torch.Tensor | None, clock: Clock
+) -> tuple[dict[str, int], Scores]:
+    """Return how many layers stay in each stack by the settings, and the scores of layers where some go."""
+    units = {unit.name: unit for unit in graph.of_kind("layers")}
+    counts = _layer_counts(settings, model, graph, units)
+    for name, count in counts.items():
+        if not 1 <= count <= units[name].size:
+            raise PrunerError(f"{name}: cannot keep {count} of {units[name].size}: give 1 to {units[name].size - 1}")
+    fewer = _only_fewer(units, counts)
+    if counts and not fewer and not settings.shape:
+        raise PrunerError("as many layers would stay as the model has: give fewer")
+    if not fewer:
+        return {}, Scores({})
+    most = max(units[name].size - count for name, count in fewer.items())
+    with clock("depth"):
+        return fewer, _score_layers(settings, model, graph, ids, most)
+
+
+def _layer_counts(
+    settings: PruneSettings, model: PreTrainedModel, graph: CouplingGraph, units: Mapping[str, Unit]
+) -> dict[str, int]:
+    layers = settings.layers
+    if layers.first:
+        if len(units) != 1:
+            raise PrunerError(f"--layer_wise is for one stack of layers, the model has {len(units)}: use --num_layers")
+        return dict.fromkeys(units, layers.first)
+    if layers.keep:
+        if len(layers.keep) > len(units):
+            raise PrunerError(f"--num_layers names {len(layers.keep)} stacks of layers, the model has {len(units)}")
+        return {
+            _stack_path(graph, where, "num_layers") + ".layers" if where else list(units)[i]: count
+            for i, (where, count) in enumerate(layers.keep)
+        }
+    if settings.shape:
+        config = target_config(model, settings.shape)
+        with _naming_nearest(model, settings.shape):
+            return layer_counts(graph, shapes_for(type(model), config))
+    if "layers" in settings.widths.kinds:
+        return {name: unit.size - removable_count(unit, settings.widths.ratio) for name, unit in units.items()}
+    return {}
+
+
+def _only_fewer(units: Mapping[str, Unit], counts: Mapping[str, int]) -> dict[str, int]:
+    return {name: count for name, count in counts.items() if count < units[name].size}
+
+
+def _score_layers(
+    settings: PruneSettings,
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    ids: torch.Tensor | None,
+    most: int | None,
+) -> Scores:
+    criterion = settings.layers.criterion
+    samples = None if ids is None or criterion in BY_POSITION else ids[: settings.layers.samples]
+    device = settings.model.device
+    return score(model, graph, samples, criterion=criterion, kinds=["layers"], device=device, most=most)
+
+
+def _stack_path(graph: CouplingGraph, where: str, flag: str) -> str:
+    """Return the path of a stack of layers: the only one, or the one whose path has ``where`` in it."""
+    paths = [unit.name.removesuffix(".layers") for unit in graph.of_kind("layers")]
+    matching = [path for path in paths if where in path.split(".")] if where else paths
+    if len(matching) != 1:
+        raise PrunerError(
+            f"--{flag} does not say which stack of layers is meant: the model has {', '.join(paths) or 'none'}; give "
+            "encoder.N, say"
+        )
+    return matching[0]
+
+
+def describe_dropped(plan: PruningPlan) -> str:
+    """Return the layers and blocks that a plan drops, for the log."""
+    parts = []
+    for path, kept in plan.layers.items():
+        stays = set(kept.tolist())
+        parts.append(f"{path} {', '.join(str(i) for i in range(plan.units[f'{path}.layers'].size) if i not in stays)}")
+    return "; ".join([*parts, *plan.blocks])
+
+
+def reachable_shape(
+    model: PreTrainedModel, graph: CouplingGraph, shape: Mapping[str, Any]
+) -> tuple[PreTrainedConfig, dict[str, int]]:
+    """Return the config of a shape and how many indices each unit keeps for it; layers are as many already.
+
+    Raises:
+        PrunerError: the shape cannot be reached; the message names the nearest that can.
+    """
+    config = target_config(model, shape)
+    with _naming_nearest(model, shape):
+        return config, counts_fitting(graph, type(model), config)
+
+
+@contextmanager
+def _naming_nearest(model: PreTrainedModel, shape: Mapping[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except PrunerError as error:
+        near = [f"{name} {value}" for name, value in nearest(model, shape)]
+        hint = f"; with all else as asked, these can: {', '.join(near)}" if near else ""
+        raise PrunerError(f"the shape cannot be reached: {error}{hint}") from error
+
+
+def _proportional_layers(
+    settings: PruneSettings, model: PreTrainedModel, graph: CouplingGraph, ids: torch.Tensor | None, clock: Clock
+) -> tuple[dict[str, int], Scores]:
+    """Return how many layers stay when layers and widths go in proportions, and the scores of layers."""
+    budget_settings = settings.budget
+    if budget_settings is None or budget_settings.kind != "target_params":
+        raise PrunerError("layers go in proportion with --target_params only: give that instead")
+    shares = dict(settings.widths.proportions)
+    kinds = tuple(kind for kind in shares if kind != "layers")
+    with clock("depth"):
+        layer_scores = _score_layers(settings, model, graph, ids, None)
+    scoring, width_scores = settings.scoring, Scores({})
+    if kinds:
+        with clock("score"):
+            width_scores = score(
+                model,
+                graph,
+                ids,
+                criterion=scoring.criterion,
+                taylor=scoring.taylor,
+                aggregation=scoring.aggregation,
+                kinds=kinds,
+                seed=scoring.seed,
+                device=settings.model.device,
+            )
+    both = Scores(layer_scores.values | width_scores.values, width_scores.settings)
+    if not all(shares.values()):
+        with clock("sensitivity"):
+            shares = measure_sensitivity(model, graph, both, tuple(shares), ids)
+    budget = parameter_budget(graph, budget_settings.target)
+    try:
+        plan = select(graph, both, ratio=shares, budget=budget, floor=settings.widths.floor)
+    except NotMet as error:  # layers are large steps; widths do what one more layer would overdo
+        if not kinds:
+            raise
+        plan = error.above or PruningPlan()
+    return {f"{path}.layers": len(kept) for path, kept in plan.layers.items()}, layer_scores
+
+
+def measure_sensitivity(
+    model: PreTrainedModel, graph: CouplingGraph, scores: Scores, kinds: tuple[str, ...], ids: torch.Tensor | None
+) -> dict[str, float]:
+    """Return the proportions in which kinds of units go, by how much the loss grows without a little of each.
+
+    The cost of removing x parameters of one kind is taken for a x^2; for a given sum of x, the sum of costs is least
+    with x in proportion to 1 / a.
+
+    Raises:
+        PrunerError: there is no calibration set.
+    """
+    if ids is None:
+        raise PrunerError("measured proportions need a calibration set: give --pruner_type taylor, say")
+    loss, total = _loss(model, ids), parameter_count(model)
+    out = {}
+    for kind in kinds:
+        freed = total - parameters(graph, select(graph, scores, ratio=1 - 1e-6, kinds=[kind]))
+        plan = _probe(graph, scores, kind, PROBE * total / freed)
+        removed = total - parameters(graph, plan)
+        cost = max(_loss(apply(model, plan), ids) - loss, 1e-4)
+        out[kind] = removed**2 / cost / freed
+        log.info("%s: without %.1f%% of the parameters the loss is %+.4f", kind, 100 * removed / total, cost)
+    largest = max(out.values())
+    return {kind: value / largest for kind, value in out.items()}
+
+
+def _probe(graph: CouplingGraph, scores: Scores, kind: str, ratio: float) -> PruningPlan:
+    """Return the plan of the least ratio from ``ratio`` up that removes an index of a kind."""
+    while True:
+        try:
+            return select(graph, scores, ratio=min(ratio, 0.5), kinds=[kind])
+        except NothingRemoved:
+            if ratio >= 0.5:
+                raise
+            ratio *= 1.5
+
+
+def _loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    with evaluating(model), computing(model) as compute:
+        total, tokens = total_loss(model, ids.to(compute.device).split(SAMPLES_PER_PASS))
+    return total / tokens

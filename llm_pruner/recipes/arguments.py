@@ -1,0 +1,31 @@
+"""Flags of ``llm-pruner run``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import PrunerError
+from ..flags import Arguments, flag
+
+
+@dataclass(kw_only=True)
+class RunArguments(Arguments):
+    """Flags of ``llm-pruner run``."""
+
+    recipe: str = flag("", "recipe to run, a YAML file")
+    model: str | None = flag(None, "model to use instead of the recipe's")
+    output: str | None = flag(None, "folder to write to instead of the recipe's")
+    dry_run: bool = flag(False, "predict what every stage leaves, without weights, in seconds")
+    status: bool = flag(False, "show the progress of a sweep")
+    executor: str | None = flag(None, "where the runs of a sweep take place: local, slurm, or submitit")
+    yes: bool = flag(False, "start a sweep of more than 200 runs without asking")
+    worker: bool = flag(False, "internal: process unclaimed sweep points")
+
+    def check(self) -> None:
+        """Refuse an empty recipe name.
+
+        Raises:
+            PrunerError: no recipe is named.
+        """
+        if not self.recipe:
+            raise PrunerError("name a recipe: llm-pruner run RECIPE.yaml")

@@ -1,0 +1,27 @@
+"""Flags of ``llm-pruner report``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import PrunerError
+from ..flags import Arguments, flag
+
+
+@dataclass(kw_only=True)
+class ReportArguments(Arguments):
+    """Flags of ``llm-pruner report``."""
+
+    runs: list[str] = flag([], "folders of runs: of prune, recover, run, or evaluate --output")
+    output: str = flag("report.html", "page to write: one file that needs no network")
+    figures: str | None = flag(None, "folder to write every figure to as well, as SVG and PNG")
+    title: str = flag("Pruning report", "title of the page")
+
+    def check(self) -> None:
+        """Refuse an empty list of runs.
+
+        Raises:
+            PrunerError: no run is named.
+        """
+        if not self.runs:
+            raise PrunerError("name at least one run: llm-pruner report FOLDER [FOLDER ...]")

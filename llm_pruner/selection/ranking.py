@@ -1,0 +1,112 @@
+"""Which indices go: the least important of each unit, or of all units of a kind together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil, prod
+
+import torch
+
+from ..errors import PrunerError
+from ..graph.units import CouplingGraph, Unit
+from ..importance.scores import Scores
+
+
+def removable_count(unit: Unit, ratio: float) -> int:
+    """How many of a unit's indices a ratio removes (LLM-Pruner's count), leaving at least the minimum."""
+    channels = unit.size * unit.width
+    removed = (channels - int(channels * (1 - ratio))) // unit.width
+    return min(removed, unit.size - unit.minimum)
+
+
+def _rounded(unit: Unit, kept: int, step: int) -> int:
+    """A kept count as a multiple of ``step``, at least the unit's minimum and at most all of it."""
+    return min(-(-max(kept, unit.minimum) // step) * step, unit.size)
+
+
+def alignment(unit: Unit) -> int:
+    """The width in whose multiples kernels like a unit's channels."""
+    if unit.kind in ("heads", "query_heads", "experts", "layers"):
+        return 1
+    fits = (width for width in (128, 64, 32, 16, 8) if unit.size % width == 0 and unit.size >= 32 * width)
+    return next(fits, 1)
+
+
+def rank_locally(units: list[Unit], scores: Scores, ratio: float, steps: list[int], floor: float) -> list[torch.Tensor]:
+    out = []
+    for unit, step in zip(units, steps, strict=True):
+        kept = max(unit.size - removable_count(unit, ratio), _least(unit, floor))
+        gone = unit.size - _rounded(unit, kept, step)
+        out.append(torch.argsort(scores.of(unit, gone), stable=True)[:gone])
+    return out
+
+
+def rank_balanced(scores: torch.Tensor, count: int, parts: int) -> torch.Tensor:
+    """The indices that score least in each of so many equal parts of a unit, together ``count``."""
+    width = len(scores) // parts
+    order = torch.argsort(scores.view(parts, width), dim=1, stable=True)[:, : count // parts]
+    return (order + width * torch.arange(parts)[:, None]).flatten()
+
+
+# What the scores of a unit are divided by before they are compared with those of others.
+NORMALIZERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "none": torch.ones_like,
+    "mean": lambda scores: _mean(scores),
+    "sqrt": lambda scores: _mean(scores).sqrt(),
+}
+
+
+def _mean(scores: torch.Tensor) -> torch.Tensor:
+    """The mean of what has a score; what has gone in an earlier step, or must stay, has an infinite one."""
+    known = scores[torch.isfinite(scores)]
+    return known.mean().clamp_min(torch.finfo(torch.float64).tiny) if known.numel() else torch.ones(())
+
+
+def _least(unit: Unit, floor: float) -> int:
+    """The fewest indices that a unit keeps."""
+    return max(unit.minimum, ceil(floor * unit.size))
+
+
+def index_costs(units: list[Unit], graph: CouplingGraph) -> list[float]:
+    """Parameters that go with one index of each unit."""
+    out = []
+    for unit in units:
+        freed = [
+            prod(graph.shapes[name]) * (label >= 0).double().mean().item() for (name, _), label in unit.dims.items()
+        ]
+        out.append(sum(freed) / unit.size)
+    return out
+
+
+def rank_globally(
+    units: list[Unit],
+    scores: Scores,
+    ratio: float,
+    steps: list[int],
+    floor: float,
+    costs: list[float],
+    normalizer: Callable[[torch.Tensor], torch.Tensor],
+) -> list[torch.Tensor]:
+    """Remove the indices of all units together that score least per parameter; every unit keeps its minimum."""
+    if not units:
+        return []
+    if any(scores.values[unit.name].ndim > 1 for unit in units):
+        raise PrunerError("these scores depend on how many indices of a unit go: they rank within it, scope='local'")
+    budget = sum(removable_count(unit, ratio) * cost for unit, cost in zip(units, costs, strict=True))
+    owner = torch.cat([torch.full((unit.size,), i) for i, unit in enumerate(units)])
+    index = torch.cat([torch.arange(unit.size) for unit in units])
+    values = [scores.of(unit).double() for unit in units]
+    # Costs relative to the largest leave the order of units of one size to the scores, to the bit.
+    ranked = [v / normalizer(v) / (cost / max(costs)) for v, cost in zip(values, costs, strict=True)]
+    order = torch.argsort(torch.cat(ranked), stable=True)
+    removed: list[list[int]] = [[] for _ in units]
+    for position in order.tolist():
+        i = int(owner[position])
+        if budget >= 0.999 * costs[i] and len(removed[i]) < units[i].size - _least(units[i], floor):
+            removed[i].append(int(index[position]))
+            budget -= costs[i]
+    out = []
+    for unit, gone, step in zip(units, removed, steps, strict=True):
+        kept = _rounded(unit, unit.size - len(gone), step)
+        out.append(torch.tensor(gone[: unit.size - kept], dtype=torch.long))
+    return out

@@ -1,0 +1,1 @@
+"""Find the config that builds the pruned model."""

@@ -1,0 +1,234 @@
+"""Stacks of layers and the configs that they are built from; dropping whole layers of them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ...errors import PrunerError
+from ...models.layers import is_below
+from ...models.per_layer import CONSTANTS, SUBMODULES, fields_of, layer_lists, overrides_of, set_field
+from ...models.running import MetaReads, model_inputs, tracing_mode
+from ...models.skeleton import skeleton
+from ...selection.plan import PruningPlan, name_after
+
+
+@dataclass
+class Stack:
+    """A stack of layers.
+
+    ``path`` is where it is in the model, ``scope`` where the smallest model begins that holds all stacks built from
+    the same config, and ``config`` how to get from the model's config to that one. ``standard`` says whether
+    ``per_layer_config`` of that config means the layers of this stack and no others.
+    """
+
+    path: str
+    length: int
+    config: tuple[str, ...]
+    scope: str = ""
+    standard: bool = False
+
+    def inside(self, index: int, path: str = "") -> str:
+        """The path of a block of layer ``index``, from the scope."""
+        return f"{self.path}.{index}.{path}".removeprefix(f"{self.scope}." if self.scope else "").rstrip(".")
+
+
+def stacks_of(model: PreTrainedModel) -> list[Stack]:
+    configs = dict(configs_in(model.config))
+    owners = {path: m for path, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    out = []
+    for path, layers in layer_lists(model).items():
+        owner = owners[max((p for p in owners if is_below(p, path)), key=len)]
+        same = [where for where, config in configs.items() if config is owner.config]
+        # Some models give their parts copies of their own config.
+        same += [where for where, config in configs.items() if type(config) is type(owner.config)]
+        if same:
+            out.append(Stack(path, len(layers), same[0]))
+    for stack in out:
+        together = [other.path for other in out if other.config == stack.config]
+        config = configs[stack.config]
+        scopes = [
+            p
+            for p, m in owners.items()
+            if all(is_below(p, path) for path in together) and type(m.config) is type(config)
+        ]
+        stack.scope = max(scopes, key=len)
+        stack.standard = len(together) == 1 and stack.length == getattr(config, "num_hidden_layers", None)
+    return out
+
+
+def configs_in(
+    config: PreTrainedConfig, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
+    """A config and those inside it, by path."""
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from configs_in(value, (*path, name))
+
+
+def without_layers(
+    model: PreTrainedModel, config: PreTrainedConfig, stacks: list[Stack], plan: PruningPlan
+) -> PreTrainedConfig:
+    """The config of the model without the layers that a plan drops, all else as it is.
+
+    Fields with an entry for each layer lose those of the layers that go, and lists of layers' indices are renumbered.
+    How many layers there are, and how many of them come before others of another kind, is a whole number in some
+    field; which one, the shapes of the model that it gives say.
+
+    Raises:
+        PrunerError: no field expresses what is left.
+    """
+    config, plan = copy.deepcopy(config), replace(plan, blocks=[])
+    wanted = {
+        new: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if (new := name_after(name, plan)) is not None
+    }
+    parts = dict(configs_in(config))
+    done: dict[str, torch.Tensor] = {}
+    for path, kept in plan.layers.items():
+        stack = next((s for s in stacks if s.path == path), None)
+        if stack is None:
+            raise PrunerError(f"layers cannot be dropped from {path}: no config of the model is theirs")
+        part, order = parts[stack.config], kept.tolist()
+        if part.is_heterogeneous:
+            overrides = part._heterogeneity_spec.per_layer_overrides
+            layers = {new: dict(overrides[old]) for new, old in enumerate(order) if overrides.get(old)}
+            part.per_layer_config = None
+        else:
+            layers = {}
+        for name, value in list(vars(part).items()):
+            if isinstance(value, list) and not name.startswith("_"):
+                setattr(part, name, _entries(value, stack.length, order))
+        for key in (SUBMODULES, CONSTANTS):
+            if entries := getattr(part, key, None):
+                setattr(part, key, _moved(entries, stack, order))
+        _set_layer_count(model, config, part, stack, len(order), done)
+        done[path] = kept
+        if layers:
+            part.allow_global_per_layer_attribute_access = True
+            part.per_layer_config = cast(Any, layers)
+    return _fit_layer_pattern(type(model), config, wanted)
+
+
+def without_blocks(model: PreTrainedModel, config: PreTrainedConfig, plan: PruningPlan) -> None:
+    """Note in a config, which has the layers that the plan leaves, what blocks are gone.
+
+    Raises:
+        PrunerError: a block is in no layer.
+    """
+    parts, stacks = dict(configs_in(config)), stacks_of(skeleton(type(model), config))
+    others = replace(plan, blocks=[])
+    for path in plan.blocks:
+        new = name_after(f"{path}.", others)
+        stack = next((s for s in stacks if new and new.startswith(f"{s.path}.")), None)
+        if new is None:  # it lies in a layer that is gone
+            continue
+        if stack is None:
+            raise PrunerError(f"{path} lies in no layer: only blocks of layers can go")
+        layer, _, inner = new[len(stack.path) + 1 : -1].partition(".")
+        entry = {"values": {}, "shapes": {}, "absent": _outputs(model, path)}
+        part = parts[stack.config]
+        setattr(part, SUBMODULES, overrides_of(part) | {stack.inside(int(layer), inner): entry})
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel, path: str) -> int:
+    """How many values a block returns, 0 where it returns no tuple."""
+    seen: list[int] = []
+
+    def look(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(len(output) if isinstance(output, tuple) else 0)
+
+    twin = skeleton(type(model), model.config)
+    with tracing_mode(twin), MetaReads():
+        handle = twin.get_submodule(path).register_forward_hook(look)
+        try:
+            ids = torch.ones(1, 4, dtype=torch.long, device="meta")
+            twin(**model_inputs(twin, ids), use_cache=False)
+        finally:
+            handle.remove()
+    return seen[0]
+
+
+def _entries(values: list[Any], length: int, order: list[int]) -> list[Any]:
+    """A list with an entry for each layer, or one of layers' indices, after the layers of ``order`` are left."""
+    if len(values) == length:
+        return [values[i] for i in order]
+    indices = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    if values and indices and values == sorted(set(values)) and values[0] >= 0 and values[-1] < length:
+        return [order.index(i) for i in values if i in order]
+    return values
+
+
+def _moved(entries: dict[str, Any], stack: Stack, order: list[int]) -> dict[str, Any]:
+    """What is noted for layers, by the paths that they get."""
+    out = {}
+    start = stack.inside(0).rpartition(".")[0]
+    for path, value in entries.items():
+        found = re.fullmatch(rf"{re.escape(start)}\.(\d+)(\..*)?", path)
+        if found is None:
+            out[path] = value
+        elif int(found[1]) in order:
+            out[f"{start}.{order.index(int(found[1]))}{found[2] or ''}"] = value
+    return out
+
+
+def _set_layer_count(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    part: PreTrainedConfig,
+    stack: Stack,
+    count: int,
+    done: dict[str, torch.Tensor],
+) -> None:
+    """Set the field that counts a stack's layers; those of other stacks are ``done`` or as in the model."""
+    wanted = {path: len(layers) for path, layers in layer_lists(model).items()} | {stack.path: count}
+    wanted |= {path: len(kept) for path, kept in done.items()}
+    fields = [n for n, v in fields_of(part).items() if type(v) is int and v == stack.length]
+    fields.sort(key=lambda name: name != part.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
+    for name in fields:
+        set_field(part, name, count)
+        try:
+            found = {path: len(layers) for path, layers in layer_lists(skeleton(type(model), config)).items()}
+        except Exception:  # a constructor may refuse a config in any way it likes
+            found = {}
+        if found == wanted:
+            return
+        set_field(part, name, stack.length)
+    raise PrunerError(f"no field of {type(part).__name__} counts the layers of {stack.path}")
+
+
+def _fit_layer_pattern(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, wanted: dict[str, tuple[int, ...]]
+) -> PreTrainedConfig:
+    """The config, if need be with one more number changed: how many dense layers come first, say."""
+
+    def fits(config: PreTrainedConfig) -> bool:
+        try:
+            found = skeleton(model_class, config).state_dict()
+        except Exception:
+            return False
+        return {name: tuple(t.shape) for name, t in found.items()} == wanted
+
+    if fits(config):
+        return config
+    for name, value in fields_of(config).items():
+        if type(value) is int and re.search("layer|dense|first|step|interval|freq", name) and value <= 256:
+            for other in range(value):
+                tried = copy.deepcopy(config)
+                set_field(tried, name, other)
+                if fits(tried):
+                    return tried
+    raise PrunerError(
+        f"no config of {type(config).__name__} has the layers that are left: they are of several kinds, whose order "
+        "is fixed; drop others"
+    )

@@ -1,0 +1,183 @@
+"""Mask equivalence: compare a pruned model with the original whose removed slices are zeroed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from ..graph.units import CouplingGraph, trace
+from ..models.blockwise import native_compute, standing_in
+from ..models.running import model_inputs, random_tokens, relative_difference, stored_tensors, tracing_mode
+from ..selection.plan import PruningPlan
+from .slicing import check_fits, mask
+
+# Kinds of units whose removal is the same as zeros in their place, given norms that know.
+MASKABLE = {"hidden", "heads", "query_heads", "neurons", "layers", "vocabulary"}
+
+
+@dataclass
+class EquivalenceReport:
+    """Outcome of :func:`verify`.
+
+    Attributes:
+        max_abs_diff: largest absolute difference of two logits.
+        relative: the same over the largest absolute logit.
+        tolerance: what ``relative`` may be at most.
+        precision: in which the two were compared.
+    """
+
+    max_abs_diff: float
+    relative: float
+    tolerance: float
+    precision: torch.dtype
+
+    @property
+    def equivalent(self) -> bool:
+        return self.relative <= self.tolerance
+
+
+def verify(
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    plan: PruningPlan,
+    tokens: torch.Tensor | None = None,
+    seed: int = 0,
+    tolerance: float = 1e-5,
+) -> EquivalenceReport:
+    """Mask equivalence: do the pruned model's logits equal the original's with the removed slices zeroed?
+
+    Holds for units without flags, and for hidden channels, for which norms are made to look at the kept channels
+    only. The two differ in the order in which sums are taken, which a badly damaged model can amplify beyond any
+    tolerance; where they do, they are compared again in float64, one model at a time, which tells rounding from a
+    mistake.
+
+    Args:
+        tokens: LongTensor ``[rows, tokens]`` to compare on, of the pruned model's; random ones by default. Where the
+            plan cuts the vocabulary, the original reads the same tokens by its own numbers.
+        tolerance: for the largest difference relative to the largest logit.
+
+    Raises:
+        PrunerError: the plan is for another model.
+    """
+    check_fits({name: tuple(t.shape) for name, t in stored_tensors(model).items()}, plan)
+    ids = random_tokens(pruned, rows=2, tokens=16, seed=seed) if tokens is None else tokens
+    hidden = any(choice.kind == "hidden" for choice in plan.units.values())
+    modes = norm_modes(trace(model), plan) if hidden else []
+    report = _compare(model, pruned, plan, ids, native_compute(model).dtype, tolerance, modes)
+    if not report.equivalent and model.dtype is not torch.float64:
+        with suppress(RuntimeError):  # some models insist on float32 somewhere
+            report = _compare(model, pruned, plan, ids, torch.float64, tolerance, modes)
+    return report
+
+
+def _compare(
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    plan: PruningPlan,
+    ids: torch.Tensor,
+    dtype: torch.dtype,
+    tolerance: float,
+    modes: list[KeptNorms],
+) -> EquivalenceReport:
+    held, stored = stored_tensors(model), model.dtype
+    tables = {n: b for n, b in pruned.named_buffers() if n not in held}  # computed anew, in a precision of their own
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name in tables and _rounded_off(tables[name], tensor, stored):
+            return tables[name].to(tensor.device)
+        return mask(name, tensor, plan) if name in plan.kept else tensor
+
+    tokens = None if plan.tokens is None else torch.tensor(plan.tokens)
+    with ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        expected = _changed_logits(model, ids if tokens is None else tokens[ids.cpu()], dtype, change)
+    if tokens is not None and expected.shape[-1] > len(tokens):
+        expected = expected[..., tokens]
+    found = _changed_logits(pruned, ids, dtype, lambda _, tensor: tensor)
+    difference = (found - expected).abs().max().item()
+    return EquivalenceReport(difference, relative_difference(found, expected), tolerance, dtype)
+
+
+def _rounded_off(table: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a table computed anew is what a model of ``dtype`` has, but for rounding."""
+    if table.shape != stored.shape or not (table.is_floating_point() and stored.is_floating_point()):
+        return False
+    fine = table.to(stored.device, torch.float64)
+    close = 2 * torch.finfo(dtype).eps
+    return torch.allclose(fine, stored.double(), rtol=close, atol=close, equal_nan=True)
+
+
+@torch.no_grad()
+def _changed_logits(
+    model: PreTrainedModel, ids: torch.Tensor, dtype: torch.dtype, change: Callable[[str, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The logits, on the CPU in float64, of a model whose tensors are changed and cast while they are used."""
+
+    compute = replace(native_compute(model), dtype=dtype)
+
+    def stand_in(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = change(name, compute.convert(tensor))
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    with tracing_mode(model), standing_in(model, stand_in):
+        return model(**model_inputs(model, ids.to(compute.device)), use_cache=False).logits.double().cpu()
+
+
+AVERAGES = ("mean", "var", "std", "var_mean")
+NORMS = {"native_layer_norm": 1, "_fused_rms_norm": 1}  # where normalized_shape is
+
+
+class KeptNorms(TorchDispatchMode):
+    """Averages and norms over the last dim leave out the ``removed`` positions, where these are all the same.
+
+    The dim may hold the hidden axis several times over, as that of several residual streams does.
+    """
+
+    def __init__(self, kept: torch.Tensor, size: int):
+        super().__init__()
+        gone = torch.ones(size, dtype=torch.bool)
+        gone[kept] = False
+        self.kept, self.removed, self.size = kept, gone.nonzero().flatten(), size
+
+    def concerns(self, x: Any) -> bool:
+        return isinstance(x, torch.Tensor) and x.ndim > 0 and x.shape[-1] % self.size == 0 and x.is_floating_point()
+
+    def pick(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.size)).index_select(-1, positions.to(x.device)).flatten(-2)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if not (name in AVERAGES or name in NORMS) or not self.concerns(args[0]):
+            return func(*args, **kwargs)
+        x = args[0]
+        gone = self.pick(x, self.removed)
+        if (gone != gone[..., :1]).any():  # zero, or what is left of zero when a mean has been taken from it
+            return func(*args, **kwargs)
+        args = [self.pick(a, self.kept) if self.concerns(a) else a for a in args]
+        if name in AVERAGES:
+            over = args[1] if len(args) > 1 else kwargs.get("dim")
+            last = isinstance(over, (list, tuple)) and [d % x.ndim for d in over] == [x.ndim - 1]
+            return func(*args, **kwargs) if last else func(x, *args[1:], **kwargs)
+        args[NORMS[name]] = [args[0].shape[-1]]
+        out, *statistics = func(*args, **kwargs)
+        whole = torch.zeros_like(x, dtype=out.dtype).unflatten(-1, (-1, self.size))
+        whole.index_copy_(-1, self.kept.to(x.device), out.unflatten(-1, (-1, len(self.kept))))
+        return (whole.flatten(-2), *statistics)
+
+
+def norm_modes(graph: CouplingGraph, plan: PruningPlan) -> list[KeptNorms]:
+    """The modes that a plan needs: one for every hidden unit that it cuts."""
+    modes = []
+    for unit in graph.of_kind("hidden"):
+        if unit.name in plan.units:
+            (name, dim), label = next((key, label) for key, label in unit.dims.items() if int((label >= 0).all()))
+            modes.append(KeptNorms(plan.kept[name][dim], len(label)))
+    return modes

@@ -1,0 +1,37 @@
+"""Build a model from a config and given tensors."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from accelerate import init_empty_weights
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+
+def build_from_state(
+    config: PreTrainedConfig, state: dict[str, torch.Tensor], model: PreTrainedModel
+) -> PreTrainedModel:
+    """A model of the same class as ``model``, of another config and with these tensors, which it takes over."""
+    # Weights are not allocated twice; tables that no checkpoint holds are computed.
+    on_meta = model.device.type == "meta"
+    with torch.device("meta") if on_meta else init_empty_weights(include_buffers=False), no_init_weights():
+        pruned = type(model)._from_config(
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+    pruned.load_state_dict(state, strict=True, assign=True)
+    pruned.tie_weights()
+    if model.can_generate():
+        pruned.generation_config = copy.deepcopy(model.generation_config)
+    for path, module in pruned.named_modules():  # buffers that no checkpoint holds stay as constructed
+        for key, buffer in module.named_buffers(recurse=False):
+            setattr(module, key, buffer.to(_device_at(pruned, path)))
+    return pruned.train(model.training)
+
+
+def _device_at(model: PreTrainedModel, path: str) -> torch.device:
+    """Where the weights of a module lie; of one without, those of the module around it."""
+    while (weight := next(model.get_submodule(path).parameters(), None)) is None:
+        path = path.rpartition(".")[0]
+    return weight.device

@@ -1,0 +1,1 @@
+"""Commands to look at models: inspect, chat, demo."""

@@ -1,0 +1,262 @@
+"""What works on a model: both oracles, live, reloaded and generating with its cache, for every kind of unit.
+
+``python tests/survey.py`` asks this of every architecture that transformers registers and writes
+``docs/supported-models.md``; ``tests/test_registry.py`` asks the same as a test.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import llm_pruner as lp
+from helpers.architectures import model_types, tiny_model
+from llm_pruner.graph.permutation import LOGIT_TOLERANCE, check_permutation
+from llm_pruner.graph.units import CouplingGraph
+from llm_pruner.models.per_layer import has_per_layer_widths
+from llm_pruner.models.running import relative_difference
+from llm_pruner.selection.plan import PruningPlan
+from llm_pruner.surgery.config.stacks import configs_in
+from llm_pruner.surgery.slicing import mask
+
+# Whole layers and the vocabulary have an order of their own, which neither oracle can judge.
+KINDS = ("neurons", "heads", "query_heads", "experts", "hidden", "channels")
+NEW_TOKENS = 4
+TARGET = Path(__file__).resolve().parents[1] / "docs" / "supported-models.md"
+
+
+@dataclass
+class Outcome:
+    """One kind of unit in one model: how many there are, which fail the permutation test, and what pruning gave."""
+
+    units: int
+    wrong: list[str] = field(default_factory=list)
+    without_effect: list[str] = field(default_factory=list)
+    refused: str = ""
+    failed: str = ""
+    plain: bool = False  # an ordinary config carries what is left
+
+    @property
+    def works(self) -> bool:
+        return not (self.wrong or self.without_effect or self.failed or self.refused)
+
+
+@dataclass
+class Row:
+    """One architecture; ``refused`` says why it could not be traced, ``unbuilt`` why there is no tiny model of it."""
+
+    name: str
+    kinds: dict[str, Outcome] = field(default_factory=dict)
+    frozen: list[str] = field(default_factory=list)
+    refused: str = ""
+    unbuilt: str = ""
+    seconds: float = 0.0  # for trace and permutation test
+
+    def works(self, kind: str) -> bool:
+        return kind in self.kinds and self.kinds[kind].works
+
+
+def survey(name: str, kinds: Iterable[str] = KINDS) -> Row:
+    row = Row(name)
+    try:
+        model = tiny_model(name)
+    except Exception as error:
+        row.unbuilt = f"{type(error).__name__}: {error}"
+        return row
+    with tempfile.TemporaryDirectory() as folder:  # as a checkpoint gives it, without what none holds
+        lp.save(model, None, Path(folder) / "model")
+        model = type(model).from_pretrained(Path(folder) / "model").eval()
+    start = time.perf_counter()
+    try:
+        graph = lp.trace(model)
+    except lp.PrunerError as error:
+        row.refused = str(error)
+        return row
+    row.frozen = sorted({f"{u.kind}: {u.frozen}" for u in graph.frozen if len(u.dims) > 1})
+    for kind in kinds:
+        if units := graph.of_kind(kind):
+            row.kinds[kind] = Outcome(len(units))
+            for unit in units:
+                report = check_permutation(model, unit)
+                if not report.difference <= LOGIT_TOLERANCE:
+                    row.kinds[kind].wrong.append(f"{unit.name} ({report.difference:.1e})")
+                elif not report.effect > LOGIT_TOLERANCE:
+                    row.kinds[kind].without_effect.append(f"{unit.name} ({report.effect:.1e})")
+    row.seconds = time.perf_counter() - start
+    for kind, outcome in row.kinds.items():
+        _prune(model, graph, kind, outcome)
+    return row
+
+
+def _prune(model: PreTrainedModel, graph: CouplingGraph, kind: str, out: Outcome) -> None:
+    try:
+        plan = lp.select(graph, lp.score(model, graph, criterion="random"), 0.5, kinds=[kind])
+        pruned = lp.apply(model, plan)
+    except lp.PrunerError as error:
+        out.refused = str(error)
+        return
+    out.plain = not any(has_per_layer_widths(config) for _, config in configs_in(pruned.config))
+    exact = not any(graph.unit(name).flags for name in plan.units)
+    if (exact or kind == "hidden") and not (report := lp.verify(model, pruned, plan)).equivalent:
+        out.failed = f"not mask-equivalent: {report.relative:.1e}"
+    else:
+        out.failed = _after_reloading(model, pruned, plan, exact)
+
+
+def _after_reloading(model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, exact: bool) -> str:
+    """Save, load, generate with the cache; every step's logits must be the masked original's.
+
+    Where zeroing is not removing, the reference is the pruned model before it was saved.
+    """
+    ids = torch.randint(2, 90, (2, 12), generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder:
+        lp.save(pruned, None, Path(folder) / "model")
+        loaded = type(pruned).from_pretrained(Path(folder) / "model").eval()
+    if (change := relative_difference(_forward(loaded, ids), _forward(pruned, ids))) > 1e-5:
+        return f"reloading changes the logits by {change:.1e}"
+    if not model.can_generate():
+        return ""
+    try:
+        expected, theirs = _generated(masked_copy(model, plan) if exact else pruned, ids)
+    except Exception:  # transformers cannot generate with the unpruned model either
+        return ""
+    try:
+        steps, ours = _generated(loaded, ids)
+    except Exception as error:
+        return f"generation fails: {type(error).__name__}: {error}"
+    same = int((ours == theirs).all(0).long().cumprod(0).sum())  # a tie may be broken otherwise; then paths part
+    length = min(NEW_TOKENS, same + 1 - (ours.shape[1] - NEW_TOKENS))
+    if (change := relative_difference(steps[:, :length], expected[:, :length])) > LOGIT_TOLERANCE:
+        return f"generation with the cache is off by {change:.1e}"
+    return ""
+
+
+def masked_copy(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """The model at its full size, with everything that the plan removes set to zero."""
+    out = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, tensor in [*out.named_parameters(), *out.named_buffers()]:
+            if name in plan.kept:
+                tensor.copy_(mask(name, tensor, plan))
+    return out
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model(input_ids=ids, **both, use_cache=False).logits.float()
+
+
+@torch.no_grad()
+def _generated(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy generation: logits of every step ``[rows, steps, vocabulary]``, and the tokens."""
+    start = {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
+    out = model.generate(
+        ids,
+        **start,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(out.logits, 1).float(), out.sequences
+
+
+def page(rows: list[Row]) -> str:
+    """The support table as Markdown."""
+    built = [row for row in rows if not row.unbuilt]
+    counts = {kind: sum(row.works(kind) for row in built) for kind in KINDS}
+    causal = [row for row in built if ":" not in row.name]
+    lines = [
+        "# Supported models",
+        "",
+        f"Written by `make supported-models` with transformers {transformers.__version__}. Every architecture that its",
+        "registry lists for causal language models, and (marked seq2seq) for sequence-to-sequence models, is built",
+        "tiny with random weights and pruned by half, one kind of unit at a time. A kind **works** if permuting each",
+        "of its units leaves the logits unchanged, the pruned model equals the original with the removed slices",
+        "zeroed (where nothing normalises over them), survives saving and loading, and generates with its cache what",
+        "the masked original does. `plain`: stock transformers loads the result. `ours`: it loads after",
+        "`import llm_pruner`, since no config of the architecture says such widths. An empty cell: there is no such",
+        "unit.",
+        "",
+        f"Of {len(rows)} architectures {len(built)} can be built tiny ({len(causal)} of them causal). "
+        + ", ".join(f"`{kind}` work in {count}" for kind, count in counts.items())
+        + ".",
+        "",
+        "| architecture | " + " | ".join(KINDS) + " |",
+        "|---" * (len(KINDS) + 1) + "|",
+    ]
+    for row in built:
+        cells = [_cell(row, kind) for kind in KINDS]
+        lines.append(f"| {_title(row)} | " + " | ".join(cells) + " |")
+    lines += ["", "## Refused, and why", ""]
+    for row in built:
+        if row.refused:
+            lines.append(f"- **{_title(row)}**: {_short(row.refused)}")
+        for kind, outcome in row.kinds.items():
+            problem = outcome.refused or outcome.failed
+            if outcome.wrong or outcome.without_effect:
+                problem = "frozen by the permutation test: " + ", ".join([*outcome.wrong, *outcome.without_effect][:2])
+            if problem:
+                lines.append(f"- **{_title(row)}**, {kind}: {_short(problem)}")
+    lines += ["", "## Not built", "", "No tiny model could be made from the default config, so nothing is known:", ""]
+    lines += [f"- **{_title(row)}**: {_short(row.unbuilt)}" for row in rows if row.unbuilt]
+    return "\n".join(lines) + "\n"
+
+
+def _title(row: Row) -> str:
+    return row.name.replace(":", ", ")
+
+
+def _cell(row: Row, kind: str) -> str:
+    if row.refused:
+        return "refused"
+    outcome = row.kinds.get(kind)
+    if outcome is None:
+        return ""
+    return ("plain" if outcome.plain else "ours") if outcome.works else "refused"
+
+
+def _short(text: str) -> str:
+    text = re.sub(
+        r"no config of \w+ (has the shapes that the plan leaves|carries the plan): ", "", " ".join(text.split())
+    )
+    return (text if len(text) <= 160 else text[:157] + "...").replace("|", "/").replace("<", "&lt;")
+
+
+def _quiet() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def main() -> None:
+    rows = []
+    with ProcessPoolExecutor(initializer=_quiet) as pool:
+        for row in pool.map(survey, sys.argv[1:] or model_types()):
+            rows.append(row)
+            state = row.unbuilt or row.refused or " ".join(k for k, o in row.kinds.items() if o.works)
+            print(f"{row.name}: {_short(state)}", flush=True)
+    if not sys.argv[1:]:
+        TARGET.write_text(page(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
