@@ -22,7 +22,7 @@ import llm_pruner as lp
 from llm_pruner.data import EMBEDDED_TEXT, calibration, self_calibration, text
 from llm_pruner.evaluation.perplexity import perplexity, windows
 from llm_pruner.models.skeleton import parameter_count
-from llm_pruner.pruning.presets import BEST, middle
+from llm_pruner.pruning.presets import BEST, default_layers
 
 SIZES = (0.786, 0.711, 0.9)
 SAMPLES, TOKENS = BEST["num_examples"], BEST["calib_seq_len"]
@@ -72,7 +72,7 @@ def main() -> None:
         "python-docs": windows(tokenizer, text(EMBEDDED_TEXT, "test"), 128, 128),
     }
     graph = lp.trace(model)
-    layers = middle(model.config.num_hidden_layers)
+    layers = default_layers("best", model.config.num_hidden_layers)
     whole = parameter_count(model)
     machine = torch.cuda.get_device_name() if args.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
     results: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ from llm_pruner.data import text
 from llm_pruner.evaluation.perplexity import perplexity, windows
 from llm_pruner.importance.scores import SCORES_FILE, Scores
 from llm_pruner.report.arguments import ReportArguments
-from llm_pruner.report.page import report
+from llm_pruner.report.page import write_report
 from llm_pruner.selection.plan import Choice, PruningPlan
 
 BATCH, WINDOWS, PAIRS = 8, 32, 5
@@ -81,7 +81,7 @@ def drawing() -> dict[str, Any]:
             folders.append(str(folder))
         page = f"{scratch}/report.html"
         start = time.perf_counter()
-        report(ReportArguments(runs=folders, output=page))
+        write_report(ReportArguments(runs=folders, output=page))
         seconds = time.perf_counter() - start
         return {"runs": RUNS, "seconds": round(seconds, 2), "mib": round(Path(page).stat().st_size / 2**20, 2)}
 

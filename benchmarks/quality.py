@@ -71,7 +71,7 @@ def main() -> None:
         scores = lp.score(model, graph, ids, kinds=KINDS, **options)
         if fold:
             folded(graph, model, ids, scores, options)
-        pruned = lp.apply(model, lp.select(graph, scores, ratio, KINDS, LAYERS))
+        pruned = lp.apply(model, lp.select(graph, scores, ratio, KINDS, layers=LAYERS))
         share = round(parameter_count(pruned) / size, 4)
         result = {"row": name, "ratio": ratio, "parameters": share}
         results.append(result | {"perplexity": perplexity(pruned, held_out).perplexity})

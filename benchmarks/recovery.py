@@ -78,10 +78,10 @@ def equal_time(args: argparse.Namespace, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep / name if args.keep else Path(scratch) / "run"
         base = {"prune_model": args.pruned, "data_path": args.data, **flags}
-        recover(RecoverArguments(**base, max_steps=PROBE, output_dir=f"{scratch}/probe"))
+        recover(RecoverArguments.of(**base, max_steps=PROBE, output_dir=f"{scratch}/probe"))
         probe = json.loads(Path(f"{scratch}/probe/recovery.json").read_text())
         steps = int(args.minutes * 60 / (probe["seconds"] / PROBE))
-        recover(RecoverArguments(**base, max_steps=steps, output_dir=str(folder)))
+        recover(RecoverArguments.of(**base, max_steps=steps, output_dir=str(folder)))
         told = json.loads((folder / "recovery.json").read_text())
         model, tokenizer = lp.load(str(folder))
         ids = windows(tokenizer, text(args.evaluation, "test"), 128, args.windows)
@@ -108,7 +108,7 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
     flags = COMMON | METHODS["lora"] | {"prune_model": args.pruned, "data_path": args.data, "max_steps": steps}
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(3):
-            given = RecoverArguments(**flags, output_dir=f"{scratch}/ours{turn}")
+            given = RecoverArguments.of(**flags, output_dir=f"{scratch}/ours{turn}")
             recover(given)
             ours.append(json.loads(Path(f"{scratch}/ours{turn}/recovery.json").read_text())["seconds"] / steps)
             model, tokenizer = lp.load(args.pruned)

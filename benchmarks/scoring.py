@@ -50,7 +50,7 @@ def memory(text: str, taylor: str) -> dict:
     done("trace")
     scores = lp.score(model, graph, ids, taylor=taylor, kinds=KINDS)
     done("score")
-    plan = lp.select(graph, scores, RATIO, KINDS, range(4, 28))
+    plan = lp.select(graph, scores, RATIO, KINDS, layers=range(4, 28))
     done("select")
     lp.apply(model, plan)
     done("apply")
