@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -54,6 +55,8 @@ class Arguments:
     def __post_init__(self) -> None:
         for one in fields(self):
             kind, value = value_type(type(self), one.name), getattr(self, one.name)
+            if isinstance(value, os.PathLike):
+                setattr(self, one.name, os.fspath(value))
             if kind.several and not isinstance(value, (list, tuple, type(None))):
                 setattr(self, one.name, split_list(str(value)))
             for item in getattr(self, one.name) or () if kind.several else (value,):

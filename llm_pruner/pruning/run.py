@@ -7,7 +7,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.apply_files import cut_files
 from ..checkpoint.card import upload, write_card
@@ -72,7 +73,7 @@ def prune(model: str = DEFAULT_MODEL, *, progress: Progress | None = None, **fla
 
     Args:
         model: alias of the embedded model, hub id, folder, or .gguf file.
-        progress: called with (stage, done, total) as the run goes on.
+        progress: called with (stage, done, total) when a stage begins and ends, instead of printed bars.
         **flags: flags of ``llm-pruner prune`` by name, without dashes. With ``output``, the run's folder is written,
             checkpoint included; without, nothing is.
 
@@ -87,12 +88,25 @@ def prune(model: str = DEFAULT_MODEL, *, progress: Progress | None = None, **fla
         ('model.layers.10.mlp.neurons', True)
     """
     arguments = PruneArguments.of(model=model, **flags)
-    settings = resolve_settings(arguments)
-    if settings.output.save:
-        return execute(settings, filled_arguments(arguments), progress)
-    with tempfile.TemporaryDirectory() as folder:
-        set_seed(settings.seed)
-        return replace(_run(settings, filled_arguments(arguments), Path(folder), Stopwatch(progress)), folder=None)
+    settings, recorded = resolve_settings(arguments), filled_arguments(arguments)
+    with _without_bars() if progress else nullcontext():
+        if settings.output.save:
+            return execute(settings, recorded, progress)
+        with tempfile.TemporaryDirectory() as folder:
+            set_seed(settings.seed)
+            return replace(_run(settings, recorded, Path(folder), Stopwatch(progress)), folder=None)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Switch off the progress bars of transformers, and back on if they were."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def run_prune(arguments: PruneArguments) -> Path:

@@ -200,18 +200,10 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
     """
     arguments.check()
     value = filled_arguments(arguments)
-    device = resolve_device(arguments.device, "--device")
     settings = PruneSettings(
         preset=arguments.preset,
         seed=arguments.seed,
-        model=ModelSettings(
-            name=arguments.model,
-            dtype=arguments.dtype,
-            device=device,
-            device_map=arguments.device_map,
-            offload=arguments.stream,
-            trust_remote_code=arguments.trust_remote_code,
-        ),
+        model=_model_settings(arguments),
         scoring=ScoringSettings(
             criterion=check_criterion(value["pruner_type"]),
             taylor=value["taylor"],
@@ -232,28 +224,14 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
         shape=_shape(arguments),
         budget=_budget_settings(arguments),
         refit=_refit_settings(arguments, value),
-        evaluation=EvaluationSettings(
-            datasets=tuple(arguments.eval_datasets),
-            tokens=arguments.max_seq_len,
-            max_windows=arguments.max_windows or None,
-            device=resolve_device(arguments.eval_device, "--eval_device"),
-            generate_before=arguments.test_before_train,
-            generate_after=arguments.test_after_train,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-        ),
-        output=OutputSettings(
-            folder=Path(arguments.output or Path(arguments.output_root) / arguments.save_ckpt_log_name),
-            save=arguments.save_model or arguments.output is not None,
-            standalone=arguments.standalone,
-            push_to_hub=arguments.push_to_hub,
-        ),
+        evaluation=_evaluation_settings(arguments),
+        output=_output_settings(arguments),
     )
-    refit = settings.refit
-    if refit.compensation != "none" and settings.calibration.samples < MIN_SAMPLES:
+    compensation, samples = settings.refit.compensation, settings.calibration.samples
+    if compensation != "none" and samples < MIN_SAMPLES:
         raise PrunerError(
-            f"--compensate {refit.compensation} needs --num_examples of at least {MIN_SAMPLES}, better 128; give more, "
-            "or --compensate none"
+            f"--compensate {compensation} needs --num_examples of at least {MIN_SAMPLES}, better 128, not {samples}: "
+            "give more, or --compensate none"
         )
     return settings
 
@@ -262,6 +240,39 @@ def filled_arguments(arguments: PruneArguments) -> dict[str, Any]:
     """Return all flags by name, those that are not given as the preset has them."""
     preset = PRESETS[arguments.preset]
     return {name: preset.get(name) if value is None else value for name, value in asdict(arguments).items()}
+
+
+def _model_settings(arguments: PruneArguments) -> ModelSettings:
+    return ModelSettings(
+        name=arguments.model,
+        dtype=arguments.dtype,
+        device=resolve_device(arguments.device, "--device"),
+        device_map=arguments.device_map,
+        offload=arguments.stream,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def _evaluation_settings(arguments: PruneArguments) -> EvaluationSettings:
+    return EvaluationSettings(
+        datasets=tuple(arguments.eval_datasets),
+        tokens=arguments.max_seq_len,
+        max_windows=arguments.max_windows or None,
+        device=resolve_device(arguments.eval_device, "--eval_device"),
+        generate_before=arguments.test_before_train,
+        generate_after=arguments.test_after_train,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+    )
+
+
+def _output_settings(arguments: PruneArguments) -> OutputSettings:
+    return OutputSettings(
+        folder=Path(arguments.output or Path(arguments.output_root) / arguments.save_ckpt_log_name),
+        save=arguments.save_model or arguments.output is not None,
+        standalone=arguments.standalone,
+        push_to_hub=arguments.push_to_hub,
+    )
 
 
 def _layer_settings(arguments: PruneArguments) -> LayerSettings:

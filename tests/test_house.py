@@ -1,0 +1,145 @@
+"""Rules of the house: start-up time, imports, sizes of files and functions, positional parameters."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llm_pruner as lp
+from llm_pruner.choices import Aggregation, Compensation, Dtype, Kind, LayerCriterion, Normalizer, TaylorVariant
+from llm_pruner.commands import COMMANDS, SCRIPTS
+from llm_pruner.flags import build_parser
+from llm_pruner.graph.units import KINDS
+from llm_pruner.importance.aggregate import AGGREGATIONS
+from llm_pruner.importance.layers import STRATEGIES
+from llm_pruner.importance.taylor import VARIANTS
+from llm_pruner.refit.compensate import METHODS
+from llm_pruner.selection.ranking import NORMALIZERS
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "llm_pruner").rglob("*.py"))
+TREES = {file.relative_to(ROOT).as_posix(): ast.parse(file.read_text()) for file in FILES}
+FUNCTIONS = [
+    (name, node)
+    for name, tree in TREES.items()
+    for node in ast.walk(tree)
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+]
+# Packages that a part of the project needs and the rest does without.
+OPTIONAL = {
+    *("accelerate", "datasets", "gradio", "lm_eval", "matplotlib", "peft", "sentencepiece", "submitit"),
+    *("torch_pruning", "pydoc_data", "pyarrow", "tabulate"),
+}
+
+
+def in_a_new_process(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["prune", "--help"], ["recover", "--help"]])
+def test_help_loads_neither_torch_nor_transformers(argv):
+    code = f"""
+import sys
+from llm_pruner.cli import main
+try:
+    main({argv!r})
+except SystemExit:
+    pass
+heavy = [name for name in ("torch", "transformers", "numpy", "pandas") if name in sys.modules]
+assert not heavy, heavy
+"""
+    done = in_a_new_process(code)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("first", ["llm_pruner", "transformers.modeling_utils"])
+def test_per_layer_configs_are_installed_whichever_is_imported_first(first):
+    done = in_a_new_process(
+        f"import {first}, llm_pruner; from transformers import PreTrainedModel; "
+        "assert PreTrainedModel._llm_pruner_installed"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_there():
+    assert all(getattr(lp, name) is not None for name in lp.__all__)
+    assert set(lp.__all__) <= set(dir(lp))
+    with pytest.raises(AttributeError, match="no attribute 'pruen'"):
+        lp.pruen  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("choices", "registry"),
+    [
+        (Kind, KINDS),
+        (Dtype, ("auto", "float32", "bfloat16", "float16")),
+        (TaylorVariant, VARIANTS),
+        (Aggregation, AGGREGATIONS),
+        (LayerCriterion, STRATEGIES),
+        (Normalizer, NORMALIZERS),
+        (Compensation, ("none", *METHODS)),
+    ],
+)
+def test_choices_of_flags_are_those_of_the_registries(choices, registry):
+    assert choices.__args__ == tuple(registry)
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *SCRIPTS])
+def test_commands_of_the_table_exist_and_show_each_flag_once(name):
+    command = (COMMANDS | SCRIPTS)[name]
+    assert callable(command.run)
+    text = build_parser(command.arguments_class, name, command.summary).format_help()
+    flags = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    assert len(flags) == len(set(flags)) > 0
+    assert all(line.count("(default") <= 1 for line in text.split("\n  --"))
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_files_are_short(name):
+    assert len((ROOT / name).read_text().splitlines()) <= 400
+
+
+def test_functions_are_short():
+    long = [f"{name}:{f.name} {f.end_lineno - f.lineno + 1}" for name, f in FUNCTIONS if _code_lines(f) > 50]
+    assert not long
+
+
+def _code_lines(function):
+    """Lines of a function without its docstring."""
+    documented = ast.get_docstring(function) is not None
+    start = function.body[1].lineno if documented and len(function.body) > 1 else function.body[0].lineno
+    return function.end_lineno - start + 1
+
+
+def test_functions_take_at_most_four_positional_parameters():
+    many = [
+        f"{name}:{f.name}"
+        for name, f in FUNCTIONS
+        if not f.name.startswith("_") and len([a for a in f.args.args if a.arg not in ("self", "cls")]) > 4
+    ]
+    assert not many
+
+
+def test_imports_inside_functions_are_of_optional_packages():
+    inner = [
+        f"{name}:{node.lineno}"
+        for name, f in FUNCTIONS
+        for node in ast.walk(f)
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and _package(node) not in OPTIONAL
+    ]
+    assert not inner
+
+
+def _package(node):
+    if isinstance(node, ast.ImportFrom):
+        return "llm_pruner" if node.level else node.module.partition(".")[0]
+    return node.names[0].name.partition(".")[0]
+
+
+def test_rooms_export_nothing():
+    """A name comes from the module that defines it, so that no function hides a module."""
+    packages = [name for name in TREES if name.endswith("/__init__.py") and name != "llm_pruner/__init__.py"]
+    busy = [name for name in packages if len(TREES[name].body) > 1 and "rules" not in name]
+    assert not busy

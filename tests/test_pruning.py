@@ -1,0 +1,132 @@
+"""The pruning run as one call in Python: flags, settings, kinds, progress, results."""
+
+import json
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from helpers.models import build
+from transformers import AutoModelForCausalLM
+
+import llm_pruner as lp
+from llm_pruner.pruning.arguments import HfPruneArguments, PruneArguments
+from llm_pruner.pruning.settings import resolve_settings
+
+QUICK = {"pruner_type": "l2", "compensate": "none", "eval_datasets": "", "hardware_align": False}
+
+
+def test_prune_is_the_command_as_one_call(home, home_text, tmp_path):
+    """Model, tokenizer, plan and metrics are those of the folder that is written."""
+    stages = []
+    run = lp.prune(
+        str(home / "base"),
+        **QUICK | {"eval_datasets": str(home_text), "max_seq_len": 32, "max_windows": 2},
+        target_params=0.9,
+        output=tmp_path / "smaller",
+        progress=lambda stage, done, total: stages.append((stage, done / total)),
+    )
+    assert run.folder == tmp_path / "smaller"
+    assert json.loads((run.folder / "metrics.json").read_text()) == run.metrics
+    assert lp.PruningPlan.load(run.folder / "pruning_plan.json").units.keys() == run.plan.units.keys()
+    assert 0.895 < run.metrics["parameters_ratio"] <= 0.9
+    ids = torch.arange(12)[None]
+    reloaded = AutoModelForCausalLM.from_pretrained(run.folder)
+    assert torch.equal(run.model(ids).logits, reloaded(ids).logits)
+    assert len(run.tokenizer) == run.model.config.vocab_size
+    assert stages[0] == ("load", 0.0) and ("save", 1.0) in stages
+    assert "run folder" in (run.folder / "prune.log").read_text().splitlines()[-1]
+
+
+def test_prune_without_output_writes_nothing(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = lp.prune(str(home / "base"), **QUICK, pruning_ratio=0.5)
+    assert run.folder is None and not list(tmp_path.iterdir())
+    assert sum(p.numel() for p in run.model.parameters()) == run.metrics["parameters_after"]
+
+
+def test_prune_takes_old_spellings_and_names_the_nearest_flag():
+    assert PruneArguments.of(base_model="x").model == "x"
+    with pytest.raises(lp.PrunerError, match="unknown argument prunning_ratio; did you mean pruning_ratio"):
+        lp.prune(prunning_ratio=0.5)
+    with pytest.raises(lp.PrunerError, match="--taylor 'third' is not valid: choose from vectorize, param_first"):
+        lp.prune(taylor="third")
+
+
+def test_settings_are_frozen_and_resolve_twice_alike():
+    arguments = PruneArguments(device="cpu", eval_device="cpu")
+    first, second = resolve_settings(arguments), resolve_settings(arguments)
+    assert first == second
+    with pytest.raises(FrozenInstanceError):
+        first.model.device = "cuda"
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        ({"pruner_type": "wanda"}, {"scoring"}),
+        ({"taylor": "param_mix"}, {"scoring"}),
+        ({"global_pruning": True}, {"widths"}),
+        ({"block_mlp_layer_start": 2}, {"widths"}),
+        ({"num_examples": 64}, {"calibration"}),
+        ({"iterative_steps": 2}, {"widths"}),
+        ({"layer_wise": True}, {"layers"}),
+        ({"compensate": "none"}, {"refit"}),
+    ],
+)
+def test_a_flag_changes_what_it_names_and_nothing_else(flags, changed):
+    before = vars(resolve_settings(PruneArguments(device="cpu", eval_device="cpu")))
+    after = vars(resolve_settings(PruneArguments(device="cpu", eval_device="cpu", **flags)))
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_hf_prune_has_the_defaults_of_the_paper():
+    settings = resolve_settings(HfPruneArguments())
+    assert (settings.scoring.taylor, settings.calibration.samples, settings.calibration.tokens) == (
+        "param_first",
+        10,
+        64,
+    )
+    assert settings.refit.compensation == "none" and not settings.widths.align
+
+
+@pytest.mark.parametrize(
+    ("kinds", "budget"),
+    [
+        ("heads", {"pruning_ratio": 0.5}),
+        ("heads,neurons", {"pruning_ratio": 0.5}),
+        (["neurons", "query_heads"], {"pruning_ratio": 0.5}),
+        ("hidden", {"pruning_ratio": 0.25}),
+        ("layers", {"pruning_ratio": 0.34}),
+        ("layers,neurons", {"pruning_ratio": 0.34}),
+        ("layers,neurons", {"target_params": 0.7}),
+        ("neurons", {"target_macs": 0.9, "budget_tokens": 16}),
+    ],
+)
+def test_kinds_choose_what_may_be_cut(home, kinds, budget):
+    run = lp.prune(str(home / "base"), **QUICK, kinds=kinds, depth="last", block_mlp_layer_start=0, **budget)
+    chosen = set(kinds.split(",") if isinstance(kinds, str) else kinds)
+    assert {choice.kind for choice in run.plan.units.values()} == chosen
+
+
+def test_experts_are_a_kind(home, tmp_path):
+    tokenizer = lp.load(str(home / "base"))[1]
+    lp.save(build("mixtral", vocab_size=len(tokenizer)), tokenizer, tmp_path / "mixture")
+    run = lp.prune(str(tmp_path / "mixture"), **QUICK, kinds="experts", pruning_ratio=0.5)
+    assert {choice.kind for choice in run.plan.units.values()} == {"experts"}
+    assert len(run.plan.units) == run.model.config.num_hidden_layers  # no layer is spared unless ranges say so
+    assert run.model.config.num_local_experts == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"kinds": "vocabulary"}, "llm-pruner vocab"),
+        ({"kinds": "experts"}, "the model has no experts to prune; it has"),
+        ({"kinds": "heads", "block_wise": True}, "--block_wise and --kinds exclude each other"),
+        ({"kinds": "heads", "shares": "heads=1", "target_params": 0.5}, "--kinds and --shares exclude each other"),
+        ({"kinds": "toes"}, "--kinds 'toes' is not valid: choose from heads"),
+    ],
+)
+def test_kinds_that_cannot_be_cut_are_refused(home, flags, message):
+    with pytest.raises(lp.PrunerError, match=message):
+        lp.prune(str(home / "base"), **QUICK, **flags)
