@@ -1,7 +1,7 @@
 """CPU seconds of commands that only print: they must load neither torch nor transformers.
 
-Each command runs once to warm up and then REPEATS times; the median of user and system time of the process is printed as
-JSON, beside that of ``python -c pass`` and of ``python -c "import llm_pruner"``.
+Each command runs once to warm up and then REPEATS times; the median of user and system time of the process is printed
+as JSON, beside that of ``python -c pass`` and of ``python -c "import llm_pruner"``.
 """
 
 from __future__ import annotations
