@@ -1,11 +1,11 @@
 """Scores against straight, independent computations and against LLM-Pruner's own choices."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.models import build, tokens
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -147,22 +147,44 @@ def test_random_scores_are_seeded():
     assert all(torch.equal(a[n], b[n]) for n in a) and any(not torch.equal(a[n], c[n]) for n in a)
 
 
-def test_parity_with_llm_pruner(shared):
-    """The indices that LLM-Pruner kept of a tiny Llama, all six criteria, exactly."""
-    fixture = json.loads((shared / "parity" / "llm_pruner_kept.json").read_text())
-    model = LlamaForCausalLM(LlamaConfig(**fixture["config"])).eval()
-    model.load_state_dict(load_file(shared / "parity" / "tiny_llama.safetensors"))
+FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "llm_pruner_kept.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pruned_by_llm_pruner():
+    """The tiny Llama that LLM-Pruner was run on, rebuilt from its seeds; heads and neurons differ in scale."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**FIXTURE["config"])).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+        for layer in model.model.layers:
+            mlp, attention = layer.mlp, layer.self_attn
+            for weight in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T):
+                weight.mul_(torch.rand(len(weight))[:, None] + 0.3)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+                heads = projection.weight.view(model.config.num_attention_heads, -1)
+                heads.mul_(torch.rand(len(heads))[:, None] + 0.3)
+    weights = [parameter.detach().double() for parameter in model.parameters()]
+    sums = {"plain": sum(w.sum().item() for w in weights), "magnitude": sum(w.abs().sum().item() for w in weights)}
+    assert sums == pytest.approx(FIXTURE["sum_of_weights"], rel=1e-6), "the seeds give other weights than they did"
+    return model
+
+
+@pytest.mark.parametrize("case", FIXTURE["kept"])
+def test_parity_with_llm_pruner(case, pruned_by_llm_pruner):
+    """The indices that LLM-Pruner kept of a tiny Llama, exactly; a case is criterion[/variant]/aggregation."""
+    model, kept = pruned_by_llm_pruner, FIXTURE["kept"][case]
+    *criterion, aggregation = case.split("/")
+    options = {"criterion": criterion[0]} | ({"taylor": criterion[1]} if len(criterion) > 1 else {})
     graph = lp.trace(model)
-    assert len(fixture["kept"]) == 6
-    for key, kept in fixture["kept"].items():
-        *criterion, aggregation = key.split("/")
-        options = {"criterion": criterion[0]} | ({"taylor": criterion[1]} if len(criterion) > 1 else {})
-        scores = lp.score(model, graph, torch.tensor(fixture["calibration"]), aggregation=aggregation, **options)
-        plan = lp.select(graph, scores, fixture["ratio"], layers=fixture["pruned_layers"])
-        for group, indices in kept.items():
-            kind, layer = group.split(".")
-            name = f"model.layers.{layer}." + {"mlp": "mlp.neurons", "attn": "self_attn.heads"}[kind]
-            assert plan.units[name].kept.tolist() == indices, (key, group)
+    scores = lp.score(model, graph, torch.tensor(FIXTURE["calibration"]), aggregation=aggregation, **options)
+    plan = lp.select(graph, scores, ratio=FIXTURE["ratio"], layers=FIXTURE["pruned_layers"])
+    for group, indices in kept.items():
+        kind, layer = group.split(".")
+        name = f"model.layers.{layer}." + {"mlp": "mlp.neurons", "attn": "self_attn.heads"}[kind]
+        assert plan.units[name].kept.tolist() == indices, group
 
 
 @pytest.mark.parametrize(
