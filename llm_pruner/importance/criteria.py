@@ -1,48 +1,26 @@
-"""The registry of criteria: those that come with the project, and those that a user registers."""
+"""The registry of criteria: those that come with the project, and those that a user registers or passes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..errors import PrunerError
-from ..models.blockwise import Compute
-from ..models.running import check_calibration
 from .activation import activation
 from .layers import BY_POSITION, STRATEGIES
 from .magnitude import magnitude
-from .scores import Dims, Salience
+from .request import Criterion, Request, Result
 from .taylor import taylor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a criterion is asked for: numbers per channel of ``slices``.
-
-    Attributes:
-        slices: dims of each parameter that a number per channel is wanted for.
-        compute: where and in which dtype to compute.
-        weights: weights by name, to be read one after the other.
-    """
-
-    model: PreTrainedModel
-    slices: Dims
-    calibration: torch.Tensor | None
-    taylor: str
-    compute: Compute
-    weights: Iterable[tuple[str, torch.Tensor]]
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        return check_calibration(self.model, self.calibration)
-
-
-Criterion = Callable[[Request], Salience]
+from .torch_pruning import is_torch_pruning, score_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,55 +28,111 @@ class Entry:
     """A criterion in the registry.
 
     Attributes:
-        function: gives numbers per channel; None for ``random``, which needs no weights.
+        function: maps a request to numbers per channel or scores per unit.
         needs_calibration: True if it reads the calibration set.
-        reads_only: True if it knows only the slices that read a unit.
+        needs_weights: False if a model on the meta device will do.
+        skips: reason why it leaves units without scores; None where it scores every unit of a request.
+        builtin: True if it comes with the project; the numbers of others are never cached, since a user edits them.
     """
 
-    function: Criterion | None
+    function: Criterion
     needs_calibration: bool = False
-    reads_only: bool = False
+    needs_weights: bool = True
+    skips: str | None = None
+    builtin: bool = False
 
 
-def _by_activation(criterion: str, r: Request) -> Salience:
-    return activation(r.model, r.slices, r.tokens, criterion, r.compute)
+def _random(request: Request) -> Result:
+    generator = torch.Generator().manual_seed(request.seed)
+    return {u.name: torch.rand(u.size, generator=generator, dtype=torch.float64) for u in request.units}
+
+
+def _magnitude(power: int, request: Request) -> Result:
+    return magnitude(request.weights, request.slices, power)
+
+
+def _taylor(request: Request) -> Result:
+    return taylor(request.model, request.slices, request.tokens, request.taylor, compute=request.compute)
+
+
+def _activation(criterion: str, request: Request) -> Result:
+    return activation(request.model, request.slices, request.tokens, criterion, compute=request.compute)
 
 
 CRITERIA: dict[str, Entry] = {
-    "random": Entry(function=None),
-    "l1": Entry(function=lambda r: magnitude(r.weights, r.slices, power=1)),
-    "l2": Entry(function=lambda r: magnitude(r.weights, r.slices, power=2)),
-    "taylor": Entry(
-        function=lambda r: taylor(r.model, r.slices, r.tokens, r.taylor, r.compute), needs_calibration=True
-    ),
+    "random": Entry(function=_random, needs_weights=False, builtin=True),
+    "l1": Entry(function=partial(_magnitude, 1), builtin=True),
+    "l2": Entry(function=partial(_magnitude, 2), builtin=True),
+    "taylor": Entry(function=_taylor, needs_calibration=True, builtin=True),
     **{
         name: Entry(
-            function=partial(_by_activation, name),
+            function=partial(_activation, name),
             needs_calibration=True,
-            reads_only=True,
+            skips="no weight reads it; use taylor",
+            builtin=True,
         )
         for name in ("activation", "wanda", "flap")
     },
 }
 
 
-def register_criterion(name: str, function: Criterion, needs_calibration: bool = True) -> None:
-    """Register a criterion under a name."""
-    CRITERIA[name] = Entry(function=function, needs_calibration=needs_calibration)
+def register_criterion(name: str, function: Criterion, *, needs_calibration: bool = True) -> None:
+    """Register a criterion of your own under a name, for ``lp.score``, ``--pruner_type``, recipes and sweeps.
+
+    Args:
+        name: name of the criterion; registering it again replaces the function.
+        function: takes one :class:`llm_pruner.importance.request.Request` and returns either numbers per channel,
+            ``{(parameter name, dim): Tensor [size of dim]}`` for the slices in ``request.slices``, which are then
+            aggregated like the built-in ones, or scores per unit, ``{unit.name: Tensor [unit.size]}`` for the units in
+            ``request.units``. Higher means more important. An instance of torch-pruning's ``Importance`` is accepted
+            too.
+        needs_calibration: False if the function does without a calibration set, which commands then do not load.
+
+    Raises:
+        PrunerError: the name belongs to a built-in criterion, or the function cannot be called.
+
+    >>> import torch
+    >>> import llm_pruner as lp
+    >>> def largest_weight(request):
+    ...     weights = dict(request.weights)
+    ...     return {
+    ...         (name, dim): weights[name].abs().movedim(dim, 0).flatten(1).amax(1)
+    ...         for name, dims in request.slices.items()
+    ...         for dim in dims
+    ...         if weights[name].ndim > 1
+    ...     }
+    >>> lp.register_criterion("largest_weight", largest_weight, needs_calibration=False)
+    """
+    if name in STRATEGIES or (name in CRITERIA and CRITERIA[name].builtin):
+        raise PrunerError(f"criterion name {name!r} is taken by a built-in criterion: choose another name")
+    CRITERIA[name] = _entry(name, function, needs_calibration)
+
+
+def _entry(name: str, function: Any, needs_calibration: bool) -> Entry:
+    if is_torch_pruning(function):
+        if isinstance(function, type):
+            raise PrunerError(f"criterion {name!r} is a class: give an instance, {function.__name__}()")
+        return Entry(
+            function=partial(score_groups, function),
+            needs_calibration=needs_calibration,
+            skips="it lies in no module of the criterion's target_types (torch-pruning has no stacked experts, whole layers "
+            "or vocabulary)",
+        )
+    if not callable(function):
+        raise PrunerError(f"criterion {name!r} is {type(function).__name__}, not a function of one Request")
+    return Entry(function=function, needs_calibration=needs_calibration)
 
 
 def check_criterion(name: str) -> str:
-    """Return the name of a criterion, importing one named as ``package.module:function``.
+    """Return the name of a criterion, importing one that is named as ``package.module:function``.
+
+    The current directory is searched first, as for ``python -m``; ``sys.path`` is left as it was.
 
     Raises:
-        PrunerError: there is no such criterion.
+        PrunerError: there is no such criterion, module or function, or the module fails when it is imported.
     """
     if ":" in name and name not in CRITERIA:
-        module, _, attribute = name.partition(":")
-        try:
-            register_criterion(name, getattr(import_module(module), attribute))
-        except (ImportError, AttributeError, ValueError) as error:
-            raise PrunerError(f"the criterion {name!r} cannot be imported: {error}") from error
+        register_criterion(name, _import_function(name))
     name = name if name in CRITERIA else name.lower()
     if name not in CRITERIA:
         raise PrunerError(
@@ -107,8 +141,64 @@ def check_criterion(name: str) -> str:
     return name
 
 
+def resolve_criterion(criterion: str | Callable[..., Any]) -> tuple[str, Entry]:
+    """Return the name and entry of a criterion given by its name or as a function.
+
+    Raises:
+        PrunerError: there is no criterion of this name, or the function cannot be called.
+    """
+    if isinstance(criterion, str):
+        name = check_criterion(criterion)
+        return name, CRITERIA[name]
+    if isinstance(criterion, partial):
+        name = getattr(criterion.func, "__qualname__", "partial")
+    else:
+        name = getattr(criterion, "__qualname__", type(criterion).__qualname__)
+    return name, _entry(name, criterion, needs_calibration=False)
+
+
 def needs_calibration(name: str) -> bool:
     """Return True if a criterion reads a calibration set."""
     if name in STRATEGIES:
         return name not in BY_POSITION
     return CRITERIA[name].needs_calibration
+
+
+def _import_function(name: str) -> Any:
+    """Import what ``package.module:function`` names."""
+    path, _, attribute = name.partition(":")
+    with _current_directory_importable():
+        module = _import_module(name, path)
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        raise PrunerError(f"criterion {name!r}: module {path} ({module.__file__}) has no {attribute!r}") from None
+
+
+def _import_module(name: str, path: str) -> ModuleType:
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name and f"{path}.".startswith(f"{error.name}."):
+            raise PrunerError(
+                f"criterion {name!r}: there is no module {error.name}; run the command in the folder that holds it, or "
+                "install it"
+            ) from error
+        raise PrunerError(f"criterion {name!r}: importing {path} failed: {error}") from error
+    except Exception as error:  # whatever the user's module raises
+        raise PrunerError(f"criterion {name!r}: importing {path} failed: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    directory = os.getcwd()
+    if directory in sys.path or "" in sys.path:
+        importlib.invalidate_caches()
+        yield
+        return
+    sys.path.insert(0, directory)
+    importlib.invalidate_caches()  # a module may have been written since the directory was listed
+    try:
+        yield
+    finally:
+        sys.path.remove(directory)

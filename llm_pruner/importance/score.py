@@ -1,21 +1,24 @@
-"""One door to every criterion."""
+"""Score units: one entry point to every criterion."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
 from ..graph.units import KINDS, CouplingGraph, Unit
-from ..models.blockwise import native_compute
+from ..models.blockwise import Compute, native_compute
 from ..models.running import check_calibration, stored_tensors
-from .aggregate import AGGREGATIONS, aggregate, slices_of
-from .criteria import CRITERIA, Request
+from .aggregate import AGGREGATIONS, slices_of
+from .criteria import Entry, resolve_criterion
 from .layers import BY_POSITION, STRATEGIES, score_layers
-from .scores import Scores, load_salience, save_salience
+from .request import Request, Result
+from .results import unit_scores
+from .scores import Salience, Scores, load_salience, save_salience
 from .taylor import VARIANTS
 
 
@@ -23,7 +26,7 @@ def score(
     model: PreTrainedModel,
     graph: CouplingGraph,
     calibration: torch.Tensor | None = None,
-    criterion: str = "taylor",
+    criterion: str | Callable[..., Any] = "taylor",
     *,
     taylor: str = "param_first",
     aggregation: str = "sum",
@@ -34,93 +37,142 @@ def score(
     most: int | None = None,
     cache: Path | None = None,
 ) -> Scores:
-    """Score every index of every unit of the graph; higher is worth more.
+    """Score every index of every unit of the graph; a higher score means more important.
 
     Args:
-        model: the model that ``graph`` was traced from, with real weights. It is not changed.
-        calibration: LongTensor ``[samples, tokens]`` of token ids; ``random``, ``l1`` and ``l2`` do without.
-        criterion: ``random``, ``l1``, ``l2``, ``taylor`` (:mod:`llm_pruner.importance.taylor`), or one that needs
-            forward passes only: ``activation``, ``wanda`` or ``flap`` (:mod:`llm_pruner.importance.activation`), or,
-            for layers alone, one of :data:`llm_pruner.importance.STRATEGIES` (:mod:`llm_pruner.importance.depth`).
-        taylor: ``vectorize``, ``param_first``, ``param_second`` or ``param_mix``; see
-            :mod:`llm_pruner.importance.taylor`.
-        aggregation: over the slices of a group: ``sum``, ``mean``, ``max``, ``prod``, ``first`` or ``last``.
-        kinds: score only units of these kinds (None: all). Fewer kinds need fewer gradients.
-        seed: of the ``random`` criterion.
-        device: where to compute, if not where the weights are: these are then brought there block by block. 16-bit
-            weights on the CPU are always computed with in float32, block by block.
-        weights: for ``l1`` and ``l2``: weights by name to read one after the other instead of the model's, which may
-            then be on the meta device (:func:`llm_pruner.checkpoint.weights_in` reads them from files).
-        most: how many layers of a stack will go at most; the criterion ``loss`` measures no further.
-        cache: file of what scoring found before it was aggregated: read if it is there, else written. It is for the
-            caller to give another file for another model, calibration set or criterion.
+        model: model that ``graph`` was traced from, with real weights. It is not changed.
+        calibration: token ids, LongTensor ``[samples, tokens]``; ``random``, ``l1`` and ``l2`` do without.
+        criterion: ``random``; of weights, ``l1`` and ``l2`` (:mod:`~llm_pruner.importance.magnitude`); of gradients,
+            ``taylor`` (:mod:`~llm_pruner.importance.taylor`); of activations, ``activation``, ``wanda`` and ``flap``
+            (:mod:`~llm_pruner.importance.activation`); for whole layers, ``block_influence``, ``cosine``,
+            ``loss_change``, ``loss``, ``contiguous``, ``last`` and ``spaced_middle``
+            (:mod:`~llm_pruner.importance.layers`). Or your own: a registered name
+            (:func:`~llm_pruner.importance.criteria.register_criterion`), ``package.module:function``, a function, or
+            an instance of torch-pruning's ``Importance`` (:mod:`~llm_pruner.importance.torch_pruning`).
+        taylor: variant of ``taylor``: ``vectorize``, ``param_first``, ``param_second`` or ``param_mix``.
+        aggregation: over the slices of a unit: ``sum``, ``mean``, ``max``, ``prod``, ``first`` or ``last``.
+        kinds: kinds of units to score (None: all that the criterion scores). Fewer kinds need fewer gradients.
+        seed: seed of ``random``, passed to criteria of your own.
+        device: device to compute on, if not the model's: weights are moved there block by block. 16-bit weights on the
+            CPU are always upcast to float32, block by block.
+        weights: pairs of name and weight to read one after the other instead of the model's, which may then be on the
+            meta device (:func:`llm_pruner.checkpoint.stored.weights_in` reads them from files).
+        most: largest number of layers that will be removed from a stack; ``loss`` measures no further.
+        cache: file of a built-in criterion's numbers per channel, before aggregation: read if it exists, else written.
+            Give another file for another model, calibration set or criterion.
 
     Raises:
-        PrunerError: an unknown name, an unusable calibration set, or a gradient that is not finite.
+        PrunerError: a name is not valid, the graph is another model's, the calibration set cannot be read, a gradient
+            is not finite, or a criterion returns other tensors than it should.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> import llm_pruner as lp
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4
+    ... )
+    >>> model = LlamaForCausalLM(config)
+    >>> ids = torch.arange(32).view(2, 16)  # two samples of 16 tokens
+    >>> scores = lp.score(model, lp.trace(model), ids, "taylor", kinds=["heads", "neurons"])
+    >>> for name, values in scores.values.items():
+    ...     print(name, list(values.shape))
+    model.layers.0.self_attn.heads [4]
+    model.layers.0.mlp.neurons [24]
+    model.layers.1.self_attn.heads [4]
+    model.layers.1.mlp.neurons [24]
     """
-    for value, allowed, what in (
-        (criterion, [*CRITERIA, *STRATEGIES], "criterion"),
-        (taylor, VARIANTS, "taylor variant"),
-        (aggregation, AGGREGATIONS, "aggregation"),
-    ):
-        if value not in allowed:
-            raise PrunerError(f"unknown {what} {value!r}; choose from {', '.join(allowed)}")
+    _check_choice("taylor", taylor, VARIANTS)
+    _check_choice("aggregation", aggregation, AGGREGATIONS)
     if kinds is not None:
         kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    for kind in kinds or ():
-        if kind not in KINDS:
-            raise PrunerError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
+        for kind in kinds:
+            _check_choice("kind", kind, KINDS)
     _check_graph(model, graph)
-    if weights is None and criterion not in (*BY_POSITION, "random") and any(p.is_meta for p in model.parameters()):
-        raise PrunerError(f"{criterion} needs weights, and this model has none: load it with llm_pruner.load")
-    units: list[Unit] = graph.units if kinds is None else graph.of_kind(*kinds)
-    settings = {"criterion": criterion, "aggregation": aggregation, "seed": seed}
-    how = native_compute(model) if device is None else native_compute(model).on(torch.device(device))
-    if criterion in STRATEGIES:
-        kinds = ["layers"] if kinds is None else list(kinds)
-        if kinds != ["layers"]:
-            raise PrunerError(f"{criterion} scores layers only: give kinds=['layers'], or another criterion")
-        ids = None if criterion in BY_POSITION else check_calibration(model, calibration)
-        stacks = graph.of_kind("layers")
-        return Scores({u.name: score_layers(model, u, criterion, ids, how, most) for u in stacks}, settings)
-    entry = CRITERIA[criterion]
-    if entry.function is None:
-        generator = torch.Generator().manual_seed(seed)
-        values = {u.name: torch.rand(u.size, generator=generator, dtype=torch.float64) for u in units}
-        return Scores(values, settings)
-    if criterion == "taylor":
-        settings["taylor"] = taylor
-    ranks = {name: parameter.ndim for name, parameter in model.named_parameters()}
-    salience = load_salience(cache) if cache else None
-    if salience is None:
-        request = Request(
-            model=model,
-            slices=slices_of(units, ranks),
-            calibration=calibration,
-            taylor=taylor,
-            compute=how,
-            weights=weights or stored_tensors(model).items(),
+    compute = native_compute(model) if device is None else native_compute(model).on(torch.device(device))
+    if isinstance(criterion, str) and criterion in STRATEGIES:
+        values = _score_layers(model, graph, calibration, criterion, kinds=kinds, compute=compute, most=most)
+        return Scores(values, {"criterion": criterion, "aggregation": aggregation, "seed": seed})
+    name, entry = resolve_criterion(criterion)
+    if weights is None and entry.needs_weights:
+        _check_weights(model, name)
+    units = graph.units if kinds is None else graph.of_kind(*kinds)
+    request = Request(
+        model=model,
+        units=units,
+        slices=slices_of(units, {n: p.ndim for n, p in model.named_parameters()}),
+        calibration=calibration,
+        taylor=taylor,
+        seed=seed,
+        compute=compute,
+        weights=weights or stored_tensors(model).items(),
+    )
+    values = unit_scores(name, _compute(entry, request, cache), request, aggregation)
+    _check_complete(name, entry, units, values, requested=kinds is not None)
+    settings = {"criterion": name, "aggregation": aggregation, "seed": seed}
+    return Scores(values, settings | ({"taylor": taylor} if name == "taylor" else {}))
+
+
+def _compute(entry: Entry, request: Request, cache: Path | None) -> Result:
+    """Return what a criterion gives for a request, from the cache if it is there."""
+    if cache is None or not entry.builtin:
+        return entry.function(request)
+    salience = load_salience(cache)
+    if salience is not None:
+        return salience
+    result = entry.function(request)
+    if all(isinstance(key, tuple) for key in result):
+        save_salience(cast(Salience, result), cache)
+    return result
+
+
+def _score_layers(
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    calibration: torch.Tensor | None,
+    strategy: str,
+    *,
+    kinds: tuple[str, ...] | None,
+    compute: Compute,
+    most: int | None,
+) -> dict[str, torch.Tensor]:
+    if kinds not in (None, ("layers",)):
+        raise PrunerError(f"{strategy} scores layers only: give kinds=['layers'], or another criterion")
+    if strategy not in BY_POSITION:
+        _check_weights(model, strategy)
+        calibration = check_calibration(model, calibration)
+    stacks = graph.of_kind("layers")
+    return {u.name: score_layers(model, u, strategy, calibration, compute=compute, most=most) for u in stacks}
+
+
+def _check_complete(
+    name: str, entry: Entry, units: list[Unit], values: dict[str, torch.Tensor], *, requested: bool
+) -> None:
+    """Refuse units without scores, unless the criterion skips some and none of them was asked for by kind."""
+    missing = next((unit for unit in units if unit.name not in values), None)
+    if missing is None:
+        return
+    if entry.skips is None:
+        raise PrunerError(
+            f"criterion {name!r} returned nothing for unit {missing.name}: return a tensor [{missing.size}] under its "
+            "name or a number per channel for one of its slices, or score other kinds"
         )
-        salience = entry.function(request)
-        if cache:
-            save_salience(salience, cache)
-    if entry.reads_only:  # whole layers, and experts, are not read by any weight
-        unread = [u for u in units if not any(key in salience for key in u.dims)]
-        if unread and (kinds is not None or len(unread) == len(units)):
-            raise PrunerError(f"{criterion} says nothing of {unread[0].name}: no weight reads it; use taylor")
-        units = [u for u in units if u not in unread]
-    values = {unit.name: aggregate(unit, salience, ranks, aggregation) for unit in units}
-    for name, scored in values.items():
-        if not torch.isfinite(scored).all():
-            raise PrunerError(
-                f"the scores of {name} are not finite: the weights hold NaN or inf, or --dtype is too narrow"
-            )
-    return Scores(values, settings)
+    if requested or not values:
+        raise PrunerError(f"{name} says nothing of {missing.name}: {entry.skips}")
+
+
+def _check_choice(what: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise PrunerError(f"{what} {value!r} is not valid: choose from {', '.join(choices)}")
+
+
+def _check_weights(model: PreTrainedModel, criterion: str) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PrunerError(f"{criterion} needs weights, and this model has none: load it with llm_pruner.load")
 
 
 def _check_graph(model: PreTrainedModel, graph: CouplingGraph) -> None:
-    held = stored_tensors(model)
+    tensors = stored_tensors(model)
     for name, shape in graph.shapes.items():
-        there = tuple(held[name].shape) if name in held else "absent"
-        if there != tuple(shape):
-            raise PrunerError(f"the graph is of another model: {name} is {list(shape)} in it, here {there}")
+        actual = list(tensors[name].shape) if name in tensors else "absent"
+        if actual != list(shape):
+            raise PrunerError(f"the graph is of another model: {name} is {list(shape)} in it, {actual} in this model")

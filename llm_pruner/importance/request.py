@@ -1,0 +1,57 @@
+"""What a criterion is given and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..graph.units import Unit
+from ..models.blockwise import Compute
+from ..models.running import check_calibration
+from .scores import Dims
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that a criterion may compute from.
+
+    Attributes:
+        model: model to score, in its own mode, dtype and device. A criterion leaves it as it was.
+        units: units to score: ``unit.name``, ``unit.kind``, ``unit.layer``, ``unit.size``, and ``unit.positions(name,
+            dim)``, a LongTensor ``[unit.size, channels per index]``, for each ``(parameter name, dim)`` of
+            ``unit.dims``.
+        slices: ``{parameter name: [dim, ...]}``, the channels that need a number: dim 0 of ``gate_proj.weight`` ``[out,
+            in]`` is its rows, dim 1 its columns.
+        calibration: token ids, LongTensor ``[samples, tokens]``, unchecked; None where the caller gave none.
+        taylor: variant of ``taylor``, from ``--taylor``.
+        seed: seed for whatever is random, from ``--seed``.
+        compute: device and dtype to compute with; ``compute.convert(tensor)`` brings a weight there.
+        weights: pairs of a parameter name and its weight, to be read once, in this order; they may come from files
+            while ``model`` is on the meta device.
+    """
+
+    model: PreTrainedModel
+    units: list[Unit]
+    slices: Dims
+    calibration: torch.Tensor | None
+    taylor: str = "param_first"
+    seed: int = 0
+    compute: Compute
+    weights: Iterable[tuple[str, torch.Tensor]]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Calibration set, checked: LongTensor ``[samples, tokens]`` of ids that the model can read.
+
+        Raises:
+            PrunerError: there is none, or the model cannot read it.
+        """
+        return check_calibration(self.model, self.calibration)
+
+
+# Numbers per channel {(parameter, dim): [size of the dim]}, or scores per unit {unit name: [unit size]}.
+Result = Mapping[tuple[str, int], torch.Tensor] | Mapping[str, torch.Tensor]
+Criterion = Callable[[Request], Result]
