@@ -8,7 +8,7 @@ where it enters the layer. So each layer's heads stay an axis of their own, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..models.hooks import forward_hooks
 from ..models.per_layer import Constant, arguments_of, hook_selecting, layer_lists
 from .axes import Atom, Dim, find, flatten, freeze, leaves
 from .call import Recorder, Traced
@@ -26,22 +27,20 @@ COMBINED = "combined with a constant"
 @contextmanager
 def selecting_constants(model: nn.Module, constants: Iterable[Constant], kept: list[int]) -> Iterator[None]:
     """For the length of the block, give the layers only the ``kept`` indices of these constants, in that order."""
-    with ExitStack() as stack:
-        for constant in constants:
-            layer = model.get_submodule(constant.layer)
-            hook = hook_selecting([(constant, kept)])
-            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    hooks = [(model.get_submodule(constant.layer), hook_selecting([(constant, kept)])) for constant in constants]
+    with forward_hooks(before=hooks, with_kwargs=True):
         yield
 
 
 @contextmanager
 def separate_constants(model: nn.Module, recorder: Recorder, constants: list[tuple[Atom, Constant]]) -> Iterator[None]:
     """While tracing, meet a constant that enters a layer as one of that layer's own, and append it to ``constants``."""
-    with ExitStack() as stack:
-        for path, layers in layer_lists(model).items():
-            for i, layer in enumerate(layers):
-                hook = _hook_renewing(recorder, constants, f"{path}.{i}")
-                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    hooks = [
+        (layer, _hook_renewing(recorder, constants, f"{path}.{i}"))
+        for path, layers in layer_lists(model).items()
+        for i, layer in enumerate(layers)
+    ]
+    with forward_hooks(before=hooks, with_kwargs=True):
         yield
 
 
