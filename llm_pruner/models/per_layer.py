@@ -1,29 +1,28 @@
-"""Models whose layers differ: the modelling half of transformers' ``per_layer_config``.
+"""Build models whose layers differ: the modelling half of transformers' ``per_layer_config``.
 
-transformers 5 can write and read a config whose layers have their own values, but does not build a model
-from it yet. This module does, for any architecture, with one idea: every layer can be built by its own
-constructor from its own config. When a model with such a config has been built, each layer that differs is
-built again and put in place of the first one, before any weight is loaded.
+transformers 5 reads and writes configs with values of their own for each layer, but builds no model from them yet.
+This module does, for any architecture: a layer that differs is built again by its own constructor, from its own config,
+and replaces the uniform layer before any weight is loaded. Where transformers builds such layers itself, this part
+yields to it.
 
-Some blocks cannot be written down even so. GPT-2 derives the width of its attention from the hidden size, so
-no config has fewer heads; BART has two stacks of layers and one config. For those the config carries
-``submodule_overrides``::
+Some widths have no field. GPT-2 derives the width of its attention from the hidden size, so no config has fewer heads;
+BART has two stacks of layers and one config. For these blocks the config carries ``submodule_overrides``::
 
     {"h.3.attn": {"values": {"n_embd": 512, "n_head": 8}, "shapes": {"c_attn.weight": [768, 1536], ...}}}
 
-that is, build that one block as if the model were narrower (which sets its head count, split sizes and scales
-right), then give its leaves that face the hidden size the shapes stated. ``attributes``, if any, are set on the block
-as it is: factors that must not change with the hidden size. A block with ``absent`` is gone: it adds nothing to the
-stream, and returns so many values (0: no tuple). Paths begin at the smallest model inside
-the model that holds every stack of layers built from this config.
+The block is built as if the whole model were narrower, which makes its head count, split sizes and scales right; then
+its leaves that face the hidden size get the stated shapes. ``attributes`` are set on the finished block: factors that
+must not change with the hidden size. A block with ``absent`` is removed: its stand-in adds nothing to the residual
+stream and returns that many values (0: no tuple). Paths begin at the smallest inner model that holds every stack of
+layers built from this config.
 
-And some heads carry a constant that the model computes for all of them, ALiBi's slopes. It goes on doing so, and
-each layer takes its heads' part of what it is given, as ``constant_slices`` says::
+Some heads depend on a constant that the model computes for all heads, such as ALiBi's slopes. The model keeps computing
+it for all of them, and each layer takes the part of its own heads, stated in ``constant_slices``::
 
     {"h.3": [{"argument": "alibi", "dim": 0, "size": 16, "inner": 1, "kept": [0, 2, ...]}]}
 
-Importing :mod:`llm_pruner` installs this in transformers, so ``AutoModelForCausalLM.from_pretrained`` works. This file
-knows nothing of the rest of the package: a checkpoint may carry a copy of it, to be read where there is no llm_pruner.
+Importing :mod:`llm_pruner` installs this in transformers, so ``AutoModelForCausalLM.from_pretrained`` works. The file
+imports nothing else of the package: a checkpoint may carry a copy of it, to be loaded without llm_pruner.
 """
 
 from __future__ import annotations
@@ -33,36 +32,50 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.pytorch_utils import Conv1D
 
 SUBMODULES = "submodule_overrides"
 CONSTANTS = "constant_slices"
 Overrides = dict[str, Any]
 
+# Where a config keeps how its blocks run: private names of transformers, checked on 5.23.
+IMPLEMENTATION_SLOTS = {"attn": "_attn_implementation_internal", "experts": "_experts_implementation_internal"}
+_HETEROGENEITY = "_heterogeneity_spec"  # where a config keeps its per-layer values: private, checked on 5.23
+
 
 def install() -> None:
-    """Teach transformers to build models from per-layer configs; does nothing the second time."""
+    """Teach transformers to build models from per-layer configs; do nothing the second time.
+
+    This is the package's only lasting change to transformers: four methods of ``PreTrainedModel``.
+    """
     if getattr(PreTrainedModel, "_llm_pruner_installed", False):
         return
     init, post_init = PreTrainedModel.__init__, PreTrainedModel.post_init
 
     @functools.wraps(init)
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        if has_per_layer_widths(config):
-            record_constructors(type(self))
+        if has_per_layer_widths(config) or _recorders:  # an inner model's file may be another than its outer model's
+            recording = ExitStack()
+            recording.enter_context(recording_constructors(type(self)))
+            # Ended by post_init, or by the death of a model whose construction failed.
+            self.__dict__["_end_recording"] = weakref.finalize(self, recording.close)
         init(self, config, *args, **kwargs)
 
     @functools.wraps(post_init)
     def with_layers(self: PreTrainedModel) -> None:
         if has_per_layer_widths(self.config):
             _rebuild_layers(self)
+        if (end_recording := self.__dict__.pop("_end_recording", None)) is not None:
+            end_recording()
         post_init(self)
 
     PreTrainedModel.__init__ = __init__  # type: ignore[method-assign]
@@ -72,17 +85,34 @@ def install() -> None:
     PreTrainedModel._llm_pruner_installed = True  # type: ignore[attr-defined]
 
 
+def transformers_builds_layers() -> bool:
+    """Return True if transformers builds layers from per-layer configs itself; 5.23 does not.
+
+    Its model class would have to name the feature, which its configs call heterogeneity.
+    """
+    names = set(vars(modeling_utils))
+    for function in map(inspect.unwrap, filter(callable, vars(PreTrainedModel).values())):
+        names.update(getattr(getattr(function, "__code__", None), "co_names", ()))
+    return any("heterogene" in name.lower() for name in names)
+
+
 def overrides_of(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """The blocks that a config wants built otherwise, by path."""
+    """Return the blocks of a config that are built with other values, by path."""
     return getattr(config, SUBMODULES, None) or {}
 
 
+def layer_overrides_of(config: PreTrainedConfig) -> dict[int, Overrides]:
+    """Return the fields in which each layer differs from the config, by layer index; its own dict, not a copy."""
+    return getattr(config, _HETEROGENEITY).per_layer_overrides if getattr(config, "is_heterogeneous", False) else {}
+
+
 def has_per_layer_widths(config: PreTrainedConfig) -> bool:
+    """Return True if a config gives layers or blocks of its model values of their own."""
     return bool(getattr(config, "is_heterogeneous", False) or overrides_of(config) or getattr(config, CONSTANTS, None))
 
 
 def _reaching_layers(setter: Callable[..., None]) -> Callable[..., None]:
-    """Layers that differ hold configs of their own, which a change of implementation must reach too."""
+    """Let a change of implementation reach the configs of layers that differ, too."""
 
     @functools.wraps(setter)
     def change(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
@@ -91,26 +121,56 @@ def _reaching_layers(setter: Callable[..., None]) -> Callable[..., None]:
             for module in owner.modules():
                 config = getattr(module, "config", None)
                 if isinstance(config, type(owner.config)) and config is not owner.config:
-                    for slot in ("_attn_implementation_internal", "_experts_implementation_internal"):
+                    for slot in IMPLEMENTATION_SLOTS.values():
                         config.__dict__[slot] = owner.config.__dict__.get(slot)
 
     return change
 
 
-def record_constructors(model_class: type) -> None:
-    """Make the modules of a modelling file remember what they were constructed with.
+@contextmanager
+def recording_constructors(*classes: type) -> Iterator[None]:
+    """Let modules that are constructed meanwhile remember their arguments; those of the classes' modelling files.
 
-    A module's constructor is the only thing that knows how to make it right; its arguments are needed to ask
-    it again with another config.
+    A module's constructor is the only thing that knows how to make it right; its arguments are needed to call
+    it again with another config. Classes of torch are left alone.
+
+    Args:
+        classes: classes of models or of parts of models; every class that their files define or import is recorded.
     """
-    files = dict.fromkeys(base.__module__ for base in model_class.__mro__ if issubclass(base, PreTrainedModel))
-    for module_class in [value for file in files for value in vars(sys.modules[file]).values()]:
-        if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
-            continue
-        original = module_class.__dict__.get("__init__")
-        if original is None or hasattr(original, "_records") or issubclass(module_class, PreTrainedModel):
-            continue
-        module_class.__init__ = _recording(original)  # type: ignore[method-assign,misc]
+    recorded = _recordable(classes)
+    for module_class in recorded:
+        if module_class not in _recorders:
+            _recorders[module_class] = [0, module_class.__init__]
+            module_class.__init__ = _recording(module_class.__init__)  # type: ignore[misc]
+        _recorders[module_class][0] += 1
+    try:
+        yield
+    finally:
+        for module_class in recorded:
+            _recorders[module_class][0] -= 1
+            if not _recorders[module_class][0]:
+                module_class.__init__ = _recorders.pop(module_class)[1]  # type: ignore[misc]
+
+
+_recorders: dict[type, list[Any]] = {}  # how many contexts record a class, and its own constructor
+
+
+def _recordable(classes: Iterable[type]) -> list[type]:
+    """List the module classes in the files of some classes and their bases, without models and without torch's."""
+    files = dict.fromkeys(base.__module__ for c in classes for base in c.__mro__ if issubclass(base, nn.Module))
+    found = [value for file in files if not _is_torch(file) for value in vars(sys.modules[file]).values()]
+    return [
+        value
+        for value in dict.fromkeys(value for value in found if isinstance(value, type))
+        if issubclass(value, nn.Module)
+        and not issubclass(value, PreTrainedModel)
+        and not _is_torch(value.__module__)
+        and "__init__" in value.__dict__
+    ]
+
+
+def _is_torch(module_name: str) -> bool:
+    return module_name.partition(".")[0] == "torch"
 
 
 def _recording(original: Callable[..., None]) -> Callable[..., None]:
@@ -119,12 +179,11 @@ def _recording(original: Callable[..., None]) -> Callable[..., None]:
         original(self, *args, **kwargs)
         self.__dict__["_constructed_with"] = (type(self), args, kwargs)
 
-    __init__._records = True  # type: ignore[attr-defined]
     return __init__
 
 
 def constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
-    """What a module was constructed with, by parameter name; None where that was not recorded."""
+    """Return the arguments that a module was constructed with, by name; None where they were not recorded."""
     if "_constructed_with" not in module.__dict__:
         return None
     module_class, args, kwargs = module.__dict__["_constructed_with"]
@@ -136,13 +195,13 @@ def _bound(module_class: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def config_of(module: nn.Module) -> PreTrainedConfig | None:
-    """The config that a module was constructed from, if any."""
+    """Return the config that a module was constructed from, if any."""
     values = (constructor_arguments(module) or {}).values()
     return next((v for v in values if isinstance(v, PreTrainedConfig)), None)
 
 
 def numbers_of(module: nn.Module) -> dict[str, int]:
-    """The sizes that a module was constructed from beside its config: BART's attention is given ``num_heads``."""
+    """Return the sizes that a module was constructed from beside its config: ``num_heads`` of BART's attention."""
     arguments = constructor_arguments(module) or {}
     return {
         name: value
@@ -152,14 +211,16 @@ def numbers_of(module: nn.Module) -> dict[str, int]:
 
 
 def rebuild(module: nn.Module, overrides: Overrides | PreTrainedConfig) -> nn.Module:
-    """The module as its constructor makes it from another config, or from the same one with other values.
+    """Construct a module again from another config, or from its own with other values.
 
-    A value that is also an argument of the constructor itself (some blocks are given ``num_heads``) is passed as
-    that. Raises whatever the constructor raises for values that make no sense, and ValueError for a module whose
-    constructor was not recorded.
+    A value that is also an argument of the constructor (some blocks are given ``num_heads``) is passed as argument.
+
+    Raises:
+        ValueError: the module's constructor was not recorded. The constructor may raise anything else for values
+            that make no sense.
     """
     if "_constructed_with" not in module.__dict__:
-        raise ValueError(f"{type(module).__name__} cannot be built again: it is not of a modelling file")
+        raise ValueError(f"{type(module).__name__} cannot be built again: its class is not of a modelling file")
     module_class, args, kwargs = module.__dict__["_constructed_with"]
     bound = _bound(module_class, args, kwargs)
     for name, value in list(bound.arguments.items())[1:]:
@@ -170,11 +231,12 @@ def rebuild(module: nn.Module, overrides: Overrides | PreTrainedConfig) -> nn.Mo
             bound.arguments[name] = with_values(global_config(value), overrides)
         elif name in overrides:
             bound.arguments[name] = overrides[name]
-    return module_class(*bound.args[1:], **bound.kwargs)
+    with recording_constructors(module_class):
+        return module_class(*bound.args[1:], **bound.kwargs)
 
 
 def with_values(config: PreTrainedConfig, values: Overrides) -> PreTrainedConfig:
-    """A copy of a config with some fields changed and nothing derived anew."""
+    """Copy a config with some fields changed and nothing derived anew."""
     out = copy.copy(config)
     for name, value in values.items():
         set_field(out, name, value)
@@ -182,7 +244,7 @@ def with_values(config: PreTrainedConfig, values: Overrides) -> PreTrainedConfig
 
 
 def fields_of(config: PreTrainedConfig | None) -> dict[str, Any]:
-    """The fields of a config, and those of the configs inside it as ``ffn_config.ffn_hidden_size``."""
+    """Return the fields of a config, and those of the configs inside it as ``ffn_config.ffn_hidden_size``."""
     out: dict[str, Any] = {}
     for name, value in (vars(config) if config else {}).items():
         if isinstance(value, PreTrainedConfig):
@@ -204,16 +266,16 @@ def set_field(config: PreTrainedConfig, name: str, value: Any) -> None:
 
 
 def global_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy without per-layer values."""
+    """Copy a config without its per-layer values."""
     out = copy.copy(config)
-    out.__dict__.pop("_heterogeneity_spec", None)
+    out.__dict__.pop(_HETEROGENEITY, None)
     return out
 
 
 def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The stacks of decoder (or encoder) layers: outermost module lists of the model, by path.
+    """Return the stacks of decoder (or encoder) layers by path: the outermost module lists of the model.
 
-    A list with a member that holds no parameters is no stack.
+    A list with a member without parameters is not a stack.
     """
     out: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
@@ -226,7 +288,7 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def stack_of(model: nn.Module, layers: int) -> nn.ModuleList | None:
-    """The model's own list of decoder layers (not that of a model inside it that has its own config)."""
+    """Return the model's own list of decoder layers, not that of an inner model with a config of its own."""
     for path, stack in layer_lists(model).items():
         parents = [model.get_submodule(p) for p in _ancestors(path)]
         if len(stack) == layers and not any(isinstance(p, PreTrainedModel) and p is not model for p in parents):
@@ -240,42 +302,53 @@ def _ancestors(path: str) -> list[str]:
 
 
 def _rebuild_layers(model: PreTrainedModel) -> None:
+    """Replace the layers and blocks that a model's config gives values of their own."""
     config = model.config
-    if getattr(config, "is_heterogeneous", False):
+    if (differing := layer_overrides_of(config)) and not transformers_builds_layers():
         stack = stack_of(model, config.num_hidden_layers) or nn.ModuleList()
         for i in range(len(stack)):
-            if config._heterogeneity_spec.per_layer_overrides.get(i):
+            if differing.get(i):
                 stack[i] = rebuild(stack[i], config.per_layer_config[i])
     overrides = overrides_of(config)
     for path in sorted(overrides, key=lambda path: path.count(".")):  # a layer before the blocks in it
-        try:
-            block = model.get_submodule(path)
-        except AttributeError:  # the path begins at another model, around this one or inside it
-            continue
-        recipe = overrides[path]
-        if "absent" in recipe:
-            model.set_submodule(path, Absent(recipe["absent"]))
-            continue
-        if recipe["values"] or recipe["shapes"]:
-            block = rebuild(block, recipe["values"])
-            for name, shape in recipe["shapes"].items():
-                _resize(block, name, tuple(shape))
-            model.set_submodule(path, block)
-        for name, value in recipe.get("attributes", {}).items():
-            if hasattr(block, name):
-                setattr(block, name, value)
+        _override_block(model, path, overrides[path])
     for path, entries in (getattr(config, CONSTANTS, None) or {}).items():
-        try:
-            layer = model.get_submodule(path)
-        except AttributeError:
+        if (layer := _submodule(model, path)) is None:
             continue
         for entry in entries:  # in the order in which they were cut
             constant = Constant(path, entry["argument"], entry["dim"], entry["size"], entry["inner"])
             layer.register_forward_pre_hook(hook_selecting([(constant, entry["kept"])]), with_kwargs=True)
 
 
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at a path, None where the path begins at another model, around this one or inside it."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _override_block(model: PreTrainedModel, path: str, recipe: dict[str, Any]) -> None:
+    """Replace one block as its entry in ``submodule_overrides`` says."""
+    block = _submodule(model, path)
+    if block is None:
+        return
+    if "absent" in recipe:
+        model.set_submodule(path, Absent(recipe["absent"]))
+        return
+    if recipe["values"] or recipe["shapes"]:
+        block = rebuild(block, recipe["values"])
+        for name, shape in recipe["shapes"].items():
+            _resize(block, name, tuple(shape))
+        model.set_submodule(path, block)
+    for name, value in recipe.get("attributes", {}).items():
+        if hasattr(block, name):
+            setattr(block, name, value)
+
+
 class Absent(nn.Module):
-    """A block that is gone: it adds nothing to the stream, and returns so many values (0: no tuple)."""
+    """The stand-in of a removed block: it adds nothing to the residual stream and returns ``outputs`` values (0: no
+    tuple)."""
 
     def __init__(self, outputs: int):
         super().__init__()
@@ -287,7 +360,7 @@ class Absent(nn.Module):
 
 
 def _resize(block: nn.Module, name: str, shape: tuple[int, ...]) -> None:
-    """Give a leaf's parameter another shape, and the leaf the attributes that say so."""
+    """Give a leaf's parameter another shape, and the leaf the attributes that state it."""
     path, _, attribute = name.rpartition(".")
     leaf = block.get_submodule(path)
     old = getattr(leaf, attribute)
@@ -307,7 +380,7 @@ def _resize(block: nn.Module, name: str, shape: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True)
 class Constant:
-    """Dim ``dim`` of tensor argument ``argument`` of a layer, seen as ``[..., size, inner]``."""
+    """A constant that a layer is given: dim ``dim`` of its argument ``argument``, seen as ``[..., size, inner]``."""
 
     layer: str
     argument: str
@@ -316,19 +389,19 @@ class Constant:
     inner: int
 
     def select(self, tensor: torch.Tensor, kept: Iterable[int]) -> torch.Tensor:
-        """The tensor with only the ``kept`` indices of the axis, in that order."""
+        """Return the tensor with only the ``kept`` indices of the axis, in that order."""
         index = torch.tensor(list(kept), device=tensor.device)
         parts = tensor.unflatten(self.dim, (-1, self.size, self.inner))
         return parts.index_select(self.dim + 1, index).flatten(self.dim, self.dim + 2)
 
 
 def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    """The arguments of a call of a module by name (the class's own ``forward``: instances may have theirs wrapped)."""
+    """Return a call's arguments by name, read from the class's ``forward``: an instance's own may be wrapped."""
     return inspect.signature(type(module).forward).bind(module, *args, **kwargs)
 
 
 def hook_selecting(slices: list[tuple[Constant, list[int]]]) -> Callable[..., Any]:
-    """A forward pre-hook that gives a layer the kept part of its constants; outer axes come first."""
+    """Make a forward pre-hook that gives a layer the kept part of its constants; outer axes come first."""
     slices = sorted(slices, key=lambda item: -item[0].inner)
 
     def select(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

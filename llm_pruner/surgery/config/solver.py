@@ -27,7 +27,6 @@ from ...models.per_layer import (
     constructor_arguments,
     fields_of,
     overrides_of,
-    record_constructors,
     set_field,
     with_values,
 )
@@ -55,9 +54,6 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
     Raises:
         PrunerError: no config expresses the shapes; the message names the first tensors that do not fit.
     """
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            record_constructors(type(module))
     known = names_of(model)
     targets = {
         new: plan.cut_shape(name, tensor.shape)

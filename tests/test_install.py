@@ -1,0 +1,114 @@
+"""What importing the package changes in transformers, and for how long."""
+
+import gc
+
+import pytest
+import torch
+from helpers.models import build, pruned_by
+from torch import nn
+from transformers import PreTrainedModel, modeling_utils
+from transformers.models.llama import modeling_llama
+
+import llm_pruner as lp
+from llm_pruner.models import per_layer
+from llm_pruner.models.per_layer import constructor_arguments, rebuild
+from llm_pruner.models.skeleton import skeleton
+
+
+def constructors():
+    """The constructors of all module classes of torch and of Llama's modelling file."""
+    classes = [value for file in (nn, modeling_llama) for value in vars(file).values() if isinstance(value, type)]
+    return {c: c.__dict__.get("__init__") for c in classes if issubclass(c, nn.Module)}
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_patched():
+    before = constructors()
+    yield
+    gc.collect()
+    assert constructors() == before
+    assert not per_layer._recorders
+
+
+def test_no_class_stays_patched_after_a_trace_and_a_per_layer_build(tmp_path):
+    model = build("llama_grouped")
+    _, pruned = pruned_by(model, layers=[1])
+    lp.save(pruned, None, tmp_path / "m")
+    type(pruned).from_pretrained(tmp_path / "m")
+    skeleton(type(model), model.config)
+    assert not hasattr(nn.LayerNorm.__init__, "__wrapped__") and not hasattr(
+        nn.CrossEntropyLoss.__init__, "__wrapped__"
+    )
+
+
+def test_no_class_of_torch_is_patched_while_a_model_is_built(monkeypatch):
+    before, seen = constructors(), []
+    init = modeling_llama.LlamaMLP.__init__
+
+    def looking(self, *args, **kwargs):
+        seen.append(constructors())
+        init(self, *args, **kwargs)
+
+    model = build("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama.LlamaMLP, "__init__", looking)
+        twin = skeleton(type(model), model.config)
+    during = seen[0]
+    assert {c for c in before if during[c] is not before[c]} >= {modeling_llama.LlamaAttention}
+    assert not [c for c in before if during[c] is not before[c] and c.__module__.startswith("torch")]
+    assert constructor_arguments(twin.model.layers[1])["layer_idx"] == 1
+
+
+def test_a_failed_build_leaves_no_class_patched():
+    _, pruned = pruned_by(build("llama_grouped"), layers=[1])
+    pruned.config.hidden_act = "none such"
+    with pytest.raises(KeyError):
+        type(pruned)(pruned.config)
+
+
+def test_a_rebuilt_layer_can_be_rebuilt_in_turn():
+    twin = skeleton(type(build("llama")), build("llama").config)
+    layer = rebuild(twin.model.layers[1], {"intermediate_size": 20})
+    assert rebuild(layer.mlp, {"intermediate_size": 12}).up_proj.weight.shape == (12, 32)
+
+
+def test_layers_are_left_to_a_transformers_that_builds_them(monkeypatch):
+    """A stand-in for transformers' own half builds all layers; ours must not build any again."""
+    _, pruned = pruned_by(build("llama_grouped"), layers=[1])
+    config, state = pruned.config, pruned.state_dict()
+    assert not per_layer.transformers_builds_layers()
+
+    class OwnLayer(modeling_llama.LlamaDecoderLayer):
+        def __init__(self, config, layer_idx):
+            super().__init__(config.per_layer_config[layer_idx], layer_idx)
+
+    monkeypatch.setattr(modeling_utils, "apply_heterogeneous_modeling", lambda model: None, raising=False)
+    monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", OwnLayer)
+    monkeypatch.setattr(per_layer, "rebuild", lambda *_: pytest.fail("a layer was built twice"))
+    assert per_layer.transformers_builds_layers()
+    model = type(pruned)(config)
+    assert all(type(layer) is OwnLayer for layer in model.model.layers)
+    model.load_state_dict(state)
+
+
+def test_a_model_class_that_names_heterogeneous_configs_builds_its_layers(monkeypatch):
+    def post_init(self):
+        return self.config.is_heterogeneous
+
+    monkeypatch.setattr(PreTrainedModel, "post_init", post_init)
+    assert per_layer.transformers_builds_layers()
+
+
+def test_installing_twice_changes_nothing():
+    methods = dict(vars(PreTrainedModel))
+    per_layer.install()
+    assert dict(vars(PreTrainedModel)) == methods
+
+
+def test_per_layer_models_compute_the_same_whoever_builds_them():
+    _, pruned = pruned_by(build("llama_grouped"), layers=[1])
+    again = type(pruned)(pruned.config).eval()
+    again.load_state_dict(pruned.state_dict())
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, pruned(ids).logits)
