@@ -24,6 +24,7 @@ from ..models.running import answer_on_meta, model_inputs, stored_tensors, traci
 from .axes import Atom, Dim, freeze, fresh, leaves, size_of, tag, unify
 from .call import RULES, Call, Traced, tensors_in
 from .constants import COMBINED, separate_constants
+from .fingerprint import uniform_axes
 from .rules import indexing
 
 TRACE_ROWS, TRACE_TOKENS = 2, 16  # long enough for every branch of a decoder to run, short enough to be free
@@ -241,7 +242,10 @@ def _run(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str, list
         tracer.record(Traced(twins[id(tensor)], dims[name], "weight"))
     for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
         if name not in named and id(twins[id(tensor)]) not in tracer.traced:
-            tracer.record(Traced(twins[id(tensor)], [_constant_dim(tensor, i) for i in range(tensor.ndim)], "constant"))
+            # A constant freezes what it meets, unless it is the same at every index of the axis.
+            reasons = (None if uniform else COMBINED for uniform in uniform_axes(tensor))
+            constant = [fresh(size, reason) for size, reason in zip(tensor.shape, reasons, strict=True)]
+            tracer.record(Traced(twins[id(tensor)], constant, "constant"))
 
     vocabulary = fresh(_vocabulary_size(model))
     tag(vocabulary, "vocabulary")
@@ -272,14 +276,6 @@ def _run(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str, list
     tracer.idle = {name for name, tensor in named.items() if _storage(twins[id(tensor)]) not in reaching}
     first_use = {name: tracer.order.get(id(twins[id(tensor)]), len(tracer.order)) for name, tensor in named.items()}
     return tracer, {name: dims[name] for name in sorted(dims, key=first_use.__getitem__)}
-
-
-def _constant_dim(tensor: torch.Tensor, axis: int) -> Dim:
-    """A constant freezes what it meets, unless it is the same at every index of the axis."""
-    known = tensor.device.type != "meta" and tensor.numel() > 0
-    if known and bool((tensor == tensor.narrow(axis, 0, 1)).all()):
-        return fresh(tensor.shape[axis])
-    return fresh(tensor.shape[axis], COMBINED)
 
 
 def _vocabulary_size(model: nn.Module) -> int:

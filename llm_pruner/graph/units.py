@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from math import lcm
@@ -19,6 +19,7 @@ from ..models.per_layer import Constant, layer_lists
 from ..models.running import stored_tensors
 from .axes import Atom, Dim, labels, leaves
 from .constants import COMBINED, by_leaf
+from .fingerprint import fingerprint
 from .tracer import TraceError, run
 
 KINDS = ("heads", "query_heads", "neurons", "experts", "hidden", "channels", "layers", "vocabulary")
@@ -144,34 +145,40 @@ class CouplingGraph:
 def trace(model: nn.Module) -> CouplingGraph:
     """Find every prunable unit of a model.
 
+    A graph is kept as long as its model lives, and found anew once the model's structure has changed.
+
     Args:
-        model: a Hugging Face model, real or on the meta device. It is run once on meta tensors, and only if that
-            cannot be done on its weights; its mode and attention implementation are as before afterwards.
+        model: a Hugging Face model, real or on the meta device. It is run once on meta tensors, and on its weights only
+            if that fails. Its mode and its attention implementation are left as they were.
 
     Raises:
-        TraceError: the model cannot be run, with the module and the cause.
+        TraceError: the model cannot be run; the message names the module and the cause.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+    >>> graph = trace(LlamaForCausalLM(LlamaConfig(vocab_size=96, num_hidden_layers=2, **sizes)))
+    >>> [(unit.name, unit.size) for unit in graph.of_kind("heads", "neurons") if unit.layer == 1]
+    [('model.layers.1.self_attn.heads', 2), ('model.layers.1.mlp.neurons', 48)]
+    >>> neuron = graph.unit("model.layers.1.mlp.neurons").slices(7)  # rows of two weights, a column of the third
+    >>> [(name.split(".")[-2], dim, positions.tolist()) for name, d in neuron.items() for dim, positions in d.items()]
+    [('gate_proj', 0, [7]), ('up_proj', 0, [7]), ('down_proj', 1, [7])]
     """
-    # What was found is remembered as long as the model has the same shapes and config.
-    config = getattr(model, "config", None)
-    about = (
-        str(config and config.to_dict()),
-        tuple((name, tuple(t.shape)) for name, t in stored_tensors(model).items()),
-    )
-    known = _traced.get(model)
-    if known is None or known[0] != about:
-        known = about, _trace(model)
-        if known[1].on_meta:
-            _traced[model] = known
-    return known[1].copy()
+    structure = fingerprint(model)
+    traced_structure, graph = _traced.get(model, (None, None))
+    if graph is None or traced_structure != structure:
+        graph = _trace(model)
+        if graph.on_meta:  # a graph found on weights may depend on their values
+            _traced[model] = structure, graph
+    return graph.copy()
 
 
 def share_graph(model: nn.Module, like: nn.Module) -> None:
-    """A model has the units of another of the same config, which was traced."""
+    """Give a model the graph of another of the same structure that was traced; of another structure it is ignored."""
     if like in _traced:
         _traced[model] = _traced[like]
 
 
-_traced: WeakKeyDictionary[nn.Module, tuple[Any, CouplingGraph]] = WeakKeyDictionary()
+_traced: WeakKeyDictionary[nn.Module, tuple[Hashable, CouplingGraph]] = WeakKeyDictionary()
 
 
 def _trace(model: nn.Module) -> CouplingGraph:
