@@ -1,43 +1,49 @@
-"""Writing files and folders whole or not at all, one process at a time.
+"""Atomic writes of files and folders, one process at a time.
 
-Whoever writes holds a lock of the system on the folder that is written, which goes when the process does, however that
-ends. So what a killed process left is told from what a living one is at: the one is cleared away, the other is left
-alone.
+A writer holds a lock of the operating system, which ends with its process, however that ends. So the leavings of a
+killed process can be told from the work of a living one: the former are removed, the latter is left alone.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
 
 from .errors import PrunerError
 
-# What checkpoints and runs are made of.
-OURS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".log", ".scores", ".py"}
 CARD = "README.md"
+# Suffixes and names of the files of checkpoints and runs.
+OURS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".log", ".scores", ".py"}
+OUR_NAMES = {CARD, "LICENSE", "NOTICE"}
 LOCKS = ".locks"
-# What torch and safetensors, which raise errors of their own, say of a disk that takes no more.
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # file systems without locks
+# Messages of a full disk in the errors of torch and safetensors, which are no OSErrors.
 DISK = ("No space left", "os error 28", "Disk quota", "File too large", "file write failed", "unexpected pos")
 
 
-def digest(known: Any) -> str:
-    """A short hash of anything that JSON can hold, to tell one from another; what JSON has not counts by its text."""
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def digest(value: Any) -> str:
+    """Return a short hash of a JSON value; other objects count by their text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
-        PrunerError: it cannot be read, or is no JSON that a program can hold.
+        PrunerError: the file cannot be read, is not JSON, or is nested or has numbers beyond Python's limits.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -46,23 +52,24 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a file whole or not at all, in UTF-8; raises as :func:`write_bytes`."""
+    """Write a file atomically, in UTF-8; raises as :func:`write_bytes`."""
     write_bytes(path, content.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically; remove what processes of this machine left that were killed while they wrote it.
 
     Raises:
-        PrunerError: it cannot be written.
+        PrunerError: the file cannot be written.
     """
-    ours = f".{path.name}.{os.uname().nodename}-"
+    ours = f".{path.name}.{platform.node()}-"
     temporary = path.with_name(f"{ours}{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{_literal(ours)}*.tmp"):
-            if not Path(f"/proc/{left.name.removeprefix(ours).removesuffix('.tmp')}").exists():
-                left.unlink(missing_ok=True)
+        for other in path.parent.glob(f"{glob.escape(ours)}*.tmp"):
+            process = other.name.removeprefix(ours).removesuffix(".tmp")
+            if not (process.isdecimal() and psutil.pid_exists(int(process))):
+                other.unlink(missing_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
@@ -82,99 +89,113 @@ def same_folder(folder: str | Path, other: str | Path) -> bool:
 
 @contextmanager
 def complete_folder(folder: str | Path, owned_if: str, reads: str = "") -> Iterator[Path]:
-    """A temporary folder that takes the place of ``folder`` when the block succeeds, and vanishes when it fails.
+    """Yield a temporary folder that replaces ``folder`` when the block succeeds, and is removed when it fails.
 
-    What a process that was killed at the same folder left is cleared away first.
+    What a process that was killed at the same folder left behind is removed first.
 
     Args:
-        owned_if: an existing non-empty ``folder`` is replaced only if it holds this file, and nothing that is no part
-            of a checkpoint or a run.
-        reads: a model that is read meanwhile, whose folder is not to be replaced.
+        owned_if: an existing non-empty ``folder`` is replaced only if it holds this file, and no file or folder that
+            is foreign to checkpoints and runs.
+        reads: a model that is read meanwhile, whose folder must not be replaced.
 
     Raises:
-        PrunerError: the folder cannot be written, is not ours, or another process is writing it.
+        PrunerError: the folder cannot be written, holds foreign files, or another process is writing it.
     """
     target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise PrunerError(f"{target} is a file; give a folder to write to")
     if reads and same_folder(target, reads):
         raise PrunerError(f"{target} is the model that is read: give another folder to write to")
-    leaving = ExitStack()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _holding(target.parent, wait=True):
+        with file_lock(target, wait=False) as lock:
+            if lock is None:
+                raise PrunerError(f"another process is writing {target}: wait for it, or give another folder")
             _clear(target)
             _check_ours(target, owned_if)
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-            leaving.enter_context(_holding(temporary))
-            leaving.callback(shutil.rmtree, temporary, ignore_errors=True)
-        yield temporary
-        sync_folder(temporary)
-        with _holding(target.parent, wait=True):
-            _swap(temporary, target)
+            try:
+                yield temporary
+                sync_folder(temporary)
+                _swap(temporary, target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise PrunerError(f"cannot write {target}: {error.strerror or error}") from error
     except Exception as error:
-        if any(sign in str(error) for sign in (*DISK, "Permission denied")):
+        explained = str(error).startswith("cannot write")
+        if not explained and any(sign in str(error) for sign in (*DISK, "Permission denied")):
             raise PrunerError(f"cannot write {target}: {error}") from error
         raise
-    finally:
-        leaving.close()
 
 
 @contextmanager
-def file_lock(path: Path, wait: bool = True) -> Iterator[IO[str] | None]:
-    """Hold the lock of a file, which is made if need be; yields it open, or None if another process holds the lock and
-    is not waited for.
+def file_lock(path: Path, wait: bool = True) -> Iterator[Path | None]:
+    """Hold the lock of a file or folder, which need not exist; yield its path, or None if another process holds it.
+
+    The lock is a hidden file beside ``path``, which is removed with it. On a file system without locks, every process
+    gets it.
+
+    Args:
+        wait: wait for the lock.
 
     Raises:
-        PrunerError: the file cannot be written.
+        PrunerError: the folder around ``path`` cannot be written.
     """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        lock.acquire(blocking=wait)
+    except Timeout:
+        yield None
+        return
     except OSError as error:
-        raise PrunerError(f"cannot write {path.parent}: {error.strerror or error}") from error
-    with file:
-        yield file if _lock(file.fileno(), wait) else None
+        if error.errno not in NO_LOCKS:
+            raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        yield path
+    finally:
+        with suppress(OSError):  # before the release, so that no other process can hold it; Windows does it there
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 @contextmanager
 def folder_lock(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock of a folder; yields whether it could be had (always, if waited for).
+    """Hold a named lock of a folder; yield False if another process holds it and is not waited for.
 
-    Its file says who holds it, or did when it was killed.
+    A file of that name tells who holds the lock, or did when it was killed (:func:`lock_holder`).
+
+    Raises:
+        PrunerError: the folder cannot be written.
     """
-    with file_lock(folder / LOCKS / name, wait) as file:
-        if file is None:
+    with file_lock(folder / LOCKS / name, wait) as holder:
+        if holder is None:
             yield False
             return
-        try:
-            file.truncate(0)
-            file.write(f"{os.getpid()} {os.uname().nodename}")
-            file.flush()
-        except OSError as error:
-            raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error
+        write_text(holder, f"{os.getpid()} {platform.node()}")
         yield True
-        file.truncate(0)
+        holder.unlink(missing_ok=True)
 
 
 def lock_holder(folder: Path, name: str) -> tuple[int, bool]:
-    """The process that holds a lock, or was killed with it, 0 for none; and whether it lives, as far as is known.
+    """Return the id of the process that holds a lock or was killed with it (0: none), and whether it may be alive.
 
-    The lock is left alone: to try it would keep others from it for a moment.
+    The lock is not tried, which would keep others from it for a moment.
     """
     try:
         process, machine = (folder / LOCKS / name).read_text(encoding="utf-8").split()
+        return int(process), machine != platform.node() or psutil.pid_exists(int(process))
     except (OSError, ValueError):
         return 0, False
-    return int(process), machine != os.uname().nodename or Path(f"/proc/{process}").exists()
 
 
 def sync_folder(folder: Path) -> None:
-    """Force everything in a folder to disk, so that the rename cannot overtake the contents."""
+    """Force everything in a folder to disk, so that its rename cannot overtake its contents."""
+    windows = os.name == "nt"  # opens no folders, and flushes only what is open for writing
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
+        if windows and path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -183,7 +204,7 @@ def sync_folder(folder: Path) -> None:
 
 def _check_ours(target: Path, owned_if: str) -> None:
     inside = list(target.iterdir()) if target.is_dir() else []
-    foreign = [p.name for p in inside if p.is_dir() or (p.suffix not in OURS and p.name != CARD)]
+    foreign = [p.name for p in inside if p.is_dir() or (p.suffix not in OURS and p.name not in OUR_NAMES)]
     if inside and (foreign or not (target / owned_if).exists()):
         reason = f"it holds {min(foreign)}" if foreign else f"it has no {owned_if}"
         raise PrunerError(f"the folder {target} is not ours to replace ({reason}); give another")
@@ -201,48 +222,12 @@ def _swap(temporary: Path, target: Path) -> None:
 
 
 def _clear(target: Path) -> None:
-    """Remove what a killed process left of a folder; if that was between two renames, put the old one back.
-
-    Raises:
-        PrunerError: the process lives.
-    """
-    name = _literal(f".{target.name}.")
-    for left in target.parent.glob(f"{name}????????.tmp"):
-        with _holding(left) as dead:
-            if not dead:
-                raise PrunerError(f"another process is writing {target}: wait for it, or give another folder")
-            shutil.rmtree(left)
-    for old in target.parent.glob(f"{name}????????.old"):
+    """Remove what a killed writer of a folder left; put the old folder back if it died between the two renames."""
+    pattern = f"{glob.escape(f'.{target.name}.')}????????"
+    for temporary in target.parent.glob(f"{pattern}.tmp"):
+        shutil.rmtree(temporary)
+    for old in target.parent.glob(f"{pattern}.old"):
         if target.exists():
             shutil.rmtree(old)
         else:
             old.rename(target)
-
-
-@contextmanager
-def _holding(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock of a folder itself; yields whether it could be had (always, if waited for).
-
-    Of a folder that is written, all along; of the one it lies in, while names there are looked at and changed.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        yield _lock(descriptor, wait)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, wait: bool = False) -> bool:
-    """Lock what is open; False if another process holds it. Where a file system has no locks, nobody ever does."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def _literal(name: str) -> str:
-    """A name for glob, in which nothing is a pattern."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -141,6 +141,6 @@ def without_places(content):
 
 def rubbish(folder: Path) -> list[str]:
     """What only a killed process would leave."""
-    signs = (".tmp", ".old")
+    signs = (".tmp", ".old", ".lock")
     found = [p for p in folder.rglob(".*") if p.name.endswith(signs) or p.name.startswith((".partial-", ".final-"))]
     return sorted(str(p.relative_to(folder)) for p in found)
