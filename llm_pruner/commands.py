@@ -1,4 +1,4 @@
-"""The table of commands: what each runs, its flags, and how a recipe chains it.
+"""The table of commands: function, flags, and chaining in recipes.
 
 Functions and flags are named by strings and imported when a command is asked for, so that ``llm-pruner --help`` loads
 neither torch nor transformers.
@@ -20,16 +20,20 @@ class Chaining:
     """How a command becomes a stage of a recipe.
 
     Attributes:
-        reads: flag that names the model it reads, None where it reads none.
+        reads: flag that names the model to read, None for a command that reads none.
+        reads_adapter: True if the command, with these arguments, can read the folder of an adapter.
         writes: flags that the recipe sets, with ``{folder}`` for the stage's folder.
-        leaves: subfolder of the stage's folder with the resulting checkpoint, by the stage's arguments; None where
-            the stage leaves no checkpoint.
-        defaults: defaults of a stage where they differ from the command's, by the arguments given.
+        leaves: subfolder of the stage's folder with the resulting checkpoint, by the stage's arguments; None for a
+            command that leaves no checkpoint.
+        leaves_adapter: True if that checkpoint is an adapter, not a full model.
+        defaults: defaults of a stage that differ from the command's, by the arguments given.
     """
 
     reads: str | None = "model"
+    reads_adapter: Callable[[Any], bool] = lambda arguments: True
     writes: Mapping[str, Any]
     leaves: Callable[[Any], str] | None = lambda arguments: ""
+    leaves_adapter: Callable[[Any], bool] = lambda arguments: False
     defaults: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda given: {}
 
 
@@ -42,7 +46,9 @@ class Command:
         function: ``module:function``, called with the arguments.
         arguments: ``module:class`` of its flags.
         positionals: flags that leading words without dashes fill; further words go to the last.
-        chaining: how a recipe runs it, None where it cannot be a stage.
+        chaining: how a recipe runs the command, None for a command that cannot be a stage.
+        check: ``module:function`` that refuses arguments which cannot work, before anything is loaded; None for the
+            arguments' own ``check``.
     """
 
     summary: str
@@ -50,6 +56,7 @@ class Command:
     arguments: str
     positionals: tuple[str, ...] = ()
     chaining: Chaining | None = None
+    check: str | None = None
 
     @cached_property
     def run(self) -> Callable[[Any], Any]:
@@ -58,6 +65,17 @@ class Command:
     @cached_property
     def arguments_class(self) -> type:
         return _import(self.arguments)
+
+    def check_arguments(self, arguments: Any) -> None:
+        """Refuse arguments that cannot work, before anything is loaded.
+
+        Raises:
+            PrunerError: a value is not valid; the message names the flag.
+        """
+        if self.check is None:
+            arguments.check()
+        else:
+            _import(self.check)(arguments)
 
 
 def _import(name: str) -> Any:
@@ -77,7 +95,12 @@ COMMANDS: dict[str, Command] = {
         "pruning.run:run_prune",
         "pruning.arguments:PruneArguments",
         ("model", "output"),
-        Chaining(writes=_TO_FOLDER | {"save_model": True}, defaults=lambda given: {"eval_datasets": []}),
+        Chaining(
+            writes=_TO_FOLDER | {"save_model": True},
+            reads_adapter=lambda arguments: not arguments.stream,
+            defaults=lambda given: {"eval_datasets": []},
+        ),
+        check="pruning.settings:resolve_settings",
     ),
     "recover": Command(
         "Train a pruned model to regain its quality.",
@@ -86,7 +109,9 @@ COMMANDS: dict[str, Command] = {
         ("model", "output"),
         Chaining(
             writes=_TO_FOLDER,
+            reads_adapter=lambda arguments: False,
             leaves=lambda arguments: "merged" if arguments.merge else "",
+            leaves_adapter=lambda arguments: arguments.method in ADAPTER_METHODS and not arguments.merge,
             defaults=_recovery_defaults,
         ),
     ),
@@ -109,14 +134,14 @@ COMMANDS: dict[str, Command] = {
         "pruning.apply_plan:apply_plan",
         "checkpoint.arguments:ApplyArguments",
         ("plan", "model", "output"),
-        Chaining(writes=_TO_FOLDER),
+        Chaining(writes=_TO_FOLDER, reads_adapter=lambda arguments: False),
     ),
     "to-uniform": Command(
         "Pad layers of different widths with zeros, for a stock checkpoint.",
         "checkpoint.run:write_uniform",
         "checkpoint.arguments:UniformArguments",
         ("model", "output"),
-        Chaining(writes=_TO_FOLDER),
+        Chaining(writes=_TO_FOLDER, reads_adapter=lambda arguments: False),
     ),
     "run": Command(
         "Run a recipe stage by stage, skipping finished stages.",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import PrunerError
 from ..flags import Arguments, flag
+
+ExecutorKind = Literal["local", "slurm", "submitit"]
 
 
 @dataclass(kw_only=True)
@@ -15,9 +18,9 @@ class RunArguments(Arguments):
     recipe: str = flag("", "recipe to run, a YAML file")
     model: str | None = flag(None, "model to use instead of the recipe's")
     output: str | None = flag(None, "folder to write to instead of the recipe's")
-    dry_run: bool = flag(False, "predict what every stage leaves, without weights, in seconds")
-    status: bool = flag(False, "show the progress of a sweep")
-    executor: str | None = flag(None, "where the runs of a sweep take place: local, slurm, or submitit")
+    dry_run: bool = flag(False, "predict the shapes and sizes that every stage leaves, without reading weights")
+    status: bool = flag(False, "show the progress of a run or a sweep")
+    executor: ExecutorKind | None = flag(None, "where the runs of a sweep take place")
     yes: bool = flag(False, "start a sweep of more than 200 runs without asking")
     worker: bool = flag(False, "internal: process unclaimed sweep points")
 

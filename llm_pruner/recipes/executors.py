@@ -1,7 +1,7 @@
 """Where the runs of a sweep take place: processes of this machine, or jobs of a cluster.
 
-An executor does one thing: it starts workers, which take points nobody is at until there are none, and waits. What is
-done and by whom is in the output folder alone, so any number of workers, here or elsewhere, share it.
+An executor only starts workers and waits for them. A worker takes points that no other worker holds until none is left.
+The output folder alone says what is done and by whom, so any number of workers on any machines share it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +19,57 @@ import torch
 
 from ..errors import PrunerError
 from ..logs import log
+from .schema import Executor
 
-POLL = 0.2  # seconds
+POLL_SECONDS = 0.2
 LOG_FOLDER = "jobs"
+MAX_JOBS = 256  # of a Slurm array, unless the recipe says otherwise
 
 
-def local(
-    command: Sequence[str], settings: dict[str, Any], points: int, output: Path, died: Callable[[int], bool]
-) -> None:
-    """Processes on this machine: ``jobs`` at a time, each with ``gpus`` GPUs of its own.
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What an executor starts.
 
-    Args:
-        died: told the id of a worker that was killed, notes that its point has failed; says whether work is left.
+    Attributes:
+        command: command line of a worker.
+        points: number of points to run.
+        output: folder that the workers share.
+        replace_worker: called with the process id of a worker that failed (0: unknown), records the failure of its
+            point; returns True if another worker is needed.
     """
-    jobs = min(int(settings.get("jobs", 1)), points)
-    share = int(settings.get("gpus", 1 if torch.cuda.is_available() else 0))
-    there = torch.cuda.device_count()
-    if share * jobs > there and "gpus" in settings:
-        raise PrunerError(f"{jobs} jobs with {share} GPUs each need {share * jobs}, and there are {there}: lower jobs")
-    logs = output / LOG_FOLDER
+
+    command: Sequence[str]
+    points: int
+    output: Path
+    replace_worker: Callable[[int], bool]
+
+
+def run_local_workers(work: Work, settings: Executor) -> None:
+    """Run ``jobs`` workers at a time on this machine, each with ``gpus`` GPUs of its own and its share of the cores.
+
+    Raises:
+        PrunerError: the machine has too few GPUs.
+    """
+    jobs = min(settings.jobs or 1, work.points)
+    environments = [_environment_of(slot, jobs, settings) for slot in range(jobs)]
+    logs = work.output / LOG_FOLDER
     logs.mkdir(parents=True, exist_ok=True)
 
     def start(slot: int) -> subprocess.Popen[bytes]:
-        environment = dict(os.environ)
-        if share and there:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(str((slot * share + i) % there) for i in range(share))
         with (logs / f"worker-{slot}.log").open("ab") as file:
-            return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+            return subprocess.Popen(work.command, stdout=file, stderr=file, env=environments[slot])
 
     workers = {slot: start(slot) for slot in range(jobs)}
     try:
         while workers:
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
             for slot, worker in list(workers.items()):
                 code = worker.poll()
                 if code is None:
                     continue
                 del workers[slot]
-                if code and died(worker.pid):
-                    log.info("worker %d ended with %d; another goes on", slot, code)
+                if code and work.replace_worker(worker.pid):
+                    log.info("worker %d ended with %d; another one takes over", slot, code)
                     workers[slot] = start(slot)
     finally:
         for worker in workers.values():
@@ -65,33 +78,47 @@ def local(
             worker.wait()
 
 
-def submitted(
-    command: Sequence[str], settings: dict[str, Any], points: int, output: Path, died: Callable[[int], bool]
-) -> None:
-    """Jobs of a cluster, through submitit: an array of ``jobs`` of them, put back in the queue when they are pre-empted
-    or run out of time."""
-    executor = submitit_executor(settings, output)
-    jobs = min(int(settings.get("jobs", points)), points)
+def _environment_of(slot: int, jobs: int, settings: Executor) -> dict[str, str]:
+    """Return the environment of one of several workers: its GPUs, and its share of the cores."""
+    present = torch.cuda.device_count()
+    gpus = min(1, present) if settings.gpus is None else settings.gpus
+    if settings.gpus is not None and gpus * jobs > present:
+        raise PrunerError(f"{jobs} jobs with {gpus} GPUs each need {gpus * jobs}, and there are {present}: lower jobs")
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str((slot * gpus + i) % present) for i in range(gpus))
+    return environment
+
+
+def submit_jobs(work: Work, settings: Executor) -> None:
+    """Submit an array of jobs to a cluster through submitit, which requeues jobs that are pre-empted or time out.
+
+    Raises:
+        PrunerError: submitit or Slurm is missing.
+    """
+    executor = _submitit_executor(settings, work.output)
+    jobs = min(settings.jobs or work.points, work.points)
     try:
         with executor.batch():
-            handles = [executor.submit(Again(list(command))) for _ in range(jobs)]
+            handles = [executor.submit(RequeuedCommand(list(work.command), settings.cpus)) for _ in range(jobs)]
     except FileNotFoundError as error:
-        raise PrunerError(f"there is no Slurm here ({error}): run this where sbatch is, or --executor local") from error
+        raise _no_slurm(error) from error
     log.info("submitted %d jobs: %s", jobs, ", ".join(handle.job_id for handle in handles))
     for handle in handles:
         if handle.exception() is not None:
-            log.info("job %s failed: its log is in %s", handle.job_id, output / LOG_FOLDER)
-            died(0)
+            log.info("job %s failed: its log is in %s", handle.job_id, work.output / LOG_FOLDER)
+            work.replace_worker(0)
 
 
-class Again:
-    """A command that is simply run again when its job is requeued: what is done is in the output folder."""
+class RequeuedCommand:
+    """A command that runs again from the start when its job is requeued: finished work is in the output folder."""
 
-    def __init__(self, command: list[str]):
-        self.command = command
+    def __init__(self, command: list[str], threads: int):
+        self.command, self.threads = command, threads
 
     def __call__(self) -> int:
-        return subprocess.run(self.command, check=True).returncode
+        environment = {"OMP_NUM_THREADS": str(self.threads), **os.environ}
+        return subprocess.run(self.command, check=True, env=environment).returncode
 
     def checkpoint(self) -> Any:
         from submitit.helpers import DelayedSubmission
@@ -99,50 +126,55 @@ class Again:
         return DelayedSubmission(self)
 
 
-def submitit_executor(settings: dict[str, Any], output: Path) -> Any:
-    """submitit's executor for Slurm, or for this machine (``kind: submitit``) to try things out.
-
-    Raises:
-        PrunerError: submitit is not installed, or there is no Slurm.
-    """
+def _submitit_executor(settings: Executor, output: Path) -> Any:
     try:
         import submitit
     except ImportError as error:
         raise PrunerError("this executor needs submitit: pip install submitit") from error
-    slurm = settings["kind"] == "slurm"
-    folder = output / LOG_FOLDER
+    slurm = settings.kind == "slurm"
     try:
-        executor = submitit.AutoExecutor(folder=str(folder), cluster="slurm" if slurm else "local")
+        executor = submitit.AutoExecutor(folder=str(output / LOG_FOLDER), cluster="slurm" if slurm else "local")
     except RuntimeError as error:
-        raise PrunerError(f"there is no Slurm here ({error}): run this where sbatch is, or --executor local") from error
-    executor.update_parameters(**parameters(settings, slurm))
+        raise _no_slurm(error) from error
+    executor.update_parameters(**submitit_parameters(settings))
     return executor
 
 
-def parameters(settings: dict[str, Any], slurm: bool) -> dict[str, Any]:
-    """What submitit is told, by its names."""
-    nodes = int(settings.get("nodes", 1))
-    out: dict[str, Any] = {
+def _no_slurm(error: Exception) -> PrunerError:
+    return PrunerError(f"there is no Slurm on this machine ({error}): run this where sbatch is, or --executor local")
+
+
+def submitit_parameters(settings: Executor) -> dict[str, Any]:
+    """Return the settings of an executor under submitit's names."""
+    parameters: dict[str, Any] = {
         "name": "llm-pruner",
-        "timeout_min": int(settings.get("minutes", 24 * 60)),
-        "nodes": nodes,
+        "timeout_min": settings.minutes,
+        "nodes": settings.nodes,
         "tasks_per_node": 1,
-        "gpus_per_node": int(settings.get("gpus", 0)),
-        "cpus_per_task": int(settings.get("cpus", 8)),
+        "gpus_per_node": settings.gpus or 0,
+        "cpus_per_task": settings.cpus,
     }
-    if slurm:
-        out["slurm_use_srun"] = nodes == 1  # else one worker on the first machine, which takes the others to train
-        out["slurm_array_parallelism"] = int(settings.get("jobs", 256))
-        out["slurm_additional_parameters"] = {"requeue": True, "open-mode": "append"} | settings.get("parameters", {})
-        for name, key in (("partition", "slurm_partition"), ("memory", "slurm_mem"), ("setup", "slurm_setup")):
-            if name in settings:
-                out[key] = settings[name]
-    return out
+    if settings.kind != "slurm":
+        return parameters
+    slurm = {
+        # With several nodes, one worker runs on the first and starts training on all of them.
+        "slurm_use_srun": settings.nodes == 1,
+        "slurm_array_parallelism": settings.jobs or MAX_JOBS,
+        "slurm_additional_parameters": {"requeue": True, "open-mode": "append"} | settings.parameters,
+        "slurm_partition": settings.partition,
+        "slurm_mem": settings.memory,
+        "slurm_setup": settings.setup,
+    }
+    return parameters | {name: value for name, value in slurm.items() if value is not None}
 
 
-EXECUTORS: dict[str, Callable[..., None]] = {"local": local, "slurm": submitted, "submitit": submitted}
+EXECUTORS: dict[str, Callable[[Work, Executor], None]] = {
+    "local": run_local_workers,
+    "slurm": submit_jobs,
+    "submitit": submit_jobs,
+}
 
 
-def run_command(arguments: Sequence[str], *more: str) -> list[str]:
-    """What a job runs."""
-    return [sys.executable, "-m", "llm_pruner", "run", *arguments, *more]
+def worker_command(arguments: Sequence[str]) -> list[str]:
+    """Return the command line of a job that runs a recipe with these arguments."""
+    return [sys.executable, "-m", "llm_pruner", "run", *arguments]

@@ -1,26 +1,107 @@
-"""Tables of recipes: of stages as they are finished, and of the points of a sweep, with means over seeds."""
+"""Tables of results: of the stages of a run, and of the points of a sweep with means over seeds."""
 
 from __future__ import annotations
 
-import csv
 import io
 import json
-import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from ..evaluation.table import latex, markdown
 from ..files import write_bytes, write_text
 
 Row = dict[str, Any]
 ORIGINAL = "original"
-UNCOMPARED = ("seconds", "point")  # numbers that are no measurement of a model
+NOT_MEASURED = ("point", "seed", "seconds")  # numbers that do not measure a model
+MARKDOWN, LATEX, TERMINAL = ("**", "**"), (r"\textbf{", "}"), ("[bold]", "[/bold]")  # marks around the best number
 
 
-def form(value: Any) -> str:
-    if value is None:
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Means over seeds, a row for each point of a sweep; the original may be the first one.
+
+    Attributes:
+        points: values that the point varies, without the seed.
+        seeds: runs of each point.
+        mean: mean of every measurement.
+        deviation: standard deviation of the sample (n - 1), 0 for a single run.
+    """
+
+    points: pd.DataFrame
+    seeds: pd.Series
+    mean: pd.DataFrame
+    deviation: pd.DataFrame
+
+    @property
+    def is_original(self) -> pd.Series:
+        return (self.points == ORIGINAL).any(axis=1)
+
+    def cells(self, bold: tuple[str, str]) -> list[list[str]]:
+        """Return the table as text, head first; ``bold`` marks the best number of each measurement."""
+        repeated = self.seeds > 1
+        seeds = {"seeds": [str(n) if n > 1 else "" for n in self.seeds]} if repeated.any() else {}
+        columns: dict[str, list[str]] = {key: [format_value(v) for v in self.points[key]] for key in self.points}
+        columns |= seeds
+        for key in self.mean:
+            best = self._best(str(key))
+            columns[str(key)] = [
+                _format_mean(mean, deviation if several else None, bold if i in best else ("", ""))
+                for i, mean, deviation, several in zip(
+                    self.mean.index, self.mean[key], self.deviation[key], repeated, strict=True
+                )
+            ]
+        return [list(columns), *map(list, zip(*columns.values(), strict=True))]
+
+    def _best(self, key: str) -> list[Any]:
+        """Return the rows with the best mean of a measurement; none if a higher number is neither better nor worse."""
+        lower, means = lower_is_better(key), self.mean[key][~self.is_original]
+        finite = means[np.isfinite(means)]
+        if lower is None or len(means) < 2 or finite.empty:
+            return []
+        return list(means.index[means == (finite.min() if lower else finite.max())])
+
+
+def summarize(rows: Sequence[Row], varied: Sequence[str]) -> Summary:
+    """Average the runs of each point over its seeds.
+
+    Args:
+        rows: results of runs; point 0 is the original, which varies nothing.
+        varied: keys that the sweep varies.
+    """
+    keys = [key for key in varied if key != "seed"]
+    table = pd.DataFrame([_with_label(row, keys) for row in rows])
+    labels = table[keys or ["run"]].map(lambda value: json.dumps(value, default=str)).agg("|".join, axis=1)
+    groups = table.groupby(labels, sort=False)
+    measured = [key for key in table.select_dtypes("number") if key not in (*keys, *NOT_MEASURED[:2])]
+    deviation = groups[measured].std().fillna(0.0)
+    return Summary(
+        points=groups[keys or ["run"]].first() if keys or len(groups) > 1 else groups[[]].first(),
+        seeds=groups.size(),
+        mean=groups[measured].mean(),
+        deviation=deviation,
+    )
+
+
+def _with_label(row: Row, keys: Sequence[str]) -> Row:
+    """Return a row with a value for every key, and "original" as the first one if it is the original's."""
+    values: Row = {key: row.get(key) for key in keys or ["run"]}
+    if row.get("point") == 0:
+        values[next(iter(values))] = ORIGINAL
+    return row | values
+
+
+def format_value(value: Any) -> str:
+    """Return a value as a table shows it: four digits, thousands separated.
+
+    >>> [format_value(value) for value in (None, 0.123456, 1234567, 1234.5, "l2")]
+    ['', '0.1235', '1,234,567', '1,234', 'l2']
+    """
+    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
@@ -29,118 +110,57 @@ def form(value: Any) -> str:
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def of_stages(rows: list[Row]) -> list[list[str]]:
-    """Rows as text, head first; a number also as its ratio to that of the first row that has it."""
+def _format_mean(mean: float, deviation: float | None, bold: tuple[str, str]) -> str:
+    text = format_value(mean)
+    return text and f"{bold[0]}{text}{'' if deviation is None else f' ± {format_value(deviation)}'}{bold[1]}"
+
+
+def stage_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the rows of stages as text, head first; measurements also as ratios to the first row that has them."""
     heads = list(dict.fromkeys(key for row in rows for key in row if key != "folder"))
     first = {key: next((row[key] for row in rows if row.get(key) is not None), None) for key in heads}
-    out = [heads]
-    for row in rows:
-        line = []
-        for key in heads:
-            value, base = row.get(key), first[key]
-            text = form(value)
-            if isinstance(value, (int, float)) and key not in UNCOMPARED and row is not rows[0] and base:
-                text += f" ({value / base:.3f})"
-            line.append(text)
-        out.append(line)
-    return out
+    body = [[_cell(row, key, None if row is rows[0] else first[key]) for key in heads] for row in rows]
+    return [heads, *body]
+
+
+def _cell(row: Mapping[str, Any], key: str, base: Any) -> str:
+    value = row.get(key)
+    text = format_value(value)
+    compared = isinstance(value, (int, float)) and key not in NOT_MEASURED and base
+    return f"{text} ({value / base:.3f})" if compared else text
 
 
 def lower_is_better(key: str) -> bool | None:
-    """What is good of a measurement; None where nothing is."""
+    """Return True or False for a measurement of quality, None for others.
+
+    >>> lower_is_better("perplexity wikitext2"), lower_is_better("piqa acc"), lower_is_better("parameters")
+    (True, False, None)
+    """
     if key.startswith(("perplexity", "per byte")):
         return True
-    if key.endswith(("acc", "acc_norm", "tokens/s")):
-        return False
-    return None
+    return False if key.endswith(("acc", "acc_norm", "tokens/s")) else None
 
 
-def of_points(rows: list[Row], varied: Sequence[str]) -> list[Row]:
-    """One row for all seeds of a point: ``{key: (mean, standard deviation)}`` of what is measured.
-
-    The deviation is that of the sample (n - 1), 0 of one. Point 0 is the original, which varies nothing.
-    """
-    keys = [key for key in varied if key != "seed"]
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        which = [row.get("point") == 0, *(row.get(key) for key in keys)]
-        groups.setdefault(json.dumps(which, default=str), []).append(row)
-    out = []
-    for group in groups.values():
-        one: Row = {key: group[0].get(key) for key in keys}
-        if len(group) > 1:
-            one["seeds"] = len(group)
-        for key in dict.fromkeys(key for row in group for key in row):
-            if key in varied or key == "point" or key == "folder":
-                continue
-            values = [row[key] for row in group if row.get(key) is not None]
-            if values and all(isinstance(v, (int, float)) for v in values):
-                one[key] = (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
-            elif values:
-                one[key] = values[0]
-        if group[0].get("point") == 0:
-            one = {"run": ORIGINAL} | one if not keys else one | {keys[0]: ORIGINAL}
-        out.append(one)
-    return out
+def write_stages(rows: Sequence[Row], output: Path) -> None:
+    """Write the results of stages as ``results.json``, ``.csv`` and ``.md``."""
+    _write_rows(rows, output)
+    write_text(output / "results.md", markdown(stage_cells(rows)))
 
 
-def cells(rows: list[Row], bold: tuple[str, str]) -> list[list[str]]:
-    """Rows of :func:`of_points` as text, head first, the best of each measurement between the marks of ``bold``."""
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    best = {}
-    compared = [row for row in rows if ORIGINAL not in row.values()]
-    for key in heads:
-        lower, means = lower_is_better(key), [row[key][0] for row in compared if isinstance(row.get(key), tuple)]
-        means = [mean for mean in means if math.isfinite(mean)]
-        if lower is not None and len(compared) > 1 and means:
-            best[key] = min(means) if lower else max(means)
-    out = [heads]
-    for row in rows:
-        line = []
-        for key in heads:
-            value = row.get(key)
-            if not isinstance(value, tuple):
-                line.append(form(value))
-                continue
-            mean, deviation = value
-            text = form(int(mean) if float(mean).is_integer() and abs(mean) >= 1000 else mean)
-            text += f" ± {form(deviation)}" if "seeds" in row else ""
-            marked = mean == best.get(key) and row in compared
-            line.append(f"{bold[0]}{text}{bold[1]}" if marked else text)
-        out.append(line)
-    return out
-
-
-def write_rows(rows: list[Row], output: Path) -> None:
-    """``results.csv`` and ``results.json``: every run as it is."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(output / "results.csv", buffer.getvalue())
-    write_text(output / "results.json", json.dumps(rows, indent=1, default=str) + "\n")
-
-
-def write_stages(rows: list[Row], output: Path) -> None:
-    write_rows(rows, output)
-    write_text(output / "results.md", markdown(of_stages(rows)))
-
-
-def write_points(rows: list[Row], varied: Sequence[str], output: Path) -> None:
-    """All forms of a sweep's table; parquet too."""
-    import pyarrow
-    from pyarrow import parquet
-
-    write_rows(rows, output)
-    means = of_points(rows, varied)
-    write_text(output / "results.md", markdown(cells(means, ("**", "**"))))
-    write_text(output / "results.tex", latex(cells(means, (r"\textbf{", "}"))))
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    columns = {}
-    for key in heads:
-        values = [row.get(key) for row in rows]
-        plain = all(v is None or isinstance(v, (int, float)) for v in values)
-        columns[key] = values if plain else [None if v is None else str(v) for v in values]
+def write_points(rows: Sequence[Row], varied: Sequence[str], output: Path) -> None:
+    """Write the results of a sweep: runs as ``results.json``, ``.csv``, ``.parquet``; means as ``.md`` and ``.tex``."""
+    table = _write_rows(rows, output)
+    summary = summarize(rows, varied)
+    write_text(output / "results.md", markdown(summary.cells(MARKDOWN)))
+    write_text(output / "results.tex", latex(summary.cells(LATEX)))
+    mixed = table.select_dtypes("object").columns  # parquet has one type in a column
     buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns), buffer)
+    table.astype(dict.fromkeys(mixed, "string")).to_parquet(buffer, index=False)
     write_bytes(output / "results.parquet", buffer.getvalue())
+
+
+def _write_rows(rows: Sequence[Row], output: Path) -> pd.DataFrame:
+    table = pd.DataFrame(rows).convert_dtypes()
+    write_text(output / "results.csv", table.to_csv(index=False, lineterminator="\r\n"))
+    write_text(output / "results.json", json.dumps(rows, indent=1, default=str) + "\n")
+    return table

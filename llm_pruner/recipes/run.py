@@ -1,19 +1,14 @@
-"""Running a recipe, or all points of a sweep: what is finished is not done again, what is missing is."""
+"""The command ``llm-pruner run``: a recipe stage by stage, or all points of a sweep; finished work is skipped."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 
 from ..errors import PrunerError
 from ..evaluation.table import terminal_table
@@ -23,278 +18,222 @@ from ..provenance import provenance
 from ..pruning.run import keeping_model
 from .arguments import RunArguments
 from .dry_run import dry_run
-from .executors import EXECUTORS, POLL, run_command
-from .recipe import Recipe, fault, near, read
-from .results import Row, cells, of_points, of_stages, write_points, write_stages
-from .stages import note_of
-from .steps import evaluation, measure_model, remove_weights, run_step, steps_of
+from .executors import EXECUTORS, Work, worker_command
+from .recipe import Recipe, read
+from .results import TERMINAL, Row, stage_cells, summarize, write_points, write_stages
+from .run_point import read_record, run_points, write_record
+from .status import TABLE_WIDTH, show_status
+from .steps import check_steps, evaluation_arguments, measure_original, measure_step, run_step
 from .sweep import SweepPoint, points_of
 from .torchrun import Launch
 
-LOG_FILE, SWEEP_FILE, POINTS = "run.log", "sweep.json", "points"
+LOG_FILE, SWEEP_FILE = "run.log", "sweep.json"
 MANY = 200  # points that need --yes
-WIDTH = 160
-KILLED = "the process was killed: out of memory, perhaps"
+KILLED = "the process was killed, perhaps for lack of memory"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How the points of a sweep ended.
+
+    Attributes:
+        rows: results of finished points.
+        failed: failed points with their errors.
+        missing: points that have not ended.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    failed: list[tuple[SweepPoint, str]] = field(default_factory=list)
+    missing: list[SweepPoint] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, points: Sequence[SweepPoint]) -> Outcome:
+        outcome = cls()
+        for point in points:
+            record = read_record(point)
+            if record is None:
+                outcome.missing.append(point)
+            elif "error" in record:
+                outcome.failed.append((point, record["error"]))
+            else:
+                outcome.rows.append(record["row"])
+        return outcome
 
 
 def run_recipe(args: RunArguments) -> Path | None:
-    """Run a recipe; returns its output folder.
+    """Run ``llm-pruner run``; return the output folder, None where nothing runs (``--dry_run``, ``--status``).
 
     Raises:
-        PrunerError: the recipe is wrong, a stage cannot do its work, or another process is at it.
+        PrunerError: the recipe is not valid, a stage fails, or another process is running a recipe in the folder.
     """
     args.check()
-    recipe = read(args.recipe)
-    recipe.model, recipe.output = args.model or recipe.model, args.output or recipe.output
-    if args.executor:
-        recipe.executor["kind"] = args.executor
-    kind = recipe.executor.setdefault("kind", "local")
-    if kind not in EXECUTORS:
-        raise fault(recipe.path, recipe.lines, ("executor",), f"unknown executor {kind!r}{near(kind, EXECUTORS)}")
+    recipe = _with_overrides(read(args.recipe), args)
     points, output = points_of(recipe), Path(recipe.output)
-    sweep = recipe.sweep is not None or bool(recipe.seeds)
     if args.worker:
         with keeping_model():
-            for point in points:
-                run_point(point, output)
-                if not recipe.keep_models:
-                    _let_go(point, points, output)
+            run_points(points)
         return output
     if args.status:
-        _watch(points, output, sweep)
+        show_status(points, output, sweep=recipe.is_sweep)
         return None
     for point in points:
-        _checked(point)
+        _check_point(point)
     if args.dry_run:
-        for point in points[:MANY]:
-            console = Console(width=WIDTH)
-            if sweep:
-                console.print(f"{point.number} of {len(points)}: {point.name}")
-            console.print(terminal_table(dry_run(point.recipe, steps_of(point.recipe))))
+        _predict(recipe, points)
         return None
     if len(points) > MANY and not args.yes:
-        raise PrunerError(f"{args.recipe} makes {len(points)} runs: add --yes if that is meant")
-    if not sweep and kind != "local":  # one job, which runs it as if there
-        EXECUTORS[kind](run_command(_passed_on(args), "--executor", "local"), recipe.executor, 1, output, _lost)
+        raise PrunerError(f"{args.recipe} makes {len(points)} runs: add --yes to start them")
+    if not recipe.is_sweep and recipe.executor.kind != "local":
+        _run_as_one_job(recipe, args)
         return output
-    with _alone_in(output), logging_to(output / LOG_FILE):
-        if sweep:
-            _run_sweep(recipe, points, output, _passed_on(args))
+    with _only_process_in(output), logging_to(output / LOG_FILE):
+        if recipe.is_sweep:
+            _run_sweep(recipe, points, _worker_arguments(args))
         else:
-            _run_stages(points[0], output)
+            _run_stages(points[0])
     return output
 
 
-def _run_stages(point: SweepPoint, output: Path) -> None:
-    """One run, stage by stage, with a table that grows."""
-    recipe, rows = point.recipe, list[Row]()
-    if recipe.evaluate is not None:
-        rows.append({"stage": "original"} | measure_model(recipe, recipe.model, recipe.model))
-    steps = steps_of(recipe)
-    for i, step in enumerate(steps):
-        note = run_step(steps, i, Launch.of(recipe.executor))
-        row: Row = {"stage": step.stage.name, "folder": step.folder.name, "seconds": note["seconds"]}
-        if recipe.evaluate is not None and step.leaves is not None:
-            row |= measure_model(recipe, str(step.leaves), step.key)
-        rows.append(row)
-        write_stages(rows, output)
-    Console(width=WIDTH).print(terminal_table(of_stages(rows)))
+def _with_overrides(recipe: Recipe, args: RunArguments) -> Recipe:
+    executor = recipe.executor.model_copy(update={"kind": args.executor}) if args.executor else recipe.executor
+    return replace(recipe, model=args.model or recipe.model, output=args.output or recipe.output, executor=executor)
 
 
-def _run_sweep(recipe: Recipe, points: list[SweepPoint], output: Path, arguments: list[str]) -> None:
-    """All points, by the workers of an executor."""
-    _same_sweep(recipe, points, output)
-    missing = [point for point in points if "error" in (record(point, output) or {"error": ""})]
-    for point in missing:  # those that failed are tried again
-        _file(point, output).unlink(missing_ok=True)
-    log.info("%d runs, %d to do, %s", len(points), len(missing), recipe.executor["kind"])
-
-    def died(worker: int) -> bool:
-        """A worker that was killed has not noted it itself. One that was at no point is not replaced."""
-        held = [
-            p for p in points if worker and record(p, output) is None and lock_holder(output, _lock(p))[0] == worker
-        ]
-        for point in held:
-            _note(point, output, {"error": KILLED})
-        return bool(held) and any(record(point, output) is None for point in points)
-
-    if missing:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.executor.get("jobs", 1))))
-        EXECUTORS[recipe.executor["kind"]](
-            run_command(arguments, "--worker"), recipe.executor, len(missing), output, died
-        )
-        for point in points:  # jobs that were killed on other machines have not noted it either
-            if record(point, output) is None and lock_holder(output, _lock(point))[0]:
-                with folder_lock(output, _lock(point), wait=False) as free:
-                    if free:
-                        _note(point, output, {"error": KILLED})
-    rows: list[Row] = [found["row"] for point in points if "row" in (found := record(point, output) or {})]
-    if rows and recipe.evaluate is not None and len({point.recipe.model for point in points}) == 1:
-        model = points[0].recipe.model
-        rows.insert(0, {"point": 0} | measure_model(points[0].recipe, model, model))  # measured by the workers
-    varied = list(dict.fromkeys(key for point in points for key in point.values))
-    if rows:
-        write_points(rows, varied, output)
-        Console(width=WIDTH).print(terminal_table(cells(of_points(rows, varied), ("[bold]", "[/bold]"))))
-    failed = [(point, found) for point in points if "error" in (found := record(point, output) or {})]
-    left = [point for point in points if record(point, output) is None]
-    for point, found in failed:
-        log.info("run %d (%s) failed: %s", point.number, point.name, found["error"])
-    if failed or left:
-        raise PrunerError(
-            f"{len(failed) + len(left)} of {len(points)} runs failed (see {output / LOG_FILE}); the same command tries "
-            "them again"
-        )
-
-
-def _lost(_: int) -> bool:
-    """A job that runs a whole recipe failed: it has said why."""
-    raise PrunerError("the job failed: its log says why; the same command goes on with it")
-
-
-def _let_go(point: SweepPoint, points: list[SweepPoint], output: Path) -> None:
-    """Remove the weights of a finished point that none still to come begins with."""
-    if "row" not in (record(point, output) or {}):
-        return
-    needed = {s.key for other in points if record(other, output) is None for s in steps_of(other.recipe)}
-    for step in steps_of(point.recipe):
-        if step.key not in needed:
-            remove_weights(step)
-
-
-def run_point(point: SweepPoint, output: Path) -> None:
-    """Do a point, unless it is done or another worker is at it; what goes wrong is noted, and stops no other."""
-    with folder_lock(output, _lock(point), wait=False) as free:
-        if not free or record(point, output) is not None:
-            return
-        start = time.perf_counter()
-        try:
-            with logging_to(_file(point, output).with_suffix(".log")):
-                row = _done(point)
-        except PrunerError as error:
-            found: dict[str, Any] = {"error": " ".join(str(error).split())}
-        except Exception as error:
-            found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        else:
-            found = {"row": {"point": point.number, **point.values, **row}}
-        _note(point, output, found | {"seconds": round(time.perf_counter() - start, 2)})
-
-
-def _done(point: SweepPoint) -> Row:
-    """The measurements of what the last stage of a point leaves, and the seconds that its stages took."""
-    recipe, steps = point.recipe, steps_of(point.recipe)
-    last = next((step for step in reversed(steps) if step.leaves is not None), None)
-    notes = [run_step(steps, i, Launch.of(recipe.executor)) for i in range(len(steps))]
-    row: Row = {}
-    if recipe.evaluate is not None and last is not None:
-        measure_model(recipe, recipe.model, recipe.model)
-        row = measure_model(recipe, str(last.leaves), last.key)
-    return row | {"seconds": round(sum(note["seconds"] for note in notes), 1)}
-
-
-def record(point: SweepPoint, output: Path) -> dict[str, Any] | None:
-    """What is noted of a point; None where it is not finished."""
+def _check_point(point: SweepPoint) -> None:
+    """Refuse a run that cannot work before the first stage of any runs."""
+    recipe = point.recipe
     try:
-        return dict(json.loads(_file(point, output).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
+        evaluation_arguments(recipe, recipe.model).check()
+    except PrunerError as error:
+        raise recipe.source.fault(("evaluate",), str(error)) from error
+    check_steps(point.steps, recipe, f" (run {point.number}: {point.name})" if point.values else "")
 
 
-def _key(point: SweepPoint) -> str:
-    return steps_of(point.recipe)[-1].key[:8]
+def _predict(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
+    console = Console(width=TABLE_WIDTH)
+    for point in points[:MANY]:
+        if recipe.is_sweep:
+            console.print(f"{point.number} of {len(points)}: {point.name}")
+        console.print(terminal_table(dry_run(point.recipe, point.steps)))
 
 
-def _file(point: SweepPoint, output: Path) -> Path:
-    return output / POINTS / f"{point.number:04}-{_key(point)}.json"
+def _run_as_one_job(recipe: Recipe, args: RunArguments) -> None:
+    """Run a recipe without a sweep as a single job of a cluster."""
+
+    def report_failure(_: int) -> bool:
+        raise PrunerError("the job failed: its log says why; the same command continues the run")
+
+    command = worker_command([*_worker_arguments(args), "--executor", "local"])
+    work = Work(command=command, points=1, output=Path(recipe.output), replace_worker=report_failure)
+    EXECUTORS[recipe.executor.kind](work, recipe.executor)
 
 
-def _lock(point: SweepPoint) -> str:
-    return f"point-{point.number:04}-{_key(point)}"
+def _worker_arguments(args: RunArguments) -> list[str]:
+    """Return the arguments that a worker shares with this process."""
+    given = {name: getattr(args, name) for name in ("model", "output")}
+    return [args.recipe, *(part for name, value in given.items() if value for part in (f"--{name}", value))]
 
 
-def _note(point: SweepPoint, output: Path, found: dict[str, Any]) -> None:
-    steps = [step.folder.name for step in steps_of(point.recipe)]
-    about = {"values": point.values, "stages": steps, **found, **provenance()}
-    write_text(_file(point, output), json.dumps(about, indent=1, default=str) + "\n")
+@contextmanager
+def _only_process_in(output: Path) -> Iterator[None]:
+    """Keep other processes from running recipes in a folder."""
+    with folder_lock(output, "recipe", wait=False) as free:
+        if not free:
+            raise PrunerError(f"another process is running a recipe in {output}: wait for it, or give another output")
+        yield
 
 
-def _same_sweep(recipe: Recipe, points: list[SweepPoint], output: Path) -> None:
+def _run_stages(point: SweepPoint) -> None:
+    """Run the stages of one run; write the table of results after each."""
+    recipe, steps, launch = point.recipe, point.steps, Launch.of(point.recipe.executor)
+    rows: list[Row] = []
+    if recipe.evaluate is not None:
+        rows.append({"stage": "original"} | measure_original(recipe))
+    for i, step in enumerate(steps):
+        record = run_step(steps, i, launch)
+        row: Row = {"stage": step.stage.name, "folder": step.folder.name, "seconds": record["seconds"]}
+        if recipe.evaluate is not None and step.leaves is not None:
+            row |= measure_step(recipe, steps, i, launch)
+        rows.append(row)
+        write_stages(rows, point.folder)
+    Console(width=TABLE_WIDTH).print(terminal_table(stage_cells(rows)))
+
+
+def _run_sweep(recipe: Recipe, points: Sequence[SweepPoint], arguments: list[str]) -> None:
+    """Run all unfinished points of a sweep, failed ones again, by the workers of the executor."""
+    output = Path(recipe.output)
+    _refuse_other_sweep(recipe, points)
+    before = Outcome.of(points)
+    for point, _ in before.failed:
+        point.file.unlink(missing_ok=True)
+    unfinished = len(before.failed) + len(before.missing)
+    log.info("%d runs, %d to do, %s", len(points), unfinished, recipe.executor.kind)
+    if unfinished:
+        command = worker_command([*arguments, "--worker"])
+        work = Work(
+            command=command,
+            points=unfinished,
+            output=output,
+            replace_worker=lambda worker: _record_killed_worker(points, worker),
+        )
+        EXECUTORS[recipe.executor.kind](work, recipe.executor)
+        _record_killed_points(points)
+    outcome = Outcome.of(points)
+    _write_table(points, outcome.rows)
+    for point, error in outcome.failed:
+        log.info("run %d (%s) failed: %s", point.number, point.name, error)
+    if outcome.failed or outcome.missing:
+        count = len(outcome.failed) + len(outcome.missing)
+        raise PrunerError(
+            f"{count} of {len(points)} runs failed (see {output / LOG_FILE}); the same command tries them again"
+        )
+
+
+def _record_killed_worker(points: Sequence[SweepPoint], worker: int) -> bool:
+    """Record the point that a killed worker of this machine held as failed.
+
+    Returns:
+        True if the worker held a point and others are left: a worker that fails at once is not replaced.
+    """
+    if not worker:
+        return False
+    missing = Outcome.of(points).missing
+    held = [point for point in missing if lock_holder(point.folder, point.lock)[0] == worker]
+    for point in held:
+        write_record(point, {"error": KILLED})
+    return bool(held) and len(missing) > len(held)
+
+
+def _record_killed_points(points: Sequence[SweepPoint]) -> None:
+    """Record points of workers that were killed on any machine as failed: locked once, and by nobody now."""
+    for point in Outcome.of(points).missing:
+        if lock_holder(point.folder, point.lock)[0]:
+            with folder_lock(point.folder, point.lock, wait=False) as free:
+                if free:
+                    write_record(point, {"error": KILLED})
+
+
+def _write_table(points: Sequence[SweepPoint], rows: list[Row]) -> None:
+    """Write and print the results of a sweep, after the original's if all points start from one model."""
+    if not rows:
+        return
+    recipe = points[0].recipe
+    if recipe.evaluate is not None and len({point.recipe.model for point in points}) == 1:
+        rows = [{"point": 0} | measure_original(recipe), *rows]
+    varied = list(dict.fromkeys(key for point in points for key in point.values))
+    write_points(rows, varied, points[0].folder)
+    Console(width=TABLE_WIDTH).print(terminal_table(summarize(rows, varied).cells(TERMINAL)))
+
+
+def _refuse_other_sweep(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
     """Keep two sweeps out of one folder."""
     varied = sorted({key for point in points for key in point.values})
-    file = output / SWEEP_FILE
+    file = Path(recipe.output) / SWEEP_FILE
     try:
         before = json.loads(file.read_text(encoding="utf-8"))["varied"]
     except (OSError, ValueError, KeyError):
         before = varied
     if before != varied:
-        raise PrunerError(f"{output} holds another sweep, over {', '.join(before)}: give another output")
-    write_text(file, json.dumps({"recipe": recipe.path, "varied": varied, **provenance()}, indent=1) + "\n")
-
-
-def _watch(points: list[SweepPoint], output: Path, sweep: bool) -> None:
-    """A table of the points, or of the stages of the only one, live on a terminal until all are done."""
-    steps = steps_of(points[0].recipe)
-
-    def states() -> list[list[str]]:
-        if not sweep:
-            notes = [note_of(step.folder) for step in steps]
-            entries = [(i, s.stage.name, s.key, note) for i, (s, note) in enumerate(zip(steps, notes, strict=True), 1)]
-        else:
-            found = [record(point, output) for point in points]
-            entries = [(p.number, p.name, _lock(p), note) for p, note in zip(points, found, strict=True)]
-        rows = []
-        for number, name, lock, told in entries:
-            process, lives = lock_holder(output, lock)
-            state, note = ("running" if lives else "interrupted") if process else "waiting", ""
-            if told is not None:
-                seconds = told.get("row", told).get("seconds")
-                state, note = ("failed", told["error"]) if "error" in told else ("done", f"{seconds} s")
-            rows.append([str(number), name, state, note])
-        return rows
-
-    def table() -> Any:
-        return terminal_table([["run" if sweep else "stage", "what", "state", ""], *states()])
-
-    if not output.is_dir():
-        raise PrunerError(f"there is no {output}: nothing was run yet")
-    if not sys.stdout.isatty():
-        Console(width=WIDTH).print(table())
-        return
-    with Live(table(), refresh_per_second=1) as live:
-        while any(state in ("running", "waiting") for _, _, state, _ in states()):
-            time.sleep(5 * POLL)
-            live.update(table())
-
-
-def _passed_on(args: RunArguments) -> list[str]:
-    """The arguments of a worker."""
-    given = [args.recipe]
-    for name in ("model", "output"):
-        if getattr(args, name):
-            given += [f"--{name}", getattr(args, name)]
-    return given
-
-
-def _checked(point: SweepPoint) -> None:
-    """Refuse a stage that cannot work before the first one is run."""
-    recipe = point.recipe
-    try:
-        evaluation(recipe, recipe.model).check()
-    except PrunerError as error:
-        raise fault(recipe.path, recipe.lines, ("evaluate",), str(error)) from error
-    for i, step in enumerate(steps_of(recipe)):
-        try:
-            args = step.arguments()
-            args.check()
-        except PrunerError as error:
-            where = f" (run {point.number}: {point.name})" if point.values else ""
-            raise fault(recipe.path, recipe.lines, ("stages", i), f"{error}{where}") from error
-
-
-@contextmanager
-def _alone_in(output: Path) -> Iterator[None]:
-    """Keep other processes from running recipes in a folder."""
-    with folder_lock(output, "recipe", wait=False) as free:
-        if not free:
-            raise PrunerError(f"another process is at work in {output}: wait for it, or give another output")
-        yield
+        raise PrunerError(f"{recipe.output} holds another sweep, over {', '.join(before)}: give another output")
+    content = {"recipe": recipe.source.path, "varied": varied, **provenance()}
+    write_text(file, json.dumps(content, indent=1) + "\n")

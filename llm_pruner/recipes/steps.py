@@ -1,4 +1,4 @@
-"""The work of one run: its stages, each done once whoever asks for it, and what is measured of them."""
+"""The stages of one run: each is run once and cached, and its checkpoint is measured once."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ import gc
 import json
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.locate import base_of, is_adapter
 from ..commands import COMMANDS
+from ..evaluation.evaluate import Evaluation
 from ..evaluation.run import measure
 from ..evaluation.table import as_json, metrics_of
 from ..files import digest, folder_lock, write_text
 from ..logs import log
 from ..provenance import provenance, versions
 from .recipe import Recipe, Stage
-from .stages import DONE, build_arguments, note_of, resulting_checkpoint, with_defaults
+from .stages import DONE, build_arguments, chaining, read_record, resulting_checkpoint, with_defaults
 from .torchrun import Launch
 
 EVALUATIONS, CACHE = "evaluations", "cache"
+WEIGHTS = "*.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
-    """A stage of a run: what it reads, where it writes.
+    """A stage of a run: the model that it reads, and the folder that it writes.
 
     Attributes:
-        key: a hash of the stage, of those before it and of the model: equal for equal work.
-        model: that it reads, if it reads one.
-        folder: that it writes, named after the key.
+        key: hash of the stage, of those before it, of the model and of the versions: equal for equal work.
+        folder: named after number, stage and key.
     """
 
     stage: Stage
@@ -46,95 +49,183 @@ class Step:
 
     @property
     def leaves(self) -> Path | None:
-        """The checkpoint that it leaves, if any."""
+        """Checkpoint that the stage leaves, None for a command that leaves none."""
         return resulting_checkpoint(self.stage.command, self.arguments(), self.folder)
 
 
 def steps_of(recipe: Recipe) -> list[Step]:
-    """The stages with their folders."""
+    """Return the stages of a run with their folders."""
     key, model = digest([recipe.model, versions()]), recipe.model
-    out = []
+    steps = []
     for i, stage in enumerate(recipe.stages, 1):
         key = digest([stage.command, with_defaults(stage.command, stage.arguments), key])
-        step = Step(stage, key, model, Path(recipe.output) / f"{i:02}-{stage.name}-{key[:8]}")
-        out.append(step)
+        folder = Path(recipe.output) / f"{i:02}-{stage.name}-{key[:8]}"
+        step = Step(stage=stage, key=key, model=model, folder=folder)
+        steps.append(step)
         model = str(step.leaves or model)
-    return out
+    return steps
 
 
-def run_step(steps: list[Step], index: int, launch: Launch) -> dict[str, Any]:
-    """Run a stage unless it is finished; returns what is noted of it.
-
-    Another process that is at the same stage is waited for. Where the weights that a stage reads were let go of, it is
-    made anew first.
+def check_steps(steps: list[Step], recipe: Recipe, note: str = "") -> None:
+    """Refuse stages that cannot work, before the first one runs.
 
     Args:
-        launch: the processes that train.
+        note: end of the message.
+
+    Raises:
+        PrunerError: arguments are not valid, or a stage would have to read an adapter and cannot; with file and line.
+    """
+    adapter: Step | None = None
+    for i, step in enumerate(steps):
+        rules, location = chaining(step.stage.command), ("stages", i)
+        try:
+            arguments = step.arguments()
+            COMMANDS[step.stage.command].check_arguments(_on_any_device(arguments, recipe))
+        except ValueError as error:
+            raise recipe.source.fault(location, f"{error}{note}") from error
+        if adapter is not None and rules.reads and not rules.reads_adapter(arguments):
+            problem = f"{step.stage.name} cannot read the adapter of {adapter.stage.name}: give it merge: true{note}"
+            raise recipe.source.fault(location, problem)
+        if rules.leaves is not None:
+            adapter = step if rules.leaves_adapter(arguments) else None
+
+
+def _on_any_device(arguments: Any, recipe: Recipe) -> Any:
+    """Leave devices out of the check of what a cluster is to run: this machine may lack them."""
+    if recipe.executor.kind == "slurm":
+        for name in ("device", "eval_device"):
+            if hasattr(arguments, name):
+                setattr(arguments, name, "auto")
+    return arguments
+
+
+def run_step(steps: list[Step], index: int, launch: Launch, *, needs_weights: bool = False) -> dict[str, Any]:
+    """Run a stage unless it is finished; return its record.
+
+    If another process is running the stage, wait for it.
+
+    Args:
+        launch: processes that train.
+        needs_weights: run a finished stage again if the weights of its checkpoint were removed.
     """
     step = steps[index]
     with folder_lock(step.folder.parent, step.key):
-        note = note_of(step.folder)
-        if note is not None:
+        record = read_record(step.folder)
+        if record is not None and (not needs_weights or _has_weights(step.leaves)):
             log.info("%s: finished before (%s)", step.stage.name, step.folder)
-            return note
-        before = next((i for i in reversed(range(index)) if steps[i].leaves is not None), None)
-        if before is not None and not any(Path(step.model).glob("*.safetensors")):
-            (steps[before].folder / DONE).unlink(missing_ok=True)
-            run_step(steps, before, launch)
+            return record
+        if record is None:
+            _explain_other_versions(step)
+        restore_weights(steps[:index], launch)
         log.info("%s: %s", step.stage.name, step.stage.command)
         start = time.perf_counter()
-        action = launch.run if step.stage.command == "recover" and launch.several else COMMANDS[step.stage.command].run
-        action(step.arguments())
-        note = {
-            "command": step.stage.command,
-            "arguments": dict(step.stage.arguments),
-            "model": step.model,
-            "key": step.key,
-            "seconds": round(time.perf_counter() - start, 1),
-            "made_by": provenance(),
-        }
-        write_text(step.folder / DONE, json.dumps(note, indent=1, default=str) + "\n")
+        _run_command(step, launch)
+        record = _record_of(step, time.perf_counter() - start)
+        write_text(step.folder / DONE, json.dumps(record, indent=1, default=str) + "\n")
     gc.collect()
-    return note
+    return record
+
+
+def _record_of(step: Step, seconds: float) -> dict[str, Any]:
+    return {
+        "command": step.stage.command,
+        "arguments": dict(step.stage.arguments),
+        "model": step.model,
+        "key": step.key,
+        "seconds": round(seconds, 1),
+        "made_by": provenance(),
+    }
+
+
+def _run_command(step: Step, launch: Launch) -> None:
+    command = step.stage.command
+    run = launch.run if command == "recover" and launch.several else COMMANDS[command].run
+    run(step.arguments())
+
+
+def _explain_other_versions(step: Step) -> None:
+    """Log why an equal stage is run again: it was run with other versions of what results depend on."""
+    for folder in sorted(step.folder.parent.glob(f"{step.folder.name.rpartition('-')[0]}-????????")):
+        record = read_record(folder) or {}
+        before = record.get("made_by", {}).get("versions", {})
+        changes = [f"{name} {old} -> {versions()[name]}" for name, old in before.items() if old != versions().get(name)]
+        if changes and record.get("arguments") == dict(step.stage.arguments):
+            log.info("%s: %s was made with other versions (%s): run anew", step.stage.name, folder, ", ".join(changes))
+
+
+def restore_weights(steps: list[Step], launch: Launch) -> None:
+    """Run the last stage of ``steps`` that leaves a checkpoint again if the checkpoint's weights were removed."""
+    index = next((i for i in reversed(range(len(steps))) if steps[i].leaves is not None), None)
+    if index is not None and not _has_weights(steps[index].leaves):
+        run_step(steps, index, launch, needs_weights=True)
+
+
+def _has_weights(checkpoint: Path | None) -> bool:
+    """Return True if a checkpoint has its weights, and an adapter also those of its base."""
+    if checkpoint is None or not any(checkpoint.glob(WEIGHTS)):
+        return False
+    if not is_adapter(checkpoint):
+        return True
+    base = Path(base_of(checkpoint))
+    return not base.is_dir() or _has_weights(base)
 
 
 def remove_weights(step: Step) -> None:
-    """Remove the weights that a stage left, checkpoints of training too; its plan and its metrics stay."""
+    """Remove the weights that a stage left, training checkpoints included; plan and metrics stay."""
     if step.leaves is not None:
         for checkpoint in step.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
-        for file in step.folder.rglob("*.safetensors"):
+        for file in step.folder.rglob(WEIGHTS):
             file.unlink(missing_ok=True)
 
 
-def evaluation(recipe: Recipe, model: str) -> Any:
-    """What a recipe wants measured of every model."""
-    return build_arguments(
-        "evaluate", {"tokens": 0, **(recipe.evaluate or {})}, model, Path()
-    )  # nothing is written there
+def evaluation_arguments(recipe: Recipe, model: str) -> Any:
+    """Return the arguments that a recipe measures a model with."""
+    return build_arguments("evaluate", {"tokens": 0, **(recipe.evaluate or {})}, model, Path())
 
 
-def measure_model(recipe: Recipe, model: str, key: str) -> dict[str, Any]:
-    """Measurements of a model as a row of a table; measured once, and kept."""
-    key = digest([key, recipe.evaluate or {}])
-    output = Path(recipe.output)
-    file = output / EVALUATIONS / key / "evaluation.json"
-    with folder_lock(output, key):
+def measure_original(recipe: Recipe) -> dict[str, Any]:
+    """Measure the model that a recipe starts from, once; return a row of a table."""
+    return _measure(recipe, recipe.model, digest([recipe.model, versions()]), lambda: None)
+
+
+def measure_step(recipe: Recipe, steps: list[Step], index: int, launch: Launch) -> dict[str, Any]:
+    """Measure the checkpoint of a stage, once; return a row of a table."""
+    step = steps[index]
+    return _measure(recipe, str(step.leaves), step.key, lambda: restore_weights(steps[: index + 1], launch))
+
+
+def _measure(recipe: Recipe, model: str, model_key: str, prepare: Callable[[], None]) -> dict[str, Any]:
+    key = digest([model_key, recipe.evaluate or {}])
+    file = Path(recipe.output) / EVALUATIONS / key / "evaluation.json"
+    with folder_lock(Path(recipe.output), key):
         try:
             return dict(json.loads(file.read_text(encoding="utf-8"))["row"])
         except (OSError, ValueError, KeyError):
             pass
+        prepare()
         log.info("measuring %s", model)
-        found = measure(evaluation(recipe, model))
-        one = found[0]
-        row: dict[str, Any] = {"parameters": one.parameters, "macs": one.macs}
-        for name, result in one.perplexity.items():
-            title = Path(name).stem if len({Path(n).stem for n in one.perplexity}) == len(one.perplexity) else name
-            row |= {f"perplexity {title}": result.perplexity, f"per byte {title}": result.per_byte}
-        for task, metrics in one.tasks.items():
-            row |= {f"{task} {metric}": metrics[metric] for metric in metrics_of(found, task)}
-        if one.speed:
-            row |= {"prefill tokens/s": one.speed.prefill, "decode tokens/s": one.speed.decode}
-        write_text(file, as_json(found, {"row": row, **provenance()}))
+        evaluations = measure(evaluation_arguments(recipe, model))
+        row = _row_of(evaluations)
+        write_text(file, as_json(evaluations, {"row": row, **provenance()}))
     gc.collect()
     return row
+
+
+def _row_of(evaluations: list[Evaluation]) -> dict[str, Any]:
+    evaluation = evaluations[0]
+    row: dict[str, Any] = {"parameters": evaluation.parameters, "macs": evaluation.macs}
+    titles = _short_titles(evaluation.perplexity)
+    for name, result in evaluation.perplexity.items():
+        row |= {f"perplexity {titles[name]}": result.perplexity, f"per byte {titles[name]}": result.per_byte}
+    for task, metrics in evaluation.tasks.items():
+        row |= {f"{task} {metric}": metrics[metric] for metric in metrics_of(evaluations, task)}
+    if evaluation.speed:
+        row |= {"prefill tokens/s": evaluation.speed.prefill, "decode tokens/s": evaluation.speed.decode}
+    return row
+
+
+def _short_titles(names: Mapping[str, Any]) -> dict[str, str]:
+    """Return texts by their files' names without folder and suffix, where these differ."""
+    stems = {name: Path(name).stem for name in names}
+    return stems if len(set(stems.values())) == len(stems) else {name: name for name in names}

@@ -5,79 +5,109 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from .recipe import Recipe, Stage, fault
+from .recipe import MODEL, Recipe, Stage
+from .schema import Sweep, convert_argument
 from .stages import stage_arguments
+from .steps import Step, steps_of
 
 SEED = "seed"
 CALIBRATION_SEED = "calib_seed"
-MODEL = "model"
+
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One run: its number, what it varies, and the recipe with that put in."""
+    """One run of a sweep: its number, the values that it varies, and the recipe with these values."""
 
     number: int
-    values: dict[str, Any]
+    values: Values
     recipe: Recipe
 
     @property
     def name(self) -> str:
         return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.values.items()) or "run"
 
+    @cached_property
+    def steps(self) -> list[Step]:
+        return steps_of(self.recipe)
+
+    @property
+    def folder(self) -> Path:
+        """Output folder, which all points share."""
+        return Path(self.recipe.output)
+
+    @property
+    def file(self) -> Path:
+        """File that records how the run ended."""
+        return self.folder / "points" / f"{self._label}.json"
+
+    @property
+    def lock(self) -> str:
+        """Name of the lock that the process at work on the point holds."""
+        return f"point-{self._label}"
+
+    @property
+    def _label(self) -> str:
+        return f"{self.number:04}-{self.steps[-1].key[:8]}"
+
 
 def points_of(recipe: Recipe) -> list[SweepPoint]:
-    """All points, in the order of the file, the last key of a grid varying fastest, seeds fastest of all.
+    """Return all points, in the order of the file; the last key of a grid varies faster, seeds fastest.
 
     Raises:
-        PrunerError: a key is none of the recipe's, or lists to go side by side differ in length.
+        PrunerError: lists of ``zip`` differ in length.
     """
-    sweep = recipe.sweep or {}
-    grid = sweep.get("grid") or {}
-    combined: list[dict[str, Any]] = [
-        dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
-    ]
-    beside = sweep.get("zip") or {}
-    lengths = {key: len(values) for key, values in beside.items()}
+    combinations = _combinations(recipe) if recipe.sweep else [{}]
+    if recipe.seeds:
+        combinations = [values | {SEED: seed} for values in combinations for seed in recipe.seeds]
+    return [SweepPoint(i, values, with_values(recipe, values)) for i, values in enumerate(combinations, 1)]
+
+
+def _combinations(recipe: Recipe) -> list[Values]:
+    sweep = recipe.sweep or Sweep()
+    lengths = {key: len(values) for key, values in sweep.zip.items()}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{key} has {count}" for key, count in lengths.items())
-        raise fault(recipe.path, recipe.lines, ("sweep", "zip"), f"the lists of zip must be of one length: {counts}")
-    if beside:
-        rows = [dict(zip(beside, values, strict=True)) for values in zip(*beside.values(), strict=True)]
-        combined = [one | row for one in combined for row in rows]
-    if listed := sweep.get("points"):
-        combined = [one | row for one in combined for row in listed]
-    if recipe.seeds:
-        combined = [one | {SEED: seed} for one in combined for seed in recipe.seeds]
-    return [SweepPoint(i, values, varied(recipe, values)) for i, values in enumerate(combined, 1)]
+        raise recipe.source.fault(("sweep", "zip"), f"the lists of zip must be of one length: {counts}")
+    grid = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
+    rows = [dict(zip(sweep.zip, values, strict=True)) for values in zip(*sweep.zip.values(), strict=True)]
+    parts = itertools.product(grid, rows or [{}], sweep.points or [{}])
+    return [one | row | listed for one, row, listed in parts]
 
 
-def varied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """A recipe with some arguments replaced: ``{"prune.taylor": "vectorize", "seed": 1}``."""
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with some arguments replaced: ``{"prune.taylor": "vectorize", "seed": 1}``."""
     stages, model = list(recipe.stages), recipe.model
     for key, value in values.items():
         if key == MODEL:
             model = value
-            continue
-        if key == SEED:
-            stages = [_seeded(s, value) for s in stages]
-            continue
-        name, _, argument = key.partition(".")
-        where = next(i for i, stage in enumerate(stages) if stage.name == name)
-        stages[where] = _with(stages[where], argument, value)
-    return replace(recipe, stages=stages, model=model, sweep=None, seeds=[])
+        elif key == SEED:
+            stages = [_with_seed(stage, value) for stage in stages]
+        else:
+            name, _, argument = key.partition(".")
+            stages = [
+                _with_argument(recipe, stage, argument, value) if stage.name == name else stage for stage in stages
+            ]
+    return replace(recipe, stages=tuple(stages), model=model, sweep=None, seeds=())
 
 
-def _seeded(stage: Stage, seed: int) -> Stage:
-    """A stage with a seed: what it draws, and which calibration samples, unless the recipe says which."""
-    names = [name for name in (SEED, CALIBRATION_SEED) if name in stage_arguments(stage.command)]
-    for name in names:
-        if name == SEED or name not in stage.arguments:
+def _with_argument(recipe: Recipe, stage: Stage, argument: str, value: Any) -> Stage:
+    name, converted = convert_argument(stage.command, argument, value, recipe.source, ("sweep",))
+    return _with(stage, name, converted)
+
+
+def _with_seed(stage: Stage, seed: int) -> Stage:
+    """Return a stage with a seed, also for its calibration samples unless the recipe seeds them itself."""
+    for name in (SEED, CALIBRATION_SEED):
+        if name in stage_arguments(stage.command) and (name == SEED or name not in stage.arguments):
             stage = _with(stage, name, seed)
     return stage
 
 
-def _with(stage: Stage, argument: str, value: Any) -> Stage:
-    return replace(stage, arguments={**stage.arguments, argument: value})
+def _with(stage: Stage, name: str, value: Any) -> Stage:
+    return replace(stage, arguments={**stage.arguments, name: value})

@@ -1,85 +1,96 @@
-"""Training of a stage on several processes: all GPUs of a job, on all of its machines, through torchrun."""
+"""Train a stage on several processes: all GPUs of a job, on all of its machines, through torchrun."""
 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from ..errors import PrunerError
+from ..flags import default_of
 from ..logs import log
+from .schema import Executor
 
-PORT = 29500
-TAIL = 2**16  # characters of what was said that the reason of a failure is looked for in
+FIRST_PORT, PORTS = 29500, 1000
+TAIL_LENGTH = 2**16  # characters of the output in which the reason of a failure is looked for
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes train: ``processes`` on each of ``nodes`` machines."""
+    """Processes that train: ``processes`` on each of ``nodes`` machines."""
 
     processes: int = 1
     nodes: int = 1
 
     @classmethod
-    def of(cls, executor: Mapping[str, Any]) -> Launch:
-        """By the settings of an executor: one process for each GPU of a job, unless they say otherwise."""
-        processes = executor.get("processes", executor.get("gpus", 1))
-        return cls(max(1, int(processes)), int(executor.get("nodes", 1)))
+    def of(cls, executor: Executor) -> Launch:
+        """Return one process for each GPU of a job, unless the executor's settings say otherwise."""
+        return cls(executor.processes or max(1, executor.gpus or 1), executor.nodes)
 
     @property
     def several(self) -> bool:
         return self.processes * self.nodes > 1
 
     def command(self, arguments: Any) -> list[str]:
-        """``llm-pruner recover`` with ``arguments``, on all processes; machines meet at the first of the job."""
-        out = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.processes)]
-        if self.nodes > 1:
-            nodes = ["--nodes", str(self.nodes), "--ntasks", str(self.nodes), "--ntasks-per-node", "1"]
-            meeting = f"{os.environ.get('SLURMD_NODENAME') or os.uname().nodename}:{PORT}"
-            job = os.environ.get("SLURM_JOB_ID", "recover")
-            out = ["srun", *nodes, *out, "--nnodes", str(self.nodes)]
-            out += ["--rdzv_backend", "c10d", "--rdzv_endpoint", meeting, "--rdzv_id", job]
-        else:
-            out.append("--standalone")
-        return [*out, "-m", "llm_pruner", "recover", *flags(arguments)]
+        """Return the command line of ``llm-pruner recover`` with ``arguments`` on all processes."""
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.processes)]
+        recover = ["-m", "llm_pruner", "recover", *flags_of(arguments)]
+        if self.nodes == 1:
+            return [*torchrun, "--standalone", *recover]
+        nodes = str(self.nodes)
+        srun = ["srun", "--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1"]
+        return [*srun, *torchrun, "--nnodes", nodes, *_rendezvous(), *recover]
 
     def run(self, arguments: Any) -> None:
-        """Train, and wait for it.
+        """Train, and wait for the end; pass on what the processes write.
 
         Raises:
-            PrunerError: it failed, or there is no srun.
+            PrunerError: training failed, or there is no srun.
         """
-        command = self.command(arguments)
         log.info("training on %d processes of %d machines each", self.processes, self.nodes)
         try:
-            process = subprocess.Popen(command, stderr=subprocess.PIPE)
+            process = subprocess.Popen(self.command(arguments), stderr=subprocess.PIPE)
         except FileNotFoundError as error:
             raise PrunerError(f"training on {self.nodes} machines needs Slurm's srun: {error}") from error
-        tail = ""
-        with process:
-            for chunk in iter(lambda: cast(Any, process.stderr).read1(), b""):  # shown as it comes: it may be for days
-                text = chunk.decode(errors="replace")
-                sys.stderr.write(text)
-                sys.stderr.flush()
-                tail = (tail + text)[-TAIL:]
+        tail = _pass_on(process)
         if process.returncode:
-            said = [line for line in tail.splitlines() if line.startswith("error: ")]
-            reason = said[0].removeprefix("error: ") if said else "see what it wrote above"
+            errors = [line for line in tail.splitlines() if line.startswith("error: ")]
+            reason = errors[0].removeprefix("error: ") if errors else "see its output above"
             raise PrunerError(f"training on {self.processes * self.nodes} processes failed: {reason}")
 
 
-def flags(arguments: Any) -> list[str]:
-    """The flags that give these arguments; those left at their defaults are left out."""
-    out: list[str] = []
+def _rendezvous() -> list[str]:
+    """Return the flags by which machines meet at the first one of the job.
+
+    Every machine has to know the port before torchrun starts, so torchrun cannot choose a free one. It follows from the
+    job's number, so that jobs that share a machine do not meet each other.
+    """
+    job = os.environ.get("SLURM_JOB_ID", "0")
+    port = FIRST_PORT + (int(job) % PORTS if job.isdecimal() else 0)
+    host = os.environ.get("SLURMD_NODENAME") or platform.node()
+    return ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{host}:{port}", "--rdzv_id", job]
+
+
+def _pass_on(process: subprocess.Popen[bytes]) -> str:
+    """Write a process's stderr to ours as it comes, which may take days; return the end of it."""
+    tail = ""
+    with process:
+        for chunk in iter(lambda: cast(Any, process.stderr).read1(), b""):
+            text = chunk.decode(errors="replace")
+            sys.stderr.write(text)
+            sys.stderr.flush()
+            tail = (tail + text)[-TAIL_LENGTH:]
+    return tail
+
+
+def flags_of(arguments: Any) -> list[str]:
+    """Return the flags that give these arguments; those at their defaults are left out."""
+    flags: list[str] = []
     for field in fields(arguments):
         value = getattr(arguments, field.name)
-        if value != _default(field):
-            out += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
-    return out
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not MISSING else field.default
+        if value != default_of(field):
+            flags += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
