@@ -1,0 +1,107 @@
+"""Dry runs predict what the stages of a recipe leave, and show what cannot be predicted as unknown."""
+
+import json
+
+import pytest
+from helpers.recipes import FOUR_STAGES, PRUNE, RECIPES, printed_table, save_config, write_recipe
+
+from llm_pruner.cli import main
+from llm_pruner.recipes.arguments import RunArguments
+from llm_pruner.recipes.recipe import read
+from llm_pruner.recipes.run import run_recipe
+
+LLAMA_13B = {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "vocab_size": 32000,
+}
+T5_XL = {
+    "d_model": 2048,
+    "d_ff": 5120,
+    "num_layers": 24,
+    "num_decoder_layers": 24,
+    "num_heads": 32,
+    "d_kv": 64,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+LLAMA_3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+CONFIGS = {
+    "llm_pruner_llama7b": ("llama", {"vocab_size": 32000}),
+    "pruning_llms_7b_to_3.4b": ("llama", LLAMA_13B),
+    "openba_v2_5_stages": ("t5", T5_XL),
+    "minitron_style": ("llama", LLAMA_3_8B),
+    "llmpruner_bloom_zh": ("bloom", {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}),
+}
+PUBLISHED_SIZES = {
+    "llm_pruner_llama7b": {"prune": 5_422_977_024},
+    "pruning_llms_7b_to_3.4b": {"to-7b": 6_738_415_616},
+}
+PARAMETERS = 5  # column of a dry run, after the stage
+
+
+def predict(recipe, capsys, *flags):
+    assert main(["run", str(recipe), "--dry_run", *flags]) == 0
+    return printed_table(capsys.readouterr().out)
+
+
+def test_predicted_sizes_are_those_of_the_run(home, home_text, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(FOUR_STAGES.format(home=home, out=tmp_path / "out"))
+    assert run_recipe(RunArguments(recipe=str(recipe), dry_run=True)) is None
+    assert not (tmp_path / "out").exists()
+    predicted = printed_table(capsys.readouterr().out)
+    out = run_recipe(RunArguments(recipe=str(recipe)))
+    rows = {row["stage"]: row for row in json.loads((out / "results.json").read_text())}
+    assert predicted["recover"] == [""] * 9
+    for stage in ("original", "depth", "width", "vocab"):
+        assert int(predicted[stage][PARAMETERS].replace(",", "")) == rows[stage]["parameters"]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    ["target_latency: 30ms", "target_latency: 30ms, num_layers: 2", "target_latency: 30ms, kinds: [heads, neurons]"],
+)
+def test_an_absolute_latency_makes_that_stage_and_later_ones_unknown(home, tmp_path, budget, capsys):
+    stages = f"  - prune: {{name: timed, {budget}}}\n  - recover: {{data_path: x}}\n{PRUNE}"
+    table = predict(write_recipe(tmp_path, home, stages), capsys)
+    assert table["timed"] == table["prune"] == ["?"] * 9
+    assert table["recover"] == [""] * 9 and "?" not in table["original"]
+
+
+@pytest.mark.parametrize("more", ["", ", num_layers: 2", ", kinds: [heads, neurons], preset: paper"])
+def test_a_share_of_the_latency_is_estimated_as_the_same_share_of_macs(home, tmp_path, more, capsys):
+    settings = f"compensate: none, hardware_align: false, target_latency: 0.6{more}"
+    table = predict(write_recipe(tmp_path, home, f"  - prune: {{{settings}}}\n"), capsys)
+    assert table["prune"][-1].startswith("~0.") and 0.5 < float(table["prune"][-1].lstrip("~")) <= 0.61
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_recipe_can_be_predicted_on_the_config_of_its_model(name, tmp_path, capsys):
+    kind, fields = CONFIGS[name]
+    model = save_config(tmp_path / "model", kind, **fields)
+    table = predict(RECIPES / f"{name}.yaml", capsys, "--model", str(model))
+    for stage, parameters in PUBLISHED_SIZES.get(name, {}).items():
+        assert int(table[stage][PARAMETERS].replace(",", "")) == parameters
+
+
+def test_every_recipe_has_a_config():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*CONFIGS, "smollm2_demo"}
+    read(RECIPES / "smollm2_demo.yaml")
+
+
+def test_a_sweep_is_predicted_point_by_point(tmp_path, capsys):
+    model = save_config(tmp_path / "model", "llama", vocab_size=32000, num_hidden_layers=32)
+    recipe = RECIPES / "paper" / "llama7b_20.yaml"
+    assert main(["run", str(recipe), "--model", str(model), "--dry_run"]) == 0
+    assert "3072" in capsys.readouterr().out  # hidden size of the point that prunes channels
