@@ -129,7 +129,7 @@ def moments(
 
 
 def activation(
-    model: nn.Module, slices: Dims, calibration: torch.Tensor, criterion: str, compute: Compute | None = None
+    model: nn.Module, slices: Dims, calibration: torch.Tensor, criterion: str, *, compute: Compute | None = None
 ) -> Salience:
     """``activation``, ``wanda`` or ``flap`` of every channel that is read: ``{(parameter, dim): [size of dim]}``."""
     weights = dict(model.named_parameters())

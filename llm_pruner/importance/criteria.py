@@ -115,8 +115,8 @@ def _entry(name: str, function: Any, needs_calibration: bool) -> Entry:
         return Entry(
             function=partial(score_groups, function),
             needs_calibration=needs_calibration,
-            skips="it lies in no module of the criterion's target_types (torch-pruning has no stacked experts, whole layers "
-            "or vocabulary)",
+            skips="none of its modules is of the criterion's target_types (torch-pruning knows no stacked experts, "
+            "whole layers or vocabulary)",
         )
     if not callable(function):
         raise PrunerError(f"criterion {name!r} is {type(function).__name__}, not a function of one Request")

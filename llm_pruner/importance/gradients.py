@@ -5,8 +5,8 @@ last to first: it runs the block again, now with gradients, hands out those of i
 between blocks is an ordinary autograd graph, so any decoder, encoder-decoder or mixture works. Memory is that of the
 weights, one block's gradients, the inputs of the blocks, and the logits.
 
-Weights can be converted block by block (see :class:`llm_pruner.graph.Compute`): bfloat16 weights mapped from files
-are computed with in float32, and a model larger than memory needs no more of it than one of its blocks.
+Weights are converted block by block (:class:`llm_pruner.models.blockwise.Compute`): memory-mapped bfloat16 weights are
+upcast to float32, and a model larger than memory needs no more of it than one block.
 """
 
 from __future__ import annotations
@@ -30,22 +30,42 @@ Visit = Callable[[str, torch.Tensor, torch.Tensor], None]
 TOKENS_PER_PASS = 1024  # in a forward pass
 
 
+def _ignore(name: str, weight: torch.Tensor) -> None:
+    """Do nothing when a parameter is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientVisitor:
+    """Where gradients go, as they come.
+
+    Attributes:
+        visit: called with the name, weight and gradient of a parameter, in fp32.
+        done: called with a name and weight when all gradients of a parameter have been visited.
+        per_sample: visit the gradient of each sample's own mean loss, one by one.
+    """
+
+    visit: Visit
+    done: Callable[[str, torch.Tensor], None] = _ignore
+    per_sample: bool = False
+
+
 def visit_gradients(
     model: nn.Module,
-    wanted: Iterable[str],
+    names: Iterable[str],
     ids: torch.Tensor,
     visit: Visit,
-    done: Callable[[str, torch.Tensor], None] = lambda *_: None,
+    *,
+    done: Callable[[str, torch.Tensor], None] = _ignore,
     per_sample: bool = False,
     compute: Compute | None = None,
 ) -> float:
-    """Gradients of the mean token loss: ``visit(name, weight, gradient)`` in fp32 for every wanted parameter.
+    """Visit gradients of the mean token loss: ``visit(name, weight, gradient)`` in fp32 for every named parameter.
 
     Args:
-        wanted: names of parameters.
+        names: names of parameters.
         ids: LongTensor ``[samples, tokens]``.
         done: called with a name and weight when all gradients of a parameter have been visited.
-        per_sample: visit the gradient of every sample's own mean loss, one by one, instead of the one of them all.
+        per_sample: visit the gradient of each sample's own mean loss, one by one, instead of that of all samples.
         compute: where and how to compute; by default where the model is.
 
     Returns the loss. The model's own parameters, flags, gradients and mode are not touched.
@@ -53,23 +73,23 @@ def visit_gradients(
     Raises:
         PrunerError: the loss is not finite.
     """
-    _return_freed_memory()
     compute = compute or native_compute(model)
-    wanted = set(wanted)
+    names = set(names)
     rows = 1 if per_sample else max(1, TOKENS_PER_PASS // ids.shape[1])
     batches = list(ids.to(compute.device).split(rows))
     shares = [1.0 if per_sample else len(batch) / len(ids) for batch in batches]
-    # Gradients of what lies outside the blocks add up over a whole pass: there, every sample needs one of its own.
-    rest = wanted & StandIns(model, lambda _, tensor: tensor).names() if per_sample else set()
+    # Gradients of parameters outside the blocks add up over a whole sweep: there, every sample needs its own sweep.
+    outside = names & StandIns(model, lambda _, tensor: tensor).names() if per_sample else set()
     losses = []
-    if wanted - rest or not rest:
-        losses = _Sweep(model, wanted - rest, compute, visit, done, per_sample).run(batches, shares)
-    if rest:
-        sweep = _Sweep(model, rest, compute, visit, lambda *_: None, per_sample)
+    if names - outside or not outside:
+        visitor = GradientVisitor(visit=visit, done=done, per_sample=per_sample)
+        losses = _Sweep(model, names - outside, compute, visitor).run(batches, shares)
+    if outside:
+        sweep = _Sweep(model, outside, compute, GradientVisitor(visit=visit, per_sample=per_sample))
         losses = [sweep.run([batch], [1.0])[0] for batch in batches]
-        named = dict(model.named_parameters())
-        for name in rest:
-            done(name, compute.convert(named[name]).float())
+        parameters = dict(model.named_parameters())
+        for name in outside:
+            done(name, compute.convert(parameters[name]).float())
     return sum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True)) / len(ids)
 
 
@@ -84,24 +104,24 @@ class _Call:
 
     def backward(self, forward: Callable[..., Any]) -> None:
         """Run the block again and pass the gradients of its outputs on to its weights and inputs."""
-        arrived = [isinstance(leaf, torch.Tensor) and leaf.grad is not None for leaf in self.outputs]
-        if not any(arrived):
+        has_gradient = [isinstance(leaf, torch.Tensor) and leaf.grad is not None for leaf in self.outputs]
+        if not any(has_gradient):
             return
         inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-        def detached(value: Any) -> Any:
+        def detach(value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or not value.requires_grad:
                 return value
             inputs.append((value, value.detach().requires_grad_()))
             return inputs[-1][1]
 
-        args, kwargs = tree_map(detached, (self.args, self.kwargs))
+        args, kwargs = tree_map(detach, (self.args, self.kwargs))
         with torch.enable_grad():
-            out = tree_leaves(forward(*args, **kwargs))
-        pairs = [(o, leaf.grad) for o, leaf, here in zip(out, self.outputs, arrived, strict=True) if here]
-        pairs = [(o, gradient) for o, gradient in pairs if o.requires_grad]
+            outputs = tree_leaves(forward(*args, **kwargs))
+        triples = zip(outputs, self.outputs, has_gradient, strict=True)
+        pairs = [(output, leaf.grad) for output, leaf, has in triples if has and output.requires_grad]
         if pairs:
-            torch.autograd.backward([o for o, _ in pairs], [gradient for _, gradient in pairs])
+            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
         onward = [(value, leaf.grad) for value, leaf in inputs if leaf.grad is not None]
         if onward:
             # What lies between blocks may lead to several of them, as from an encoder to all layers of a decoder.
@@ -110,46 +130,38 @@ class _Call:
 
 
 class _Sweep:
-    """Forward passes of all batches, then one backward pass through the blocks with all of them."""
+    """Forward passes of all batches, then one backward pass through the blocks with all of them.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        wanted: set[str],
-        compute: Compute,
-        visit: Visit,
-        done: Callable[[str, torch.Tensor], None],
-        per_sample: bool,
-    ):
-        self.model, self.wanted, self.visit, self.done, self.per_sample = model, wanted, visit, done, per_sample
-        self.stand_ins = StandIns(
-            model,
-            lambda name, tensor: (
-                compute.convert(tensor).requires_grad_(True) if name in wanted else compute.convert(tensor)
-            ),
-        )
+    Attributes:
+        names: parameters whose gradients are visited.
+        tapes: calls of blocks, in order, one tape per batch.
+        forwards: each block's own forward, by its path.
+    """
+
+    def __init__(self, model: nn.Module, names: set[str], compute: Compute, visitor: GradientVisitor):
+        self.model, self.names, self.visitor = model, names, visitor
+
+        def stand_in(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            converted = compute.convert(tensor)
+            return converted.requires_grad_(True) if name in names else converted
+
+        self.stand_ins = StandIns(model, stand_in)
         self.tapes: list[list[_Call]] = []
-        self.original: dict[str, Callable[..., Any]] = {}
+        self.forwards: dict[str, Callable[..., Any]] = {}
 
     def run(self, batches: list[torch.Tensor], shares: list[float]) -> list[float]:
-        """The mean loss of every batch; gradients are those of the losses times their shares."""
+        """Return the mean loss of every batch; gradients are those of the losses times their shares."""
         self.tapes = []
         with evaluating(self.model), self.stand_ins.placed() as rest:
-            with self.stand_ins.forwards(self._recorded), torch.enable_grad():
+            with self.stand_ins.forwards(self._record), torch.enable_grad():
                 losses = [self._forward(*pair) for pair in zip(batches, shares, strict=True)]
-            left = [call.path for call in self.tapes[0]]
-            if any([call.path for call in tape] != left for tape in self.tapes):
-                raise PrunerError("the model runs other blocks for other samples: Taylor does not know how to add up")
-            outside = self.wanted & rest.keys()
-            while left and (outside or any(self.wanted & self.stand_ins.names(path) for path in left)):
-                self._block(left.pop())
-            self.tapes = []
-            self._visit({name: rest[name] for name in outside})
-            for name in outside:
-                self.done(name, rest[name].detach().float())
+            outside = {name: tensor for name, tensor in rest.items() if name in self.names}
+            self._backward(everywhere=bool(outside))
+            self._finish(outside)
         return losses
 
     def _forward(self, ids: torch.Tensor, share: float) -> float:
+        """Run one batch; leave a tape of its blocks and the gradients of what follows the last of them."""
         self.tapes.append([])
         inputs = model_inputs(self.model, ids)
         logits = self.model(**inputs, use_cache=False).logits
@@ -161,30 +173,42 @@ class _Sweep:
         (loss * share).backward(retain_graph=True)
         return loss.item()
 
-    def _recorded(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A block that leaves no graph behind but a note of its call."""
-        self.original[path] = forward
+    def _record(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a forward that records the call of a block instead of an autograd graph."""
+        self.forwards[path] = forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.stand_ins.placed(path), torch.no_grad():
-                out = forward(*args, **kwargs)
-            out = tree_map(_leaf, out)
-            self.tapes[-1].append(_Call(path, args, kwargs, tree_leaves(out)))
-            return out
+                output = forward(*args, **kwargs)
+            output = tree_map(_leaf, output)
+            self.tapes[-1].append(_Call(path, args, kwargs, tree_leaves(output)))
+            return output
 
         return run
 
-    def _block(self, path: str) -> None:
+    def _backward(self, *, everywhere: bool) -> None:
+        """Go through the blocks from last to first: through all, or as long as an earlier one has named parameters."""
+        paths = [call.path for call in self.tapes[0]]
+        if any([call.path for call in tape] != paths for tape in self.tapes):
+            raise PrunerError("the model runs other blocks for other samples: Taylor does not know how to add up")
+        while paths and (everywhere or any(self.names & self.stand_ins.names(path) for path in paths)):
+            self._backward_block(paths.pop())
+        self.tapes = []
+
+    def _backward_block(self, path: str) -> None:
         with self.stand_ins.placed(path) as tensors:
-            wanted = {name: tensor for name, tensor in tensors.items() if name in self.wanted}
+            named = {name: tensor for name, tensor in tensors.items() if name in self.names}
             for tape in self.tapes:
-                tape.pop().backward(self.original[path])
-                if self.per_sample:
-                    self._visit(wanted)
-            if not self.per_sample:
-                self._visit(wanted)
-            for name, tensor in wanted.items():
-                self.done(name, tensor.detach().float())
+                tape.pop().backward(self.forwards[path])
+                if self.visitor.per_sample:
+                    self._visit(named)
+            self._finish(named, visit=not self.visitor.per_sample)
+
+    def _finish(self, tensors: dict[str, torch.Tensor], *, visit: bool = True) -> None:
+        if visit:
+            self._visit(tensors)
+        for name, tensor in tensors.items():
+            self.visitor.done(name, tensor.detach().float())
 
     @torch.no_grad()
     def _visit(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -193,12 +217,12 @@ class _Sweep:
             gradient, tensor.grad = tensor.grad, None
             if gradient is None:  # the loss does not depend on it
                 gradient = torch.zeros_like(tensor)
-            self.visit(name, tensor.detach().float(), gradient.float())
+            self.visitor.visit(name, tensor.detach().float(), gradient.float())
 
 
 def _leaf(value: Any) -> Any:
-    known = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.detach().requires_grad_() if known else value
+    differentiable = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.detach().requires_grad_() if differentiable else value
 
 
 class NextTokenLoss(torch.autograd.Function):

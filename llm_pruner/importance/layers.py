@@ -30,12 +30,14 @@ from torch.nn.functional import cosine_similarity
 from ..errors import PrunerError
 from ..graph.units import Unit
 from ..models.blockwise import Compute, computing
+from ..models.hooks import forward_hooks
 from ..models.layers import hidden_in, hidden_out
 from ..models.loss import total_loss
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, model_inputs
 
 TOKENS_PER_PASS = 2048  # in a forward pass
+Forward = Callable[..., Any]
 
 
 @dataclass
@@ -77,138 +79,162 @@ class LayerStack:
 
 
 class CachedPass:
-    """The forward pass of one batch, of which some layers pass on what they are given.
+    """Forward pass of one batch whose hidden states are cached, to be repeated without some layers.
 
-    The hidden states in front of every layer are kept, so that a pass begins at the first layer that changes.
+    A repeated pass begins at the first layer that goes, from the cached hidden states in front of it.
 
     Attributes:
-        states: in front of every layer, and behind the last.
+        states: hidden states in front of every layer and behind the last, ``[layers + 1]`` tensors.
+        extras: what each layer returns beside hidden states, None where it returns these alone.
+        loss: summed loss of the pass, over ``tokens`` predicted tokens.
     """
 
     def __init__(self, stack: LayerStack, ids: torch.Tensor):
         self.stack, self.ids = stack, ids
         self.states: list[torch.Tensor] = []
-        self.beside: list[Any] = []  # what a layer returns beside hidden states, None if these are all it returns
-        self.loss = self.tokens = 0.0
+        self.extras: list[Any] = []
 
-        def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.states.append(hidden_in(args, kwargs))
-            self.beside.append(output[1:] if isinstance(output, tuple) else None)
-            self.after = hidden_out(output)
+        def cache(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.states[len(self.extras) :] = [hidden_in(args, kwargs), hidden_out(output)]
+            self.extras.append(output[1:] if isinstance(output, tuple) else None)
 
-        handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in stack.layers]
-        try:
+        with forward_hooks([(layer, cache) for layer in stack.layers], with_kwargs=True):
             self.loss, self.tokens = total_loss(stack.model, [ids])
-        finally:
-            for handle in handles:
-                handle.remove()
-        if len(self.beside) != len(stack.layers):
+        if len(self.extras) != len(stack.layers):
             raise PrunerError("the layers of this model do not run once each, in order: they cannot be compared")
-        self.states.append(self.after)
 
     @contextmanager
     def without(self, gone: set[int], start: int) -> Iterator[list[torch.Tensor]]:
-        """The model from layer ``start`` on, without the layers ``gone``; yields the states that its pass leaves,
-        in front of each layer from ``start`` on and behind the last."""
-        seen: list[torch.Tensor] = []
-        before = [layer.__dict__.get("forward") for layer in self.stack.layers]
+        """Take layers ``gone`` out and skip those before ``start``; yield a list that the next pass fills.
 
-        def passing(index: int, inner: Callable[..., Any] | None) -> Callable[..., Any]:
-            last = index == len(self.stack.layers) - 1
+        It receives the hidden states in front of each layer from ``start`` on and behind the last.
+        """
+        states: list[torch.Tensor] = []
+        with replaced_forwards(self.stack.layers, lambda i, forward: self._forward(i, forward, gone, start, states)):
+            yield states
 
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = hidden_in(args, kwargs) if index >= start else self.states[start]
-                if index >= start:
-                    seen.append(hidden)
-                out = inner(*args, **kwargs) if inner else hidden
-                if last:
-                    seen.append(hidden_out(out))
-                if inner or self.beside[index] is None:
-                    return out
-                return (hidden, *self.beside[index])
+    def _forward(self, index: int, forward: Forward, gone: set[int], start: int, states: list[torch.Tensor]) -> Forward:
+        """Return what a layer runs in a repeated pass."""
+        last = index == len(self.stack.layers) - 1
 
-            return forward
+        def run(*args: Any, **kwargs: Any) -> Any:
+            hidden = hidden_in(args, kwargs) if index >= start else self.states[start]
+            if index >= start:
+                states.append(hidden)
+            if index < start or index in gone:
+                output = hidden if self.extras[index] is None else (hidden, *self.extras[index])
+            else:
+                output = forward(*args, **kwargs)
+            if last:
+                states.append(hidden_out(output))
+            return output
 
-        try:
-            for i, layer in enumerate(self.stack.layers):
-                layer.forward = passing(i, layer.forward if i >= start and i not in gone else None)
-            yield seen
-        finally:
-            for layer, own in zip(self.stack.layers, before, strict=True):
-                layer.__dict__.pop("forward", None)  # the class's own shows again
-                if own is not None:
-                    layer.forward = own
+        return run
 
-    def loss_without(self, gone: set[int], start: int, keep: bool = False) -> float:
-        """The summed loss without some layers; with ``keep``, the run goes on from the states that this pass leaves."""
-        with self.without(gone, start) as seen:
-            total, _ = total_loss(self.stack.model, [self.ids])
-        if keep:
-            self.states[start:], self.loss = seen, total
-        return total
+    def loss_without(self, gone: set[int], start: int) -> float:
+        """Return the summed loss without some layers, of which ``start`` is the first."""
+        with self.without(gone, start):
+            return total_loss(self.stack.model, [self.ids])[0]
+
+    def remove(self, gone: set[int], start: int) -> None:
+        """Cache the pass without some layers, for passes to come."""
+        with self.without(gone, start) as states:
+            self.loss, _ = total_loss(self.stack.model, [self.ids])
+        self.states[start:] = states
+
+
+@contextmanager
+def replaced_forwards(layers: list[nn.Module], replace: Callable[[int, Forward], Forward]) -> Iterator[None]:
+    """Run ``replace(index, forward)`` instead of each layer's ``forward`` for the length of the block."""
+    own = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for index, layer in enumerate(layers):
+            layer.forward = replace(index, layer.forward)
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            layer.__dict__.pop("forward", None)  # the class's own shows again
+            if forward is not None:
+                layer.forward = forward
 
 
 def _block_influence(stack: LayerStack) -> torch.Tensor:
-    similar, tokens = torch.zeros(len(stack.layers), dtype=torch.float64), 0
+    similarity, tokens = torch.zeros(len(stack.layers), dtype=torch.float64), 0
     for ids in stack.batches:
         states = [state.double() for state in CachedPass(stack, ids).states]
         tokens += states[0][..., 0].numel()
         for i, (before, after) in enumerate(pairwise(states)):
-            similar[i] += cosine_similarity(before, after, dim=-1).sum().cpu()
-    return stack.scores({i: (1 - similar[i] / tokens).item() for i in stack.free})
+            similarity[i] += cosine_similarity(before, after, dim=-1).sum().cpu()
+    return stack.scores({i: (1 - similarity[i] / tokens).item() for i in stack.free})
 
 
 def _cosine(stack: LayerStack) -> torch.Tensor:
-    similar, tokens = dict.fromkeys(stack.free, 0.0), 0
+    similarity, tokens = dict.fromkeys(stack.free, 0.0), 0
     for ids in stack.batches:
-        run = CachedPass(stack, ids)
-        tokens += run.states[-1][..., 0].numel()
+        cached = CachedPass(stack, ids)
+        output = cached.states[-1].double()
+        tokens += output[..., 0].numel()
         for i in stack.free:
-            with run.without({i}, i) as seen:
+            with cached.without({i}, i) as states:
                 stack.model(**model_inputs(stack.model, ids), use_cache=False)
-            similar[i] += cosine_similarity(seen[-1].double(), run.states[-1].double(), dim=-1).sum().item()
-    return stack.scores({i: 1 - value / tokens for i, value in similar.items()})
+            similarity[i] += cosine_similarity(states[-1].double(), output, dim=-1).sum().item()
+    return stack.scores({i: 1 - value / tokens for i, value in similarity.items()})
 
 
 def _loss_change(stack: LayerStack) -> torch.Tensor:
-    change, tokens = dict.fromkeys(stack.free, 0.0), 0.0
+    change, tokens = dict.fromkeys(stack.free, 0.0), 0
     for ids in stack.batches:
-        run = CachedPass(stack, ids)
-        tokens += run.tokens
+        cached = CachedPass(stack, ids)
+        tokens += cached.tokens
         for i in stack.free:
-            change[i] += run.loss_without({i}, i) - run.loss
+            change[i] += cached.loss_without({i}, i) - cached.loss
     return stack.scores({i: value / tokens for i, value in change.items()})
 
 
 def _greedy_loss(stack: LayerStack) -> torch.Tensor:
-    """Each removal is that of the layer without which the loss grows least, measured without those gone before.
-
-    What a layer costs grows as others go, mostly; so only those are measured again that cost least when last seen,
-    until one that was just measured does (lazy greedy selection). Scores are what each removal cost, made to
-    ascend in the order of removal.
-    """
-    runs = [CachedPass(stack, ids) for ids in stack.batches]
-    tokens = sum(run.tokens for run in runs)
-    gone: set[int] = set()
-
-    def cost(index: int) -> float:
-        return sum(run.loss_without(gone | {index}, index) - run.loss for run in runs) / tokens
-
-    costs = {i: cost(i) for i in stack.free}
-    scores, least = dict[int, float](), -torch.inf
-    while costs and len(scores) < stack.most:
-        measured = set(costs) if not gone else set()
-        while (index := min(costs, key=lambda i: costs[i])) not in measured:
-            costs[index] = cost(index)
-            measured.add(index)
-        scores[index] = least = _above(least, costs.pop(index))
-        gone.add(index)
-        for run in runs:
-            run.loss_without(gone, index, keep=True)
+    """Remove the layer whose removal costs least, again and again; scores ascend in the order of removal."""
+    removal = _GreedyRemoval(stack)
+    ordered: list[tuple[int, float]] = []
+    while removal.costs and len(ordered) < stack.most:
+        ordered.append(removal.remove_cheapest())
     # What stays costs more than what goes, whatever was measured when.
-    for index in sorted(costs, key=lambda i: costs[i]):
-        scores[index] = least = _above(least, costs[index])
+    ordered += sorted(removal.costs.items(), key=lambda pair: pair[1])
+    scores, least = dict[int, float](), -torch.inf
+    for index, cost in ordered:
+        scores[index] = least = _above(least, cost)
     return stack.scores(scores)
+
+
+class _GreedyRemoval:
+    """Layers removed one by one, each measured without those already removed (lazy greedy selection).
+
+    Mostly, a layer costs more as others go. So a removal measures only the layers that were cheapest when last
+    measured, until one that was just measured is the cheapest.
+
+    Attributes:
+        costs: growth of the mean token loss by each layer that is still there, when last measured.
+    """
+
+    def __init__(self, stack: LayerStack):
+        self.passes = [CachedPass(stack, ids) for ids in stack.batches]
+        self.tokens = sum(cached.tokens for cached in self.passes)
+        self.gone: set[int] = set()
+        self.costs = {index: self._measure(index) for index in stack.free}
+
+    def _measure(self, index: int) -> float:
+        gone = self.gone | {index}
+        return sum(cached.loss_without(gone, index) - cached.loss for cached in self.passes) / self.tokens
+
+    def remove_cheapest(self) -> tuple[int, float]:
+        """Remove the cheapest layer; return its index and cost."""
+        current = set() if self.gone else set(self.costs)
+        while (index := min(self.costs, key=lambda i: self.costs[i])) not in current:
+            self.costs[index] = self._measure(index)
+            current.add(index)
+        self.gone.add(index)
+        for cached in self.passes:
+            cached.remove(self.gone, index)
+        return index, self.costs.pop(index)
 
 
 def _above(least: float, value: float) -> float:
@@ -269,6 +295,7 @@ def score_layers(
     unit: Unit,
     strategy: str,
     calibration: torch.Tensor | None,
+    *,
     compute: Compute,
     most: int | None = None,
 ) -> torch.Tensor:

@@ -8,7 +8,7 @@ of the Fisher information, (1/N) sum_n g_n^2 over N samples taken one at a time,
     param_second   sum | W H W |
     param_mix      sum | W g - 1/2 W H W |       (equation 5 with its second-order term)
 
-Gradients come block by block (:mod:`llm_pruner.importance.backward`) and every parameter is reduced to its few numbers
+Gradients come block by block (:mod:`llm_pruner.importance.gradients`) and every parameter is reduced to its few numbers
 per channel before the next block's turn, so they never live all at once. Parameters that no unit needs get none.
 """
 
@@ -27,7 +27,7 @@ VARIANTS = ("vectorize", "param_first", "param_second", "param_mix")
 
 
 def taylor(
-    model: nn.Module, slices: Dims, calibration: torch.Tensor, variant: str, compute: Compute | None = None
+    model: nn.Module, slices: Dims, calibration: torch.Tensor, variant: str, *, compute: Compute | None = None
 ) -> Salience:
     """Taylor importance of every channel: ``{(parameter, dim): [size of the dim]}`` in fp32.
 
@@ -76,7 +76,7 @@ def taylor(
         add(name, (weight * gradient).sub_(hessian.mul_(weight).mul_(weight), alpha=0.5).abs_())
 
     if variant == "param_mix":
-        visit_gradients(model, slices, calibration, both, mixed, per_sample=True, compute=compute)
+        visit_gradients(model, slices, calibration, both, done=mixed, per_sample=True, compute=compute)
     elif variant == "param_second":
         visit_gradients(model, slices, calibration, second, per_sample=True, compute=compute)
     else:

@@ -173,7 +173,7 @@ class _GroupBuilder:
     def _stand_in(self, path: str) -> nn.Module:
         """Return a copy of a module with parameters of its own, in fp32; an ``nn.Linear`` for a ``Conv1D``."""
         module = self.request.model.get_submodule(path)
-        parameters = {
+        parameters: dict[str, Any] = {
             key: None if tensor is None else self._parameter(f"{path}.{key}".lstrip("."), tensor)
             for key, tensor in module._parameters.items()
         }
