@@ -105,6 +105,21 @@ def test_logits_are_scaled_by_what_brings_them_closest():
     assert torch.allclose(logits(loud, tokens(2, 8)), logits(model, tokens(2, 8)), rtol=0.05, atol=0.05)
 
 
+def test_a_failure_while_scaling_is_tried_changes_no_weight():
+    """Half of the head is tried on a stand-in: memory may run out in that very pass."""
+    model, pruned = build("llama"), build("llama")
+    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+
+    def run_out(module, args):
+        if not torch.equal(module.weight, before["lm_head.weight"]):
+            raise torch.OutOfMemoryError("out of memory")
+
+    pruned.lm_head.register_forward_pre_hook(run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        lp.compensate(model, pruned, tokens(32, 16))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
+
+
 @pytest.mark.parametrize("family", ("llama_grouped", "gpt_neox", "opt"))
 def test_biases_alone(family, tmp_path):
     """The mean of what is lost is put back, and nothing but biases changes; the checkpoint loads again."""

@@ -1,13 +1,13 @@
-"""Norms after hidden channels have gone: scaled so that they say, on average, what they said before.
+"""Rescale norms after hidden channels have gone, so that their output stays the same on average.
 
-A norm divides by the mean square of all channels. Without some of them that mean is another, and what stays is divided
-by it: if the channels that went were small, all that is left becomes smaller. Each norm is given the one factor that
-brings its output closest to the original's on the channels that stay, by least squares over calibration tokens,
+A norm divides by the mean square of all channels. Without some of them that mean is another: if the removed channels
+were small, everything that stays becomes smaller. Each norm is given the one factor that brings its output closest to
+the original's on the kept channels, by least squares over calibration tokens,
 
     s = sum_t <n_t, m_t> / sum_t <n_t, n_t>
 
-with m_t what the original norm says of token t there (without the bias) and n_t what the narrower one says of the same
-input. The factor goes into the norm's weight.
+with m_t the output of the original norm at token t on these channels (without the bias) and n_t the output of the
+narrower one for the same input. The factor goes into the norm's weight.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..graph.units import trace
 from ..models.blockwise import computing
+from ..models.hooks import forward_hooks
 from ..models.running import check_calibration, evaluating, model_inputs
 from ..selection.plan import PruningPlan, name_after
 
@@ -31,17 +32,49 @@ SAMPLES_PER_PASS = 8  # samples in a forward pass
 def rescale_norms(
     model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, calibration: torch.Tensor
 ) -> dict[str, float]:
-    """Scale the norms of ``pruned`` in place; returns their factors by name.
+    """Scale the norms of ``pruned`` in place; return their factors by the original's names.
 
     Args:
         model: the original.
-        pruned: what ``plan`` left of it.
+        pruned: the model that ``plan`` leaves of it.
         calibration: LongTensor ``[samples, tokens]``.
 
     Raises:
         PrunerError: the calibration set is not for this model.
     """
     calibration = check_calibration(model, calibration)
+    norms = _narrowed_norms(model, pruned, plan)
+    products = {path: NormProducts() for path in norms}
+
+    def measure(path: str, narrow: nn.Module) -> Any:
+        kept = plan.kept[f"{path}.weight"][0]
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            positions = kept.to(output.device)
+            twin = copy.deepcopy(narrow).to(output.device, output.dtype)
+            products[path].add(_without_bias(twin, args[0][..., positions]), output[..., positions], twin)
+
+        return hook
+
+    with (
+        forward_hooks([(module, measure(path, narrow)) for path, (module, narrow) in norms.items()]),
+        evaluating(model),
+        computing(model) as compute,
+    ):
+        for ids in calibration.to(compute.device).split(SAMPLES_PER_PASS):
+            model(**model_inputs(model, ids), use_cache=False)
+    factors: dict[str, float] = {}
+    for path, (_, narrow) in norms.items():
+        factor = products[path].factor
+        if factor is not None and _scale(narrow, factor):
+            factors[path] = factor
+    return factors
+
+
+def _narrowed_norms(
+    model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan
+) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Return the norms over hidden channels that the plan cuts, each with its narrower twin, by path."""
     hidden = {key for unit in trace(model).of_kind("hidden") if unit.name in plan.units for key in unit.dims}
     norms = {}
     for path, module in model.named_modules():
@@ -49,57 +82,48 @@ def rescale_norms(
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 1 and new and (f"{path}.weight", 0) in hidden:
             norms[path] = (module, pruned.get_submodule(new.removesuffix(".weight")))
-    sums = {path: [0.0, 0.0] for path in norms}
+    return norms
 
-    def look(path: str, narrow: nn.Module, kept: torch.Tensor) -> Any:
-        bias = getattr(narrow, "bias", None)
 
-        def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            positions = kept.to(output.device)
-            mine = copy.deepcopy(narrow).to(output.device, output.dtype)
-            was, now = output[..., positions], mine(args[0][..., positions])
-            if bias is not None:
-                was, now = was - bias.to(was), now - bias.to(now)
-            sums[path][0] += (was.double() * now.double()).sum().item()
-            sums[path][1] += now.double().square().sum().item()
+class NormProducts:
+    """Sums of <n_t, m_t> and <n_t, n_t> over tokens."""
 
-        return hook
+    def __init__(self) -> None:
+        self.cross, self.square = 0.0, 0.0
 
-    handles = [
-        module.register_forward_hook(look(path, narrow, plan.kept[f"{path}.weight"][0]))
-        for path, (module, narrow) in norms.items()
-    ]
-    try:
-        with evaluating(model), computing(model) as compute:
-            for ids in calibration.to(compute.device).split(SAMPLES_PER_PASS):
-                model(**model_inputs(model, ids), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {
-        path: factor
-        for path, (_, narrow) in norms.items()
-        if sums[path][1] > 0 and _scale(narrow, factor := sums[path][0] / sums[path][1])
-    }
+    def add(self, narrow: torch.Tensor, wide: torch.Tensor, norm: nn.Module) -> None:
+        """Add outputs ``[..., channels]`` of the narrow norm (without its bias) and of the wide one."""
+        bias = getattr(norm, "bias", None)
+        wide = wide if bias is None else wide - bias.to(wide)
+        self.cross += (wide.double() * narrow.double()).sum().item()
+        self.square += narrow.double().square().sum().item()
+
+    @property
+    def factor(self) -> float | None:
+        return self.cross / self.square if self.square > 0 else None
+
+
+def _without_bias(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    bias = getattr(norm, "bias", None)
+    output = norm(x)
+    return output if bias is None else output - bias.to(output)
 
 
 def _scale(norm: nn.Module, factor: float) -> bool:
-    """Scale what a norm says, without its bias; False where its weight does not do that."""
+    """Scale a norm's output, without its bias; return False where its weight does not do that."""
     weight = cast(torch.Tensor, norm.weight)
-    bias = getattr(norm, "bias", None)
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     x = x.float() if weight.dtype != torch.float64 else x
-    before = weight.clone()
 
-    def says() -> torch.Tensor:
-        out = copy.deepcopy(norm).to(x.dtype)(x)
-        return out - bias.to(out) if bias is not None else out
+    def output_with(candidate: torch.Tensor) -> torch.Tensor:
+        twin = copy.deepcopy(norm)
+        cast(torch.Tensor, twin.weight).copy_(candidate)
+        return _without_bias(twin.to(x.dtype), x)
 
-    wanted = factor * says()
-    off: dict[float, torch.Tensor] = {(says() - wanted).abs().max().item(): before}
-    for scaled in (before * factor, (before + 1) * factor - 1):  # Gemma's norms multiply by one more than their weight
-        weight.copy_(scaled)
-        off[(says() - wanted).abs().max().item()] = scaled
-    best = off[min(off)]
-    weight.copy_(best)
-    return best is not before
+    target = factor * output_with(weight)
+    # Gemma's norms multiply by one more than their weight.
+    candidates = [weight.clone(), weight * factor, (weight + 1) * factor - 1]
+    errors = [(output_with(candidate) - target).abs().max().item() for candidate in candidates]
+    best = max(i for i, error in enumerate(errors) if error == min(errors))
+    weight.copy_(candidates[best])
+    return best > 0

@@ -1,0 +1,53 @@
+"""Ridge regression on token errors, accumulated batch by batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class RegressionSums:
+    """Sums over tokens that a weighted ridge regression needs.
+
+    With inputs X, errors E and diagonal token weights V: X' V X, X' V E and sum V E^2. A token weighs 1 / |h|^2 by its
+    target h, but none more than one whose |h|^2 is ``floor``.
+    """
+
+    def __init__(self, floor: float) -> None:
+        self.floor = max(floor, 1e-12)
+        self.tokens = 0
+        self.error = 0.0
+        self.inputs: Any = 0
+        self.cross: Any = 0
+
+    def add(self, inputs: torch.Tensor, target: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Add tokens: what the projection reads ``[..., inputs]``, wanted and present hidden states ``[..., hidden]``.
+
+        The error is the difference of the latter two.
+        """
+        x = inputs.reshape(-1, inputs.shape[-1]).float()
+        h = target.reshape(-1, target.shape[-1]).float()
+        error = h - hidden.reshape(h.shape).float()
+        scale = h.square().sum(1, keepdim=True).clamp_min(self.floor).rsqrt()
+        x, error = x * scale, error * scale
+        self.tokens += len(x)
+        self.error += error.square().sum().item()
+        self.inputs = self.inputs + x.T @ x
+        self.cross = self.cross + x.T @ error
+
+    def __add__(self, other: RegressionSums) -> RegressionSums:
+        total = RegressionSums(self.floor)
+        for name in ("tokens", "error", "inputs", "cross"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
+    def solve(self, ridge: float) -> torch.Tensor:
+        """Return the change of the weight that minimises the penalised error, ``[inputs, hidden]``."""
+        power = self.inputs.diagonal()
+        prior = power.clamp_min(power.mean().item() * 1e-3 + 1e-20)
+        return torch.linalg.solve(self.inputs + torch.diag(ridge * prior), self.cross)
+
+    def gain(self, change: torch.Tensor) -> float:
+        """Return how much of the squared error a change of the weight removes."""
+        return (2 * (change * self.cross).sum() - (change * (self.inputs @ change)).sum()).item()
