@@ -105,14 +105,13 @@ def test_what_cannot_be_loaded(tmp_path):
         with pytest.raises(lp.PrunerError, match=message):
             lp.load(name)
     lp.save(build("llama"), None, tmp_path / "mute")
-    hows = [
-        ("mute", {}, "no tokenizer"),
-        ("mute", {"device": "gpu"}, "give cpu"),
-        ("mute", {"dtype": "int3"}, "choose"),
-    ]
-    for name, how, message in [*hows, ("mute", {"device": "cuda:99"}, "give device cpu")]:
+    for option, message in (
+        ({"device": "gpu"}, "give cpu"),
+        ({"dtype": "int3"}, "choose"),
+        ({"device": "cuda:99"}, "give device cpu"),
+    ):
         with pytest.raises(lp.PrunerError, match=message):
-            lp.load(str(tmp_path / name), **how)
+            lp.load(str(tmp_path / "mute"), **option)
 
 
 def test_weights_in_pickles_are_never_read(tmp_path):

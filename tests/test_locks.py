@@ -92,6 +92,6 @@ def test_a_lock_leaves_no_file_behind(tmp_path):
 
 def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(PrunerError, match=r"^cannot write .*file/a: (Not a directory|File exists)$"):
-        with complete_folder(tmp_path / "file" / "a", "x"):
-            pass
+    reason = r"^cannot write .*file/a: (Not a directory|File exists)$"
+    with pytest.raises(PrunerError, match=reason), complete_folder(tmp_path / "file" / "a", "x.txt"):
+        pass

@@ -1,8 +1,7 @@
-"""Carrying out a plan on files: every tensor is read, cut and written by itself, and no model is built."""
+"""Apply a plan to files: every tensor is read, cut and written by itself, and no model is built."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,38 +10,42 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..errors import PrunerError
 from ..files import complete_folder
+from ..logs import log
 from ..models.skeleton import canonical_names
 from ..selection.plan import PruningPlan, name_after
 from ..surgery.apply import apply
 from ..surgery.slicing import cut
 from ..surgery.tokenizer import cut_tokenizer
 from .card import write_card
+from .companions import copy_companions
 from .config import load_config, meta_model
 from .load import load_model
 from .locate import PLAN_FILE, locate
 from .on_disk import on_disk
 from .save import write_checkpoint
-from .shards import SINGLE, Shards, write_index, write_shard
+from .shards import SINGLE, Shards, ShardWriter, TensorType, write_index
 from .standalone import forget_modelling, write_modelling
 from .stored import OtherForm, stored_names
 
-# What a checkpoint has beside weights and config, and goes with it as it is.
-COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
-)
-
 
 def apply_to_files(
-    plan: PruningPlan, source: str, target: str | Path, trust_remote_code: bool = False, standalone: bool = False
+    plan: PruningPlan,
+    source: str,
+    target: str | Path,
+    trust_remote_code: bool = False,
+    *,
+    standalone: bool = False,
 ) -> Path:
     """Write the checkpoint that a plan leaves of another, shard by shard; no shard is ever in memory.
 
-    Where the files hold the weights in another form than the model does (every expert by itself, where the model has
-    them in one tensor), the weights are mapped from the files and the new ones lie in files too until they are saved.
+    Where the files hold the weights in another form than the model (every expert by itself, where the model has all
+    in one tensor), the weights stay memory-mapped, and the new ones lie in files too until they are saved.
+
+    A plan whose run was refitted is applied without that, which the log, the new plan and the card say.
 
     Args:
-        source: a folder of safetensors.
-        target: the new folder; it appears complete or not at all.
+        source: folder of safetensors.
+        target: new folder; it appears complete or not at all.
         standalone: as in :func:`llm_pruner.save`.
 
     Raises:
@@ -50,8 +53,11 @@ def apply_to_files(
     """
     path, gguf = locate(source)
     if gguf is not None or not Path(path).is_dir():
-        raise PrunerError(f"{source} is no folder of safetensors: only these are cut file by file")
+        raise PrunerError(f"{source} is not a folder of safetensors: only these are cut file by file")
     plan = replace(plan, settings={"base_model": source, **plan.settings})
+    if "refit" in plan.settings:
+        plan.settings["without_refit"] = True
+        log.warning("the plan's run was refitted on calibration data and this checkpoint is not: --refit does it again")
     target = Path(target).expanduser()
     with complete_folder(target, owned_if="config.json", reads=source) as folder:
         pruned = cut_files(plan, source, folder, trust_remote_code)
@@ -62,77 +68,85 @@ def apply_to_files(
 
 
 def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Write the files of :func:`apply_to_files` into a folder that somebody else completes.
+    """Write the files of :func:`apply_to_files` into a folder that the caller completes.
 
-    Returns the pruned model, on the meta device unless its weights had to be mapped.
+    Returns:
+        The pruned model, on the meta device unless its weights had to be mapped.
     """
-    path, _ = locate(source)
+    path = Path(locate(source)[0])
     config = load_config(source, trust_remote_code)
     model = meta_model(config, trust_remote_code)
     forget_modelling(model)
-    if model.can_generate() and (Path(path) / "generation_config.json").is_file():
+    if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     shards = Shards(path)
-    hidden = any(choice.kind == "hidden" for choice in plan.units.values())  # factors of its size show in logits only
     try:
         names = stored_names(model, shards)
     except OtherForm:
         names = {}
+    hidden = any(choice.kind == "hidden" for choice in plan.units.values())  # factors of its size show in logits only
     if hidden or not names:
         pruned = apply(load_model(source, trust_remote_code=trust_remote_code), plan, on_disk(folder))
         write_checkpoint(pruned, None, folder, plan)
-        _companions(Path(path), folder, plan)
-        return pruned
-    pruned = apply(model, plan)
-    expected = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
-    canonical = canonical_names(model)
-    contents: dict[str, list[str]] = {}
-    hashes: dict[str, str] = {}
-    total = 0
-    for file in shards.files:
-        announced: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        origin: dict[str, tuple[str, str]] = {}  # new name -> stored name, name in the plan
-        for stored_name, stored in shards.of(file).items():
-            name = names.get(stored_name)
-            new = None if name is None else name_after(name, plan)
-            if name is None or new is None:
-                continue
-            known = canonical[name]
-            shape = plan.cut_shape(known, stored.shape)
-            if shape != expected[new]:
-                raise PrunerError(
-                    f"{stored_name} in {file} is {list(stored.shape)} and would become {list(shape)}; the pruned "
-                    f"model has {list(expected[new])}: config and weights do not belong together"
-                )
-            announced[new], origin[new] = (stored.dtype, shape), (stored_name, known)
-        if not announced:  # all of its layers went
-            continue
-        hashes[file.name] = write_shard(
-            folder / file.name,
-            announced,
-            lambda new: _cut(shards, *origin[new], plan),  # noqa: B023
-        )
-        contents[file.name] = list(announced)
-        total += sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in announced.values())
-    if list(contents) != [SINGLE]:
-        write_index(folder, contents, total)
-    pruned.config.dtype = config.dtype
-    pruned.config.save_pretrained(folder)
-    if pruned.can_generate():
-        pruned.generation_config.save_pretrained(folder)
-    _companions(Path(path), folder, plan)
-    replace(plan, weights=hashes).save(folder / PLAN_FILE)
+    else:
+        pruned = apply(model, plan)
+        plan = replace(plan, weights=_cut_shards(plan, shards, names, model, pruned, folder))
+        pruned.config.dtype = config.dtype
+        pruned.config.save_pretrained(folder)
+        if pruned.can_generate():
+            pruned.generation_config.save_pretrained(folder)
+        plan.save(folder / PLAN_FILE)
+    copy_companions(path, folder)
+    if plan.tokens is not None:
+        cut_tokenizer(AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code), plan.tokens, folder)
     return pruned
 
 
-def _cut(shards: Shards, stored: str, known: str, plan: PruningPlan) -> torch.Tensor:
-    return cut(known, shards.read(stored, again=True), plan)  # which is always a copy
+def _cut_shards(
+    plan: PruningPlan,
+    shards: Shards,
+    names: dict[str, str],
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    folder: Path,
+) -> dict[str, str]:
+    """Cut and write file by file, with an index; return the SHA-256 of every new file.
+
+    Args:
+        names: the model's name of every stored tensor.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
+    canonical = canonical_names(model)
+    contents: dict[str, list[str]] = {}
+    hashes: dict[str, str] = {}
+    size = 0
+    for file in shards.files:
+        types: dict[str, TensorType] = {}  # by new name, as stored
+        origins: dict[str, str] = {}
+        for stored in shards.of(file):
+            new = name_after(names[stored], plan) if stored in names else None
+            if new is not None:
+                types[new] = _type_after(plan, shards, stored, canonical[names[stored]], shapes[new])
+                origins[new] = stored
+        if not types:  # all of its layers went
+            continue
+        with ShardWriter(folder / file.name, types) as writer:
+            for new, stored in origins.items():
+                writer.save_tensor(new, cut(canonical[names[stored]], shards.read(stored, again=True), plan))
+        hashes[file.name], contents[file.name] = writer.sha256, list(types)
+        size += sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in types.values())
+    if list(contents) != [SINGLE]:
+        write_index(folder, contents, size)
+    return hashes
 
 
-def _companions(source: Path, target: Path, plan: PruningPlan) -> None:
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file() and not file.name.startswith("model") and not (target / file.name).exists():
-                shutil.copyfile(file, target / file.name)
-    if plan.tokens is not None:
-        cut_tokenizer(AutoTokenizer.from_pretrained(source), plan.tokens, target)
+def _type_after(plan: PruningPlan, shards: Shards, stored: str, name: str, expected: tuple[int, ...]) -> TensorType:
+    """Return dtype and shape of a stored tensor after the plan, which knows it as ``name``."""
+    tensor = shards.tensors[stored]
+    shape = plan.cut_shape(name, tensor.shape)
+    if shape != expected:
+        raise PrunerError(
+            f"{stored} in {tensor.file} is {list(tensor.shape)} and would become {list(shape)}; the pruned model has "
+            f"{list(expected)}: config and weights do not belong together"
+        )
+    return tensor.dtype, shape

@@ -18,13 +18,20 @@ class ApplyArguments(Arguments):
     verify: bool = flag(False, "refuse a plan that was changed after it was written, and check the written files")
     standalone: bool = flag(False, "write a modelling file too, so that per-layer checkpoints load without llm_pruner")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+    refit: bool = flag(False, "load the model and repeat the refit of the plan's run (compensation, rescaled norms)")
+    calib_dataset: str | None = flag(
+        None,
+        "calibration text of --refit: a data set's name or a .txt, .json or .jsonl file (default: that of the run)",
+    )
 
     def check(self) -> None:
-        """Refuse missing paths.
+        """Refuse missing paths, and a calibration text that nothing reads.
 
         Raises:
-            PrunerError: plan, model or output is missing.
+            PrunerError: plan, model or output is missing, or --calib_dataset is given without --refit.
         """
+        if self.calib_dataset is not None and not self.refit:
+            raise PrunerError(f"--calib_dataset {self.calib_dataset} has no effect without --refit: add it")
         if not (self.plan and self.model and self.output):
             raise PrunerError("give a plan, a checkpoint and a folder to write: llm-pruner apply PLAN MODEL OUTPUT")
 

@@ -1,4 +1,4 @@
-"""The model card of a pruned checkpoint, and its way to the hub."""
+"""Write the model card of a pruned checkpoint, and upload it to the hub."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ from transformers import AUTO_CLASS, AutoTokenizer
 model = AUTO_CLASS.from_pretrained(FOLDER_OR_ID)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER_OR_ID)
 ```"""
+WITHOUT_REFIT = """**Without the refit of the original run** ({refit}): its quality differs from that run's.
+`llm-pruner apply --refit` does it again. The plan was made by this command:"""
 STANDALONE = "Without llm_pruner, `trust_remote_code=True` reads it by the `{file}` that it carries."
 
 
@@ -43,8 +45,8 @@ def write_card(
     """Write ``README.md``, with the metadata that the hub reads.
 
     Args:
-        name: of the model.
-        metrics: of the run, if it measured any: parameters and perplexities before and after.
+        name: name of the model.
+        metrics: metrics of the run, if it measured any: parameters and perplexities before and after.
     """
     base = str(plan.settings.get("base_model", ""))
     metrics = metrics or {}
@@ -54,20 +56,22 @@ def write_card(
         "tags": ["pruning", "structural-pruning", "llm-pruner"],
         "pipeline_tag": "text2text-generation" if config.is_encoder_decoder else "text-generation",
     }
-    if (known := hub_id(base)) is not None:
-        card["base_model"] = known
+    if (base_id := hub_id(base)) is not None:
+        card["base_model"] = base_id
     if (license_name := _license(base)) is not None:
         card["license"] = license_name
     if perplexities:
         card["model_name"] = name
         card["eval_results"] = [
-            EvalResult("text-generation", text, Path(text).name, "perplexity", round(float(found["perplexity"]), 4))
-            for text, found in perplexities.items()
+            EvalResult("text-generation", text, Path(text).name, "perplexity", round(float(entry["perplexity"]), 4))
+            for text, entry in perplexities.items()
         ]
     lines = ["---", ModelCardData(**card).to_yaml(), "---", "", f"# {name}", ""]
-    lines += [f"{known or base or type(config).__name__}, structurally pruned by llm-pruner {__version__}:", ""]
+    lines += [f"{base_id or base or type(config).__name__}, structurally pruned by llm-pruner {__version__}:", ""]
     lines += [f"* {line}" for line in plan.summary().splitlines()]
     lines += _table(metrics, perplexities)
+    if plan.settings.get("without_refit"):
+        lines += ["", WITHOUT_REFIT.format(refit=_refit_of(plan))]
     if "command" in plan.settings:
         lines += ["", "```bash", str(plan.settings["command"]), "```"]
     lines += [
@@ -82,21 +86,33 @@ def write_card(
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
 
 
+def _refit_of(plan: PruningPlan) -> str:
+    """Return the recorded refit of a plan's run in words, such as ``least_squares on wikitext2``."""
+    refit = plan.settings.get("refit")
+    refit = refit if isinstance(refit, dict) else {}
+    steps = [str(refit["compensation"])] * ("compensation" in refit) + ["rescaled norms"] * bool(
+        refit.get("rescale_norms")
+    )
+    calibration = refit.get("calibration")
+    text = calibration.get("dataset", "") if isinstance(calibration, dict) else ""
+    return f"{' and '.join(steps)} on {Path(str(text)).name}"
+
+
 def _table(metrics: dict[str, Any], perplexities: dict[str, Any]) -> list[str]:
     if "parameters_before" not in metrics:
         return []
     rows = ["", "| | before | after |", "|---|---|---|"]
     rows.append(f"| parameters | {metrics['parameters_before']:,} | {metrics['parameters_after']:,} |")
-    for text, found in perplexities.items():
+    for text, entry in perplexities.items():
         before = metrics["before"]["perplexity"][text]["perplexity"]
         rows.append(
-            f"| perplexity, {Path(text).name} ({found['tokens']:,} tokens) | {before:.2f} | {found['perplexity']:.2f} |"
+            f"| perplexity, {Path(text).name} ({entry['tokens']:,} tokens) | {before:.2f} | {entry['perplexity']:.2f} |"
         )
     return rows
 
 
 def hub_id(name: str) -> str | None:
-    """The hub's name of a model, for an alias or such a name; None for a folder or a file."""
+    """Return a model's id on the hub, for an alias or an id; None for a folder or a file."""
     if name in EMBEDDED:
         return HUB_IDS[name][0]
     if not name or Path(name).exists() or name.startswith((".", "/", "~")):
@@ -109,23 +125,23 @@ def hub_id(name: str) -> str | None:
 
 
 def _license(base: str) -> str | None:
-    """The licence that a model comes with, where it can be found out: from its card here or on the hub."""
+    """Return a model's licence, from its card here or on the hub; None where it cannot be found."""
     if base in EMBEDDED:
         return HUB_IDS[base][1]
     try:
         folder = Path(locate(base)[0]) if base else Path()
         source = folder / CARD if (folder / CARD).is_file() and base else hub_id(base)
-        found = ModelCard.load(source).data.license if source is not None else None
+        license_name = ModelCard.load(source).data.license if source is not None else None
     except Exception:  # no network, no card, or one that nobody can read: the licence stays unsaid
         return None
-    return str(found) if found else None
+    return str(license_name) if license_name else None
 
 
 def upload(folder: Path, repository: str, token: str | None = None) -> str:
-    """Put a folder on the hub; returns its address.
+    """Upload a folder to the hub; return its address.
 
     Raises:
-        PrunerError: a name that cannot be, or the hub refuses or is out of reach.
+        PrunerError: the repository's name is not valid, or the hub refuses or cannot be reached.
     """
     try:
         validate_repo_id(repository)

@@ -12,7 +12,11 @@ from .locate import explain, locate
 
 
 def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
-    """The config alone, from anything that :func:`load` takes, or from a ``config.json`` file."""
+    """Load the config alone, of any model that :func:`llm_pruner.load` takes, or from a ``config.json`` file.
+
+    Raises:
+        PrunerError: the model does not exist, or its config cannot be read.
+    """
     path, gguf = locate(name)
     extra = {"gguf_file": gguf} if gguf else {}
     try:
@@ -27,10 +31,10 @@ def load_config(name: str, trust_remote_code: bool = False, revision: str | None
 
 
 def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model of this config without weights, on the meta device.
+    """Build a model without weights, on the meta device.
 
     Raises:
-        PrunerError: the config makes no model.
+        PrunerError: no model can be built from the config.
     """
     try:
         with torch.device("meta"):
@@ -40,9 +44,10 @@ def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
 
 
 def auto_model_class(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that loads such a model."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def auto_class(config: PreTrainedConfig) -> str:
-    """The class of transformers that reads such a model."""
-    return "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+    """Return the name of the class of transformers that loads such a model."""
+    return auto_model_class(config).__name__

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is still what was written."""
+"""Check a checkpoint by the hashes in its plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check(folder: str | Path, trust_remote_code: bool = False) -> None:
     """Compare a pruned checkpoint with the hashes in its plan, and its weights with its config.
 
     Raises:
-        PrunerError: it has no plan with hashes, or a file or a tensor is not what it should be; the message names it.
+        PrunerError: the plan has no hashes, or a file or tensor differs from what was written; the message names it.
     """
     folder = Path(folder)
     plan = PruningPlan.load(folder / PLAN_FILE, verify=True)
@@ -27,10 +27,10 @@ def check(folder: str | Path, trust_remote_code: bool = False) -> None:
             raise PrunerError(f"{folder / PLAN_FILE} names {name}, which is no file of its folder")
         if not (folder / name).is_file():
             raise PrunerError(f"{folder} lacks {name}, which its plan names: the checkpoint is incomplete")
-        found = sha256(folder / name)
-        if found != expected:
+        actual = sha256(folder / name)
+        if actual != expected:
             raise PrunerError(
-                f"{folder / name} is not the file that was written: its SHA-256 begins {found[:12]}, the plan says "
+                f"{folder / name} is not the file that was written: its SHA-256 begins {actual[:12]}, the plan says "
                 f"{expected[:12]}"
             )
     shards = Shards(folder)

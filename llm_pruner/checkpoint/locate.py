@@ -17,35 +17,35 @@ ADAPTER = "adapter_config.json"  # of peft
 
 
 def base_of(adapter: str | Path) -> str:
-    """The model that an adapter's folder says it was trained on.
+    """Return the model that an adapter was trained on, as its folder says.
 
     Raises:
-        PrunerError: it names none, or another adapter.
+        PrunerError: the folder names no model, or another adapter.
     """
-    told = read_json(Path(adapter) / ADAPTER)
-    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    config = read_json(Path(adapter) / ADAPTER)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or (Path(base) / ADAPTER).is_file():
         raise PrunerError(f"{adapter}/{ADAPTER} does not say which model the adapter is for")
     return base
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter of peft, and no model."""
+    """Return True if a folder holds an adapter of peft, and no model."""
     return (Path(folder) / ADAPTER).is_file() and not (Path(folder) / "config.json").is_file()
 
 
 def identity(name: str) -> list[Any]:
-    """What tells a model from another of the same name: its files, their sizes and times, where it has a folder."""
+    """Return what tells models of one name apart, for caches: the name, and files with sizes and times of a folder."""
     path, gguf = locate(name)
     files = sorted(Path(path).glob(gguf or "*.safetensors")) if Path(path).is_dir() else []
     return [name, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
 
 
 def locate(name: str) -> tuple[str, str | None]:
-    """``(path or hub id, name of the GGUF file in it or None)``.
+    """Resolve a model's name to a path or hub id, and the name of the GGUF file in it or None.
 
     Raises:
-        PrunerError: a path that does not exist, or an alias whose package is not installed.
+        PrunerError: the path does not exist or is a pickle, or the alias's package is not installed.
     """
     if name in EMBEDDED:
         package, file = EMBEDDED[name]
@@ -75,6 +75,7 @@ def locate(name: str) -> tuple[str, str | None]:
 
 
 def explain(name: str, path: str, error: Exception) -> str:
+    """Return an error of transformers' loaders in one line: what is wrong, and what to do."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return f"{name} brings its own modelling code; if you trust it, add --trust_remote_code"
@@ -89,7 +90,7 @@ def explain(name: str, path: str, error: Exception) -> str:
 
 
 def folder_of(name: str) -> str:
-    """The folder of a checkpoint that LLM-Pruner's documentation names by its pickle, which ours has not."""
+    """Return the folder of a checkpoint that is named by its pickle, as in LLM-Pruner's commands; ours has none."""
     path = Path(name)
     if path.name == "pytorch_model.bin" and not path.exists() and (path.parent / "config.json").is_file():
         return str(path.parent)

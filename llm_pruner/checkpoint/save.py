@@ -1,4 +1,4 @@
-"""Saving: a folder is complete or it is not there."""
+"""Save checkpoints atomically: a folder is complete or absent."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..files import complete_folder
 from ..selection.plan import PruningPlan
 from ..surgery.tokenizer import cut_tokenizer
 from .card import upload, write_card
+from .companions import copy_code
 from .locate import PLAN_FILE
 from .shards import sha256
 from .standalone import forget_modelling, write_modelling
@@ -23,26 +24,45 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     plan: PruningPlan | None = None,
+    *,
     standalone: bool = False,
     push_to_hub: str | None = None,
     token: str | None = None,
 ) -> Path:
     """Write a checkpoint: safetensors, config.json, tokenizer files and ``pruning_plan.json``.
 
-    Everything is written beside ``folder`` and renamed into place. A checkpoint that is there already is
-    replaced; a folder that holds anything else is left alone.
+    Everything is written beside ``folder`` and renamed into place. An existing checkpoint is replaced; a folder that
+    holds other files is left alone.
 
     Args:
-        tokenizer: the original's or the pruned model's; where the plan cuts the vocabulary, the original's is cut. None
-            writes none.
-        plan: by which the model was pruned; it says so in ``pruning_plan.json``.
-        standalone: write a modelling file too, so that a checkpoint whose layers differ loads where there is no
-            llm_pruner, with ``trust_remote_code=True``.
-        push_to_hub: a repository, as ``user/name``, to which the folder goes as well; it is made if it is not there.
+        tokenizer: the original's or the pruned model's; where the plan cuts the vocabulary, the original's is cut.
+            None writes no tokenizer.
+        plan: plan by which the model was pruned, for ``pruning_plan.json`` and the model card.
+        standalone: write a modelling file too, so that a checkpoint with per-layer widths loads without llm_pruner,
+            with ``trust_remote_code=True``.
+        push_to_hub: repository, as ``user/name``, to upload the folder to; created if need be.
         token: access token for the hub.
 
+    Returns:
+        The folder.
+
     Raises:
-        PrunerError: the folder cannot be written or holds something else than a checkpoint, or the hub refuses it.
+        PrunerError: the folder cannot be written or holds files foreign to a checkpoint, or the hub refuses it.
+
+    Example:
+        >>> import tempfile, llm_pruner as lp
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> graph = lp.trace(model)
+        >>> plan = lp.select(graph, lp.score(model, graph, criterion="l2"), ratio=0.5, kinds=("neurons",))
+        >>> folder = lp.save(lp.apply(model, plan), None, f"{tempfile.mkdtemp()}/pruned", plan)
+        >>> sorted(file.name for file in folder.glob("*.json"))
+        ['config.json', 'generation_config.json', 'pruning_plan.json']
+        >>> pruned, tokenizer = lp.load(str(folder))
+        >>> pruned.config.intermediate_size, tokenizer is None
+        (16, True)
     """
     folder = Path(folder).expanduser()
     with complete_folder(folder, owned_if="config.json") as temporary:
@@ -62,13 +82,14 @@ def write_checkpoint(
     standalone: bool = False,
     cut: bool = False,
 ) -> None:
-    """Write the files of a checkpoint into a folder that somebody else completes.
+    """Write the files of a checkpoint into a folder that the caller completes.
 
     Args:
-        cut: the tokenizer is known to be the pruned model's already.
+        cut: the tokenizer is the pruned model's already.
     """
     forget_modelling(model)
     model.save_pretrained(folder, max_shard_size=SHARD)
+    copy_code(Path(model.config.name_or_path or "."), folder)  # save_pretrained leaves it out of models it knows
     if standalone:
         write_modelling(model, folder)
     if tokenizer is not None:
@@ -85,7 +106,7 @@ def write_checkpoint(
 
 
 def _is_cut(tokenizer: PreTrainedTokenizerBase, kept: list[int]) -> bool:
-    """Whether a tokenizer is the one that a plan left, and not the original's: it comes from such a checkpoint.
+    """Return True if a tokenizer comes from a checkpoint of such a plan, and so is cut already.
 
     Its length does not tell: many models have more rows than their tokenizers have tokens.
     """

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import PrunerError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-BLOCK = 2**24  # bytes hashed at a time
-# Safetensors' names of what transformers stores.
+# Safetensors' names of the dtypes that transformers stores.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,11 +35,12 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TensorType = tuple[torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: its bytes in its file."""
+    """Place of a tensor: bytes ``start`` to ``end`` of its file."""
 
     file: Path
     dtype: torch.dtype
@@ -52,12 +53,12 @@ class Shards:
     """The tensors of a checkpoint folder, read one at a time.
 
     Attributes:
-        files: in the order of their names.
-        tensors: where each lies, in the order of the files.
+        files: shards, in the order of their names.
+        tensors: place of every tensor by name, in the order of the files.
 
     Raises:
-        PrunerError: there are none, one is missing, truncated or no safetensors, the index names another file than one
-            in the folder, or index and files disagree.
+        PrunerError: the folder holds no safetensors, a file is missing, truncated or not safetensors, the index names
+            a file outside the folder, or index and files disagree.
     """
 
     def __init__(self, folder: str | Path):
@@ -71,36 +72,41 @@ class Shards:
                     raise PrunerError(f"the tensor {name} is in {self.tensors[name].file.name} and in {file.name}")
                 self.tensors[name] = stored
         for name, file_name in index.items():
-            found = self.tensors.get(name)
-            if found is None or found.file.name != file_name:
-                where = "no file" if found is None else found.file.name
+            place = self.tensors.get(name)
+            if place is None or place.file.name != file_name:
+                where = "no file" if place is None else place.file.name
                 raise PrunerError(f"{self.folder / INDEX} looks for {name} in {file_name}; it is in {where}")
 
     def of(self, file: Path) -> dict[str, Stored]:
+        """Return the tensors of one file."""
         return {name: stored for name, stored in self.tensors.items() if stored.file == file}
 
     def read(self, name: str, again: bool = False) -> torch.Tensor:
-        """A tensor in memory of its own, which is free again with it: nothing stays mapped.
+        """Read a tensor into memory; nothing stays mapped.
 
         Args:
-            again: in memory that the next such tensor overwrites, which saves making pages for each.
+            again: use memory that the next such call overwrites, which saves the allocation.
         """
         stored = self.tensors[name]
         size = stored.end - stored.start
         if again:
             self._buffer = self._buffer if len(self._buffer) >= size else torch.empty(size, dtype=torch.uint8)
-            out = self._buffer[:size]
+            data = self._buffer[:size]
         else:
-            out = torch.empty(size, dtype=torch.uint8)
+            data = torch.empty(size, dtype=torch.uint8)
         with stored.file.open("rb") as file:
             file.seek(stored.start)
-            if file.readinto(cast(Any, out.numpy())) != size:
+            if file.readinto(cast(Any, data.numpy())) != size:
                 raise PrunerError(f"{stored.file} ends within the tensor {name}")
-        return (out.view(stored.dtype) if size else out.to(stored.dtype)).view(stored.shape)
+        return (data.view(stored.dtype) if size else data.to(stored.dtype)).view(stored.shape)
 
 
 def shard_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files of a checkpoint, and in which of them its index looks for each tensor."""
+    """Return the files of a checkpoint, and the file of each tensor by its index.
+
+    Raises:
+        PrunerError: the folder holds no safetensors, a file is missing, or the index is damaged.
+    """
     index = folder / INDEX
     if not index.is_file():
         if not (folder / SINGLE).is_file():
@@ -132,74 +138,101 @@ def _header(file: Path) -> dict[str, Stored]:
     except (SafetensorError, OSError, ValueError) as error:
         raise PrunerError(f"{file} is damaged or no safetensors file: {error}") from error
     header.pop("__metadata__", None)
-    out = {}
+    tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
             raise PrunerError(f"{name} in {file} has the type {entry['dtype']}, which cannot be sliced")
         start, end = (8 + length + offset for offset in entry["data_offsets"])
-        out[name] = Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
-    return out
+        tensors[name] = Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
+    return tensors
 
 
-def write_shard(
-    file: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensor: Callable[[str], torch.Tensor]
-) -> str:
-    """Write a safetensors file one tensor after the other; returns its SHA-256.
+class ShardWriter:
+    """Write a safetensors file tensor by tensor, in a context; each is hashed and written while the next is made.
+
+    Attributes:
+        sha256: hash of the file, once the context has ended.
 
     Args:
-        shapes: type and shape of every tensor, in the order in which they are to lie.
-        tensor: gives a tensor when its turn comes.
+        file: path to write.
+        types: dtype and shape of every tensor, in the order in which they are saved.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import load_file
+        >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> with ShardWriter(file, {"a": (torch.float32, (2,))}) as writer:
+        ...     writer.save_tensor("a", torch.ones(2))
+        >>> load_file(file)
+        {'a': tensor([1., 1.])}
     """
+
+    def __init__(self, file: Path, types: Mapping[str, TensorType]):
+        self.sha256 = ""
+        self._types = types
+        self._missing = list(types)
+        self._digest = hashlib.sha256()
+        self._path = file
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> ShardWriter:
+        self._file = self._path.open("wb")
+        head = _header_bytes(self._types)
+        self._write(len(head).to_bytes(8, "little") + head)
+        return self
+
+    def save_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the next tensor; its memory must stay as it is until the next call."""
+        if [name] != self._missing[:1] or (tensor.dtype, tuple(tensor.shape)) != self._types[name]:
+            raise AssertionError(f"{name} ({tensor.dtype}, {list(tensor.shape)}) is not the next announced tensor")
+        del self._missing[0]
+        data = cast(Any, tensor.contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+        self._wait()
+        self._pending = self._thread.submit(self._write, data)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self._wait()
+                if self._missing:
+                    raise AssertionError(f"{self._missing[0]} was announced and not saved")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self.sha256 = self._digest.hexdigest()
+        finally:
+            self._thread.shutdown()
+            self._file.close()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def _write(self, data: Any) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+
+
+def _header_bytes(types: Mapping[str, TensorType]) -> bytes:
+    """Return the JSON header of a safetensors file, padded to eight bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, (dtype, shape) in shapes.items():
+    for name, (dtype, shape) in types.items():
         size = prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
-    # What is ready is hashed and written while the next one is read and cut.
-    with file.open("wb") as out, ThreadPoolExecutor(1) as writer:
-
-        def write(data: Any) -> None:
-            digest.update(data)
-            out.write(data)
-
-        write(len(head).to_bytes(8, "little"))
-        write(head)
-        pending = None
-        for name, (dtype, shape) in shapes.items():
-            value = tensor(name)
-            if (value.dtype, tuple(value.shape)) != (dtype, shape):
-                raise AssertionError(f"{name} is {value.dtype} {list(value.shape)}, announced as {dtype} {shape}")
-            if pending is not None:
-                pending.result()
-            pending = writer.submit(
-                write, cast(Any, value.contiguous().view(-1).view(torch.uint8).numpy()) if value.numel() else b""
-            )
-        if pending is not None:
-            pending.result()
-        out.flush()
-        os.fsync(out.fileno())
-    return digest.hexdigest()
+    return head + b" " * (-len(head) % 8)
 
 
 def write_index(folder: Path, contents: Mapping[str, Iterable[str]], total: int) -> None:
-    """The index of a checkpoint of several files: which tensors each holds, and bytes in all."""
+    """Write the index of a checkpoint of several files: the tensors of each, and bytes in all."""
     weight_map = {tensor: file for file, tensors in contents.items() for tensor in tensors}
     document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Path) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(content, "sha256").hexdigest()

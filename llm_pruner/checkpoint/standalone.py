@@ -1,4 +1,4 @@
-"""A modelling file that a checkpoint carries, so that it loads where there is no llm_pruner."""
+"""Write a modelling file into a checkpoint, so that it loads without llm_pruner."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class {name}(transformers.{name}):
 
 
 def write_modelling(model: PreTrainedModel, folder: Path) -> None:
-    """Write the file, and name it in the config of the folder for ``trust_remote_code=True``."""
+    """Write the modelling file, and name it in the folder's config for ``trust_remote_code=True``."""
     name = type(model).__name__
     source = inspect.getsource(per_layer).replace("import torch\n", "import torch\nimport transformers\n", 1)
     (folder / FILE).write_text(source + TAIL.format(name=name), encoding="utf-8")
@@ -34,7 +34,7 @@ def write_modelling(model: PreTrainedModel, folder: Path) -> None:
 
 
 def forget_modelling(model: PreTrainedModel) -> None:
-    """A model that was read from such a checkpoint is not saved as one unless that is asked for."""
-    known = getattr(model.config, "auto_map", None) or {}
-    if any(str(where).startswith(f"{Path(FILE).stem}.") for where in known.values()):
+    """Remove the modelling file from a loaded model's config, so that saving the model does not name it again."""
+    mapping = getattr(model.config, "auto_map", None) or {}
+    if any(str(reference).startswith(f"{Path(FILE).stem}.") for reference in mapping.values()):
         del model.config.auto_map

@@ -20,10 +20,10 @@ class OtherForm(PrunerError):
 
 
 def weights_in(source: str, trust_remote_code: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a folder, one after the other, by the names that the model has for them.
+    """Yield the weights of a folder one by one, under the model's names.
 
     Raises:
-        PrunerError: as :class:`Shards` does, and where the files hold them in another form.
+        PrunerError: as :class:`Shards`, and where the files hold the weights in another form.
     """
     model = meta_model(load_config(source, trust_remote_code), trust_remote_code)
     shards = Shards(locate(source)[0])
@@ -33,27 +33,27 @@ def weights_in(source: str, trust_remote_code: bool = False) -> Iterator[tuple[s
 
 
 def stored_names(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
-    """The model's own name of every tensor of a checkpoint; what the model does not know is left out.
+    """Return the model's name of every stored tensor; tensors that the model does not know are left out.
 
     Raises:
-        PrunerError: the checkpoint lacks tensors of the model, or (``OtherForm``) has them in another form.
+        PrunerError: the checkpoint lacks tensors of the model, or (``OtherForm``) holds them in another form.
     """
     own = model.state_dict()
     prefix = model.base_model_prefix
-    out = {}
+    names = {}
     for stored in shards.tensors:
         for name in (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}.")):
             if name in own:
-                out[stored] = name
+                names[stored] = name
                 break
     tied = names_of(model)
-    found = set(out.values())
-    missing = [name for name in stored_tensors(model) if name in own and not found & set(tied[name])]
+    matched = set(names.values())
+    missing = [name for name in stored_tensors(model) if name in own and not matched & set(tied[name])]
     if missing:
-        strange = [name for name in shards.tensors if name not in out]
+        strange = [name for name in shards.tensors if name not in names]
         if strange:
             raise OtherForm(
                 f"{shards.folder} stores {strange[0]} and not {missing[0]}, as {type(model).__name__} has it"
             )
         raise PrunerError(f"{shards.folder} lacks {missing[0]} of {type(model).__name__}: the checkpoint is incomplete")
-    return out
+    return names
