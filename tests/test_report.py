@@ -11,7 +11,9 @@ from helpers.browser import browser_page
 
 from llm_pruner.cli import main
 from llm_pruner.importance.scores import Scores
-from llm_pruner.report.figures import frontier, pruning, tradeoffs
+from llm_pruner.report.arguments import ReportArguments
+from llm_pruner.report.figures import draw_pruning, draw_tradeoffs, frontier
+from llm_pruner.report.page import write_report
 from llm_pruner.report.runs import MeasuredModel, Run, read
 from llm_pruner.selection.plan import Choice, PruningPlan
 
@@ -45,24 +47,32 @@ def runs(home, tmp_path_factory):
 
 def test_runs_are_read_as_data(runs):
     pruned, healed, measured = map(read, runs)
-    assert [(p.model, p.stage) for p in pruned.points] == [("base", "original"), ("pruned", "pruned")]
-    assert pruned.points[1].parameters < pruned.points[0].parameters
+    assert [(m.model, m.stage) for m in pruned.models] == [("base", "original"), ("pruned", "pruned")]
+    assert pruned.models[1].parameters < pruned.models[0].parameters
     assert pruned.plan is not None and pruned.scores is not None and pruned.about["seed"] == 7
     for name, choice in pruned.plan.units.items():  # the scores are those that the cut was made by
         scores = pruned.scores.values[name]
         assert scores[choice.kept].min().item() == choice.lowest_kept
-    (point,) = healed.points
-    assert point.parameters == pruned.points[1].parameters and "loss" in healed.curves
+    (point,) = healed.models
+    assert point.parameters == pruned.models[1].parameters and "loss" in healed.curves
     (text,) = point.perplexity
     assert text == "python-docs, 254 tokens in 128s"
-    assert [p.model for p in measured.points] == ["base", "pruned", "healed"]
-    assert all(p.macs and p.latency and p.perplexity for p in measured.points)
+    assert [p.model for p in measured.models] == ["base", "pruned", "healed"]
+    assert all(p.macs and p.latency and p.perplexity for p in measured.models)
     assert all(len(said) == 3 for said in measured.samples.values()) and len(measured.samples) == 3
 
 
+def test_runs_of_older_versions_are_read(runs, tmp_path):
+    """Their metrics name the model as base_model."""
+    metrics = json.loads((runs[0] / "metrics.json").read_text())
+    metrics["arguments"]["base_model"] = metrics["arguments"].pop("model")
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    assert [model.model for model in read(tmp_path).models] == ["base", tmp_path.name]
+
+
 def test_perplexities_of_different_protocols_are_not_compared(runs):
-    points = [point for folder in runs for point in read(folder).points]
-    titles = [drawing.title for drawing in tradeoffs(points)]
+    points = [point for folder in runs for point in read(folder).models]
+    titles = [drawing.title for drawing in draw_tradeoffs(points)]
     assert any("60 tokens in 16s" in title for title in titles)
     assert not any("254" in title for title in titles), "a single point is no trade-off"
 
@@ -78,12 +88,12 @@ def test_figures_say_what_they_show(tmp_path):
     plan = PruningPlan(units={"layers.2.mlp.neurons": Choice("neurons", 2, 10, torch.arange(3, 10))})
     plan.units["layers.2.mlp.neurons"].explain(scores)
     run = Run("mine <b>", tmp_path, plan=plan, scores=Scores({"layers.2.mlp.neurons": scores}))
-    (drawing,) = pruning(run, "run0")
+    (drawing,) = draw_pruning(run, "run0")
     assert "7 of 10 kept" in drawing.alt
     svg = drawing.svg()
     assert "<title>layer 2: 7 of 10 neurons kept</title>" in svg
     assert "3 of 10 removed (30%), kept from 4, removed up to 3" in svg
-    assert pruning(run, "run0")[0].svg() == svg, "the same figure is the same text"
+    assert draw_pruning(run, "run0")[0].svg() == svg, "the same figure is the same text"
     ids = re.findall(r'id="([^"]*)"', svg)
     assert len(ids) == len(set(ids)) and all(name.startswith("run0neurons-") for name in ids)
 
@@ -93,11 +103,11 @@ def test_odd_scores_can_be_drawn(values, tmp_path):
     scores = torch.tensor(values, dtype=torch.float64)
     plan = PruningPlan(units={"mlp": Choice("neurons", 0, 3, torch.tensor([1, 2]))})
     plan.units["mlp"].explain(scores)
-    (drawing,) = pruning(Run("odd", tmp_path, plan=plan, scores=Scores({"mlp": scores})), "run0")
+    (drawing,) = draw_pruning(Run("odd", tmp_path, plan=plan, scores=Scores({"mlp": scores})), "run0")
     assert "<svg" in drawing.svg()
 
 
-def test_fifty_runs_stay_small(runs, tmp_path):
+def test_the_page_of_fifty_runs_stays_small(runs, tmp_path, capsys):
     """Runs of the embedded model's size: 30 layers of 1536 neurons."""
     generator = torch.Generator().manual_seed(0)
     metrics = json.loads((runs[0] / "metrics.json").read_text())
@@ -117,7 +127,9 @@ def test_fifty_runs_stay_small(runs, tmp_path):
         metrics["parameters_after"] -= 1
         (folder / "metrics.json").write_text(json.dumps(metrics))
         folders.append(str(folder))
-    assert main(["report", *folders, "--output", str(tmp_path / "page.html")]) == 0
+    arguments = ReportArguments(runs=folders, output=str(tmp_path / "page.html"))
+    assert write_report(arguments) == tmp_path / "page.html"
+    assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n"
     page = (tmp_path / "page.html").read_text()
     assert page.count('<svg class="figure"') >= 50 and len(page) <= 5 * 2**20
 
@@ -176,7 +188,7 @@ def test_bad_input(runs, tmp_path, capsys):
     for argv, message in (
         ([], "name at least one run"),
         (["/nowhere"], "there is no folder /nowhere"),
-        ([str(tmp_path)], "is no run"),
+        ([str(tmp_path)], "holds no run"),
         ([str(damaged)], "is damaged"),
         ([str(runs[0]), "--output", "/proc/no/page.html"], "cannot write"),
     ):
@@ -184,5 +196,5 @@ def test_bad_input(runs, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_points_may_lack_everything():
-    assert tradeoffs([MeasuredModel("a", "pruned"), MeasuredModel("b", "pruned", parameters=5)]) == []
+def test_models_may_lack_every_measurement():
+    assert draw_tradeoffs([MeasuredModel("a", "pruned"), MeasuredModel("b", "pruned", parameters=5)]) == []

@@ -1,4 +1,4 @@
-"""Sweeps: many runs of one recipe, what they share done once, what is missing done by the same command."""
+"""Sweeps run many points of one recipe; points share stages, and a failed or killed one is run again."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 from pyarrow import parquet
@@ -16,14 +16,16 @@ import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.evaluation.table import latex
 from llm_pruner.flags import parse_flags
+from llm_pruner.recipes import run as run_module
 from llm_pruner.recipes.arguments import RunArguments
-from llm_pruner.recipes.executors import parameters
+from llm_pruner.recipes.executors import RequeuedCommand, _environment_of, submitit_parameters
 from llm_pruner.recipes.recipe import read
-from llm_pruner.recipes.results import cells, of_points
-from llm_pruner.recipes.run import record, run_point
+from llm_pruner.recipes.results import summarize
 from llm_pruner.recipes.run import run_recipe as run
+from llm_pruner.recipes.run_point import read_record, run_point
+from llm_pruner.recipes.schema import Executor
 from llm_pruner.recipes.sweep import points_of
-from llm_pruner.recipes.torchrun import Launch, flags
+from llm_pruner.recipes.torchrun import Launch, flags_of
 from llm_pruner.recovery.arguments import RecoverArguments
 
 SWEEP = """model: {home}/base
@@ -104,26 +106,36 @@ def test_a_sweep_is_a_table(sweep, tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in (out / "points").glob("*.json")} == times
 
 
-def test_means_over_seeds_by_hand():
+def test_means_and_deviations_over_seeds_are_those_by_hand():
     rows = [
         {"prune.a": a, "seed": s, "parameters": 10, "perplexity x": p, "y acc": q}
         for a, s, p, q in ((1, 0, 10.0, 0.5), (1, 1, 14.0, 0.7), (2, 0, 9.0, 0.1), (2, 1, 9.0, 0.2))
     ]
-    one, two = of_points(rows, ["prune.a", "seed"])
-    assert one["perplexity x"] == (12.0, pytest.approx(8**0.5)) and two["perplexity x"] == (9.0, 0.0)
-    text = cells([one, two], ("<", ">"))
-    assert text[0] == ["prune.a", "seeds", "parameters", "perplexity x", "y acc"]
-    assert text[1][3] == "12 ± 2.828" and text[2][3] == "<9 ± 0>" and text[1][4].startswith("<0.6")
-    assert r"prune.a & seeds" in latex(text) and r"$\pm$" in latex(text)
+    summary = summarize(rows, ["prune.a", "seed"])
+    assert list(summary.mean["perplexity x"]) == [12.0, 9.0]
+    assert list(summary.deviation["perplexity x"]) == [pytest.approx(8**0.5), 0.0]
+    head, one, two = summary.cells(("<", ">"))
+    assert head == ["prune.a", "seeds", "parameters", "perplexity x", "y acc"]
+    assert one[3] == "12 ± 2.828" and two[3] == "<9 ± 0>" and one[4].startswith("<0.6")
+    assert r"prune.a & seeds" in latex([head, one]) and r"$\pm$" in latex([head, one])
 
 
-def test_means_over_seeds_alone():
-    """The original is no seed."""
+def test_the_original_is_not_one_of_the_seeds():
     rows = [{"point": 0, "perplexity x": 50.0}]
     rows += [{"point": i + 1, "seed": i, "perplexity x": p} for i, p in enumerate((80.0, 82.0, 84.0))]
-    original, mean = of_points(rows, ["seed"])
-    assert original["run"] == "original" and original["perplexity x"] == (50.0, 0.0)
-    assert mean["seeds"] == 3 and mean["perplexity x"] == (82.0, 2.0)
+    assert summarize(rows, ["seed"]).cells(("", "")) == [
+        ["run", "seeds", "perplexity x"],
+        ["original", "", "50"],
+        ["", "3", "82 ± 2"],
+    ]
+
+
+def test_values_of_any_type_can_be_varied():
+    rows = [
+        {"point": i, "prune.a": value, "perplexity x": 1.0 + i} for i, value in enumerate(([16, 20], "0.9", 1, None), 1)
+    ]
+    cells = summarize(rows, ["prune.a"]).cells(("<", ">"))
+    assert [row[0] for row in cells] == ["prune.a", "[16, 20]", "0.9", "1", ""]
 
 
 def test_a_run_that_fails_stops_no_other(sweep, capsys):
@@ -134,8 +146,9 @@ def test_a_run_that_fails_stops_no_other(sweep, capsys):
     assert "4 of 8 runs failed" in error
     recipe = read(sweep)
     out = sweep.parent / "out"
-    found = [record(point, out) for point in points_of(recipe)]
-    assert sum("error" in one for one in found) == 4 and any("out of range" in one.get("error", "") for one in found)
+    records = [read_record(point) for point in points_of(recipe)]
+    errors = [record["error"] for record in records if "error" in record]
+    assert len(errors) == 4 and all("out of range" in error for error in errors)
     assert len(results(out)) == 4
     assert main(["run", str(sweep), "--status"]) == 0
     shown = capsys.readouterr().out
@@ -145,13 +158,17 @@ def test_a_run_that_fails_stops_no_other(sweep, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("prune.pruner_type: [", "prune.pruner_typ: ["), ":13: stage 'prune' has no argument 'pruner_typ'; did you"),
+        (("prune.pruner_type: [", "prune.pruner_typ: ["), ":13: prune has no argument 'pruner_typ'; did you mean"),
+        (
+            ("prune.pruner_type: [", "prune.base_model: ["),
+            ":13: prune has no argument 'base_model': the recipe sets it",
+        ),
         (("prune.pruner_type: [", "prun.pruner_type: ["), ":13: 'prun.pruner_type' is varied, and no stage is called"),
-        (("[0.25, 0.5]", "[0.25, half]"), ":14: 1 is 'half'; it takes number"),
+        (("[0.25, 0.5]", "[0.25, half]"), ":14: 1 'half' is not valid: input should be a valid number"),
         (("[0.25, 0.5]", "[]"), ":14: "),
-        (("[taylor, random]", "[taylor, best]"), "unknown --pruner_type 'best'"),
+        (("[taylor, random]", "[taylor, best]"), ":6: criterion 'best' is not valid"),
         (("seeds: [0, 1]", "seeds: [0, 0]"), ":15: seeds"),
-        (("seeds: [0, 1]", "executor: cloud"), ":15: unknown executor 'cloud'"),
+        (("seeds: [0, 1]", "executor: cloud"), ":15: kind 'cloud' is not valid: input should be 'local'"),
         (("seeds: [0, 1]", "executor: {kind: local, job: 2}"), ":15: unknown key 'job'; did you mean 'jobs'"),
         (("  grid:", "  zip:\n    prune.taylor: [vectorize]\n    prune.num_examples: [1, 2]\n  grid:"), "one length"),
     ],
@@ -165,13 +182,13 @@ def test_mistakes_in_sweeps(sweep, change, message, capsys):
     assert not (sweep.parent / "out").exists()
 
 
-def test_many_runs_are_asked_about(sweep, capsys):
+def test_more_than_200_runs_need_yes(sweep, capsys):
     sweep.write_text(sweep.read_text().replace("seeds: [0, 1]", f"seeds: {list(range(60))}"))
     assert main(["run", str(sweep)]) == 2
     assert "makes 240 runs: add --yes" in capsys.readouterr().err
 
 
-def test_two_sweeps_in_one_folder(sweep, capsys):
+def test_another_sweep_in_one_folder_is_refused(sweep, capsys):
     short = sweep.read_text().replace("[taylor, random]", "[l2]").replace("[0.25, 0.5]", "[0.5]")
     sweep.write_text(short)
     assert main(["run", str(sweep)]) == 0
@@ -180,12 +197,12 @@ def test_two_sweeps_in_one_folder(sweep, capsys):
     assert "holds another sweep" in capsys.readouterr().err
 
 
-def test_no_cluster_here(sweep, capsys):
+def test_slurm_is_refused_where_there_is_none(sweep, capsys):
     assert main(["run", str(sweep), "--executor", "slurm"]) == 2
     assert "there is no Slurm here" in capsys.readouterr().err
 
 
-def test_jobs_through_submitit(sweep):
+def test_jobs_of_submitit_share_the_points(sweep):
     """submitit's executor for this machine: two jobs that share the points between them."""
     sweep.write_text(sweep.read_text() + "executor: {kind: submitit, jobs: 2, cpus: 1}\n")
     out = run(RunArguments(recipe=str(sweep)))
@@ -193,19 +210,17 @@ def test_jobs_through_submitit(sweep):
     assert len(list((out / "jobs").glob("*_submitted.pkl"))) >= 2
 
 
-def test_what_a_cluster_is_told(tmp_path):
-    """The script that would be sent, as text."""
-    settings = {
-        "kind": "slurm",
-        "jobs": 16,
-        "gpus": 2,
-        "nodes": 1,
-        "minutes": 90,
-        "memory": "64GB",
-        "partition": "a100",
-        "setup": ["module load cuda"],
-        "parameters": {"account": "lab"},
-    }
+def test_the_script_for_slurm_holds_the_executor_s_settings(tmp_path):
+    settings = Executor(
+        kind="slurm",
+        jobs=16,
+        gpus=2,
+        minutes=90,
+        memory="64GB",
+        partition="a100",
+        setup=["module load cuda"],
+        parameters={"account": "lab"},
+    )
     script = sbatch(settings, tmp_path)
     for line in (
         "#SBATCH --array=0-15%16",
@@ -219,14 +234,16 @@ def test_what_a_cluster_is_told(tmp_path):
         "srun ",
     ):
         assert line in script, line
-    several = sbatch(settings | {"nodes": 2}, tmp_path)  # one worker, which takes the other machine to train
+    several = sbatch(
+        settings.model_copy(update={"nodes": 2}), tmp_path
+    )  # one worker, which takes the other machine to train
     assert "#SBATCH --nodes=2" in several and "srun " not in several
 
 
 def sbatch(settings, folder):
     from submitit.slurm import slurm
 
-    given = parameters(settings, slurm=True)
+    given = submitit_parameters(settings)
     return slurm._make_sbatch_string(
         command="python -m llm_pruner run sweep.yaml --worker",
         folder=str(folder),
@@ -267,14 +284,15 @@ stages:
     assert len(losses[1]) == 3 and losses[2] == pytest.approx(losses[1], abs=1e-3)
 
 
-def test_what_trains_on_several_machines():
-    """The command, as text: every machine of the job starts its processes, and they meet at the first."""
+def test_machines_of_a_job_meet_at_the_first_on_a_port_of_their_own(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4321")
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
     arguments = RecoverArguments.of(prune_model="model", output_dir="out", merge=True, learning_rate=1e-3)
-    command = " ".join(Launch.of({"gpus": 8, "nodes": 2}).command(arguments))
+    command = " ".join(Launch.of(Executor(gpus=8, nodes=2)).command(arguments))
     assert command.startswith("srun --nodes 2 --ntasks 2 --ntasks-per-node 1 ")
-    assert "--nproc_per_node 8 --nnodes 2 --rdzv_backend c10d" in command
-    assert parse_flags(RecoverArguments, flags(arguments)) == arguments
-    assert not Launch.of({"gpus": 0}).several
+    assert "--nproc_per_node 8 --nnodes 2 --rdzv_backend c10d --rdzv_endpoint node7:29821 --rdzv_id 4321" in command
+    assert parse_flags(RecoverArguments, flags_of(arguments)) == arguments
+    assert not Launch.of(Executor(gpus=0)).several
 
 
 def test_training_that_fails_says_why(home, home_text, tmp_path, capfd):
@@ -287,64 +305,95 @@ def test_training_that_fails_says_why(home, home_text, tmp_path, capfd):
     assert "training on 2 processes failed:" in (said := capfd.readouterr().err) and "not a pruned model" in said
 
 
-def test_a_worker_that_is_killed_costs_one_point(sweep, tmp_path):
-    """The process dies at one point: that is noted as failed, the others are done by another worker."""
+def test_a_worker_that_is_killed_costs_one_point(sweep, tmp_path, monkeypatch):
+    """The process dies at one point, which is recorded as failed; another worker runs the others."""
     recipe = read(sweep)
     third = points_of(recipe)[2]
     code = f"""
 import os, sys
-import llm_pruner.recipes.run
-r = sys.modules["llm_pruner.recipes.run"]
-before = r._done
-def dies(point):
+from llm_pruner.recipes import run_point
+before = run_point.run_and_measure
+def die(point):
     if point.number == {third.number}:
         os.kill(os.getpid(), 9)
     return before(point)
-r._done = dies
+run_point.run_and_measure = die
 from llm_pruner.cli import main
 sys.exit(main(["run", {str(sweep)!r}, "--worker"]))
 """
-    r = sys.modules["llm_pruner.recipes.run"]
-    before = r.run_command
-    r.run_command = lambda arguments, *more: [sys.executable, "-c", code]
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "worker_command", lambda arguments: [sys.executable, "-c", code])
         with pytest.raises(lp.PrunerError, match="1 of 8 runs failed"):
             run(RunArguments(recipe=str(sweep)))
-    finally:
-        r.run_command = before
     out = tmp_path / "out"
-    assert "killed" in record(third, out)["error"] and len(results(out)) == 7
+    assert "killed" in read_record(third)["error"] and len(results(out)) == 7
     assert len(results(run(RunArguments(recipe=str(sweep))))) == 8
 
 
-def test_weights_that_were_let_go_are_made_again(sweep, tmp_path):
-    """A stage that is added after a sweep reads what is not there any more."""
+def test_stages_added_after_a_sweep_restore_removed_weights(sweep):
     text = sweep.read_text().replace("[taylor, random]", "[l2]").replace("[0.25, 0.5]", "[0.5]")
     sweep.write_text(text.replace("seeds: [0, 1]", ""))
-    out = run(RunArguments(recipe=str(sweep)))
-    first = results(out)
+    run_all(sweep)
+    (before,) = (read_record(point)["row"] for point in points_of(read(sweep)))
     more = "  - prune: {name: again, pruner_type: l1, pruning_ratio: 0.25, preset: paper}\nsweep:"
     sweep.write_text(sweep.read_text().replace("sweep:", more))
     for point in points_of(read(sweep)):
-        run_point(point, out)
-        assert record(point, out)["row"]["parameters"] < first[0]["parameters"]
+        run_point(point)
+        assert read_record(point)["row"]["parameters"] < before["parameters"]
+
+
+def run_all(sweep):
+    """Run the points of a sweep in this process, as a worker does."""
+    return run(RunArguments(recipe=str(sweep), worker=True))
+
+
+def test_kinds_and_own_criteria_can_be_varied(sweep, monkeypatch):
+    (sweep.parent / "own_criterion.py").write_text(
+        "from llm_pruner.importance.criteria import CRITERIA\n\n\n"
+        "def like_l2(request):\n    return CRITERIA['l2'].function(request)\n"
+    )
+    monkeypatch.syspath_prepend(sweep.parent)
+    text = sweep.read_text().replace("[taylor, random]", "[l2, 'own_criterion:like_l2']").replace("seeds: [0, 1]", "")
+    sweep.write_text(text.replace("prune.pruning_ratio: [0.25, 0.5]", "prune.kinds: [[neurons], 'heads,neurons']"))
+    run_all(sweep)
+    rows = [read_record(point)["row"] for point in points_of(read(sweep))]
+    sizes = [row["parameters"] for row in rows]
+    assert sizes[0] == sizes[2] > sizes[1] == sizes[3]
+    assert rows[0]["perplexity text"] == rows[2]["perplexity text"]
+
+
+def test_workers_get_their_share_of_the_cores_and_leave_this_process_alone(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert _environment_of(0, 4, Executor(jobs=4))["OMP_NUM_THREADS"] == "2"
+    printed = "import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'] != '3')"
+    assert RequeuedCommand([sys.executable, "-c", printed], 3)() == 0
+    assert "OMP_NUM_THREADS" not in os.environ
 
 
 @pytest.mark.slow
 def test_killed_twenty_times_it_ends_the_same(sweep, tmp_path):
-    """SIGKILL to all processes at 20 random moments."""
+    """SIGKILL to all processes after a random line of the log, 20 times."""
     whole = run(RunArguments(recipe=str(sweep), output=str(tmp_path / "whole")))
-    command = [sys.executable, "-m", "llm_pruner", "run", str(sweep)]
-    chance, kills = random.Random(0), 0
-    while kills < 20:
+    command = [sys.executable, "-u", "-m", "llm_pruner", "run", str(sweep)]
+    random.seed(0)
+    for _ in range(20):
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        time.sleep(chance.uniform(3, 16))
-        if process.poll() is not None:  # finished: begin anew
-            subprocess.run(["rm", "-r", str(tmp_path / "out")], check=True)
-            continue
-        os.killpg(process.pid, signal.SIGKILL)
+        wait_for_log_lines(tmp_path / "out" / "points", process, random.randint(1, 6))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        kills += 1
     assert results(run(RunArguments(recipe=str(sweep)))) == results(whole)
+
+
+def wait_for_log_lines(folder: Path, process: subprocess.Popen, count: int) -> None:
+    """Return when the logs of a sweep's points have grown by ``count`` lines, or the process has ended."""
+    before = count_lines(folder)
+    while process.poll() is None and count_lines(folder) < before + count:
+        pass
+
+
+def count_lines(folder: Path) -> int:
+    return sum(path.read_text(errors="replace").count("\n") for path in folder.glob("*.log"))

@@ -1,1 +1,1 @@
-"""The report: runs as one page of tables and figures."""
+"""The report: one page of tables and figures about runs."""

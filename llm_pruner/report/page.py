@@ -1,4 +1,4 @@
-"""One page of all runs: tables and figures in a single file that opens from disk."""
+"""Write one page about runs: tables and figures in a single file that opens from disk."""
 
 from __future__ import annotations
 
@@ -13,33 +13,36 @@ from ..files import write_text
 from ..logs import log
 from ..version import __version__
 from .arguments import ReportArguments
-from .figures import Drawing, pruning, recoveries, tradeoffs
+from .figures import Drawing, draw_pruning, draw_recoveries, draw_tradeoffs
 from .runs import MeasuredModel, Run, folders_of, read
+
+PRINT_DPI = 200
+Cell = tuple[str, float | str]  # text to show, value to sort by
 
 
 def write_report(args: ReportArguments) -> Path:
     """Run ``llm-pruner report``: write the page, print and return its path.
 
     Raises:
-        PrunerError: a folder that is no run, or a page that cannot be written.
+        PrunerError: a folder holds no run, or the page cannot be written.
     """
     args.check()
-    runs = _named([read(folder) for given in args.runs for folder in folders_of(given)])
-    points = _distinct([point for run in runs for point in run.points])
-    overall = tradeoffs(points)
-    healed = recoveries(runs)
-    details = [(run, pruning(run, f"run{i}")) for i, run in enumerate(runs)]
-    drawings = [*overall, *healed, *(d for _, drawn in details for d in drawn)]
+    runs = [read(folder) for path in args.runs for folder in folders_of(path)]
+    _distinguish_names(runs)
+    models = _distinct_models(runs)
+    tradeoffs, recoveries = draw_tradeoffs(models), draw_recoveries(runs)
+    details = [(run, draw_pruning(run, f"run{i}")) for i, run in enumerate(runs)]
     if args.figures:
-        _for_papers(drawings, Path(args.figures))
+        prunings = [drawing for _, drawings in details for drawing in drawings]
+        _write_figures([*tradeoffs, *recoveries, *prunings], Path(args.figures))
     environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("page.html").render(
         title=args.title,
         version=__version__,
         runs=runs,
-        summary=_summary(points),
-        overall=overall,
-        recoveries=healed,
+        summary=_summarize(models),
+        overall=tradeoffs,
+        recoveries=recoveries,
         details=details,
         svg=lambda drawing: Markup(drawing.svg()),
         zip=zip,
@@ -51,53 +54,52 @@ def write_report(args: ReportArguments) -> Path:
     return path
 
 
-def _named(runs: list[Run]) -> list[Run]:
-    """Runs of one name told apart by the folders that they lie in."""
+def _distinguish_names(runs: list[Run]) -> None:
+    """Put their parent folders before the names of runs that are called the same."""
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
             run.name = "/".join(run.folder.resolve().parts[-2:])
-    return runs
 
 
-def _distinct(points: list[MeasuredModel]) -> list[MeasuredModel]:
-    """Every model once for each way in which it was measured: many runs begin with the same original."""
-    out: list[MeasuredModel] = []
-    for point in points:
-        if point not in out:
-            out.append(point)
-    return out
+def _distinct_models(runs: list[Run]) -> list[MeasuredModel]:
+    """Return every model once for each way in which it was measured: many runs start from the same original."""
+    models: list[MeasuredModel] = []
+    for model in (model for run in runs for model in run.models):
+        if model not in models:
+            models.append(model)
+    return models
 
 
-def _summary(points: list[MeasuredModel]) -> dict[str, list[tuple[str, float | str]]]:
-    """The columns of the table, of those that hold anything: what each cell shows and by what it is sorted."""
-    largest = max((p.parameters or 0 for p in points), default=0)
-    columns: dict[str, tuple[str, Callable[[MeasuredModel], float | None]]] = {
-        "parameters": ("{:,}", lambda p: p.parameters),
-        "of the largest": ("{:.3f}", lambda p: p.parameters / largest if p.parameters else None),
-        "MACs, billions": ("{:.2f}", lambda p: p.macs / 1e9 if p.macs else None),
-        "latency, ms": ("{:.1f}", lambda p: p.latency),
+def _summarize(models: list[MeasuredModel]) -> dict[str, list[Cell]]:
+    """Return the columns of the table by their heads, without empty ones."""
+    largest = max((model.parameters or 0 for model in models), default=0)
+    numbers: dict[str, tuple[str, Callable[[MeasuredModel], float | None]]] = {
+        "parameters": ("{:,}", lambda m: m.parameters),
+        "of the largest": ("{:.3f}", lambda m: m.parameters / largest if m.parameters else None),
+        "MACs, billions": ("{:.2f}", lambda m: m.macs / 1e9 if m.macs else None),
+        "latency, ms": ("{:.1f}", lambda m: m.latency),
     }
-    for text in dict.fromkeys(text for point in points for text in point.perplexity):
-        columns[f"perplexity, {text}"] = ("{:.2f}", lambda p, t=text: p.perplexity.get(t))  # type: ignore[misc]
-    columns["accuracy"] = ("{:.4f}", lambda p: p.accuracy)
-    out: dict[str, list[tuple[str, float | str]]] = {
-        "model": [(p.model, p.model) for p in points],
-        "stage": [(p.stage, p.stage) for p in points],
+    for text in dict.fromkeys(text for model in models for text in model.perplexity):
+        numbers[f"perplexity, {text}"] = ("{:.2f}", lambda m, t=text: m.perplexity.get(t))  # type: ignore[misc]
+    numbers["accuracy"] = ("{:.4f}", lambda m: m.accuracy)
+    columns: dict[str, list[Cell]] = {
+        "model": [(model.model, model.model) for model in models],
+        "stage": [(model.stage, model.stage) for model in models],
     }
-    for name, (form, value) in columns.items():
-        found = [value(point) for point in points]
-        if any(x is not None for x in found):
-            out[name] = [("", float("inf")) if x is None else (form.format(x), x) for x in found]
-    return out
+    for head, (form, number_of) in numbers.items():
+        values = [number_of(model) for model in models]
+        if any(value is not None for value in values):
+            columns[head] = [("", float("inf")) if value is None else (form.format(value), value) for value in values]
+    return columns
 
 
-def _for_papers(drawings: list[Drawing], folder: Path) -> None:
-    """Every figure as SVG and PNG."""
+def _write_figures(drawings: list[Drawing], folder: Path) -> None:
+    """Write every figure as SVG and PNG, for papers."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for drawing in drawings:
-            for kind in ("svg", "png"):
-                drawing.write(folder / f"{drawing.name}.{kind}", kind, dpi=200)
+            for form in ("svg", "png"):
+                drawing.write(folder / f"{drawing.name}.{form}", form, dpi=PRINT_DPI)
     except OSError as error:
         raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error

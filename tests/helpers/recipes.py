@@ -46,8 +46,8 @@ stages:
       max_windows: 2
 """
 PRUNE = "  - prune: {pruner_type: l2, preset: paper, hardware_align: false}\n"
-ADAPTER = """  - recover: {{data_path: {home}/text.txt, no_instruction: true, max_steps: 2, batch_size: 2, micro_batch_size: 2,
-      cutoff_len: 16, val_set_size: 0, lora_r: 2, merge: false, device: cpu}}
+ADAPTER = """  - recover: {{data_path: {home}/text.txt, no_instruction: true, max_steps: 2, batch_size: 2,
+      micro_batch_size: 2, cutoff_len: 16, val_set_size: 0, lora_r: 2, merge: false, device: cpu}}
 """
 
 
