@@ -1,9 +1,9 @@
-"""The published numbers of LLM-Pruner's tables beside those of a sweep of this folder.
+"""Print the published numbers of LLM-Pruner's tables beside those of a sweep of this folder.
 
     python recipes/paper/beside.py runs/paper/llama7b_20
 
-The table is the one that the sweep's folder is named after. Each cell is "measured / published"; of accuracies, in
-percent, acc_norm where the harness has it, else acc.
+The sweep's folder is named after the table. Each cell is "measured / published"; accuracies are in percent, acc_norm if
+the harness has it, else acc.
 """
 
 from __future__ import annotations
@@ -18,41 +18,40 @@ from llm_pruner.evaluation.table import markdown
 PUBLISHED = Path(__file__).with_name("published.json")
 
 
-def measured(row: dict[str, Any], name: str) -> float | None:
-    """A row's number by the paper's name of it."""
+def read_measured(row: dict[str, Any], name: str) -> float | None:
+    """Return a row's number by its name in the paper."""
     if (perplexity := row.get(f"perplexity {name}")) is not None:
         return perplexity
     accuracy = row.get(f"{name} acc_norm", row.get(f"{name} acc"))
     return None if accuracy is None else 100 * accuracy
 
 
-def table(folder: Path) -> list[list[str]]:
-    """Rows of the published table, head first.
+def compare(folder: Path) -> list[list[str]]:
+    """Return the rows of the published table with the measured numbers, head first.
 
     Raises:
-        SystemExit: the folder holds no sweep, or nothing is published of it.
+        SystemExit: the folder holds no sweep, or its table is not in the published ones.
     """
     published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
-    rows = published.get(folder.name)
-    if not isinstance(rows, list):
-        known = ", ".join(name for name, value in published.items() if isinstance(value, list))
-        raise SystemExit(f"{PUBLISHED.name} has no table {folder.name!r}; it has {known}")
+    tables = {name: rows for name, rows in published.items() if isinstance(rows, list)}
+    if folder.name not in tables:
+        raise SystemExit(f"{PUBLISHED.name} has no table {folder.name!r}; it has {', '.join(tables)}")
     try:
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SystemExit(f"no sweep was run in {folder}: {error}") from error
-    names = [name for name in rows[0] if name != "point"]
-    out = [["", *names]]
-    for row in rows:
+    names = [name for name in tables[folder.name][0] if name != "point"]
+    cells = [["", *names]]
+    for row in tables[folder.name]:
         point = row["point"] or {"point": 0}
-        ours: dict[str, Any] = next((r for r in found if point.items() <= r.items()), {})
-        values = [measured(ours, name) for name in names]
-        cells = [f"{'-' if v is None else f'{v:.4g}'} / {row[n]}" for v, n in zip(values, names, strict=True)]
-        out.append([", ".join(map(str, row["point"].values())) or "unpruned", *cells])
-    return out
+        measured: dict[str, Any] = next((result for result in results if point.items() <= result.items()), {})
+        values = {name: read_measured(measured, name) for name in names}
+        label = ", ".join(map(str, row["point"].values())) or "unpruned"
+        cells.append([label, *(f"{'-' if v is None else f'{v:.4g}'} / {row[name]}" for name, v in values.items())])
+    return cells
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit(f"usage: python {sys.argv[0]} FOLDER")
-    print(markdown(table(Path(sys.argv[1]))), end="")
+    print(markdown(compare(Path(sys.argv[1]))), end="")

@@ -1,17 +1,14 @@
-"""Figures of the ablations in smollm2.yaml: python recipes/paper/figures.py runs/paper/smollm2 docs/figures"""
+"""Draw the ablations of smollm2.yaml: python recipes/paper/figures.py runs/paper/smollm2 docs/figures"""
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
 
 CRITERIA = {
     "random": {"prune.pruner_type": "random"},
@@ -31,22 +28,20 @@ SAMPLES = {"10": SUM} | {str(n): SUM | {"prune.num_examples": n} for n in (20, 5
 RATIO = "prune.pruning_ratio"
 
 
-def drawn(rows: list[dict[str, Any]], groups: dict[str, dict[str, Any]], title: str, log: bool, file: Path) -> None:
-    """Bars of perplexity with standard deviations, a group of them for each ratio."""
-    ratios = sorted({row[RATIO] for row in rows if row["point"]})
-    (column,) = [key for key in rows[0] if key.startswith("perplexity")]
-    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+def draw(results: pd.DataFrame, groups: dict[str, dict[str, Any]], title: str, file: Path, *, log: bool) -> None:
+    """Draw bars of mean perplexity with standard deviations over seeds, a group of them for each ratio."""
+    (column,) = [key for key in results if key.startswith("perplexity")]
+    points = results[results["point"] > 0]
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    ratios = sorted(points[RATIO].unique())
     for i, ratio in enumerate(ratios):
-        means, deviations = [], []
-        for point in groups.values():
-            varied = point | {RATIO: ratio}
-            found = [r[column] for r in rows if r["point"] and _values(r) == varied]
-            means.append(statistics.fmean(found))
-            deviations.append(statistics.stdev(found) if len(found) > 1 else 0.0)
+        runs = [_runs_of(points, group | {RATIO: ratio})[column] for group in groups.values()]
         places = [x + (i - (len(ratios) - 1) / 2) * 0.38 for x in range(len(groups))]
+        means, deviations = [values.mean() for values in runs], [values.std() for values in runs]
         bars = axes.bar(places, means, 0.36, yerr=deviations, capsize=2, label=f"ratio {ratio}")
         axes.bar_label(bars, fmt="{:.0f}", fontsize=7)
-    axes.axhline(rows[0][column], color="gray", linestyle=":", label="unpruned")
+    axes.axhline(results[column].iloc[0], color="gray", linestyle=":", label="unpruned")
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel("perplexity on WikiText-2")
     axes.set_title(title)
@@ -54,19 +49,21 @@ def drawn(rows: list[dict[str, Any]], groups: dict[str, dict[str, Any]], title: 
         axes.set_yscale("log")
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
-def _values(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key.startswith("prune.")}
+def _runs_of(points: pd.DataFrame, values: dict[str, Any]) -> pd.DataFrame:
+    """Return the runs of the point that varies exactly these values."""
+    keys = [key for key in points if key.startswith("prune.")]
+    same = [points[key] == values[key] if key in values else points[key].isna() for key in keys]
+    return points[pd.concat(same, axis=1).all(axis=1)]
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         raise SystemExit(f"usage: python {sys.argv[0]} FOLDER OUT")
-    results = json.loads((Path(sys.argv[1]) / "results.json").read_text(encoding="utf-8"))
-    out = Path(sys.argv[2])
-    out.mkdir(parents=True, exist_ok=True)
-    drawn(results, CRITERIA, "how importance is estimated", True, out / "reproduction_criteria.png")
-    drawn(results, AGGREGATIONS, "how it is aggregated (element¹)", False, out / "reproduction_aggregation.png")
-    drawn(results, SAMPLES, "calibration samples (element¹)", False, out / "reproduction_samples.png")
+    table = pd.DataFrame(json.loads((Path(sys.argv[1]) / "results.json").read_text(encoding="utf-8")))
+    folder = Path(sys.argv[2])
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(table, CRITERIA, "how importance is estimated", folder / "reproduction_criteria.png", log=True)
+    draw(table, AGGREGATIONS, "how it is aggregated (element¹)", folder / "reproduction_aggregation.png", log=False)
+    draw(table, SAMPLES, "calibration samples (element¹)", folder / "reproduction_samples.png", log=False)
