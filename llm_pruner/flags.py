@@ -111,6 +111,33 @@ def check_at_least(arguments: Any, least: int, *names: str) -> None:
             raise PrunerError(f"--{name} {value} is out of range: give {least} or more")
 
 
+def check_combinations(
+    arguments: Any,
+    exclusive: Iterable[tuple[Sequence[str], Sequence[str], str]],
+    requires: Iterable[tuple[str, Sequence[str]]],
+) -> None:
+    """Refuse flags that exclude each other, and flags without the flag that they need.
+
+    A flag counts as given if its value is neither its default nor ``none``.
+
+    Args:
+        exclusive: flags, others that they exclude, and why.
+        requires: a flag, and flags of which it needs one.
+
+    Raises:
+        PrunerError: with the names of both flags.
+    """
+    given = {one.name for one in fields(arguments) if getattr(arguments, one.name) not in (default_of(one), "none")}
+    for left, right, why in exclusive:
+        first = next((name for name in left if name in given), None)
+        second = next((name for name in right if name in given and name != first), None)
+        if first and second:
+            raise PrunerError(f"--{first} and --{second} exclude each other ({why}): give one")
+    for name, needed in requires:
+        if name in given and not given.intersection(needed):
+            raise PrunerError(f"--{name} needs --{' or --'.join(needed)}")
+
+
 def default_of(one: Field[Any]) -> Any:
     """Return the default of a dataclass field."""
     return one.default_factory() if one.default_factory is not MISSING else one.default

@@ -20,7 +20,7 @@ from ..choices import (
     TaylorVariant,
 )
 from ..errors import PrunerError
-from ..flags import Arguments, check_at_least, default_of, flag, split_list
+from ..flags import Arguments, check_at_least, check_combinations, default_of, flag, split_list
 
 TARGETS = ("target_params", "target_macs", "target_memory", "target_latency")
 SHAPES = ("target_config", *SHAPE)
@@ -203,7 +203,7 @@ class PruneArguments(Arguments):
         Raises:
             PrunerError: flags exclude or need each other, or a value is out of range.
         """
-        self._check_combinations()
+        check_combinations(self, EXCLUSIVE, REQUIRES)
         self._check_ranges()
         for name in ("drop_layers", "num_layers", "drop_attention", "drop_mlp"):
             self.layer_numbers(name)
@@ -213,17 +213,6 @@ class PruneArguments(Arguments):
             raise PrunerError(f"--save_ckpt_log_name {name[:40]!r} must be a plain folder name")
         if "vocabulary" in self.kinds:
             raise PrunerError("--kinds vocabulary: tokens are pruned by llm-pruner vocab")
-
-    def _check_combinations(self) -> None:
-        active = [one.name for one in fields(self) if self.is_given(one.name) and getattr(self, one.name) != "none"]
-        for left, right, why in EXCLUSIVE:
-            one = [name for name in left if name in active]
-            other = [name for name in right if name in active and name not in one[:1]]
-            if one and other:
-                raise PrunerError(f"--{one[0]} and --{other[0]} exclude each other ({why}): give one")
-        for name, needed in REQUIRES:
-            if name in active and not any(other in active for other in needed):
-                raise PrunerError(f"--{name} needs --{' or --'.join(needed)}")
 
     def _check_ranges(self) -> None:
         if not self.layer_wise and not 0 < self.pruning_ratio < 1:

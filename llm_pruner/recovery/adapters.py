@@ -1,132 +1,149 @@
-"""What is trained of a pruned model: adapters of its linear layers and stacked experts, by peft, or all weights."""
+"""Adapters by peft: on linear layers and on experts that are stacked in one parameter."""
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
 from ..logs import log
-from .arguments import RecoverArguments
+from .settings import AdapterSettings
 
 LINEAR = (nn.Linear, Conv1D)
 
 
-def trainable(args: RecoverArguments, model: PreTrainedModel) -> Any:
-    """The model with what is to be trained: an adapter, or all of it.
+def make_trainable(model: PreTrainedModel, adapter: AdapterSettings | None) -> Any:
+    """Add an adapter to a model and freeze its own weights; without an adapter, train all weights.
 
     Raises:
-        PrunerError: there is no such layer, or one is narrower than the rank.
+        PrunerError: a layer of ``target_modules`` does not exist, or is narrower than the rank.
     """
     model.config.use_cache = False
-    if args.method not in ("lora", "dora"):
-        return model.requires_grad_(True).train()
-    from peft import LoraConfig, TaskType, get_peft_model
+    return model.requires_grad_(True).train() if adapter is None else _add_adapter(model, adapter)
 
-    linear, stacked = _chosen(args, model)
-    layers, weights = _for_peft(model, linear)
-    parameters = weights + stacked
-    if not layers and (not parameters or args.method == "dora"):
+
+def _add_adapter(model: PreTrainedModel, adapter: AdapterSettings) -> Any:
+    modules, parameters = _choose_layers(model, adapter)
+    dropout = adapter.dropout
+    if not modules and (not parameters or adapter.method == "dora"):
         raise PrunerError("the model has no linear layer that an adapter can be added to: give --method full")
-    dropout = args.lora_dropout
-    if parameters and args.method == "dora":
-        log.info("dora does not reach %s", _told(parameters))
+    if parameters and adapter.method == "dora":
+        log.info("dora does not adapt %s", _short_names(parameters))
         parameters = []
     if parameters and dropout:
-        log.info("no dropout, which adapters of %s cannot have", _told(parameters))
+        log.info("--lora_dropout is 0: peft has none for adapters of %s", _short_names(parameters))
         dropout = 0.0
     config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
         lora_dropout=dropout,
-        target_modules=layers,
+        target_modules=modules,
         target_parameters=parameters or None,
-        use_dora=args.method == "dora",
+        use_dora=adapter.method == "dora",
         bias="none",
         task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
     )
-    if args.gradient_checkpointing:
-        model.enable_input_require_grads()
-    found = get_peft_model(model, config)
-    if Path(args.model).is_dir():  # so that the adapter finds it from anywhere; a hub id is its own name
-        found.peft_config["default"].base_model_name_or_path = str(Path(args.model).resolve())
-    return found
+    student = get_peft_model(model, config)
+    if adapter.base_model:
+        student.peft_config["default"].base_model_name_or_path = adapter.base_model
+    return student
 
 
-def _chosen(args: RecoverArguments, model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """The linear layers that get an adapter, and the parameters that hold a matrix of every expert."""
-    head = model.get_output_embeddings()
-    asked = args.lora_target_modules
-    shapes: dict[str, tuple[int, ...]] = {}
-    stacked: set[str] = set()
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for path, module in model.named_modules():
-        if isinstance(module, LINEAR):
-            # The head only by name; of a weight with several uses peft would adapt one, and merging changes all.
-            wanted = bool(asked) if module is head else uses[id(module.weight)] == 1
-            if wanted and _multiplies(module) and not _refused(model, path):
-                shapes[path] = tuple(cast(torch.Tensor, module.weight).shape)
-        elif "expert" in f"{path} {type(module).__name__}".lower():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 3 and uses[id(parameter)] == 1:
-                    stacked.add(f"{path}.{name}")
-                    shapes[f"{path}.{name}"] = tuple(parameter.shape[1:])
-    known = sorted({_last(name) for name in shapes})
-    for name in asked:
-        if name not in known:
-            raise PrunerError(f"--lora_target_modules: the model has no linear layer {name}; it has {', '.join(known)}")
-    chosen = [name for name in shapes if not asked or _last(name) in asked]
-    for name in chosen:
-        if args.lora_r > min(shapes[name]):
-            raise PrunerError(f"--lora_r {args.lora_r} is more than {name} {list(shapes[name])} is wide: lower it")
-    return [name for name in chosen if name not in stacked], [name for name in chosen if name in stacked]
+def _choose_layers(model: PreTrainedModel, adapter: AdapterSettings) -> tuple[list[str], list[str]]:
+    """Return the modules to adapt and, by name, the parameters: stacked experts, and weights of some modules."""
+    linear, stacked = _linear_layers(model, bool(adapter.target_modules)), _stacked_experts(model)
+    modules, weights = _names_for_peft(model, list(linear))
+    names = dict(zip([*modules, *stacked], [*modules, *stacked])) | {path: f"{path}.weight" for path in weights}
+    available = sorted({_last_name(path) for path in names})
+    for name in adapter.target_modules:
+        if name not in available:
+            raise PrunerError(
+                f"--lora_target_modules: the model has no linear layer {name}; it has {', '.join(available)}"
+            )
+    shapes = linear | stacked
+    chosen = [path for path in names if not adapter.target_modules or _last_name(path) in adapter.target_modules]
+    for path in chosen:
+        if adapter.rank > min(shapes[path]):
+            raise PrunerError(
+                f"--lora_r {adapter.rank} is more than {path} {list(shapes[path])} is wide: give {min(shapes[path])} "
+                "or less"
+            )
+    return [path for path in chosen if path in modules], [names[path] for path in chosen if path not in modules]
+
+
+def _linear_layers(model: PreTrainedModel, with_head: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of linear layers to which an adapter's product can be added."""
+    head, uses = model.get_output_embeddings(), _uses(model)
+    return {
+        path: tuple(cast(torch.Tensor, module.weight).shape)
+        for path, module in model.named_modules()
+        if isinstance(module, LINEAR)
+        # Of a weight with several uses peft would adapt one, but merging changes all; the head is taken at one's word.
+        and (with_head if module is head else uses[id(module.weight)] == 1)
+        and _multiplies(module)
+    }
+
+
+def _stacked_experts(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of one expert's matrix in parameters that stack those of all experts."""
+    uses = _uses(model)
+    return {
+        f"{path}.{name}": tuple(parameter.shape[1:])
+        for path, module in model.named_modules()
+        if "expert" in f"{path} {type(module).__name__}".lower() and not isinstance(module, LINEAR)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and uses[id(parameter)] == 1
+    }
+
+
+def _uses(model: PreTrainedModel) -> Counter[int]:
+    return Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
 
 @torch.no_grad()
 def _multiplies(module: Any) -> bool:
-    """Whether a layer gives its product, which an adapter's can be added to; some routers are layers and do not."""
+    """Return True if a layer returns only its product, to which an adapter's can be added; some routers do not."""
     if type(module).forward in [kind.forward for kind in LINEAR]:
         return True
-    width, out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+    width, outputs = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
     try:
-        found = module(module.weight.new_zeros(1, width))
-    except Exception:  # it wants something else
+        product = module(module.weight.new_zeros(1, width))
+    except Exception:  # a forward pass with other inputs
         return False
-    return isinstance(found, torch.Tensor) and found.shape == (1, out)
+    return isinstance(product, torch.Tensor) and product.shape == (1, outputs)
 
 
-def _refused(model: PreTrainedModel, name: str) -> bool:
-    """Whether peft refuses a layer: kernels of state-space models read the weights of some themselves."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+def _names_for_peft(model: PreTrainedModel, layers: list[str]) -> tuple[list[str], list[str]]:
+    """Split layers into those that peft adapts as modules and those that it adapts only as parameters.
 
-    try:
-        _check_lora_target_modules_mamba(LoraConfig(), model, _last(name))
-    except ValueError:
-        return True
-    return False
+    Layers that peft refuses are left out: kernels of state-space models read their weights directly. Some layers of
+    mixtures it takes for the experts of an older transformers and renames them, unless they are named as parameters.
+    This function alone uses private names of peft (checked with peft 0.21.2).
+    """
+    accepted = []
+    for path in layers:
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model, _last_name(path))
+        except ValueError:
+            continue
+        accepted.append(path)
+    config = LoraConfig(target_modules=list(accepted))
+    convert_peft_config_for_transformers(config, model, None)
+    kept = set(config.target_modules or ())
+    return [path for path in accepted if path in kept], [path for path in accepted if path not in kept]
 
 
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+def _last_name(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
-def _told(names: list[str]) -> str:
-    return ", ".join(sorted({".".join(name.split(".")[-2:]) for name in names}))
-
-
-def _for_peft(model: PreTrainedModel, layers: list[str]) -> tuple[list[str], list[str]]:
-    """The layers by name, and those by weight whose names peft takes for the experts' of an older transformers."""
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    taken = LoraConfig(target_modules=list(layers))
-    convert_peft_config_for_transformers(taken, model, None)
-    left = set(taken.target_modules or ())
-    return [name for name in layers if name in left], [f"{name}.weight" for name in layers if name not in left]
+def _short_names(paths: list[str]) -> str:
+    return ", ".join(sorted({".".join(path.split(".")[-2:]) for path in paths}))

@@ -6,16 +6,24 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-from ..checkpoint.locate import folder_of
 from ..choices import Dtype
 from ..errors import PrunerError
-from ..flags import Arguments, check_at_least, flag
+from ..flags import Arguments, check_at_least, check_combinations, flag
 
 DEFAULT_DATA = "yahma/alpaca-cleaned"
-POSITIVE = (
+ADAPTER_METHODS = ("lora", "dora")
+COUNTS = (
     *("batch_size", "micro_batch_size", "lora_r", "lora_alpha", "teacher_top"),
     *("eval_steps", "save_steps", "save_total_limit", "logging_steps"),
 )
+# Flags that cannot be given together, and why.
+EXCLUSIVE = (
+    (("packing",), ("group_by_length",), "packed windows have one length"),
+    (("teacher_cache",), ("distill_hidden",), "the cache holds probabilities, no hidden states"),
+    (("teacher_cache",), ("streaming",), "the teacher runs over all data before training"),
+)
+# Flags that need one of others.
+REQUIRES = (("streaming", ("max_steps",)),)
 
 
 @dataclass(kw_only=True)
@@ -114,48 +122,57 @@ class RecoverArguments(Arguments):
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag("none", "also log to", group="output")
     wandb_project: str | None = flag(None, "project of Weights & Biases; implies --report_to wandb", group="output")
 
+    @property
+    def distills(self) -> bool:
+        """True if a teacher's outputs are learnt."""
+        return self.teacher is not None or self.method == "distill"
+
+    @property
+    def logger(self) -> str:
+        """Value of ``--report_to``, which ``--wandb_project`` implies."""
+        return "wandb" if self.wandb_project else self.report_to
+
     def check(self) -> None:
-        """Refuse what cannot work before anything is loaded.
+        """Refuse what cannot work, before anything is loaded.
 
         Raises:
-            PrunerError: with the one line that the user reads.
+            PrunerError: flags exclude or need each other, a value is out of range, or a package is not installed.
         """
         if not self.model:
             raise PrunerError("--model is missing: give the folder of a pruned model")
-        self.model = folder_of(self.model)
-        check_at_least(self, 1, *POSITIVE)
-        check_at_least(
-            self, 0, "max_steps", "max_windows", "weight_decay", "distill_hidden", "val_set_size", "warmup_steps"
-        )
-        if self.batch_size % self.micro_batch_size:
+        check_combinations(self, EXCLUSIVE, REQUIRES)
+        if self.teacher_cache and not self.distills:
+            raise PrunerError("--teacher_cache needs --teacher or --method distill")
+        if self.merge and self.method not in ADAPTER_METHODS:
             raise PrunerError(
-                f"--batch_size {self.batch_size} is no multiple of --micro_batch_size {self.micro_batch_size}"
+                f"--merge is not valid with --method {self.method}: it merges the adapter of lora or dora"
             )
-        if not self.learning_rate > 0 or (not self.max_steps and not self.num_epochs > 0):
-            raise PrunerError("--learning_rate and --num_epochs are above 0")
-        if self.cutoff_len < 2:
-            raise PrunerError(f"--cutoff_len {self.cutoff_len} is out of range: give at least 2 tokens")
+        self._check_ranges()
+        self._check_packages()
+
+    def _check_ranges(self) -> None:
+        check_at_least(self, 1, *COUNTS)
+        check_at_least(self, 0, "max_steps", "max_windows", "weight_decay", "distill_hidden")
+        check_at_least(self, 0, "val_set_size", "warmup_steps")
+        check_at_least(self, 2, "cutoff_len")
+        for small, large in (("micro_batch_size", "batch_size"), ("eval_steps", "save_steps")):
+            if getattr(self, large) % getattr(self, small):
+                raise PrunerError(
+                    f"--{large} {getattr(self, large)} is not valid: give a multiple of --{small} "
+                    f"{getattr(self, small)}"
+                )
+        for name in ("learning_rate", "distill_temperature", *(() if self.max_steps else ("num_epochs",))):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise PrunerError(f"--{name} {getattr(self, name)} is out of range: give a number above 0")
         if not 0 <= self.lora_dropout < 1:
-            raise PrunerError(f"--lora_dropout {self.lora_dropout} is out of range: give a share below 1")
-        if not 0 <= self.distill_weight <= 1 or not self.distill_temperature > 0:
-            raise PrunerError("--distill_weight is between 0 and 1, --distill_temperature above 0")
-        if self.save_steps % self.eval_steps:
-            raise PrunerError(f"--save_steps {self.save_steps} is no multiple of --eval_steps {self.eval_steps}")
-        if self.packing and self.group_by_length:
-            raise PrunerError("--packing makes windows of one length: give no --group_by_length")
-        if self.streaming and not self.max_steps:
-            raise PrunerError("--streaming does not know how much data there is: give --max_steps")
-        if self.method == "distill" and self.teacher is None:
-            self.teacher = "auto"
-        if self.teacher_cache and self.teacher is None:
-            raise PrunerError("--teacher_cache goes with --teacher or --method distill")
-        if self.teacher_cache and (self.distill_hidden or self.streaming):
-            raise PrunerError("--teacher_cache keeps probabilities of data at hand: no --distill_hidden or --streaming")
-        if self.merge and self.method in ("full", "distill"):
-            raise PrunerError(f"--merge merges an adapter, and --method {self.method} trains the weights themselves")
-        if self.wandb_project:
-            self.report_to = "wandb"
-        packages: list[str] = [self.report_to] if self.report_to != "none" else []
+            raise PrunerError(f"--lora_dropout {self.lora_dropout} is out of range: give at least 0 and below 1")
+        if not 0 <= self.distill_weight <= 1:
+            raise PrunerError(f"--distill_weight {self.distill_weight} is out of range: give 0 to 1")
+        if not 0 <= self.seed < 2**32:
+            raise PrunerError(f"--seed {self.seed} is out of range: give 0 to 4294967295")
+
+    def _check_packages(self) -> None:
+        packages = [self.logger] if self.logger != "none" else []
         packages += ["bitsandbytes"] if "bnb" in self.optim or "8bit" in self.optim else []
         for package in packages:
             if find_spec(package) is None:

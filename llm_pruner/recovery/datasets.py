@@ -1,4 +1,4 @@
-"""The data of a recovery run: what it trains on, what it is validated on, and how examples become batches."""
+"""Data sets of a recovery run: training and validation examples, validation texts, and the collator."""
 
 from __future__ import annotations
 
@@ -13,77 +13,102 @@ from ..errors import PrunerError
 from ..evaluation.perplexity import check_length, windows
 from ..files import complete_folder, folder_lock
 from ..logs import log
-from .arguments import DEFAULT_DATA, RecoverArguments
-from .tokenize import Format, fingerprint, rows, tokenized
+from .arguments import DEFAULT_DATA
+from .rows import read_rows
+from .settings import DataSettings
+from .tokenize import ExampleFormat, fingerprint, tokenize
 
-WINDOW = 128  # tokens of a window of --extra_val_dataset, as LLM-Pruner has it
+WINDOW = 128  # tokens of a window of --extra_val_dataset, as in LLM-Pruner
 CACHE = Path("datasets/cache")
+SPLIT_SEED = 42  # LLM-Pruner's: the same examples are held out whatever --seed is
 
 
-def training_data(args: RecoverArguments, tokenizer: PreTrainedTokenizerBase, form: Format) -> tuple[Any, Any]:
-    """Training and validation examples; these None where there are to be none."""
+def training_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, form: ExampleFormat) -> tuple[Any, Any]:
+    """Return training and validation examples; no validation examples (None) if their number is 0.
+
+    Raises:
+        PrunerError: a source cannot be read or has malformed rows, or validation leaves nothing to train on.
+    """
     import datasets
 
-    sources = args.data_path or [DEFAULT_DATA]
-    if not args.data_path:
-        try:
-            rows(DEFAULT_DATA, args.streaming)
-        except PrunerError:
-            log.info("%s is out of reach: training on %s", DEFAULT_DATA, EMBEDDED_TEXT)
-            sources = [EMBEDDED_TEXT]
-    parts = [_part(source, args, tokenizer, form) for source in sources]
-    if args.streaming:
-        found = datasets.interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
-        held_out = 100 if args.val_set_size is None else args.val_set_size
-        validation = datasets.Dataset.from_list(list(found.take(held_out))) if held_out else None
-        # Shuffled last: what is held out stays out, however often the data is gone through.
-        return found.skip(held_out).shuffle(seed=args.seed, buffer_size=1000), validation
-    found = datasets.concatenate_datasets(parts)
-    in_memory = not found.cache_files
-    held_out = min(2000, len(found) // 20) if args.val_set_size is None else args.val_set_size
-    if held_out >= len(found):
-        raise PrunerError(f"--val_set_size {held_out} leaves nothing of {len(found)} examples to train on")
-    if not held_out:
-        return found.shuffle(seed=42, keep_in_memory=in_memory), None
-    split = found.train_test_split(test_size=held_out, shuffle=True, seed=42, keep_in_memory=in_memory)
-    log.info("%d examples to train on, %d to validate", len(split["train"]), held_out)
+    parts = [_tokenize_source(source, data, tokenizer, form) for source in _reachable_sources(data)]
+    if data.streaming:
+        stream = datasets.interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
+        size = 100 if data.validation_size is None else data.validation_size
+        held_out = datasets.Dataset.from_list(list(stream.take(size))) if size else None
+        # Shuffled last: held-out examples stay out in every pass over the data.
+        return stream.skip(size).shuffle(seed=data.seed, buffer_size=1000), held_out
+    examples = datasets.concatenate_datasets(parts)
+    in_memory = not examples.cache_files
+    size = min(2000, len(examples) // 20) if data.validation_size is None else data.validation_size
+    if size >= len(examples):
+        raise PrunerError(f"--val_set_size {size} leaves nothing of {len(examples)} examples to train on: give less")
+    if not size:
+        return examples.shuffle(seed=SPLIT_SEED, keep_in_memory=in_memory), None
+    split = examples.train_test_split(test_size=size, shuffle=True, seed=SPLIT_SEED, keep_in_memory=in_memory)
+    log.info("%d examples to train on, %d to validate", len(split["train"]), size)
     return split["train"], split["test"]
 
 
-def _part(source: str, args: RecoverArguments, tokenizer: PreTrainedTokenizerBase, form: Format) -> Any:
+def _reachable_sources(data: DataSettings) -> tuple[str, ...]:
+    if data.sources:
+        return data.sources
+    try:
+        read_rows(DEFAULT_DATA, data.streaming)
+    except PrunerError:
+        log.info("%s cannot be reached: training on %s", DEFAULT_DATA, EMBEDDED_TEXT)
+        return (EMBEDDED_TEXT,)
+    return (DEFAULT_DATA,)
+
+
+def _tokenize_source(source: str, data: DataSettings, tokenizer: PreTrainedTokenizerBase, form: ExampleFormat) -> Any:
     import datasets
 
-    if not args.cache_dataset or args.streaming:
-        return _typed(tokenized(rows(source, args.streaming), tokenizer, form, source))
+    if not data.cache or data.streaming:
+        return _as_int64(tokenize(read_rows(source, data.streaming), tokenizer, form, source))
     folder = CACHE / fingerprint(source, tokenizer, form)
-    with folder_lock(CACHE.parent, folder.name):  # others that want the same wait for it
+    with folder_lock(CACHE.parent, folder.name):  # a second process waits and reads the first one's
         if not folder.is_dir():
             with complete_folder(folder, owned_if="dataset_info.json") as temporary:
-                _typed(tokenized(rows(source), tokenizer, form, source)).save_to_disk(str(temporary))
+                _as_int64(tokenize(read_rows(source), tokenizer, form, source)).save_to_disk(str(temporary))
     log.info("tokenized data of %s: %s", source, folder)
     return datasets.load_from_disk(str(folder))
 
 
-def _typed(data: Any) -> Any:
+def _as_int64(examples: Any) -> Any:
+    """Give examples of all sources the same column types, which concatenating them demands."""
     import datasets
 
     ids = datasets.List(datasets.Value("int64"))
-    return data.cast(datasets.Features({"input_ids": ids, "labels": ids}))
+    return examples.cast(datasets.Features({"input_ids": ids, "labels": ids}))
 
 
-def text_set(name: str, args: RecoverArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+def validation_windows(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_windows: int | None = None
+) -> Any:
+    """Return windows of a held-out text as a data set; an encoder-decoder reads one half and writes the other.
+
+    Raises:
+        PrunerError: the text cannot be read or is too short, or the model reads fewer tokens at once.
+    """
     import datasets
 
     check_length(model, WINDOW)
-    ids = windows(tokenizer, text(name, "test"), WINDOW, args.max_windows or None)
+    ids = windows(tokenizer, text(name, "test"), WINDOW, max_windows)
     inputs, labels = (ids[:, : WINDOW // 2], ids[:, WINDOW // 2 :]) if model.config.is_encoder_decoder else (ids, ids)
     return datasets.Dataset.from_dict({"input_ids": inputs.tolist(), "labels": labels.tolist()})
 
 
-def collator(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> DataCollatorForSeq2Seq:
-    padding = copy.deepcopy(tokenizer)  # the tokenizer is saved as it came
+def predicted_tokens(examples: Any) -> int:
+    """Count the tokens of validation windows that have a loss: of a decoder's window all but the first."""
+    return sum(len(row) - (len(row) == WINDOW) for row in examples["labels"])
+
+
+def padding_collator(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> DataCollatorForSeq2Seq:
+    """Return a collator that pads on the right, with a padding token even if the tokenizer has none."""
+    padding = copy.deepcopy(tokenizer)  # the tokenizer is saved unchanged
     if padding.pad_token_id is None:
         padding.pad_token = padding.eos_token or padding.convert_ids_to_tokens(0)
     padding.padding_side = "right"
-    of = model if model.config.is_encoder_decoder else None
-    return DataCollatorForSeq2Seq(padding, model=of, pad_to_multiple_of=8, return_tensors="pt", padding=True)
+    decoder = model if model.config.is_encoder_decoder else None
+    return DataCollatorForSeq2Seq(padding, model=decoder, pad_to_multiple_of=8, return_tensors="pt", padding=True)

@@ -1,358 +1,301 @@
-"""The recovery run behind ``post_training.py`` and ``llm-pruner recover``: load, train, measure, save."""
+"""The recovery run of ``post_training.py`` and ``llm-pruner recover``: load, train, measure, save."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..checkpoint.config import load_config
-from ..checkpoint.load import DTYPES, load, load_with_tokenizer
+from ..checkpoint.load import load, load_with_tokenizer
 from ..checkpoint.locate import PLAN_FILE, identity, is_adapter, locate
-from ..checkpoint.save import write_checkpoint
 from ..errors import PrunerError
 from ..evaluation.perplexity import check_length
-from ..files import complete_folder, digest, file_lock, same_folder, sync_folder
+from ..files import digest, file_lock, same_folder
 from ..logs import log, logging_to
 from ..models.skeleton import parameter_count
 from ..provenance import provenance
 from ..selection.plan import PruningPlan
 from ..version import __version__
-from .adapters import trainable
-from .arguments import DEFAULT_DATA, RecoverArguments
-from .callbacks import Curves, Progress
-from .datasets import WINDOW, collator, text_set, training_data
-from .distill import Collator, Teacher, answers
-from .tokenize import Format, fingerprint
+from .adapters import make_trainable
+from .arguments import RecoverArguments
+from .callbacks import CurveWriter, ThroughputBar
+from .datasets import WINDOW, padding_collator, predicted_tokens, training_data, validation_windows
+from .distill import DistillationCollator, Teacher, cache_teacher
+from .saving import CONFIGS, METRICS_FILE, TEMPORARY, save_recovered
+from .settings import ModelSettings, OutputSettings, RecoverySettings, TeacherSettings, resolve_settings
+from .tokenize import ExampleFormat, fingerprint
 from .trainer import PARTIAL, RecoveryTrainer, newest_checkpoint
+from .training_arguments import VALIDATION, training_arguments
 
-VALIDATION = "validation"
-CONFIGS = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json")
-FINAL = ".final-"  # prefix of the folder where what was trained is written first
-LOG_FILE, METRICS_FILE = "recovery.log", "recovery.json"
+LOG_FILE = "recovery.log"
 
 
-def recover(args: RecoverArguments) -> Path:
-    """Run what the arguments say; returns the output folder.
+def recover(arguments: RecoverArguments) -> Path:
+    """Train a pruned model to regain its quality; return the output folder.
 
-    It holds the adapter in peft's format (or the model, with ``--method full`` or ``distill``), the tokenizer,
+    The folder holds the adapter in peft's format (or the model, with ``--method full`` or ``distill``), the tokenizer,
     ``recovery.json``, ``curves.json``, ``curves.png``, checkpoints, and with ``--merge`` the merged model.
 
     Raises:
-        PrunerError: bad arguments or anything else that the user can mend.
+        PrunerError: a flag is not valid, or a model, teacher, data set or folder cannot be used.
     """
-    args.check()
-    plan = _plan(args)
-    folder = Path(args.output)
-    if same_folder(folder, args.model):
-        raise PrunerError(f"{folder} is the model to be trained: give another --output")
-    if any((folder / name).exists() for name in CONFIGS[:2]) and not (folder / METRICS_FILE).exists():
-        raise PrunerError(f"{folder} holds a model that no run of recover wrote: give another --output")
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
+    settings = resolve_settings(arguments)
+    plan = _load_plan(settings.model.name)
+    folder = settings.output.folder
+    _check_folder(folder, settings.model.name)
     try:
-        with file_lock(folder / LOG_FILE, wait=False) if first else nullcontext(folder) as alone:
-            if alone is None:
+        with file_lock(folder / LOG_FILE, wait=False) if _is_main_process() else nullcontext(folder) as lock:
+            if lock is None:
                 raise PrunerError(f"another process is training in {folder}: wait for it, or give another --output")
-            with logging_to(folder / LOG_FILE, quiet=not first):
+            with logging_to(folder / LOG_FILE, quiet=not _is_main_process()):
                 log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
-                _run(args, plan, folder)
+                _run(settings, plan, asdict(arguments))
     except OSError as error:
         raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error
     return folder
 
 
-def _run(args: RecoverArguments, plan: PruningPlan, folder: Path) -> None:
-    set_seed(args.seed)
-    resume = _resume(args)
-    model, tokenizer = load_with_tokenizer(args.model, _weights(args), "cpu", args.trust_remote_code)
-    check_length(model, args.cutoff_len)
-    form = Format(
-        args.cutoff_len,
-        None if args.no_instruction else args.prompt_template_name,
-        args.train_on_inputs,
-        args.add_eos_token,
-        bool(model.config.is_encoder_decoder),
-        args.objective,
-        args.seed,
-        args.packing,
-    )
-    if args.objective != "causal" and not form.encoder_decoder:
-        raise PrunerError(f"--objective {args.objective} is for encoder-decoders, {args.model} is a decoder: causal")
-    train, validation = training_data(args, tokenizer, form)
-    teacher = _teacher(args, plan, model)
-    collate = Collator(collator(tokenizer, model))
-    if teacher is not None and args.teacher_cache:
-        train = _cache_teacher(args, identity(_teacher_name(args, plan)), teacher, train, collate, tokenizer, form)
-        teacher.model = None
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate
+
+
+def _check_folder(folder: Path, model: str) -> None:
+    if same_folder(folder, model):
+        raise PrunerError(f"{folder} is the model to be trained: give another --output")
+    if any((folder / name).exists() for name in CONFIGS[:2]) and not (folder / METRICS_FILE).exists():
+        raise PrunerError(f"{folder} holds a model that no run of recover wrote: give another --output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """Training examples, and the texts and all sets to validate on, by name."""
+
+    train: Any
+    texts: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+def _run(settings: RecoverySettings, plan: PruningPlan, flags: dict[str, Any]) -> None:
+    set_seed(settings.seed)
+    checkpoint = _find_checkpoint(settings.output)
+    model, tokenizer = _load_model(settings.model)
+    form = _example_format(settings, model)
+    train, validation = training_data(settings.data, tokenizer, form)
+    collate = DistillationCollator(padding_collator(tokenizer, model))
+    teacher = None
+    if settings.teacher is not None:
+        teacher, train = _prepare_teacher(settings, plan, model, train=train, collate=collate, tokenizer=tokenizer)
     parameters = parameter_count(model)
-    student = trainable(args, model)
-    texts = {name: text_set(name, args, model, tokenizer) for name in args.extra_val_dataset}
-    evaluation = texts | ({VALIDATION: validation} if validation is not None else {})
-    trainer = RecoveryTrainer(
-        model=student,
-        args=_training_arguments(args, train, evaluation),
-        train_dataset=train,
-        eval_dataset=evaluation or None,
-        data_collator=collate,
-        callbacks=[Curves()],
-        teacher=teacher,
-    )
-    for shown in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(shown)
-    trainer.add_callback(Progress())
+    if settings.adapter is not None and settings.training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    student = make_trainable(model, settings.adapter)
+    texts = {
+        name: validation_windows(name, model, tokenizer, settings.data.max_windows)
+        for name in settings.data.validation_texts
+    }
+    data = _Data(train=train, texts=texts, evaluation=texts | ({} if validation is None else {VALIDATION: validation}))
+    trainer = _make_trainer(settings, student, data, collate=collate, teacher=teacher)
+    _start_wandb(settings.output)
     start = time.perf_counter()
-    outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
-    final = trainer.evaluate() if evaluation else {}
-    parts = None
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # every process has some, and has to hand it over
-        parts = trainer.accelerator.get_state_dict(trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model)
+    final = trainer.evaluate() if data.evaluation else {}
+    trained = _gather_weights(trainer, settings)
     if trainer.is_world_process_zero():
-        metrics = {
-            "method": args.method,
+        record = {
+            "method": settings.method,
             "steps": outcome.global_step,
             "seconds": round(seconds, 1),
-            "tokens": trainer.state.num_input_tokens_seen,
             "training_loss": outcome.training_loss,
+            **_measurements(trainer, data, final),
             "trained_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
-            "losses": {name: _losses(trainer.state.log_history, final, name) for name in evaluation},
-            "texts": {name: {"tokens": _predicted(t), "seq_len": WINDOW} for name, t in texts.items()},
             "parameters": parameters,
-            "arguments": asdict(args),
-            **provenance(args.seed),
+            "arguments": flags,
+            **provenance(settings.seed),
         }
-        trained = trainer.accelerator.unwrap_model(trainer.model) if parts is None else _whole(args, parts)
-        _save(args, trained, tokenizer, plan, folder, metrics)
-        for name, losses in metrics["losses"].items():
-            first, last = (f"{math.exp(min(x, 700)):.2f}" if x is not None else "?" for x in losses)
-            log.info("perplexity on %s: %s -> %s", name, first, last)
-        log.info("recovered in %.0f s, %d steps: %s", seconds, outcome.global_step, folder)
+        save_recovered(trained, tokenizer, plan, settings=settings, record=record)
+        _log_result(record, settings.output.folder)
     trainer.accelerator.wait_for_everyone()
 
 
-def _whole(args: RecoverArguments, state: dict[str, torch.Tensor]) -> Any:
-    """An ordinary model with the weights of one that lies in parts on several processes."""
-    model, _ = load(args.model, _weights(args), "cpu", args.trust_remote_code)
-    student = trainable(args, model)
+def _load_model(model: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_with_tokenizer(model.name, model.weights, "cpu", model.trust_remote_code)
+
+
+def _example_format(settings: RecoverySettings, model: PreTrainedModel) -> ExampleFormat:
+    form = replace(settings.data.form, encoder_decoder=bool(model.config.is_encoder_decoder))
+    check_length(model, form.cutoff_len)
+    if form.objective != "causal" and not form.encoder_decoder:
+        raise PrunerError(
+            f"--objective {form.objective} is for encoder-decoders, and {settings.model.name} is a decoder: give causal"
+        )
+    return form
+
+
+def _make_trainer(
+    settings: RecoverySettings,
+    student: Any,
+    data: _Data,
+    *,
+    collate: DistillationCollator,
+    teacher: Teacher | None,
+) -> RecoveryTrainer:
+    examples = None if settings.data.streaming else len(data.train)
+    trainer = RecoveryTrainer(
+        model=student,
+        args=training_arguments(settings, examples, data.evaluation),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation or None,
+        data_collator=collate,
+        callbacks=[CurveWriter()],
+        teacher=teacher,
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ThroughputBar())
+    return trainer
+
+
+def _start_wandb(output: OutputSettings) -> None:
+    """Start a run of Weights & Biases, which the Trainer then logs to; it takes the project from the environment."""
+    if output.wandb_project and _is_main_process():
+        import wandb
+
+        wandb.init(project=output.wandb_project, name=output.folder.name)
+
+
+def _gather_weights(trainer: RecoveryTrainer, settings: RecoverySettings) -> Any:
+    """Return the trained model with whole weights; every process must call this, since each may hold a part."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model)
+    if not trainer.is_world_process_zero():
+        return None
+    student = make_trainable(_load_model(settings.model)[0], settings.adapter)
     student.load_state_dict(state)
     return student
 
 
-def _plan(args: RecoverArguments) -> PruningPlan:
-    """The plan by which the model was pruned, from its folder or its repository on the hub."""
-    path, _ = locate(args.model)
-    file = Path(path) / PLAN_FILE
-    if Path(path).is_dir():
-        if is_adapter(path):
-            raise PrunerError(f"{path} holds an adapter, no pruned model: give the folder that pruning wrote")
-        if not file.is_file():
-            raise PrunerError(f"{path} is not a pruned model: it has no {PLAN_FILE}")
-        return PruningPlan.load(file)
-    try:
-        return PruningPlan.load(hf_hub_download(path, PLAN_FILE))
-    except Exception as error:  # the hub raises whatever it raises
-        why = " ".join(str(error).split())[:160]
-        raise PrunerError(
-            f"there is no pruned model {args.model}: no such folder here, and on the hub no {PLAN_FILE} of that "
-            f"name ({type(error).__name__}: {why})"
-        ) from error
+def _measurements(trainer: RecoveryTrainer, data: _Data, final: dict[str, float]) -> dict[str, Any]:
+    return {
+        "tokens": trainer.state.num_input_tokens_seen,
+        "losses": {name: _first_and_last_loss(trainer.state.log_history, final, name) for name in data.evaluation},
+        "texts": {
+            name: {"tokens": predicted_tokens(examples), "seq_len": WINDOW} for name, examples in data.texts.items()
+        },
+    }
 
 
-def _resume(args: RecoverArguments) -> Path | None:
-    """The checkpoint to go on from; what an interrupted run left half-written is removed."""
-    folder = Path(args.output)
-    if os.environ.get("RANK", "0") == "0":
-        for left in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{FINAL}*")]:
-            shutil.rmtree(left, ignore_errors=True)
-    newest = newest_checkpoint(folder)
-    if args.resume_from_checkpoint is None:
-        if newest is not None:
-            raise PrunerError(
-                f"{folder} holds checkpoints of an earlier run: add --resume_from_checkpoint auto, or give another "
-                "--output"
-            )
-        return None
-    if args.resume_from_checkpoint == "auto":
-        if newest is not None:
-            log.info("going on from %s", newest)
-        return newest
-    given = Path(args.resume_from_checkpoint)
-    if not (given / "trainer_state.json").is_file():
-        raise PrunerError(f"{given} is no checkpoint: give one of {folder}, or auto")
-    return given
-
-
-def _compute(args: RecoverArguments) -> torch.dtype:
-    asked = DTYPES[args.dtype]
-    if isinstance(asked, torch.dtype):
-        return asked
-    if not args.device.startswith("cuda"):
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def _weights(args: RecoverArguments) -> torch.dtype:
-    """Of the model's weights: narrow where they are frozen, wide where they are trained."""
-    frozen = args.method in ("lora", "dora") and args.device.startswith("cuda")
-    return _compute(args) if frozen else torch.float32
-
-
-def _teacher(args: RecoverArguments, plan: PruningPlan, model: PreTrainedModel) -> Teacher | None:
-    if args.teacher is None:
-        return None
-    name = _teacher_name(args, plan)
-    dtype = _compute(args) if args.teacher_device.startswith("cuda") else torch.float32
-    found, _ = load(name, dtype, args.teacher_device, args.trust_remote_code)
-    found.requires_grad_(False)
-    teacher = Teacher(found, args.distill_weight, args.distill_temperature, args.distill_hidden)
-    teacher.check(model)
-    return teacher
-
-
-def _teacher_name(args: RecoverArguments, plan: PruningPlan) -> str:
-    name = str(plan.settings.get("base_model", "")) if args.teacher == "auto" else str(args.teacher)
-    if not name:
-        raise PrunerError("the plan does not say which model was pruned: give it as --teacher")
-    return name
-
-
-def _cache_teacher(
-    args: RecoverArguments,
-    who: list[Any],
-    teacher: Teacher,
-    data: Any,
-    collate: Collator,
-    tokenizer: PreTrainedTokenizerBase,
-    form: Format,
-) -> Any:
-    """The data with the teacher's answers, from ``--teacher_cache`` or into it."""
-    from accelerate import PartialState
-
-    assert teacher.model is not None
-    told = [fingerprint(",".join(args.data_path) or DEFAULT_DATA, tokenizer, form), data._fingerprint, who]
-    told += [args.teacher_top, args.distill_temperature]
-    file = Path(str(args.teacher_cache)) / f"{digest(told)}.arrow"
-    with PartialState().main_process_first():
-        return answers(data, teacher.model, collate, args.teacher_top, args.distill_temperature, file)
-
-
-def _training_arguments(args: RecoverArguments, train: Any, evaluation: dict[str, Any]) -> TrainingArguments:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.batch_size % (args.micro_batch_size * processes):
-        raise PrunerError(
-            f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} times "
-            f"{processes} processes"
-        )
-    steps = args.max_steps or math.ceil(math.ceil(len(train) / args.batch_size) * args.num_epochs)
-    if args.wandb_project:
-        os.environ["WANDB_PROJECT"] = args.wandb_project
-    compute = _compute(args)
-    best = VALIDATION in evaluation and (steps >= args.save_steps)
-    settings = TrainingArguments(
-        output_dir=args.output,
-        per_device_train_batch_size=args.micro_batch_size,
-        per_device_eval_batch_size=args.micro_batch_size,
-        gradient_accumulation_steps=args.batch_size // args.micro_batch_size // processes,
-        num_train_epochs=args.num_epochs,
-        max_steps=args.max_steps or -1,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=min(100, steps // 10) if args.warmup_steps is None else args.warmup_steps,
-        weight_decay=args.weight_decay,
-        optim=args.optim,
-        bf16=compute is torch.bfloat16,
-        fp16=compute is torch.float16,
-        gradient_checkpointing=args.gradient_checkpointing or None,
-        log_level="error",
-        train_sampling_strategy="group_by_length" if args.group_by_length else "random",
-        logging_steps=args.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
-        eval_strategy="steps" if evaluation else "no",
-        eval_steps=args.eval_steps,
-        eval_on_start=bool(evaluation),
-        prediction_loss_only=True,
-        save_strategy="steps",
-        save_steps=args.save_steps,
-        save_total_limit=args.save_total_limit,
-        load_best_model_at_end=best,
-        metric_for_best_model=f"eval_{VALIDATION}_loss" if best else None,
-        greater_is_better=False if best else None,
-        report_to=args.report_to,
-        run_name=Path(args.output).name,
-        project=args.wandb_project or "huggingface",
-        remove_unused_columns=False,
-        use_cpu=args.device == "cpu",
-        seed=args.seed,
-        data_seed=args.seed,
-    )
-    settings._n_gpu = min(settings.n_gpu, 1)  # several GPUs are for several processes, not for DataParallel
-    return settings
-
-
-def _predicted(windows: Any) -> int:
-    """Tokens that a loss is taken of: of a decoder's window all but the first."""
-    return sum(len(row) - (len(row) == WINDOW) for row in windows["labels"])
-
-
-def _losses(history: list[dict[str, Any]], final: dict[str, float], name: str) -> list[float | None]:
-    """The first and the last loss of a validation set."""
+def _first_and_last_loss(history: list[dict[str, Any]], final: dict[str, float], name: str) -> list[float | None]:
     key = f"eval_{name}_loss"
     return [next((entry[key] for entry in history if key in entry), None), final.get(key)]
 
 
-def _in_order(file: Path) -> None:
-    """peft writes sets as they come; equal runs are to leave equal files."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config = {
-        name: sorted(v) if name.startswith("target_") and isinstance(v, list) else v for name, v in config.items()
-    }
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _log_result(record: dict[str, Any], folder: Path) -> None:
+    for name, losses in record["losses"].items():
+        first, last = (f"{math.exp(min(loss, 700)):.2f}" if loss is not None else "?" for loss in losses)
+        log.info("perplexity on %s: %s -> %s", name, first, last)
+    log.info("recovered in %.0f s, %d steps: %s", record["seconds"], record["steps"], folder)
 
 
-def _save(
-    args: RecoverArguments,
-    student: Any,
-    tokenizer: PreTrainedTokenizerBase,
+def _load_plan(model: str) -> PruningPlan:
+    """Load the plan of a pruned model from its folder or its repository on the hub."""
+    path, _ = locate(model)
+    file = Path(path) / PLAN_FILE
+    if Path(path).is_dir():
+        if is_adapter(path):
+            raise PrunerError(f"--model {path} holds an adapter: give the folder that pruning wrote")
+        if not file.is_file():
+            raise PrunerError(f"--model {path} is not a pruned model: it has no {PLAN_FILE}")
+        return PruningPlan.load(file)
+    try:
+        return PruningPlan.load(hf_hub_download(path, PLAN_FILE))
+    except Exception as error:  # the hub client raises many kinds; the user needs one line
+        why = " ".join(str(error).split())[:160]
+        raise PrunerError(
+            f"there is no pruned model {model}: no such folder exists, and on the hub no {PLAN_FILE} of that name "
+            f"({type(error).__name__}: {why})"
+        ) from error
+
+
+def _find_checkpoint(output: OutputSettings) -> Path | None:
+    """Return the checkpoint to resume from, and remove what an interrupted run left half-written."""
+    if _is_main_process():
+        for leftover in [*output.folder.glob(f"{PARTIAL}*"), *output.folder.glob(f"{TEMPORARY}*")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+    newest = newest_checkpoint(output.folder)
+    if output.resume is None:
+        if newest is not None:
+            raise PrunerError(
+                f"{output.folder} holds checkpoints of an earlier run: add --resume_from_checkpoint auto, or give "
+                "another --output"
+            )
+        return None
+    if output.resume == "auto":
+        if newest is not None:
+            log.info("resuming from %s", newest)
+        return newest
+    checkpoint = Path(output.resume)
+    if not (checkpoint / "trainer_state.json").is_file():
+        raise PrunerError(
+            f"--resume_from_checkpoint {checkpoint} is not a checkpoint: give one of {output.folder}, or auto"
+        )
+    return checkpoint
+
+
+def _prepare_teacher(
+    settings: RecoverySettings,
     plan: PruningPlan,
-    folder: Path,
-    metrics: dict[str, Any],
-) -> None:
-    """Write what was trained: first beside, then moved into the output folder, which checkpoints share."""
-    stored = load_config(args.model, args.trust_remote_code).dtype or torch.float32
-    with tempfile.TemporaryDirectory(prefix=FINAL, dir=folder) as made:
-        temporary = Path(made)
-        student.config.use_cache = True
-        if args.method in ("lora", "dora"):
-            student.save_pretrained(temporary)
-            (temporary / "README.md").unlink(missing_ok=True)  # peft's, an empty form
-            _in_order(temporary / "adapter_config.json")
-            tokenizer.save_pretrained(temporary)
-        else:
-            write_checkpoint(student.to(stored), tokenizer, temporary, plan, cut=True)
-        (temporary / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-        sync_folder(temporary)
-        for name in CONFIGS:  # without one there is no model, until the last is there again
-            (folder / name).unlink(missing_ok=True)
-        for file in sorted(temporary.iterdir(), key=lambda f: f.name in CONFIGS):
-            file.chmod(0o644)
-            os.replace(file, folder / file.name)
-    if args.merge:
-        with complete_folder(folder / "merged", owned_if="config.json") as temporary:
-            merged = student.merge_and_unload(safe_merge=True)
-            write_checkpoint(merged.to(stored), tokenizer, temporary, plan, cut=True)
+    model: PreTrainedModel,
+    *,
+    train: Any,
+    collate: DistillationCollator,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Teacher, Any]:
+    """Return the teacher and the training examples, which hold its outputs if these are cached."""
+    assert settings.teacher is not None
+    name = _teacher_name(settings.teacher, plan)
+    teacher = _load_teacher(settings.teacher, name, settings.model.trust_remote_code)
+    teacher.check(model)
+    if settings.teacher.cache is None:
+        return teacher, train
+    from accelerate import PartialState
+
+    assert teacher.model is not None
+    form = _example_format(settings, model)
+    key: list[Any] = [fingerprint(settings.data.name, tokenizer, form), _content_hash(train), identity(name)]
+    key += [settings.teacher.top, settings.teacher.temperature]
+    file = settings.teacher.cache / f"{digest(key)}.arrow"
+    with PartialState().main_process_first():
+        train = cache_teacher(
+            train, teacher.model, collate, file, top=settings.teacher.top, temperature=settings.teacher.temperature
+        )
+    return replace(teacher, model=None), train
+
+
+def _content_hash(examples: Any) -> str:
+    """Return the hash by which ``datasets`` caches what it makes of a data set (private; checked with datasets 5.2)."""
+    return str(examples._fingerprint)
+
+
+def _teacher_name(teacher: TeacherSettings, plan: PruningPlan) -> str:
+    name = teacher.name or str(plan.settings.get("base_model", ""))
+    if not name:
+        raise PrunerError("the plan does not name the unpruned model: give it as --teacher")
+    return name
+
+
+def _load_teacher(teacher: TeacherSettings, name: str, trust_remote_code: bool) -> Teacher:
+    model, _ = load(name, teacher.dtype, teacher.device, trust_remote_code)
+    return Teacher(model.requires_grad_(False), teacher.weight, teacher.temperature, teacher.hidden)

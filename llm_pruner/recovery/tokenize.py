@@ -1,9 +1,7 @@
-"""Training data: what a data set's rows say, and how they become token ids and labels.
+"""Examples for training: rows of a data set as token ids and labels.
 
-Four kinds of rows are known by their columns: chats (``messages`` or ``conversations``), instructions (``instruction``,
-perhaps ``input``, and ``output`` or ``response``), pairs (``prompt`` and ``completion`` or ``response``) and plain
-text. Of the first three only the answers are learnt. Text is packed into windows without padding, and so are the others
-where that is asked for.
+Labels of prompts are ignored, so that only answers are learnt; of plain text all is learnt. Text is packed into windows
+without padding, and with ``packing`` so are chats, instructions and pairs.
 """
 
 from __future__ import annotations
@@ -16,38 +14,30 @@ from typing import Any, cast
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..data import EMBEDDED_TEXT, HUB, documents
 from ..errors import PrunerError
 from ..files import digest
 from ..logs import log
-from .objectives import Example, Vocabulary, denoised
-from .prompts import plain, prompt
+from .objectives import Example, Vocabulary, denoise
+from .prompts import Prompt, plain_prompt, prompt_template
+from .rows import ANSWERS, QUESTIONS, TEXTS, Record, RowKind, read_messages, read_text, reading, row_columns, row_kind
 
-AT_ONCE = 200_000  # documents of a hub text that are read without --streaming, at most
-IGNORED = -100  # labels that no loss is taken of
-TEXTS = ("text", "content", "sentence")
-ANSWERS = ("output", "response", "completion", "answer", "chosen")
-CHATS = ("messages", "conversations")
-FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-Record = dict[str, Any]
+IGNORED = -100  # label of tokens that are not learnt; the losses of torch and transformers skip it
 
 
-@dataclass(frozen=True)
-class Format:
-    """How rows are told and what of them is learnt.
+@dataclass(frozen=True, kw_only=True)
+class ExampleFormat:
+    """How rows become examples.
 
     Attributes:
         cutoff_len: tokens of an example at most, and of a packed window exactly.
-        template: of an instruction, see :mod:`llm_pruner.recovery.prompts`; None for no template.
+        template: prompt template, see :mod:`llm_pruner.recovery.prompts`; None for no template.
         train_on_inputs: learn the prompts too.
         add_eos_token: count the end-of-text token of a prompt tokenized on its own, as LLM-Pruner's flag does.
         encoder_decoder: prompts go to the encoder, answers to the decoder.
-        objective: what an encoder-decoder makes of text, see :mod:`llm_pruner.recovery.objectives`; with ``causal`` it
-            reads the first half of a window and writes the second.
+        objective: how an encoder-decoder learns from text, see :mod:`llm_pruner.recovery.objectives`; with ``causal``
+            the encoder reads the first half of a window and the decoder writes the second.
         seed: of the denoisers.
-        packing: put answered prompts one after the other into windows of ``cutoff_len`` tokens, instead of each into an
-            example of its own.
+        packing: join answered prompts into windows of ``cutoff_len`` tokens instead of one example each.
     """
 
     cutoff_len: int = 256
@@ -60,136 +50,82 @@ class Format:
     packing: bool = False
 
     @property
-    def longest(self) -> int | None:
-        """Tokens of an answered prompt at most; one that goes on in the next window is cut nowhere."""
+    def max_tokens(self) -> int | None:
+        """Tokens of an answered prompt at most; packing cuts none, since a prompt continues in the next window."""
         return None if self.packing else self.cutoff_len
 
 
-def rows(source: str, streaming: bool = False) -> Any:
-    """A data set's training rows, as a ``datasets.Dataset`` (an ``IterableDataset`` when streaming).
+def tokenize(data: Any, tokenizer: PreTrainedTokenizerBase, form: ExampleFormat, source: str) -> Any:
+    """Return a data set of ``input_ids`` and ``labels``, lists of at most ``cutoff_len`` token ids.
+
+    Rows without an answer, or whose prompt alone fills ``cutoff_len``, are left out.
 
     Args:
-        source: ``python-docs``, a text by name (``wikitext2``, ``ptb``, ``c4``, ``bookcorpus``), a local ``.json``,
-            ``.jsonl``, ``.parquet``, ``.csv`` or ``.txt`` file, or a data set on the hub.
+        source: name of the data set, for messages.
 
     Raises:
-        PrunerError: it cannot be read, or is empty.
-    """
-    import datasets
-
-    path = Path(source).expanduser()
-    if source in HUB or source == EMBEDDED_TEXT or (path.suffix == ".txt" and path.is_file()):
-        if streaming:
-            return datasets.IterableDataset.from_generator(_texts, gen_kwargs={"source": source})
-        texts = list(documents(source, "train", AT_ONCE))
-        if source in HUB and len(texts) == AT_ONCE:
-            log.info("%s: the first %d documents; --streaming reads on", source, AT_ONCE)
-        return datasets.Dataset.from_dict({"text": texts})
-    try:
-        if path.is_file():
-            if path.suffix not in FILES:
-                raise PrunerError(f"cannot read {source}: give a {', '.join(FILES)} or .txt file")
-            found = datasets.load_dataset(FILES[path.suffix], data_files=str(path), split="train", streaming=streaming)
-        elif path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
-            raise PrunerError(f"there is no data file {source}")
-        else:
-            found = datasets.load_dataset(source, split="train", streaming=streaming)
-    except PrunerError:
-        raise
-    except Exception as error:  # the loaders of a dozen formats, and the network
-        why = " ".join(str(error).split())[:200]
-        raise PrunerError(f"cannot read the data set {source}: {type(error).__name__}: {why}") from error
-    if not streaming and not len(found):
-        raise PrunerError(f"the data set {source} is empty")
-    return found
-
-
-def _texts(source: str) -> Iterator[Record]:
-    for document in documents(source, "train"):
-        yield {"text": document}
-
-
-def kind_of(columns: Iterable[str], source: str) -> str:
-    """``chat``, ``instruction``, ``pair`` or ``text``.
-
-    Raises:
-        PrunerError: none of them; the message names the columns found.
-    """
-    found = set(columns)
-    if found & set(CHATS):
-        return "chat"
-    if "instruction" in found and found & set(ANSWERS):
-        return "instruction"
-    if found & {"prompt", "question"} and found & set(ANSWERS):
-        return "pair"
-    if found & set(TEXTS):
-        return "text"
-    raise PrunerError(
-        f"{source} has the columns {', '.join(sorted(found)) or 'none'}; needed are instruction and output, prompt and "
-        "completion, messages, or text"
-    )
-
-
-def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase, form: Format, source: str) -> Any:
-    """A data set of ``input_ids`` and ``labels``, lists of at most ``cutoff_len`` token ids.
-
-    Rows without an answer, or whose prompt alone fills ``cutoff_len``, teach nothing and are left out.
+        PrunerError: the columns are unknown, a row is malformed (the message has its number), or no example remains.
     """
     import datasets
 
     streaming = isinstance(data, datasets.IterableDataset)
-    columns = tuple(data.column_names or next(iter(data)))  # datasets would deal a list out to several readers
-    kind = kind_of(columns, source)
-    example = _example_maker(kind, columns, tokenizer, form)  # a stream would refuse what it cannot make only when read
+    columns = row_columns(data, source)
+    kind = row_kind(columns, source)
+    make_example = _example_maker(kind, tokenizer, form, source)  # refuses now what a stream would refuse in training
     if kind == "text" or form.packing:
-        made_of = {"data": data, "kind": kind, "columns": columns, "tokenizer": tokenizer, "form": form}
+        inputs = {"data": data, "kind": kind, "tokenizer": tokenizer, "form": form, "source": source}
         if streaming:
-            return datasets.IterableDataset.from_generator(_windows, gen_kwargs=made_of)
-        windows = list(_windows(**made_of))
+            return datasets.IterableDataset.from_generator(_windows, gen_kwargs=inputs)
+        windows = list(_windows(**inputs))
         if not windows:
             raise PrunerError(f"{source} does not fill one window of {form.cutoff_len} tokens: lower --cutoff_len")
         return datasets.Dataset.from_list(windows)
-    how: dict[str, bool] = {} if streaming else {"keep_in_memory": True, "load_from_cache_file": False}
-    found = data.map(example, remove_columns=list(columns), **how).filter(_teaches, **how)
-    if not streaming and len(found) < len(data):
-        log.info(
-            "%s: %d of %d rows have no answer within %d tokens",
-            source,
-            len(data) - len(found),
-            len(data),
-            form.cutoff_len,
-        )
-        if not len(found):
-            raise PrunerError(f"no row of {source} has an answer within {form.cutoff_len} tokens: raise --cutoff_len")
-    return found
+    options: dict[str, bool] = {} if streaming else {"keep_in_memory": True, "load_from_cache_file": False}
+    examples = data.map(make_example, with_indices=True, remove_columns=list(columns), **options)
+    examples = examples.filter(_has_labels, **options)
+    if not streaming:
+        _report_left_out(len(data) - len(examples), len(data), form, source)
+    return examples
 
 
-def _teaches(example: Example) -> bool:
+def _report_left_out(count: int, rows: int, form: ExampleFormat, source: str) -> None:
+    if count == rows:
+        raise PrunerError(f"no row of {source} has an answer within {form.cutoff_len} tokens: raise --cutoff_len")
+    if count:
+        log.info("%s: %d of %d rows have no answer within %d tokens", source, count, rows, form.cutoff_len)
+
+
+def _has_labels(example: Example) -> bool:
     return any(label != IGNORED for label in example["labels"])
 
 
 def _windows(
-    data: Iterable[Record], kind: str, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, form: Format
+    data: Iterable[Record], kind: RowKind, tokenizer: PreTrainedTokenizerBase, form: ExampleFormat, source: str
 ) -> Iterator[Example]:
-    """Examples one after the other, each ended by the end-of-text token, cut into windows of equal length."""
-    example = _example_maker(kind, columns, tokenizer, form)
-    windows = _cut((example(row) for row in data), form.cutoff_len)
+    """Join examples, each ended by the end-of-text token, and cut them into windows of equal length."""
+    make_example = _example_maker(kind, tokenizer, form, source)
+    windows = _cut((make_example(row, index) for index, row in enumerate(_iterate(data, source))), form.cutoff_len)
     if form.objective != "causal":
-        yield from denoised((w["input_ids"] for w in windows), form.objective, Vocabulary.of(tokenizer), form.seed)
+        ids = (window["input_ids"] for window in windows)
+        yield from denoise(ids, form.objective, Vocabulary.of(tokenizer), form.seed)
         return
     half = form.cutoff_len // 2
     for window in windows:
         if form.encoder_decoder:
-            ids = window["input_ids"]
-            yield {"input_ids": ids[:half], "labels": ids[half:]}
-        elif _teaches(window):
+            yield {"input_ids": window["input_ids"][:half], "labels": window["input_ids"][half:]}
+        elif _has_labels(window):
             yield window
+
+
+def _iterate(data: Iterable[Record], source: str) -> Iterator[Record]:
+    with reading(source):
+        yield from data
 
 
 def _cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
     rest: Example = {"input_ids": [], "labels": []}
     for example in examples:
-        if not _teaches(example):
+        if not _has_labels(example):
             continue
         for name, ids in rest.items():
             ids += example[name]
@@ -200,76 +136,99 @@ def _cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
 
 
 def _example_maker(
-    kind: str, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, form: Format
-) -> Callable[[Record], Example]:
-    """What makes an example of a row of this kind."""
+    kind: RowKind, tokenizer: PreTrainedTokenizerBase, form: ExampleFormat, source: str
+) -> Callable[[Record, int], Example]:
+    """Return the function from a row and its index to an example; its errors name the source and the row."""
+    _check_format(kind, tokenizer, form)
+    template = plain_prompt if form.template is None else prompt_template(form.template)
+
+    def make_example(row: Record, index: int) -> Example:
+        try:
+            if kind == "text":
+                return _document(read_text(row, *TEXTS), tokenizer)
+            if kind == "chat":
+                return _chat(read_messages(row), tokenizer, form)
+            return _answered(*_question_and_answer(row, kind, template, form), tokenizer, form)
+        except PrunerError as error:
+            raise PrunerError(f"{source}, row {index + 1}: {error}") from error
+
+    return make_example
+
+
+def _check_format(kind: RowKind, tokenizer: PreTrainedTokenizerBase, form: ExampleFormat) -> None:
+    """Refuse a format that this kind of rows cannot be given."""
     if kind == "text":
-        column = next(name for name in TEXTS if name in columns)
-        return lambda row: _document(str(row[column] or ""), tokenizer)
+        return
     if form.objective != "causal":
-        raise PrunerError(
-            f"--objective {form.objective} denoises plain text, and the data holds more: give text or causal"
-        )
+        raise PrunerError(f"--objective {form.objective} denoises plain text, and the data are not: give causal")
     if form.encoder_decoder and form.train_on_inputs:
-        raise PrunerError("--train_on_inputs is for decoders: an encoder-decoder reads its prompts")
+        raise PrunerError("--train_on_inputs is for decoders: the encoder of an encoder-decoder reads the prompts")
     if form.encoder_decoder and form.packing:
         raise PrunerError("--packing is for decoders: an encoder-decoder reads prompts and writes answers apart")
-    if kind == "chat":
-        if tokenizer.chat_template is None:
-            raise PrunerError("the data set holds chats and the tokenizer has no chat template: give another data set")
-        if form.encoder_decoder:
-            raise PrunerError("chats are for decoder models: give an encoder-decoder instructions or text")
-        return lambda row: _chat(row, tokenizer, form)
-    as_prompt = plain if form.template is None else prompt(form.template)
+    if kind == "chat" and tokenizer.chat_template is None:
+        raise PrunerError("the data set holds chats and the tokenizer has no chat template: give another data set")
+    if kind == "chat" and form.encoder_decoder:
+        raise PrunerError("chats are for decoder models: give an encoder-decoder instructions or text")
 
-    def example(row: Record) -> Example:
-        answer = next((str(row[name] or "") for name in ANSWERS if name in row), "")
-        if kind == "instruction":
-            question = as_prompt(str(row["instruction"] or ""), str(row.get("input") or ""))
-        else:
-            question = str(row.get("prompt") or row.get("question") or "")
-        joint = " " if kind == "instruction" and form.template is None else ""
-        # Tokenizers join a blank to the word behind it: one that ends a prompt is learnt with the answer.
-        prompted = question.rstrip(" ")
-        joint = question[len(prompted) :] + joint
-        return _answered(prompted, joint + answer if answer.strip() else "", tokenizer, form)
 
-    return example
+def _question_and_answer(row: Record, kind: RowKind, template: Prompt, form: ExampleFormat) -> tuple[str, str]:
+    answer = read_text(row, *ANSWERS)
+    if kind == "instruction":
+        question = template(read_text(row, "instruction"), read_text(row, "input"))
+    else:
+        question = read_text(row, *QUESTIONS)
+    if not answer.strip():
+        return question, ""
+    # Tokenizers join a blank to the word behind it: one that ends a prompt is learnt with the answer.
+    prompt = question.rstrip(" ")
+    blank = " " if kind == "instruction" and form.template is None else ""
+    return prompt, question[len(prompt) :] + blank + answer
 
 
 def _document(text: str, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """All of a text, and its end, to be learnt."""
+    """Learn all of a text and its end."""
     ids = list(tokenizer(text, truncation=False, verbose=False)["input_ids"])
     if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
         ids.append(cast(int, tokenizer.eos_token_id))
     return {"input_ids": ids, "labels": list(ids)}
 
 
-def _answered(question: str, answer: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> Example:
-    """A prompt and its answer; labels are those of the answer and of the end (LLM-Pruner's ``post_training.py``)."""
+def _answered(question: str, answer: str, tokenizer: PreTrainedTokenizerBase, form: ExampleFormat) -> Example:
+    """Learn an answer and its end behind a prompt (LLM-Pruner's ``post_training.py``)."""
 
-    def ids(text: str, end: bool) -> list[int]:
-        cut = {"truncation": True, "max_length": form.longest} if form.longest else {"truncation": False}
-        found = list(tokenizer(text, verbose=False, **cut)["input_ids"])  # type: ignore[arg-type]
+    def encode(text: str, end: bool) -> list[int]:
+        limit = form.max_tokens
+        cut = {"truncation": True, "max_length": limit} if limit else {"truncation": False}
+        ids = list(tokenizer(text, verbose=False, **cut)["input_ids"])  # type: ignore[arg-type]
         eos = tokenizer.eos_token_id
-        if end and eos is not None and not (form.longest and len(found) >= form.longest) and found[-1:] != [eos]:
-            found.append(cast(int, eos))
-        return found
+        if end and eos is not None and not (limit and len(ids) >= limit) and ids[-1:] != [eos]:
+            ids.append(cast(int, eos))
+        return ids
 
     if not answer.strip():
         return {"input_ids": [], "labels": []}
     if form.encoder_decoder:
-        return {"input_ids": ids(question, True), "labels": ids(answer, True)}
-    whole = ids(question + answer, True)
+        return {"input_ids": encode(question, True), "labels": encode(answer, True)}
+    ids = encode(question + answer, True)
     if form.train_on_inputs:
-        return {"input_ids": whole, "labels": list(whole)}
-    known = len(ids(question, form.add_eos_token)) - int(form.add_eos_token)
-    return {"input_ids": whole, "labels": [IGNORED] * min(known, len(whole)) + whole[known:]}
+        return {"input_ids": ids, "labels": list(ids)}
+    prompt_len = len(encode(question, form.add_eos_token)) - int(form.add_eos_token)
+    return {"input_ids": ids, "labels": [IGNORED] * min(prompt_len, len(ids)) + ids[prompt_len:]}
 
 
-def _chat(row: Record, tokenizer: PreTrainedTokenizerBase, form: Format) -> Example:
-    """A conversation by the tokenizer's chat template; labels are those of the assistant's turns."""
-    messages = _messages(row)
+def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, form: ExampleFormat) -> Example:
+    """Learn the assistant's turns of a conversation, written by the tokenizer's chat template."""
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for text, learnt in _chat_pieces(messages, tokenizer):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        input_ids += ids
+        labels += ids if learnt or form.train_on_inputs else [IGNORED] * len(ids)
+    return {"input_ids": input_ids[: form.max_tokens], "labels": labels[: form.max_tokens]}
+
+
+def _chat_pieces(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Split a conversation into texts and whether each is learnt, that is, written by the assistant."""
     pieces: list[tuple[str, bool]] = []
     before = ""
     for i, message in enumerate(messages):
@@ -278,39 +237,23 @@ def _chat(row: Record, tokenizer: PreTrainedTokenizerBase, form: Format) -> Exam
         try:
             opened = str(tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True))
             closed = str(tokenizer.apply_chat_template(messages[: i + 1], tokenize=False))
-        except TemplateError:  # some refuse roles, or turns out of order
+        except TemplateError:  # some templates refuse roles, or turns out of order
             continue
         if not (opened.startswith(before) and closed.startswith(opened)):
-            # Some templates tell earlier turns otherwise once there are later ones: only the last is sure.
+            # Some templates write earlier turns differently once later ones follow: only the last is certain.
             pieces, before = [], ""
             if not closed.startswith(opened):
                 continue
         pieces += [(opened[len(before) :], False), (closed[len(opened) :], True)]
         before = closed
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for text, learnt in pieces:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        input_ids += ids
-        labels += ids if learnt or form.train_on_inputs else [IGNORED] * len(ids)
-    return {"input_ids": input_ids[: form.longest], "labels": labels[: form.longest]}
+    return pieces
 
 
-def _messages(row: Record) -> list[dict[str, str]]:
-    found = next(row[name] for name in CHATS if name in row)
-    out = []
-    for message in found or []:
-        role = message.get("role") or message.get("from")
-        content = message.get("content") or message.get("value") or ""
-        out.append({"role": ROLES.get(role, role), "content": content})
-    return out
-
-
-def fingerprint(source: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> str:
-    """Of everything that tokenized data depends on: the key of ``--cache_dataset``."""
+def fingerprint(source: str, tokenizer: PreTrainedTokenizerBase, form: ExampleFormat) -> str:
+    """Return a digest of everything that tokenized data depends on: the key of ``--cache_dataset``."""
     path = Path(source).expanduser()
     stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
     template = Path(form.template or "")
-    told = template.read_text(encoding="utf-8") if template.suffix == ".json" and template.is_file() else ""
-    known = [source, stamp, told, asdict(form), sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
-    return digest(known)
+    content = template.read_text(encoding="utf-8") if template.suffix == ".json" and template.is_file() else ""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return digest([source, stamp, content, asdict(form), vocabulary, tokenizer.chat_template])

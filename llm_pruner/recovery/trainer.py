@@ -1,4 +1,8 @@
-"""The Trainer, with checkpoints that are complete or absent, a stop at the first NaN, and a teacher if there is one."""
+"""Trainer with atomic checkpoints, a stop at the first NaN, and optionally a teacher.
+
+Overrides private methods of ``transformers.Trainer`` (checked with transformers 5.23): ``_run_epoch``,
+``_clip_grad_norm``, ``_get_output_dir`` and ``_save_checkpoint``.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,17 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from ..errors import PrunerError
 from ..files import DISK, sync_folder
-from .distill import CACHED, Teacher, read, shifted
+from .distill import CACHED, Teacher, align_labels, forward_inputs
 from .tokenize import IGNORED
 
 PARTIAL = ".partial-"  # prefix of a checkpoint's folder while it is written
 
 
 class RecoveryTrainer(Trainer):
-    """``Trainer`` that can be trusted with days of training.
+    """``Trainer`` for days of training.
 
     Args:
-        teacher: what to learn from beside the labels.
+        teacher: to learn from, beside the labels.
     """
 
     def __init__(self, *args: Any, teacher: Teacher | None = None, **kwargs: Any):
@@ -49,7 +53,7 @@ class RecoveryTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """A run that goes on from its last step trains none more: Trainer alone would train one."""
+        """Train no step if a run resumes from its last step; Trainer alone would train one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -63,14 +67,14 @@ class RecoveryTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
-        # With fp16 a step whose gradients overflow is left out, and the loss scaled less; otherwise weights are lost.
+        # With fp16 the loss scaler skips a step whose gradients overflow; without one the weights would be lost.
         if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
             raise self._not_finite("gradient", float(norm))
         return norm
 
     def _not_finite(self, what: str, value: float) -> PrunerError:
         last = newest_checkpoint(str(self.args.output_dir))
-        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint exists yet"
         return PrunerError(
             f"the {what} is {value} at step {self.state.global_step + 1}: lower --learning_rate, or give --dtype "
             f"bfloat16 or float32; {kept}"
@@ -85,7 +89,7 @@ class RecoveryTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The loss as the mean over all tokens, in whatever batches and on however many processes they come."""
+        """Measure the mean loss over all tokens, independent of batches and of the number of processes."""
         model = self.model_wrapped
         self.callback_handler.eval_dataloader = dataloader
         total, tokens, samples = 0.0, 0, 0
@@ -94,12 +98,12 @@ class RecoveryTrainer(Trainer):
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
-                logits = model(**read(inputs), use_cache=False).logits
+                logits = model(**forward_inputs(inputs), use_cache=False).logits
             sums, counts = [], []
-            for row, labels in zip(logits, shifted(inputs), strict=True):
-                here = labels != IGNORED
-                sums.append(cross_entropy(row[here].float(), labels[here], reduction="sum"))
-                counts.append(here.sum())
+            for row, labels in zip(logits, align_labels(inputs), strict=True):
+                mask = labels != IGNORED
+                sums.append(cross_entropy(row[mask].float(), labels[mask], reduction="sum"))
+                counts.append(mask.sum())
             gathered = self.accelerator.gather_for_metrics((torch.stack(sums), torch.stack(counts)))
             total, tokens = total + gathered[0].double().sum().item(), tokens + int(gathered[1].sum())
             samples += len(gathered[0])
@@ -114,7 +118,7 @@ class RecoveryTrainer(Trainer):
         return self._folder or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """Write beside, force to disk, rename: whoever finds a checkpoint finds all of it."""
+        """Write the checkpoint to a temporary folder, sync it to disk, then rename it: an atomic write."""
         home = Path(str(self.args.output_dir))
         step = self.state.global_step
         name = f"checkpoint-{step}"
@@ -130,7 +134,7 @@ class RecoveryTrainer(Trainer):
                 self.state.best_model_checkpoint = str(home / name)
             if self.args.should_save:
                 self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
-                (partial / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+                (partial / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
             self._barrier()
             if self.args.local_process_index == 0 and (partial / name).is_dir():
                 sync_folder(partial / name)
@@ -145,7 +149,7 @@ class RecoveryTrainer(Trainer):
             last = newest_checkpoint(home)
             raise PrunerError(
                 f"cannot write the checkpoint of step {step} to {home}: {error}; "
-                + (f"the last good one is {last}" if last else "there is none yet")
+                + (f"the last good one is {last}" if last else "no other exists yet")
             ) from error
         finally:
             self._folder, self.args.save_total_limit = None, limit
@@ -158,8 +162,10 @@ class RecoveryTrainer(Trainer):
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint of the latest step in a folder."""
-    found = [
-        p for p in Path(folder).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit() and p.is_dir()
-    ]
-    return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+    """Return the checkpoint of the latest step in a folder; None without one."""
+    steps = {
+        int(number): path
+        for path in Path(folder).glob("checkpoint-*")
+        if (number := path.name.removeprefix("checkpoint-")).isdecimal() and path.is_dir()
+    }
+    return steps[max(steps)] if steps else None

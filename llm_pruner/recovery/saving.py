@@ -1,0 +1,76 @@
+"""Write a recovered model, its adapter and its record into the output folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoint.config import load_config
+from ..checkpoint.save import write_checkpoint
+from ..files import complete_folder, sync_folder
+from ..selection.plan import PruningPlan
+from .settings import RecoverySettings
+
+# Without one of these a folder holds no model.
+CONFIGS = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json")
+TEMPORARY = ".final-"  # prefix of the folder where the result is written first
+METRICS_FILE = "recovery.json"
+
+
+def save_recovered(
+    student: Any, tokenizer: PreTrainedTokenizerBase, plan: PruningPlan, *, settings: RecoverySettings, record: Any
+) -> None:
+    """Write the adapter or model, and with ``merge`` the merged model too, in the dtype of the pruned model.
+
+    The files are written to a temporary folder, then moved into the output folder, which the checkpoints share.
+
+    Args:
+        record: content of ``recovery.json``.
+    """
+    folder = settings.output.folder
+    dtype = load_config(settings.model.name, settings.model.trust_remote_code).dtype or torch.float32
+    student.config.use_cache = True
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as name:
+        temporary = Path(name)
+        if settings.adapter is None:
+            write_checkpoint(student.to(dtype), tokenizer, temporary, plan, cut=True)
+        else:
+            _write_adapter(student, tokenizer, temporary)
+        (temporary / METRICS_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        sync_folder(temporary)
+        _move_files(temporary, folder)
+    if settings.output.merge:
+        with complete_folder(folder / "merged", owned_if="config.json") as temporary:
+            merged = student.merge_and_unload(safe_merge=True)
+            write_checkpoint(merged.to(dtype), tokenizer, temporary, plan, cut=True)
+
+
+def _write_adapter(student: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    student.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's, an empty form
+    _sort_targets(folder / "adapter_config.json")
+    tokenizer.save_pretrained(folder)
+
+
+def _sort_targets(file: Path) -> None:
+    """Sort the lists that peft writes from sets, so that equal runs leave equal files."""
+    config = {
+        name: sorted(value) if name.startswith("target_") and isinstance(value, list) else value
+        for name, value in json.loads(file.read_text(encoding="utf-8")).items()
+    }
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _move_files(source: Path, folder: Path) -> None:
+    """Replace a folder's model: configs are removed first and moved last, so that no half of a model can be loaded."""
+    for name in CONFIGS:
+        (folder / name).unlink(missing_ok=True)
+    for file in sorted(source.iterdir(), key=lambda file: file.name in CONFIGS):
+        file.chmod(0o644)
+        os.replace(file, folder / file.name)

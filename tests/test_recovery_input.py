@@ -1,0 +1,139 @@
+"""Flags and folders that cannot work are refused before training, in one line."""
+
+import shutil
+
+import pytest
+import torch
+from helpers.recovery import arguments
+
+import llm_pruner as lp
+from llm_pruner.cli import main
+from llm_pruner.recovery.rows import read_rows
+from llm_pruner.recovery.run import recover
+from llm_pruner.recovery.settings import resolve_settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prune_model": "/nowhere"}, "there is no model folder /nowhere"),
+        ({"prune_model": "nobody/nothing"}, "there is no pruned model nobody/nothing"),
+        ({"prune_model": None}, "--model is missing"),
+        ({"prune_model": "base"}, "is not a pruned model"),
+        ({"data_path": "/nowhere.json"}, "there is no data file"),
+        ({"lora_r": 33}, "--lora_r 33 is more than model.layers.0.self_attn.q_proj"),
+        ({"lora_target_modules": "c_attn"}, "has no linear layer c_attn; it has down_proj"),
+        ({"prompt_template_name": "vicuna"}, "no prompt template 'vicuna'"),
+        ({"method": "qlora"}, "choose from lora, dora, full, distill"),
+        ({"batch_size": 5}, "--batch_size 5 is not valid: give a multiple of --micro_batch_size 2"),
+        ({"val_set_size": 60}, "leaves nothing of 60"),
+        ({"learning_rate": 0.0}, "--learning_rate 0.0 is out of range"),
+        ({"teacher": "/nowhere"}, "there is no model folder"),
+        ({"resume_from_checkpoint": "/nowhere"}, "is not a checkpoint"),
+        ({"report_to": "wandb"}, "pip install wandb"),
+        ({"cutoff_len": 500}, "the model reads at most 128"),
+        ({"streaming": True, "max_steps": 0}, "--streaming needs --max_steps"),
+        ({"objective": "gpt"}, "--objective 'gpt' is not valid: choose from causal, ul2"),
+        ({"lr_scheduler_type": "cosin"}, "--lr_scheduler_type 'cosin' is not valid: choose from linear"),
+        ({"device": "meta"}, "--device .meta. holds no weights"),
+        ({"device": "gpu"}, "--device .gpu. is not valid"),
+        ({"teacher": "auto", "teacher_device": "gpu"}, "--teacher_device .gpu. is not valid"),
+        ({"packing": True, "group_by_length": True}, "--packing and --group_by_length exclude each other"),
+        ({"teacher_cache": "c"}, "--teacher_cache needs --teacher or --method distill"),
+        ({"teacher": "auto", "teacher_cache": "c", "distill_hidden": 0.1}, "--teacher_cache and --distill_hidden"),
+        ({"method": "full", "merge": True}, "--merge merges an adapter, which --method full has not"),
+        ({"save_steps": 3}, "--save_steps 3 is not valid: give a multiple of --eval_steps 2"),
+        ({"lora_dropout": 1.0}, "--lora_dropout 1.0 is out of range"),
+        ({"distill_weight": 1.5}, "--distill_weight 1.5 is out of range"),
+        ({"seed": -1}, "--seed -1 is out of range"),
+        ({"optim": "adamm"}, "--optim 'adamm' is not valid: choose from adamw"),
+    ],
+)
+def test_bad_input_is_one_clear_line(home, tmp_path, changes, message):
+    if changes.get("prune_model") == "base":
+        changes = {"prune_model": str(home / "base")}
+    with pytest.raises(lp.PrunerError, match=message):
+        recover(arguments(home, tmp_path / "out", **changes))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_folders_of_other_runs_are_left_alone(home, tmp_path):
+    """The model itself, another model, and files beside the adapter."""
+    shutil.copytree(home / "pruned", tmp_path / "pruned")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "pruned").iterdir()}
+    with pytest.raises(lp.PrunerError, match="is the model to be trained"):
+        recover(arguments(home, tmp_path / "pruned", prune_model=str(tmp_path / "pruned")))
+    with pytest.raises(lp.PrunerError, match="holds a model that no run of recover wrote"):
+        recover(arguments(home, tmp_path / "pruned"))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "pruned").iterdir()} == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tsconfig.json").write_text("{}")
+    recover(arguments(home, tmp_path / "out", max_steps=2))
+    assert (tmp_path / "out" / "tsconfig.json").read_text() == "{}"
+
+
+def test_a_wrong_template_is_refused_with_and_without_network(home, tmp_path, monkeypatch):
+    """Only a default data set that cannot be reached is replaced by the embedded text."""
+    for reach in (True, False):
+
+        def read(source, streaming=False, reach=reach):
+            if source == "yahma/alpaca-cleaned" and not reach:
+                raise lp.PrunerError("no network")
+            return read_rows(str(home / "data.jsonl"), streaming)
+
+        monkeypatch.setattr("llm_pruner.recovery.datasets.read_rows", read)
+        with pytest.raises(lp.PrunerError, match="no prompt template"):
+            recover(arguments(home, tmp_path / "out", data_path=None, prompt_template_name="alpaka", max_steps=2))
+
+
+def test_the_command_reports_errors_in_one_line(tmp_path, capsys):
+    code = main(["recover", "--prune_model", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+# --- Settings -------------------------------------------------------------------------------------------------------
+
+
+def test_flags_resolve_twice_to_the_same_settings(home, tmp_path):
+    flags = arguments(home, tmp_path / "out", method="distill", device="auto", wandb_project=None)
+    before = vars(flags).copy()
+    first, second = resolve_settings(flags), resolve_settings(flags)
+    assert first == second and vars(flags) == before
+    assert first.teacher is not None and first.teacher.name is None and first.adapter is None
+
+
+@pytest.mark.parametrize(("flag", "default"), (("auto", "mps"), ("cpu", "cpu"), ("mps", "mps")))
+def test_the_teacher_is_where_the_model_is_unless_told(home, tmp_path, monkeypatch, flag, default):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    settings = resolve_settings(arguments(home, tmp_path, device=flag, teacher="auto"))
+    assert (settings.model.device, settings.teacher.device) == (default, default)
+    assert settings.model.compute is settings.model.weights is torch.float32
+    settings = resolve_settings(arguments(home, tmp_path, device=flag, teacher="auto", teacher_device="cpu"))
+    assert (settings.model.device, settings.teacher.device) == (default, "cpu")
+
+
+def test_a_second_gpu_is_chosen_by_the_environment(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(lp.PrunerError, match=r"CUDA_VISIBLE_DEVICES=1 and give --device cuda$"):
+        resolve_settings(arguments(home, tmp_path, device="cuda:1"))
+
+
+def test_frozen_weights_are_narrow_on_a_gpu(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    dtypes = {
+        method: resolve_settings(arguments(home, tmp_path, device="cuda", method=method)).model
+        for method in ("lora", "full")
+    }
+    assert {model.compute for model in dtypes.values()} == {torch.bfloat16}
+    assert (dtypes["lora"].weights, dtypes["full"].weights) == (torch.bfloat16, torch.float32)
+
+
+def test_the_batch_is_split_over_processes(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resolve_settings(arguments(home, tmp_path, batch_size=8)).training.accumulation_steps == 2
+    with pytest.raises(lp.PrunerError, match="times 2 processes"):
+        resolve_settings(arguments(home, tmp_path, batch_size=6))

@@ -1,0 +1,61 @@
+"""Several processes train what one trains, with whole weights on each or parts of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.recovery import arguments, read_losses, read_record, write_pruned
+from safetensors.torch import load_file
+
+from llm_pruner.recovery.run import recover
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def run_two(script, arguments, environment=None):
+    """Run a script with recovery arguments on two processes."""
+    flags = []
+    for name, value in vars(arguments).items():
+        text = ",".join(value) if isinstance(value, list) else value
+        flags += [] if text is None or text == "" else [f"--{name}", str(text)]
+    done = subprocess.run(
+        [*TORCHRUN, str(script), *flags], capture_output=True, text=True, env=os.environ | (environment or {})
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("name", "rank"), (("llama", 4), ("mamba", 1)))
+def test_two_processes_learn_what_one_does(home, tmp_path, tokenizer, name, rank):
+    options = {"batch_size": 8, "max_steps": 5, "lora_r": rank, "lora_dropout": 0.0, "learning_rate": 3e-4}
+    options |= {"eval_steps": 5, "save_steps": 5}
+    if name == "mamba":  # its forward pass never calls some of its layers
+        write_pruned(name, tokenizer, tmp_path / "pruned", "channels")
+        options["prune_model"] = str(tmp_path / "pruned")
+    recover(arguments(home, tmp_path / "one", **options))
+    run_two(ROOT / "post_training.py", arguments(home, tmp_path / "two", **options))
+    one, two = (dict(read_losses(tmp_path / name)) for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-3)
+    one, two = (read_record(tmp_path / name)["losses"]["validation"] for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ("full", "lora"))
+def test_fsdp_writes_whole_weights(home, tmp_path, method):
+    """With FSDP2 every process holds a part of each weight; the result is that of one process."""
+    options = {"method": method, "lora_dropout": 0.0, "max_steps": 4, "merge": method == "lora", "cutoff_len": 32}
+    options |= {"no_instruction": True, "data_path": "python-docs"}
+    recover(arguments(home, tmp_path / "one", **options))
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    fsdp |= {"FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    fsdp |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "OMP_NUM_THREADS": "1"}
+    run_two(ROOT / "tests" / "helpers" / "two_processes.py", arguments(home, tmp_path / "two", **options), fsdp)
+    one, two = (dict(read_losses(tmp_path / name)) for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-3)
+    for name in ("model",) if method == "full" else ("adapter_model", "merged/model"):
+        one, two = (load_file(tmp_path / n / f"{name}.safetensors") for n in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert all(torch.allclose(one[key], two[key], atol=1e-3) for key in one)

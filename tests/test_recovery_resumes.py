@@ -1,0 +1,113 @@
+"""Interruptions: a run resumes with the same losses, and no checkpoint is ever half-written."""
+
+import errno
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from helpers.recovery import arguments, read_losses, read_record
+
+import llm_pruner as lp
+from llm_pruner.recovery.run import recover
+from llm_pruner.recovery.trainer import RecoveryTrainer
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch, step):
+    plain_step = RecoveryTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise Killed
+        return plain_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize("method", ("lora", "full"))
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(home, tmp_path, monkeypatch, method):
+    """Same data in the same order, same dropout."""
+    recover(arguments(home, tmp_path / "whole", method=method, max_steps=10))
+    with monkeypatch.context() as patch:
+        kill_at(patch, 7)
+        with pytest.raises(Killed):
+            recover(arguments(home, tmp_path / "out", method=method, max_steps=10))
+    (tmp_path / "out" / ".partial-8").mkdir()
+    with pytest.raises(lp.PrunerError, match="resume_from_checkpoint auto"):
+        recover(arguments(home, tmp_path / "out", method=method, max_steps=10))
+    recover(arguments(home, tmp_path / "out", method=method, max_steps=10, resume_from_checkpoint="auto"))
+    whole, resumed = dict(read_losses(tmp_path / "whole")), dict(read_losses(tmp_path / "out"))
+    assert set(whole) == set(resumed) == set(range(1, 11))
+    for step, loss in whole.items():
+        assert resumed[step] == pytest.approx(loss, abs=1e-5)
+    assert read_record(tmp_path / "out")["losses"] == read_record(tmp_path / "whole")["losses"]
+    left = sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*"))
+    assert left == ["checkpoint-10", "checkpoint-6", "checkpoint-8"]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_resuming_without_a_checkpoint_starts_anew(home, tmp_path):
+    recover(arguments(home, tmp_path / "out", resume_from_checkpoint="auto", max_steps=2))
+    assert read_record(tmp_path / "out")["steps"] == 2
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(home, tmp_path, monkeypatch):
+    plain_save = RecoveryTrainer._save_rng_state
+
+    def full(self, folder):
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain_save(self, folder)
+
+    monkeypatch.setattr(RecoveryTrainer, "_save_rng_state", full)
+    with pytest.raises(lp.PrunerError, match=r"step 4 .*No space left.*last good one is .*checkpoint-2"):
+        recover(arguments(home, tmp_path / "out"))
+    assert [p.name for p in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-2"]
+    assert not list((tmp_path / "out").glob(".partial*"))
+
+
+def test_nan_stops_the_training(home, tmp_path, monkeypatch):
+    plain_step = RecoveryTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        loss = plain_step(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 3 and self.model.training else loss
+
+    monkeypatch.setattr(RecoveryTrainer, "compute_loss", compute_loss)
+    with pytest.raises(lp.PrunerError, match=r"loss is nan at step 4.*checkpoint-2"):
+        recover(arguments(home, tmp_path / "out"))
+    monkeypatch.undo()
+    with pytest.raises(lp.PrunerError, match=r"is (nan|inf) at step"):
+        recover(arguments(home, tmp_path / "wild", method="full", learning_rate=1e30, warmup_steps=0))
+
+
+@pytest.mark.slow
+def test_runs_killed_again_and_again_end_like_uninterrupted_ones(home, tmp_path):
+    """SIGKILL at any moment."""
+    settings = {"prune_model": home / "pruned", "data_path": home / "data.jsonl", "device": "cpu", "batch_size": 8}
+    settings |= {"micro_batch_size": 2, "max_steps": 40, "val_set_size": 8, "cutoff_len": 96, "lora_r": 4}
+    settings |= {"eval_steps": 2, "save_steps": 2, "logging_steps": 1, "resume_from_checkpoint": "auto"}
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    script = str(Path(__file__).parents[1] / "post_training.py")
+
+    def start(folder):
+        command = [sys.executable, script, *flags, "--output", str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    for step in (2, 10, 24):  # as soon as a checkpoint of that step exists
+        process = start(tmp_path / "out")
+        while not any(int(p.name[11:]) >= step for p in (tmp_path / "out").glob("checkpoint-*")):
+            with suppress(subprocess.TimeoutExpired):
+                assert process.wait(timeout=0.02) is None, "the run ended before it was killed"
+        process.kill()
+        process.wait()
+    assert start(tmp_path / "out").wait() == 0
+    whole, resumed = dict(read_losses(tmp_path / "whole")), dict(read_losses(tmp_path / "out"))
+    assert resumed == pytest.approx(whole, abs=1e-5)
+    assert not list((tmp_path / "out").glob(".*"))
