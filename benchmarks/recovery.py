@@ -99,9 +99,11 @@ def equal_time(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def overhead(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a LoRA step, ours over those of peft and Trainer with nothing around, taken in turn."""
-    from llm_pruner.recovery.adapters import trainable
-    from llm_pruner.recovery.datasets import collator
-    from llm_pruner.recovery.tokenize import Format, rows, tokenized
+    from llm_pruner.recovery.adapters import make_trainable
+    from llm_pruner.recovery.datasets import padding_collator
+    from llm_pruner.recovery.rows import read_rows
+    from llm_pruner.recovery.settings import resolve_settings
+    from llm_pruner.recovery.tokenize import ExampleFormat, tokenize
 
     steps = 8
     ours, theirs = [], []
@@ -112,7 +114,8 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
             recover(given)
             ours.append(json.loads(Path(f"{scratch}/ours{turn}/recovery.json").read_text())["seconds"] / steps)
             model, tokenizer = lp.load(args.pruned)
-            data = tokenized(rows(args.data.split(",")[0]), tokenizer, Format(128, train_on_inputs=True), args.data)
+            form = ExampleFormat(cutoff_len=128, train_on_inputs=True)
+            data = tokenize(read_rows(args.data.split(",")[0]), tokenizer, form, args.data)
             settings = TrainingArguments(
                 f"{scratch}/theirs{turn}",
                 per_device_train_batch_size=COMMON["micro_batch_size"],
@@ -124,7 +127,8 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
                 disable_tqdm=True,
                 use_cpu=not torch.cuda.is_available(),
             )
-            trainer = Trainer(trainable(given, model), settings, collator(tokenizer, model), data)
+            student = make_trainable(model, resolve_settings(given).adapter)
+            trainer = Trainer(student, settings, padding_collator(tokenizer, model), data)
             start = time.perf_counter()
             trainer.train()
             theirs.append((time.perf_counter() - start) / steps)

@@ -23,7 +23,7 @@ def test_the_loss_of_a_teacher_is_that_by_hand(home, tokenizer):
     inputs = make_batch(tokenizer)
     mask, targets = labelled_positions(inputs)
     assert targets.tolist() == [6, 7, 8, 4] and mask.tolist()[1] == [True, False, False, False]
-    found, _ = Teacher(teacher, weight=0.3, temperature=2.0, hidden=0.1).loss(student, inputs)
+    loss, _ = Teacher(teacher, weight=0.3, temperature=2.0, hidden=0.1).loss(student, inputs)
     total = 0.0
     for i, t, label in ((0, 0, 6), (0, 1, 7), (0, 2, 8), (1, 0, 4)):
         theirs, ours = (
@@ -36,13 +36,12 @@ def test_the_loss_of_a_teacher_is_that_by_hand(home, tokenizer):
         total = total + 0.3 * 4 * divergence
         h, g = theirs.hidden_states[-1][i, t], ours.hidden_states[-1][i, t]
         total = total + 0.1 * (h - g).square().sum() / h.square().sum()
-    assert found.item() == pytest.approx(total.item() / 4, rel=1e-5)
+    assert loss.item() == pytest.approx(total.item() / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ("distill", "lora"))
 def test_a_cached_teacher_teaches_like_a_live_one(home, tmp_path, method):
     options = {"method": method, "teacher": "auto", "distill_weight": 1.0, "lora_dropout": 0.0, "learning_rate": 1e-3}
-    options |= {"max_steps": 20}
     recover(arguments(home, tmp_path / "live", **options))
     cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_top": 500}
     recover(arguments(home, tmp_path / "cached", **options, **cache))

@@ -1,6 +1,9 @@
 """Flags and folders that cannot work are refused before training, in one line."""
 
+import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +12,8 @@ from helpers.recovery import arguments
 import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.recovery.rows import read_rows
-from llm_pruner.recovery.run import recover
-from llm_pruner.recovery.settings import resolve_settings
+from llm_pruner.recovery.run import recover, start_wandb
+from llm_pruner.recovery.settings import OutputSettings, resolve_settings
 
 
 @pytest.mark.parametrize(
@@ -41,8 +44,8 @@ from llm_pruner.recovery.settings import resolve_settings
         ({"packing": True, "group_by_length": True}, "--packing and --group_by_length exclude each other"),
         ({"teacher_cache": "c"}, "--teacher_cache needs --teacher or --method distill"),
         ({"teacher": "auto", "teacher_cache": "c", "distill_hidden": 0.1}, "--teacher_cache and --distill_hidden"),
-        ({"method": "full", "merge": True}, "--merge merges an adapter, which --method full has not"),
-        ({"save_steps": 3}, "--save_steps 3 is not valid: give a multiple of --eval_steps 2"),
+        ({"method": "full", "merge": True}, "--merge is not valid with --method full"),
+        ({"save_steps": 3}, "--save_steps 3 is not valid: give a multiple of --eval_steps 8"),
         ({"lora_dropout": 1.0}, "--lora_dropout 1.0 is out of range"),
         ({"distill_weight": 1.5}, "--distill_weight 1.5 is out of range"),
         ({"seed": -1}, "--seed -1 is out of range"),
@@ -137,3 +140,12 @@ def test_the_batch_is_split_over_processes(home, tmp_path, monkeypatch):
     assert resolve_settings(arguments(home, tmp_path, batch_size=8)).training.accumulation_steps == 2
     with pytest.raises(lp.PrunerError, match="times 2 processes"):
         resolve_settings(arguments(home, tmp_path, batch_size=6))
+
+
+def test_the_wandb_project_is_set_without_the_environment(home, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: calls.append(options)))
+    environment = dict(os.environ)
+    start_wandb(OutputSettings(folder=tmp_path / "out", wandb_project="pruned"))
+    start_wandb(OutputSettings(folder=tmp_path / "out"))
+    assert calls == [{"project": "pruned", "name": "out"}] and dict(os.environ) == environment

@@ -47,7 +47,7 @@ def test_two_processes_learn_what_one_does(home, tmp_path, tokenizer, name, rank
 def test_fsdp_writes_whole_weights(home, tmp_path, method):
     """With FSDP2 every process holds a part of each weight; the result is that of one process."""
     options = {"method": method, "lora_dropout": 0.0, "max_steps": 4, "merge": method == "lora", "cutoff_len": 32}
-    options |= {"no_instruction": True, "data_path": "python-docs"}
+    options |= {"no_instruction": True, "data_path": "python-docs", "eval_steps": 2, "save_steps": 2}
     recover(arguments(home, tmp_path / "one", **options))
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     fsdp |= {"FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}

@@ -14,6 +14,10 @@ from llm_pruner.recovery.run import recover
 from llm_pruner.recovery.trainer import RecoveryTrainer
 
 
+def often_saved(home, out, **changes):
+    return arguments(home, out, eval_steps=2, save_steps=2, **changes)
+
+
 class Killed(Exception):
     pass
 
@@ -32,15 +36,15 @@ def kill_at(monkeypatch, step):
 @pytest.mark.parametrize("method", ("lora", "full"))
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(home, tmp_path, monkeypatch, method):
     """Same data in the same order, same dropout."""
-    recover(arguments(home, tmp_path / "whole", method=method, max_steps=10))
+    recover(often_saved(home, tmp_path / "whole", method=method, max_steps=10))
     with monkeypatch.context() as patch:
         kill_at(patch, 7)
         with pytest.raises(Killed):
-            recover(arguments(home, tmp_path / "out", method=method, max_steps=10))
+            recover(often_saved(home, tmp_path / "out", method=method, max_steps=10))
     (tmp_path / "out" / ".partial-8").mkdir()
     with pytest.raises(lp.PrunerError, match="resume_from_checkpoint auto"):
-        recover(arguments(home, tmp_path / "out", method=method, max_steps=10))
-    recover(arguments(home, tmp_path / "out", method=method, max_steps=10, resume_from_checkpoint="auto"))
+        recover(often_saved(home, tmp_path / "out", method=method, max_steps=10))
+    recover(often_saved(home, tmp_path / "out", method=method, max_steps=10, resume_from_checkpoint="auto"))
     whole, resumed = dict(read_losses(tmp_path / "whole")), dict(read_losses(tmp_path / "out"))
     assert set(whole) == set(resumed) == set(range(1, 11))
     for step, loss in whole.items():
@@ -52,7 +56,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(home, tmp_path, mo
 
 
 def test_resuming_without_a_checkpoint_starts_anew(home, tmp_path):
-    recover(arguments(home, tmp_path / "out", resume_from_checkpoint="auto", max_steps=2))
+    recover(often_saved(home, tmp_path / "out", resume_from_checkpoint="auto", max_steps=2))
     assert read_record(tmp_path / "out")["steps"] == 2
 
 
@@ -66,7 +70,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(home, tmp_path, monkeypatch)
 
     monkeypatch.setattr(RecoveryTrainer, "_save_rng_state", full)
     with pytest.raises(lp.PrunerError, match=r"step 4 .*No space left.*last good one is .*checkpoint-2"):
-        recover(arguments(home, tmp_path / "out"))
+        recover(often_saved(home, tmp_path / "out"))
     assert [p.name for p in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-2"]
     assert not list((tmp_path / "out").glob(".partial*"))
 
@@ -80,10 +84,10 @@ def test_nan_stops_the_training(home, tmp_path, monkeypatch):
 
     monkeypatch.setattr(RecoveryTrainer, "compute_loss", compute_loss)
     with pytest.raises(lp.PrunerError, match=r"loss is nan at step 4.*checkpoint-2"):
-        recover(arguments(home, tmp_path / "out"))
+        recover(often_saved(home, tmp_path / "out"))
     monkeypatch.undo()
     with pytest.raises(lp.PrunerError, match=r"is (nan|inf) at step"):
-        recover(arguments(home, tmp_path / "wild", method="full", learning_rate=1e30, warmup_steps=0))
+        recover(often_saved(home, tmp_path / "wild", method="full", learning_rate=1e30, warmup_steps=0))
 
 
 @pytest.mark.slow

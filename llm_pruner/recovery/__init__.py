@@ -1,1 +1,1 @@
-"""Recovery: training a pruned model so that it gets its quality back."""
+"""Recovery: train a pruned model to regain its quality."""

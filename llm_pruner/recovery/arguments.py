@@ -40,10 +40,10 @@ class RecoverArguments(Arguments):
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint", group="model")
 
     method: Literal["lora", "dora", "full", "distill"] = flag(
-        "lora", "what is trained; full: all weights; distill: all weights, with the original as teacher", group="method"
+        "lora", "training method; full: all weights; distill: all weights, with the original as teacher", group="method"
     )
     lora_r: int = flag(8, "rank of LoRA", group="method")
-    lora_alpha: int = flag(16, "scale of LoRA: alpha / r", group="method")
+    lora_alpha: int = flag(16, "LoRA's product is scaled by alpha / r", group="method")
     lora_dropout: float = flag(0.05, "dropout of LoRA", group="method")
     lora_target_modules: list[str] = flag(
         [], "linear layers to adapt, such as q_proj,v_proj (default: all but the output head)", group="method"
@@ -78,14 +78,14 @@ class RecoverArguments(Arguments):
         None, "examples to validate on (default: 2000, at most 5%; 100 with --streaming)", group="data"
     )
     max_windows: int = flag(0, "use only the first N windows of each --extra_val_dataset (0: all)", group="data")
-    cutoff_len: int = flag(256, "tokens per example, at most", group="data")
+    cutoff_len: int = flag(256, "maximum tokens per example", group="data")
     prompt_template_name: str = flag("alpaca", "prompt template: alpaca, question, or a .json file", group="data")
     no_instruction: bool = flag(False, "use no template", group="data")
-    train_on_inputs: bool = flag(False, "learn the prompts too", group="data")
+    train_on_inputs: bool = flag(False, "take the loss of prompts too, not of answers alone", group="data")
     add_eos_token: bool = flag(False, "count the end-of-text token of a prompt tokenized on its own", group="data")
     packing: bool = flag(False, "pack answered prompts into windows of --cutoff_len without padding", group="data")
-    streaming: bool = flag(False, "read the data as an iterable, without a copy; needs --max_steps", group="data")
-    cache_dataset: bool = flag(False, "keep tokenized data in datasets/cache for later runs", group="data")
+    streaming: bool = flag(False, "read the data as an iterable; needs --max_steps", group="data")
+    cache_dataset: bool = flag(False, "cache tokenized data in datasets/cache", group="data")
 
     batch_size: int = flag(128, "examples per optimizer step, over all processes", group="training")
     micro_batch_size: int = flag(4, "examples per forward pass", group="training")

@@ -106,7 +106,7 @@ def _run(settings: RecoverySettings, plan: PruningPlan, flags: dict[str, Any]) -
     }
     data = _Data(train=train, texts=texts, evaluation=texts | ({} if validation is None else {VALIDATION: validation}))
     trainer = _make_trainer(settings, student, data, collate=collate, teacher=teacher)
-    _start_wandb(settings.output)
+    start_wandb(settings.output)
     start = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
@@ -167,7 +167,7 @@ def _make_trainer(
     return trainer
 
 
-def _start_wandb(output: OutputSettings) -> None:
+def start_wandb(output: OutputSettings) -> None:
     """Start a run of Weights & Biases, which the Trainer then logs to; it takes the project from the environment."""
     if output.wandb_project and _is_main_process():
         import wandb

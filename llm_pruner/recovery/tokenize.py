@@ -100,7 +100,7 @@ def _has_labels(example: Example) -> bool:
 
 
 def _windows(
-    data: Iterable[Record], kind: RowKind, tokenizer: PreTrainedTokenizerBase, form: ExampleFormat, source: str
+    data: Iterable[Record], *, kind: RowKind, tokenizer: PreTrainedTokenizerBase, form: ExampleFormat, source: str
 ) -> Iterator[Example]:
     """Join examples, each ended by the end-of-text token, and cut them into windows of equal length."""
     make_example = _example_maker(kind, tokenizer, form, source)

@@ -20,8 +20,8 @@ SHORT_RUN = {
     "val_set_size": 8,
     "cutoff_len": 96,
     "lora_r": 4,
-    "eval_steps": 2,
-    "save_steps": 2,
+    "eval_steps": 8,
+    "save_steps": 8,
     "logging_steps": 1,
     "learning_rate": 1e-2,
 }
