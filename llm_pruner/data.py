@@ -11,16 +11,17 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .choices import EMBEDDED_TEXT
 from .errors import PrunerError
 from .files import read_json
 from .models.blockwise import computing, native_compute
-from .models.running import context_length, evaluating
+from .models.generate import Sampling, generate, seeded
+from .models.running import context_length
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ HUB = {
 COLUMNS = ("text", "sentence", "content", "output")
 SOME = 20_000  # documents of a hub data set: calibration and evaluation need a few
 CHUNK = 2**20  # characters of a text file that are looked at together
+PROMPTS_PER_PASS = 64
 
 
 def documents(name: str, split: str = "train", most: int | None = None) -> Iterator[str]:
@@ -142,47 +144,31 @@ def calibration(
     )
 
 
-@torch.no_grad()
 def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, seed: int = 0) -> torch.Tensor:
-    """Calibration samples that the model writes itself, going on where others end: LongTensor ``[samples, tokens]``.
+    """Sample calibration text from the model itself: LongTensor ``[samples, tokens]``.
 
-    They say what the model knows beyond a small text, and cost no data (Williams et al., arXiv 2410.17170, there from
-    nothing but a first token). Drawn from the whole distribution at temperature 1, after the last quarter of each
-    sample in turn; the prompt is not part of what is returned.
+    Its samples show what the model knows beyond a small text, and cost no data (Williams et al., arXiv 2410.17170, who
+    start from the first token alone). They are drawn from the whole distribution at temperature 1, after the last
+    quarter of each row of ``ids`` in turn; that prompt is not returned.
 
     Args:
-        ids: LongTensor ``[n, tokens]``.
-        seed: of the drawing; the global random state is left as it was.
+        ids: LongTensor ``[rows, tokens]``.
+        seed: of the draws; the global random state is restored.
 
     Raises:
         PrunerError: the model cannot generate.
     """
     if not model.can_generate() or model.config.is_encoder_decoder:
-        raise PrunerError(f"{type(model).__name__} does not go on with a text")
-    longest = context_length(model) or 2**31
+        raise PrunerError(f"{type(model).__name__} does not continue a text")
     tokens = ids.shape[1]
-    prompt = max(1, min(tokens // 4, longest - tokens))
-    prompts = ids.repeat(-(-samples // len(ids)), 1)[:samples, -prompt:].to(native_compute(model).device)
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        pad_token_id=0,
-        eos_token_id=model.generation_config.eos_token_id if model.generation_config else None,
-    )
-    devices = [prompts.device] if prompts.device.type == "cuda" else []
-    rows = []
-    with torch.random.fork_rng(devices), evaluating(model), computing(model):
-        torch.manual_seed(seed)
-        for batch in prompts.split(64):
-            out = cast(Any, model).generate(
-                input_ids=batch, attention_mask=torch.ones_like(batch), generation_config=settings
-            )
-            rows.append(out[:, -tokens:].cpu())
+    prompt_tokens = max(1, min(tokens // 4, (context_length(model) or 2**31) - tokens))
+    prompts = ids.repeat(-(-samples // len(ids)), 1)[:samples, -prompt_tokens:].to(native_compute(model).device)
+    whole = Sampling(repetition_penalty=1.0)
+    with seeded(seed, prompts.device), computing(model):
+        rows = [
+            generate(model, batch, new_tokens=tokens, exact=True, sampling=whole).cpu()
+            for batch in prompts.split(PROMPTS_PER_PASS)
+        ]
     return torch.cat(rows)
 
 

@@ -10,7 +10,7 @@ import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
 from llm_pruner.tools.arguments import ChatArguments, GenerateArguments
-from llm_pruner.tools.chat import Sampling, answer, page_of
+from llm_pruner.tools.chat import AnswerSettings, answer, page_of
 
 
 def test_an_answer_is_what_generate_writes(home):
@@ -18,7 +18,7 @@ def test_an_answer_is_what_generate_writes(home):
     ids = tokenizer("This is", return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=12, do_sample=False)
     expected = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    *parts, last = answer(model, tokenizer, "This is", Sampling(max_new_tokens=12))
+    *parts, last = answer(model, tokenizer, "This is", AnswerSettings(max_new_tokens=12))
     assert last.text == expected and last.tokens == out.shape[1] - ids["input_ids"].shape[1]
     assert len(parts) > 1 and all(last.text.startswith(part.text) for part in parts)
     assert "tokens/s" in last.speed
@@ -27,11 +27,11 @@ def test_an_answer_is_what_generate_writes(home):
 def test_closing_an_answer_stops_the_model(home):
     model, tokenizer = lp.load(str(home / "base"))
     model.generation_config.eos_token_id = None
-    written = answer(model, tokenizer, "This is", Sampling(max_new_tokens=100))
+    written = answer(model, tokenizer, "This is", AnswerSettings(max_new_tokens=100))
     next(written)
-    watch = written.gi_frame.f_locals["watch"]
+    clock = written.gi_frame.f_locals["writer"].clock
     written.close()  # returns only when the thread that writes has ended
-    assert 0 < watch.tokens < 100
+    assert 0 < clock.tokens < 100
 
 
 def test_an_answer_ends_with_what_the_model_reads(home):
@@ -39,17 +39,17 @@ def test_an_answer_ends_with_what_the_model_reads(home):
     model.generation_config.eos_token_id, model.generation_config.num_beams = None, 4
     prompt = "a b c " * 20
     room = model.config.max_position_embeddings - len(tokenizer(prompt)["input_ids"])
-    assert 0 < room < 100 and list(answer(model, tokenizer, prompt, Sampling(max_new_tokens=100)))[-1].tokens == room
+    assert 0 < room < 100 and list(answer(model, tokenizer, prompt, AnswerSettings(max_new_tokens=100)))[-1].tokens == room
 
 
 def test_the_chat_template_is_used(home):
     model, tokenizer = lp.load(str(home / "base"))
-    plain = list(answer(model, tokenizer, "hello", Sampling(max_new_tokens=5)))[-1]
+    plain = list(answer(model, tokenizer, "hello", AnswerSettings(max_new_tokens=5)))[-1]
     message = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hello"}], add_generation_prompt=True, tokenize=False
     )
-    templated = list(answer(model, tokenizer, "hello", Sampling(max_new_tokens=5, chat=True)))[-1]
-    same = list(answer(model, tokenizer, message, Sampling(max_new_tokens=5)))[-1]
+    templated = list(answer(model, tokenizer, "hello", AnswerSettings(max_new_tokens=5, use_chat_template=True)))[-1]
+    same = list(answer(model, tokenizer, message, AnswerSettings(max_new_tokens=5)))[-1]
     assert templated.text == same.text != plain.text
 
 
@@ -124,6 +124,6 @@ def test_generate_takes_the_flags_of_llm_pruner(home, tmp_path):
         GenerateArguments(model_type="tune_prune_LLM", ckpt=str(home / "base"), lora_ckpt=adapter).models_to_serve()
     with pytest.raises(PrunerError, match="needs --ckpt"):
         GenerateArguments(model_type="pruneLLM").models_to_serve()
-    with pytest.raises(PrunerError, match="unknown --model_type 'vicuna'"):
+    with pytest.raises(PrunerError, match="--model_type 'vicuna' is not valid"):
         GenerateArguments(model_type="vicuna").models_to_serve()
     assert ChatArguments().host == "127.0.0.1"

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
-from llm_pruner.evaluation.evaluate import Measurements, evaluate_model, evaluate_models, parts
+from llm_pruner.evaluation.evaluate import Measurements, evaluate_model, count_parts, evaluate_model, evaluate_models
 from llm_pruner.evaluation.perplexity import perplexity, windows
 from llm_pruner.evaluation.speed import speed
 from llm_pruner.evaluation.table import table
@@ -136,14 +136,15 @@ def by_hand(model, tokenizer, folder):
 @pytest.mark.parametrize("name", ("base", "uniform", "pruned"))
 def test_accuracy_is_that_of_a_computation_by_hand(home, tasks, name):
     model, tokenizer = lp.load(str(home / name))
-    found = zero_shot(model, tokenizer, ["ours"], str(tasks))
+    found = zero_shot(model, tokenizer, ["ours"], include_path=str(tasks))
     expected = by_hand(model, tokenizer, tasks)
     assert {key: found.tasks["ours"][key] for key in expected} == pytest.approx(expected)
     assert found.tasks["ours"]["acc_norm"] == expected["acc_norm"]
     assert found.results["n-samples"]["ours"]["effective"] == 20
-    assert zero_shot(model, tokenizer, ["ours"], str(tasks), limit=5).results["n-samples"]["ours"]["effective"] == 5
+    assert zero_shot(model, tokenizer, ["ours"], include_path=str(tasks), limit=5).results["n-samples"]["ours"]["effective"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["uniform", "pruned"])
 def test_stock_lm_eval_agrees(name, home, tasks, tmp_path):
     """Without any of ours in the process: on a plain checkpoint, and where layers differ on a standalone one."""
@@ -158,14 +159,14 @@ def test_stock_lm_eval_agrees(name, home, tasks, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (file,) = (tmp_path / "out").rglob("*.json")
     stock = json.loads(file.read_text())["results"]["ours"]
-    found = zero_shot(model, tokenizer, ["ours"], str(tasks)).tasks["ours"]
+    found = zero_shot(model, tokenizer, ["ours"], include_path=str(tasks)).tasks["ours"]
     assert (found["acc"], found["acc_norm"]) == (stock["acc,none"], stock["acc_norm,none"])
 
 
 def test_unknown_tasks(home, tasks):
     model, tokenizer = lp.load(str(home / "base"))
     with pytest.raises(PrunerError, match=r"no task 'piqua'; the nearest are piqa"):
-        zero_shot(model, tokenizer, ["piqua"])
+        zero_shot(model, tokenizer, ["piqua"], include_path=str(tasks))
     assert len(PAPER_TASKS) == 7
 
 
@@ -176,7 +177,7 @@ def test_parts(home):
     model, _ = lp.load(str(home / "base"))
     c = model.config
     kv = c.num_key_value_heads * c.head_dim
-    assert parts(model) == {
+    assert count_parts(model) == {
         "embeddings": c.vocab_size * c.hidden_size,
         "self_attn": 3 * (2 * c.hidden_size * c.hidden_size + 2 * c.hidden_size * kv),
         "mlp": 3 * 3 * c.hidden_size * c.intermediate_size,
@@ -195,8 +196,8 @@ def test_speed(home):
 
 
 def test_a_table_of_models(home):
-    wanted = Measurements({"docs": "some words of text " * 40}, seq_len=16, tokens=16, new_tokens=2)
-    found = evaluate_models([str(home / "base"), str(home / "uniform")], lp.load, wanted)
+    settings = Measurements(texts={"docs": "some words of text " * 40}, seq_len=16, tokens=16, new_tokens=2)
+    found = evaluate_models([str(home / "base"), str(home / "uniform")], lp.load, settings)
     shown = table(found)
     base, uniform = found
     assert base.parameters - uniform.parameters == 3 * 3 * 32 * 32 == base.parts["mlp"] - uniform.parts["mlp"]
@@ -218,10 +219,10 @@ def test_a_table_of_models(home):
 
 
 def test_other_tokenizers_are_told(home, smollm2):
-    wanted = Measurements({"docs": "some words of text " * 40}, seq_len=8, tokens=0)
+    settings = Measurements(texts={"docs": "some words of text " * 40}, seq_len=8, tokens=0)
     models = {"a": lp.load(str(home / "base")), "b": smollm2}
-    shown = table(evaluate_models(models, lambda name: models[name], wanted))
-    assert shown.notes[0].endswith("their perplexities do not compare; those of a byte do.")
+    shown = table(evaluate_models(models, lambda name: models[name], settings))
+    assert shown.notes[0].endswith("compare their perplexities per byte, not per token.")
 
 
 def test_the_command_writes_everything(home, tasks, tmp_path, capsys):

@@ -25,8 +25,8 @@ from llm_pruner.cli import main
 from llm_pruner.data import documents, text
 from llm_pruner.errors import PrunerError
 from llm_pruner.surgery.tokenizer import Subwords, cut_tokenizer, keeps_words
-from llm_pruner.vocabulary import run
-from llm_pruner.vocabulary.choosing import choose, in_scripts, of_tokenizer
+from llm_pruner.vocabulary import comparison
+from llm_pruner.vocabulary.choosing import choose, ids_of_tokenizer, in_scripts
 from llm_pruner.vocabulary.counting import Counts, count
 
 TEXTS = [t for _, t in zip(range(120), documents("python-docs"), strict=False)]
@@ -269,20 +269,20 @@ def test_counting_goes_on_where_it_stopped(family, tmp_path, monkeypatch):
     lines = [json.dumps({"text": t}) for t in TEXTS]
     (tmp_path / "all.jsonl").write_text("\n".join(lines))
     whole = count(family.large, [str(tmp_path / "all.jsonl")])
-    monkeypatch.setattr("llm_pruner.vocabulary.counting.BATCH", 10)
+    monkeypatch.setattr("llm_pruner.vocabulary.counting.DOCUMENTS_PER_BATCH", 10)
     monkeypatch.setattr("llm_pruner.vocabulary.counting.KEEP_EVERY", 1)
     saved = Counts.save
 
     def stop(self, *args):
         saved(self, *args)
-        if self.parts[str(tmp_path / "all.jsonl")].read == 50:
+        if self.sources[str(tmp_path / "all.jsonl")].read == 50:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Counts, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         count(family.large, [str(tmp_path / "all.jsonl")], tmp_path / "counts.json")
     again = count(family.large, [str(tmp_path / "all.jsonl")], tmp_path / "counts.json")
-    assert (again.values == whole.values).all() and again.parts[str(tmp_path / "all.jsonl")].read == len(TEXTS)
+    assert (again.values == whole.values).all() and again.sources[str(tmp_path / "all.jsonl")].read == len(TEXTS)
 
 
 def test_counts_of_several_sources_stay_apart(family, tmp_path):
@@ -329,7 +329,7 @@ def test_ways_to_choose(family):
     with pytest.raises(PrunerError, match="have to stay"):
         choose(words, counts, keep="2")
     for wrong in ("many", "-3", "1.5", "coverage=2", "coverage"):
-        with pytest.raises(PrunerError, match="no number of tokens"):
+        with pytest.raises(PrunerError, match="is not valid: give 15000"):
             choose(words, counts, keep=wrong)
 
 
@@ -348,15 +348,15 @@ def test_scripts(family):
     latin = in_scripts(family.words, family.large, ["latin"])
     written = {family.large.decode([i]) for i in latin}
     assert not any("п" in w or "你" in w for w in written) and any("the" in w for w in written)
-    with pytest.raises(PrunerError, match="unknown script 'Klingon'"):
+    with pytest.raises(PrunerError, match="--scripts 'Klingon' is unknown"):
         in_scripts(family.words, family.large, ["Klingon"])
 
 
 def test_the_tokens_of_a_smaller_tokenizer(family):
-    assert of_tokenizer(family.words, Subwords(family.small)) == set(family.kept)
+    assert ids_of_tokenizer(family.words, Subwords(family.small)) == set(family.kept)
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"strange": 0, "words": 1}, [])))
-    with pytest.raises(PrunerError, match="2 of its 2 tokens are missing here, the first 'strange'"):
-        of_tokenizer(family.words, Subwords(other))
+    with pytest.raises(PrunerError, match="2 of its 2 tokens are missing there, the first 'strange'"):
+        ids_of_tokenizer(family.words, Subwords(other))
 
 
 def test_the_sentencepiece_file_is_cut_too(tmp_path):
@@ -442,19 +442,19 @@ def test_the_command(tied, model_folder, tmp_path):
 
 
 def test_both_models_are_measured_on_the_same_text(model_folder, tmp_path, monkeypatch):
-    texts, measure = [], run.byte_perplexity
+    texts, measure = [], comparison.byte_perplexity
 
-    def noted(model, tokenizer, held_out):
+    def noted(model, tokenizer, held_out, *window):
         texts.append(held_out)
-        return measure(model, tokenizer, held_out)
+        return measure(model, tokenizer, held_out, *window)
 
-    monkeypatch.setattr(run, "byte_perplexity", noted)
+    monkeypatch.setattr(comparison, "byte_perplexity", noted)
     flags = ["--corpus", "python-docs", "--keep", "0.6", "--max_windows", "3"]
     assert main(["vocab", str(model_folder), *flags, "--output_dir", str(tmp_path / "out")]) == 0
     before, after = texts
     assert before == after and before in text("python-docs", "test")
     _, large = lp.load(str(model_folder))
-    assert len(large(before, add_special_tokens=False)["input_ids"]) < 4 * run.WINDOW
+    assert len(large(before, add_special_tokens=False)["input_ids"]) < 4 * comparison.WINDOW
 
 
 def test_suppressed_tokens_move_or_go(model_folder, tmp_path):
@@ -493,13 +493,13 @@ def test_vocabulary_and_neurons_in_one_plan():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "say what is to stay"),
+        ([], "say which tokens stay"),
         (["--keep", "0.5"], "give --corpus"),
         (["--keep", "0.5", "--corpus", "/no/file.txt"], "no data set '/no/file.txt'"),
-        (["--languages", "xx"], "unknown language 'xx'"),
+        (["--languages", "xx"], "--languages 'xx' is unknown"),
         (["--scripts", "Latin", "--keep_tokens", "/no/file"], "cannot read /no/file"),
         (["--kep", "3"], "did you mean --keep?"),
-        (["--keep", "inf", "--corpus", "python-docs"], "no number of tokens"),
+        (["--keep", "inf", "--corpus", "python-docs"], "is not valid: give 15000"),
         (["--to_tokenizer", "/no/tokenizer"], "there is no model folder"),
     ],
 )

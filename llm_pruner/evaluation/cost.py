@@ -1,4 +1,4 @@
-"""What a model costs, told from its shapes: multiply-accumulates and memory. No weight is read."""
+"""Compute the cost of a model from its shapes, multiply-accumulates and memory, without reading a weight."""
 
 from __future__ import annotations
 
@@ -18,65 +18,68 @@ from ..surgery.apply import apply
 
 @torch.no_grad()
 def macs(model: PreTrainedModel, tokens: int = 128, batch: int = 1) -> int:
-    """Multiply-accumulates of one forward pass over ``[batch, tokens]``, those of attention included.
+    """Count the multiply-accumulates of one forward pass over ``[batch, tokens]``, attention included.
 
-    Of a mixture of experts, those of the experts that tokens are sent to.
+    Of a mixture of experts only the experts that tokens are routed to count.
     """
-    twin = _on_meta(model)
+    twin = _meta_twin(model)
     with tracing_mode(twin), FlopCounterMode(display=False) as counter, MetaReads():
-        twin(**model_inputs(twin, _ids(batch, tokens)), use_cache=False)
+        twin(**model_inputs(twin, _meta_ids(batch, tokens)), use_cache=False)
     return int(counter.get_total_flops()) // 2
 
 
 @torch.no_grad()
 def memory(model: PreTrainedModel, tokens: int = 2048, batch: int = 1) -> int:
-    """Bytes of the weights, in their own precision, and of the cache that ``[batch, tokens]`` fill."""
-    twin = _on_meta(model)
+    """Count the bytes of the weights, in their own dtype, and of the cache that ``[batch, tokens]`` fills."""
+    twin = _meta_twin(model)
     with tracing_mode(twin), MetaReads():
-        cache = twin(**model_inputs(twin, _ids(batch, tokens)), use_cache=True).get("past_key_values")
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return weights + sum(t.numel() * t.element_size() for t in _tensors(cache))
+        cache = twin(**model_inputs(twin, _meta_ids(batch, tokens)), use_cache=True).get("past_key_values")
+    weights = sum(p.nbytes for p in model.parameters())
+    return weights + sum(t.nbytes for t in _tensors_in(cache))
 
 
 def macs_budget(model: PreTrainedModel, target: float | str, tokens: int = 128, batch: int = 1) -> Budget:
-    """At most so many multiply-accumulates: a fraction, or an amount such as ``"10G"``."""
-    measure = _of_plan(model, lambda m: macs(m, tokens, batch))
+    """Build a budget of multiply-accumulates: a fraction of the model's, or an amount such as ``"10G"``."""
+    measure = _cost_of_plan(model, lambda m: macs(m, tokens, batch))
     return Budget("target_macs", target, measure, COUNTS, "multiply-accumulates")
 
 
 def memory_budget(model: PreTrainedModel, target: float | str, tokens: int = 2048, batch: int = 1) -> Budget:
-    """At most so much memory for weights and cache: a fraction, or an amount such as ``"6GiB"``."""
-    return Budget("target_memory", target, _of_plan(model, lambda m: memory(m, tokens, batch)), BYTES, "bytes")
+    """Build a budget of memory for weights and cache: a fraction of the model's, or an amount such as ``"6GiB"``."""
+    measure = _cost_of_plan(model, lambda m: memory(m, tokens, batch))
+    return Budget("target_memory", target, measure, BYTES, "bytes")
 
 
-def _of_plan(model: PreTrainedModel, cost: Callable[[PreTrainedModel], float]) -> Callable[[PruningPlan], float]:
-    twin = _on_meta(model)
+def _cost_of_plan(model: PreTrainedModel, cost: Callable[[PreTrainedModel], float]) -> Callable[[PruningPlan], float]:
+    """Return a function from a plan to the cost of the model that the plan leaves."""
+    twin = _meta_twin(model)
     return lambda plan: cost(apply(twin, plan) if plan.units else twin)
 
 
-def _on_meta(model: PreTrainedModel) -> PreTrainedModel:
+def _meta_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the same model on the meta device."""
     if model.device.type == "meta":
         return model
     twin: Any = skeleton(type(model), model.config)
     return twin.to(model.dtype).eval()
 
 
-def _ids(batch: int, tokens: int) -> torch.Tensor:
+def _meta_ids(batch: int, tokens: int) -> torch.Tensor:
     return torch.ones(batch, tokens, dtype=torch.long, device="meta")
 
 
-def _tensors(value: Any, seen: set[int] | None = None) -> list[torch.Tensor]:
-    """Every tensor in a cache, however it is built."""
-    seen = set() if seen is None else seen
-    if id(value) in seen:
+def _tensors_in(value: Any, visited: set[int] | None = None) -> list[torch.Tensor]:
+    """Collect the tensors of a cache of any class, each once."""
+    visited = set() if visited is None else visited
+    if id(value) in visited:
         return []
-    seen.add(id(value))
+    visited.add(id(value))
     if isinstance(value, torch.Tensor):
         return [value]
-    if isinstance(value, dict):
-        inside = list(value.values())
-    elif isinstance(value, (list, tuple)):
-        inside = list(value)
+    if isinstance(value, (list, tuple)):
+        members = list(value)
+    elif isinstance(value, type):
+        members = []
     else:
-        inside = list(vars(value).values()) if hasattr(value, "__dict__") and not isinstance(value, type) else []
-    return [t for item in inside for t in _tensors(item, seen)]
+        members = list((value if isinstance(value, dict) else getattr(value, "__dict__", {})).values())
+    return [tensor for member in members for tensor in _tensors_in(member, visited)]

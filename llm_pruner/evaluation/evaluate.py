@@ -1,11 +1,11 @@
-"""Several models side by side: what they are worth and what they cost."""
+"""Evaluate several models side by side: perplexity, accuracy on tasks, size, compute, memory and speed."""
 
 from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..models.per_layer import layer_lists
 from ..models.running import context_length
 from ..models.skeleton import parameter_count
 from .cost import macs, memory
-from .perplexity import Perplexity, perplexity, tokens_per_byte, windows
+from .perplexity import Perplexity, perplexity, windows
 from .speed import Speed, speed
 from .zero_shot import ZeroShot, zero_shot
 
@@ -28,20 +28,25 @@ PROMPTS = (
     "Simply put, the theory of relativity states that",
     "Building a website can be done in 10 simple steps:\n",
 )
+DEFAULT_TOKENS = 128  # for multiply-accumulates and the cache where no speed is measured
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """What to measure.
+    """Settings: what to measure.
 
     Attributes:
-        texts: by name; perplexity is measured on each.
-        tasks: of lm-eval.
-        tokens, batch, new_tokens: at which speed, multiply-accumulates and the cache are meant; 0 tokens: no speed.
-        prompts: to be gone on with, the most probable token each time.
+        texts: texts by name, for perplexity.
+        seq_len, stride, max_windows: how texts are cut into windows; see :func:`~.perplexity.windows`.
+        batch_size: windows or requests per forward pass; None: as many as fit.
+        tasks: names of lm-eval's tasks.
+        include_path, limit, num_fewshot: of those tasks; see :func:`~.zero_shot.zero_shot`.
+        tokens, batch: size of the input for speed, multiply-accumulates and cache; 0 tokens: measure no speed.
+        new_tokens: tokens to generate for decode speed and after each prompt.
+        prompts: texts to continue greedily.
     """
 
-    texts: dict[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
     seq_len: int = 128
     stride: int | None = None
     max_windows: int | None = None
@@ -50,23 +55,27 @@ class Measurements:
     include_path: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
-    tokens: int = 128
+    tokens: int = DEFAULT_TOKENS
     batch: int = 1
     new_tokens: int = 32
     prompts: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A model's measurements.
+    """Measurements of one model.
 
     Attributes:
-        parameters: all of them, tied ones once.
-        parts: of them in each part: ``embeddings``, and what layers are made of, such as ``self_attn`` and ``mlp``.
-        macs: multiply-accumulates of reading ``tokens`` tokens.
+        parameters: tied ones once.
+        parts: parameters of each part: ``embeddings``, ``head`` where it is not tied, and the modules of a layer, such
+            as ``self_attn`` and ``mlp``, summed over layers.
+        macs: multiply-accumulates of a forward pass over ``[batch, tokens]``.
         weight_bytes, cache_bytes: of the weights, and of the cache that ``[batch, tokens]`` fill.
-        tokenizer: a hash of its vocabulary; perplexities of two tokenizers do not compare.
-        samples: what it writes after each prompt.
+        perplexity: by the name of the text.
+        tasks: metrics by the name of the task.
+        tokenizer: hash of its vocabulary; perplexities per token of different tokenizers do not compare.
+        samples: continuation by prompt.
+        results: lm-eval's own record.
     """
 
     model: str
@@ -88,66 +97,92 @@ class Evaluation:
 
 
 def evaluate_model(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Measurements
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements
 ) -> Evaluation:
-    """Measure a model where it lies."""
-    found = {}
-    for title, text in wanted.texts.items():
-        ids = windows(tokenizer, text, wanted.seq_len, wanted.max_windows, wanted.stride)
-        result = perplexity(model, ids, wanted.batch_size, stride=wanted.stride)
-        found[title] = replace(result, tokens_per_byte=tokens_per_byte(tokenizer, ids, wanted.stride))
-    tasks = ZeroShot()
-    if wanted.tasks:
-        tasks = zero_shot(
-            model,
-            tokenizer,
-            wanted.tasks,
-            wanted.include_path,
-            wanted.limit,
-            wanted.num_fewshot,
-            wanted.batch_size or "auto",
-        )
-    tokens = min(wanted.tokens or 128, context_length(model) or 2**31)
-    weights = sum(p.nbytes for p in model.parameters())
+    """Measure a model on the device that it is on.
+
+    Raises:
+        PrunerError: a text is too short, a loss is not finite, or a task cannot be had.
+    """
+    perplexities = _measure_perplexities(name, model, tokenizer, settings)  # first: it finds broken weights
+    tasks = _run_tasks(model, tokenizer, settings) if settings.tasks else ZeroShot()
+    tokens = min(settings.tokens or DEFAULT_TOKENS, context_length(model) or 2**31)
+    weight_bytes = sum(p.nbytes for p in model.parameters())
     return Evaluation(
-        name,
-        parameter_count(model),
-        parts(model),
-        macs(model, tokens, wanted.batch),
-        weights,
-        memory(model, tokens, wanted.batch) - weights,
-        found,
-        tasks.tasks,
-        speed(model, tokens, wanted.batch, wanted.new_tokens) if wanted.tokens else None,
-        digest(sorted(tokenizer.get_vocab().items())),
-        {prompt: continue_text(model, tokenizer, prompt, wanted.new_tokens) for prompt in wanted.prompts},
-        tasks.results,
+        model=name,
+        parameters=parameter_count(model),
+        parts=count_parts(model),
+        macs=macs(model, tokens, settings.batch),
+        weight_bytes=weight_bytes,
+        cache_bytes=memory(model, tokens, settings.batch) - weight_bytes,
+        perplexity=perplexities,
+        tasks=tasks.tasks,
+        speed=speed(model, tokens, settings.batch, new_tokens=settings.new_tokens) if settings.tokens else None,
+        tokenizer=digest(sorted(tokenizer.get_vocab().items())),
+        samples={prompt: continue_text(model, tokenizer, prompt, settings.new_tokens) for prompt in settings.prompts},
+        results=tasks.results,
     )
 
 
-def evaluate_models(names: Iterable[str], load: Callable[[str], Any], wanted: Measurements) -> list[Evaluation]:
-    """Measure models one after the other, each loaded, measured and dropped before the next."""
-    out = []
+def _measure_perplexities(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements
+) -> dict[str, Perplexity]:
+    results = {}
+    for title, text in settings.texts.items():
+        ids = windows(tokenizer, text, settings.seq_len, settings.max_windows, stride=settings.stride)
+        results[title] = perplexity(
+            model,
+            ids,
+            settings.batch_size,
+            stride=settings.stride,
+            tokenizer=tokenizer,
+            model_name=name,
+            text_name=title,
+        )
+    return results
+
+
+def _run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements) -> ZeroShot:
+    return zero_shot(
+        model,
+        tokenizer,
+        settings.tasks,
+        include_path=settings.include_path,
+        limit=settings.limit,
+        num_fewshot=settings.num_fewshot,
+        batch_size=settings.batch_size or "auto",
+    )
+
+
+def evaluate_models(
+    names: Iterable[str],
+    load: Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    settings: Measurements,
+) -> list[Evaluation]:
+    """Measure models one after the other: each is loaded, measured and dropped before the next.
+
+    Args:
+        load: returns model and tokenizer of a name.
+    """
+    evaluations = []
     for name in names:
-        model, tokenizer = load(name)
-        out.append(evaluate_model(name, model, tokenizer, wanted))
-        del model, tokenizer
+        evaluations.append(evaluate_model(name, *load(name), settings))
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return out
+    return evaluations
 
 
-def parts(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters of the embeddings, the head if it has its own, and of what layers are made of."""
+def count_parts(model: PreTrainedModel) -> dict[str, int]:
+    """Count the parameters of the embeddings, of an untied head, and of the modules that layers consist of."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    known = {id(p): "embeddings" for p in embeddings.parameters()}
+    part_of = {id(p): "embeddings" for p in embeddings.parameters()}
     for parameter in head.parameters() if head is not None else ():
-        known.setdefault(id(parameter), "head")
-    layer_of = LayerLocator(list(layer_lists(model)))
-    out: dict[str, int] = defaultdict(int)
+        part_of.setdefault(id(parameter), "head")
+    locate = LayerLocator(list(layer_lists(model)))
+    counts: dict[str, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
-        found = layer_of(name)
-        within = name.removeprefix(f"{found[0]}.{found[1]}.").split(".")[0] if found else "other"
-        out[known.get(id(parameter), within)] += parameter.numel()
-    return dict(out)
+        layer = locate(name)
+        module = name.removeprefix(f"{layer[0]}.{layer[1]}.").split(".")[0] if layer else "other"
+        counts[part_of.get(id(parameter), module)] += parameter.numel()
+    return dict(counts)

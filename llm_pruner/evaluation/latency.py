@@ -1,8 +1,8 @@
-"""How long a forward pass takes on the device where the model lies, and what it would take after a plan.
+"""Measure how long a forward pass takes on the model's device, and predict how long it would take after a plan.
 
-What a layer takes depends on its widths, and not in proportion: kernels work in tiles, and small products leave a
-device idle. So layers of several widths are timed once, each kind of unit by itself, and a plan is looked up in that
-table, with straight lines between its entries.
+A layer's time is not proportional to its widths: kernels work in tiles, and small products leave a device idle. So
+layers are timed at several widths, one kind of unit at a time, and a plan's latency is interpolated linearly between
+the entries of that table.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
-from ..graph.units import CouplingGraph
+from ..graph.units import CouplingGraph, Unit
 from ..models.layers import LayerLocator
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, model_inputs, random_tokens
@@ -27,14 +30,27 @@ from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
 
 MICROSECONDS = {"US": 1, "MS": 10**3, "S": 10**6}
-SHARES = (0.2, 0.4, 0.6, 0.8)  # of a kind's indices, that are timed beside all of them
-REPEATS = 5
+SHARES = (0.2, 0.4, 0.6, 0.8)  # of a kind's indices, timed besides all of them
+LEAST_SECONDS, MOST_SECONDS = 0.05, 3.0  # of one measurement
 Layer = tuple[str, int]  # path of its stack, index
+TimePlan = Callable[[PruningPlan], dict[Layer, float]]  # microseconds of every layer after a plan
+Curve = list[tuple[float, float]]  # (share of the indices kept, microseconds), from the least share up
 
 
+@torch.no_grad()
 def latency(model: PreTrainedModel, tokens: int = 128, batch: int = 1) -> float:
-    """Microseconds of one forward pass over ``[batch, tokens]``, without a cache: the median of a few."""
-    return _timed(model, tokens, batch)[0]
+    """Measure one forward pass over ``[batch, tokens]`` without a cache: the median, in microseconds.
+
+    Passes are repeated until they agree within 10%, for 3 seconds at most, with all of torch's threads.
+    """
+    inputs = model_inputs(model, random_tokens(model, batch, tokens))
+    timer = Timer(
+        "model(**inputs, use_cache=False)",
+        globals={"model": model, "inputs": inputs},
+        num_threads=torch.get_num_threads(),
+    )
+    with evaluating(model):
+        return timer.adaptive_autorange(min_run_time=LEAST_SECONDS, max_run_time=MOST_SECONDS).median * 1e6
 
 
 def latency_budget(
@@ -42,103 +58,125 @@ def latency_budget(
     graph: CouplingGraph,
     target: float | str,
     tokens: int = 128,
+    *,
     batch: int = 1,
     kinds: Iterable[str] = ("heads", "neurons"),
 ) -> Budget:
-    """At most so much time for a forward pass over ``[batch, tokens]``: a fraction, or an amount such as ``"30ms"``.
+    """Build a budget for the time of a forward pass over ``[batch, tokens]``.
 
     Args:
-        model: with its weights, on the device that counts.
+        model: with its weights, on the device to optimize for.
+        target: fraction of the model's own time, or an amount such as ``"30ms"``.
         kinds: of units that the plan will prune.
 
     Raises:
-        PrunerError: units of a kind run through the whole model, so that no layer's width tells what they cost.
+        PrunerError: units of a kind run through the whole model, so that no single layer's width decides their time.
     """
-    table = LatencyTable(model, graph, kinds, tokens, batch)
+    table = LatencyTable(model, graph, kinds=kinds, tokens=tokens, batch=batch)
     return Budget("target_latency", target, table.predict, MICROSECONDS, "microseconds")
 
 
 class LatencyTable:
-    """Times of a model's layers, in microseconds.
+    """Times of a model's layers at several widths, in microseconds.
 
     Attributes:
-        whole: of a forward pass of the unpruned model.
-        layers: of every layer in it.
-        widths: of every layer and kind, ``[(share of the indices kept, time of the layer)]`` from the least share up.
+        whole: time of a forward pass of the unpruned model.
+        layers: time of every layer in that pass.
+        widths: curve of every layer and kind, from the least share of indices up.
     """
 
-    def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kinds: Iterable[str], tokens: int, batch: int):
-        self._layer_of = LayerLocator(list(layer_lists(model)))
-        self._members: dict[tuple[Layer, str], int] = defaultdict(int)
-        self.widths: dict[tuple[Layer, str], list[tuple[float, float]]] = defaultdict(list)
-        whole, plain = _timed(model, tokens, batch)
-        alike = _alike(model)
-        self.whole, self.layers = whole, _shared(plain, alike)
+    def __init__(
+        self, model: PreTrainedModel, graph: CouplingGraph, *, kinds: Iterable[str], tokens: int = 128, batch: int = 1
+    ):
+        self._locate = LayerLocator(list(layer_lists(model)))
+        signatures = _signatures(model)
+        self.whole, layers = time_layers(model, tokens, batch)
+        self.layers = _average_alike(layers, signatures)
+        self.widths: dict[tuple[Layer, str], Curve] = {}
+        self._members: dict[tuple[Layer, str], int] = {}
+
+        def time_plan(plan: PruningPlan) -> dict[Layer, float]:
+            return _average_alike(time_layers(apply(model, plan), tokens, batch)[1], signatures)
+
         for kind in kinds:
-            units = graph.of_kind(kind)
-            if kind == "layers" or not units:
-                continue
-            owners = [self._owner(unit.name) for unit in units]
-            for owner in owners:
-                self._members[owner, kind] += 1
-            timed: list[dict[Layer, list[float]]] = []
-            for share in SHARES:
-                plan, kept = PruningPlan(), defaultdict(list)
-                for unit, owner in zip(units, owners, strict=True):
-                    steps = -(-max(unit.minimum, round(share * unit.size)) // unit.multiple)
-                    count = min(steps * unit.multiple, unit.size)
+            if kind != "layers":
+                self._add_kind(kind, graph, time_plan)
+
+    def _add_kind(self, kind: str, graph: CouplingGraph, time_plan: TimePlan) -> None:
+        """Time the layers with fewer indices of one kind."""
+        units: dict[Layer, list[Unit]] = defaultdict(list)
+        for unit in graph.of_kind(kind):
+            units[self._owner(unit.name)].append(unit)
+        curves: dict[Layer, Curve] = {layer: [] for layer in units}
+        timed: list[dict[Layer, float]] = []
+        for share in SHARES if units else ():
+            plan, kept = PruningPlan(), {}
+            for layer, members in units.items():
+                counts = [_count_kept(unit, share) for unit in members]
+                for unit, count in zip(members, counts, strict=True):
                     plan.keep(unit, torch.arange(count), graph.shapes)
-                    kept[owner].append(count / unit.size)
-                if kept in timed:  # few heads have few shares
-                    continue
-                timed.append(kept)
-                times = _shared(_timed(apply(model, plan), tokens, batch)[1], alike)
-                for owner, shares in kept.items():
-                    self.widths[owner, kind].append((statistics.mean(shares), times[owner]))
-            for owner in dict.fromkeys(owners):
-                # Wider is never faster: where it seems so, that is noise.
-                entries, least = [(1.0, self.layers[owner])], self.layers[owner]
-                for share, found in sorted(self.widths[owner, kind], reverse=True):
-                    if share < entries[0][0]:
-                        least = min(least, found)
-                        entries.insert(0, (share, least))
-                self.widths[owner, kind] = entries
+                kept[layer] = statistics.mean(n / unit.size for n, unit in zip(counts, members, strict=True))
+            if kept in timed:  # few heads have few shares
+                continue
+            timed.append(kept)
+            times = time_plan(plan)
+            for layer, curve in curves.items():
+                curve.append((kept[layer], times[layer]))
+        for layer, curve in curves.items():
+            self._members[layer, kind] = len(units[layer])
+            self.widths[layer, kind] = _monotone(curve, self.layers[layer])
 
     def predict(self, plan: PruningPlan) -> float:
-        """Microseconds of a forward pass of the model that a plan leaves."""
-        gone = {(path, i) for path, i in self.layers if path in plan.layers and i not in plan.layers[path].tolist()}
-        saved = sum(self.layers[layer] for layer in gone)
-        lost: dict[tuple[Layer, str], float] = defaultdict(float)  # share of a kind's indices in a layer
+        """Predict the microseconds of a forward pass of the model that a plan leaves."""
+        dropped = {(path, i) for path, i in self.layers if path in plan.layers and i not in plan.layers[path].tolist()}
+        saved = sum(self.layers[layer] for layer in dropped)
+        removed: dict[tuple[Layer, str], float] = defaultdict(float)  # share of a kind's indices in a layer
         for name, choice in plan.units.items():
             if choice.kind != "layers":
                 key = self._owner(name), choice.kind
-                lost[key] += (1 - choice.kept.numel() / choice.size) / self._members[key]
-        for (layer, kind), share in lost.items():
-            if layer not in gone:
-                saved += self.layers[layer] - _between(self.widths[layer, kind], 1 - share)
+                removed[key] += (1 - choice.kept.numel() / choice.size) / self._members[key]
+        for (layer, kind), share in removed.items():
+            if layer not in dropped:
+                saved += self.layers[layer] - _interpolate(self.widths[layer, kind], 1 - share)
         return max(self.whole - saved, 0.0)
 
     def _owner(self, unit: str) -> Layer:
-        found = self._layer_of(unit)
-        if found is None:
+        layer = self._locate(unit)
+        if layer is None:
             raise PrunerError(
-                f"target_latency is told from the widths of single layers, and {unit} runs through all of them: "
+                f"target_latency is predicted from the widths of single layers, and {unit} runs through all of them: "
                 "give target_macs"
             )
-        return found
+        return layer
 
 
-def _between(entries: list[tuple[float, float]], share: float) -> float:
-    """The time at a share, on the straight lines through the entries, and through the first two below them."""
-    if len(entries) == 1:
-        return entries[0][1]
-    i = next((i for i, (s, _) in enumerate(entries[1:-1], 1) if share <= s), len(entries) - 1)
-    (s0, t0), (s1, t1) = entries[i - 1], entries[i]
+def _count_kept(unit: Unit, share: float) -> int:
+    """Return how many of a unit's indices to keep for a share, rounded up to whole steps."""
+    steps = -(-max(unit.minimum, round(share * unit.size)) // unit.multiple)
+    return min(steps * unit.multiple, unit.size)
+
+
+def _monotone(measured: Curve, full: float) -> Curve:
+    """Sort a curve, ending with all indices: a narrower layer that seems slower is noise."""
+    curve, least = [(1.0, full)], full
+    for share, microseconds in sorted(measured, reverse=True):
+        if share < curve[0][0]:
+            least = min(least, microseconds)
+            curve.insert(0, (share, least))
+    return curve
+
+
+def _interpolate(curve: Curve, share: float) -> float:
+    """Return the time at a share: linear between entries, extrapolated from the first two below them."""
+    if len(curve) == 1:
+        return curve[0][1]
+    i = next((i for i, (s, _) in enumerate(curve[1:-1], 1) if share <= s), len(curve) - 1)
+    (s0, t0), (s1, t1) = curve[i - 1], curve[i]
     return max(t0 + (t1 - t0) * (share - s0) / (s1 - s0), 0.0)
 
 
-def _alike(model: nn.Module) -> dict[Layer, Any]:
-    """For every layer, what it shares with those that are built alike."""
+def _signatures(model: nn.Module) -> dict[Layer, Any]:
+    """Return for every layer what is equal in layers that are built alike."""
     return {
         (path, i): (path, type(layer), tuple(tuple(p.shape) for p in layer.parameters()))
         for path, stack in layer_lists(model).items()
@@ -146,59 +184,59 @@ def _alike(model: nn.Module) -> dict[Layer, Any]:
     }
 
 
-def _shared(times: dict[Layer, float], alike: dict[Layer, Any]) -> dict[Layer, float]:
-    """Layers that are built alike take alike: the mean of their times tells it better than each of them."""
+def _average_alike(times: dict[Layer, float], signatures: dict[Layer, Any]) -> dict[Layer, float]:
+    """Give layers that are built alike the mean of their times, which is less noisy than each."""
     groups: dict[Any, list[float]] = defaultdict(list)
-    for layer, found in times.items():
-        groups[alike[layer]].append(found)
-    return {layer: statistics.mean(groups[alike[layer]]) for layer in times}
+    for layer, microseconds in times.items():
+        groups[signatures[layer]].append(microseconds)
+    return {layer: statistics.mean(groups[signatures[layer]]) for layer in times}
 
 
-@torch.no_grad()
-def _timed(model: PreTrainedModel, tokens: int, batch: int) -> tuple[float, dict[Layer, float]]:
-    """Microseconds of a forward pass, and of each layer in it: medians of a few passes, after one to warm up."""
-    ids = random_tokens(model, batch, tokens)
-    inputs = model_inputs(model, ids)
-    # Events of the device's own clock, so that kernels queue up as they do when nobody looks.
-    cuda = model.device.type == "cuda"
-    marks: list[tuple[Layer | None, Any]] = []
+def time_layers(model: PreTrainedModel, tokens: int, batch: int) -> tuple[float, dict[Layer, float]]:
+    """Measure a forward pass and every layer in it: medians, in microseconds."""
+    clocks = {
+        (path, i): _ModuleClock(cuda=model.device.type == "cuda")
+        for path, stack in layer_lists(model).items()
+        for i in range(len(stack))
+    }
+    with _hooked(model, clocks):
+        whole = latency(model, tokens, batch)
+    return whole, {layer: clock.median() for layer, clock in clocks.items() if clock.stamps}
 
-    def mark(layer: Layer | None) -> None:
-        if cuda:
-            marks.append((layer, torch.cuda.Event(enable_timing=True)))
-            marks[-1][1].record()
-        else:
-            marks.append((layer, time.perf_counter()))
 
-    def hook(layer: Layer) -> Callable[..., None]:
-        return lambda *_: mark(layer)
+@dataclass
+class _ModuleClock:
+    """Stamps at the start and end of every pass through a module: CUDA events, so that kernels still queue up."""
 
+    cuda: bool
+    stamps: list[Any] = field(default_factory=list)
+
+    def stamp(self, *_: Any) -> None:
+        if not self.cuda:
+            self.stamps.append(time.perf_counter())
+            return
+        self.stamps.append(torch.cuda.Event(enable_timing=True))
+        self.stamps[-1].record()
+
+    def median(self) -> float:
+        """Return the median microseconds of a pass."""
+        pairs = zip(self.stamps[::2], self.stamps[1::2], strict=True)
+        if not self.cuda:
+            return statistics.median(end - start for start, end in pairs) * 1e6
+        torch.cuda.synchronize()
+        return float(statistics.median(start.elapsed_time(end) for start, end in pairs)) * 1e3
+
+
+@contextmanager
+def _hooked(model: nn.Module, clocks: dict[Layer, _ModuleClock]) -> Iterator[None]:
+    """Let clocks stamp the layers' passes within the block."""
     handles = []
-    for path, stack in layer_lists(model).items():
-        for i, module in enumerate(stack):
-            handles.append(module.register_forward_pre_hook(hook((path, i))))
-            handles.append(module.register_forward_hook(hook((path, i))))
-    wholes: list[float] = []
-    layers: dict[Layer, list[float]] = defaultdict(list)
     try:
-        with evaluating(model):
-            for _ in range(REPEATS + 1):
-                marks.clear()
-                mark(None)
-                model(**inputs, use_cache=False)
-                mark(None)
-                wholes.append(_elapsed(marks[0][1], marks[-1][1]))
-                pairs = zip(marks[1:-1:2], marks[2:-1:2], strict=True)
-                for (layer, start), (_, end) in pairs:
-                    layers[layer].append(_elapsed(start, end))  # type: ignore[index]
+        for path, stack in layer_lists(model).items():
+            for i, module in enumerate(stack):
+                handles.append(module.register_forward_pre_hook(clocks[path, i].stamp))
+                handles.append(module.register_forward_hook(clocks[path, i].stamp))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return statistics.median(wholes[1:]), {layer: statistics.median(times[1:]) for layer, times in layers.items()}
-
-
-def _elapsed(start: Any, end: Any) -> float:
-    if isinstance(start, float):
-        return (end - start) * 1e6
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3

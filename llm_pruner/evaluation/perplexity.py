@@ -1,9 +1,11 @@
-"""Perplexity: by LLM-Pruner's protocol, windows of ``seq_len`` tokens side by side, or by windows that overlap."""
+"""Perplexity by LLM-Pruner's protocol, windows of ``seq_len`` tokens side by side, or by windows that overlap."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate.utils import find_executable_batch_size
@@ -14,14 +16,21 @@ from ..models.blockwise import Compute, computing
 from ..models.loss import total_loss
 from ..models.running import context_length, evaluating
 
-FITTING = 32  # windows to try first; fewer as long as memory runs out
+WINDOWS_PER_PASS = 32  # to try first where no batch size is given; halved as long as memory runs out
+LARGEST_LOSS = 700.0  # nats per token; exp overflows soon after
 
 
-@dataclass
+@dataclass(frozen=True)
 class Perplexity:
-    """``perplexity`` is ``exp(loss)``, ``loss`` the mean over ``tokens`` predicted tokens, in nats.
+    """Perplexity of a model on a text.
 
-    ``tokens_per_byte`` is that of the text in UTF-8, where it is known.
+    Attributes:
+        perplexity: of a token, ``exp(loss)``.
+        loss: mean over the predicted tokens, in nats.
+        tokens: predicted tokens.
+        windows, seq_len, stride: how the text was cut.
+        byte_perplexity: of a byte, which compares across tokenizers: exp of the total loss over the UTF-8 bytes of the
+            predicted tokens. None where no tokenizer was given.
     """
 
     perplexity: float
@@ -30,18 +39,7 @@ class Perplexity:
     windows: int
     seq_len: int
     stride: int
-    tokens_per_byte: float | None = None
-
-    @property
-    def per_byte(self) -> float | None:
-        """The perplexity of a byte, which compares between tokenizers."""
-        return None if self.tokens_per_byte is None else math.exp(self.loss * self.tokens_per_byte)
-
-
-def tokens_per_byte(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, stride: int | None = None) -> float:
-    """Tokens for each byte of the text that windows (of ``stride``) were cut from."""
-    text = ids.flatten() if not stride else torch.cat([ids[:, :stride].flatten(), ids[-1, stride:]])
-    return len(text) / max(1, len(str(tokenizer.decode(text.tolist())).encode()))
+    byte_perplexity: float | None = None
 
 
 def windows(
@@ -49,15 +47,16 @@ def windows(
     text: str,
     seq_len: int,
     max_windows: int | None = None,
+    *,
     stride: int | None = None,
 ) -> torch.Tensor:
-    """A text as LongTensor ``[windows, seq_len]``; the rest that fills no window is left out.
+    """Cut a text into windows: LongTensor ``[windows, seq_len]``; a rest shorter than a window is left out.
 
     Args:
-        stride: tokens from the beginning of a window to that of the next; by default ``seq_len``: side by side.
+        stride: tokens from the start of a window to the start of the next; None: ``seq_len``, side by side.
 
     Raises:
-        PrunerError: the text is shorter than one window, or ``stride`` out of range.
+        PrunerError: the text is shorter than one window, or ``stride`` is out of range.
     """
     stride = seq_len if stride is None else stride
     if not 1 <= stride <= seq_len:
@@ -65,8 +64,7 @@ def windows(
     if seq_len < 2:
         raise PrunerError(f"seq_len {seq_len} is out of range: a window needs at least 2 tokens")
     ids = torch.tensor(tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=torch.long)
-    count = len(ids) // seq_len
-    if count == 0:
+    if len(ids) < seq_len:
         raise PrunerError(f"the text has {len(ids)} tokens, less than one window of {seq_len}: lower --seq_len")
     return ids.unfold(0, seq_len, stride)[:max_windows]
 
@@ -89,44 +87,100 @@ def perplexity(
     model: PreTrainedModel,
     ids: torch.Tensor,
     batch_size: int | None = 4,
+    *,
     compute: Compute | None = None,
     stride: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    model_name: str | None = None,
+    text_name: str = "the text",
 ) -> Perplexity:
-    """Perplexity of a model on windows ``[windows, seq_len]``.
+    """Measure the perplexity of a model on windows ``[windows, seq_len]``.
 
-    Each window predicts its tokens 1 .. seq_len - 1 from those before them in the same window. An encoder-decoder is
-    given the first half of each window and predicts the second.
+    Each window predicts its tokens 1 .. seq_len - 1 from the tokens before them in the same window. An encoder-decoder
+    reads the first half of each window and predicts the second.
 
     Args:
-        batch_size: windows in a forward pass; None finds out how many fit.
-        compute: where and how to compute, if not as the model is: weights are then converted block by block.
-        stride: that the windows were cut with, if they overlap: of all but the first only the last ``stride`` tokens
-            count, the others are there to be read.
+        batch_size: windows per forward pass; None tries 32 and halves that as long as memory runs out.
+        compute: device and dtype to compute with, weights converted block by block; None: the model's own.
+        stride: that the windows were cut with, if they overlap. All windows but the first then predict only their last
+            ``stride`` tokens; the tokens before are context.
+        tokenizer: measures the byte perplexity as well.
+        model_name, text_name: for the error; the model is called by its checkpoint or class where no name is given.
 
     Raises:
-        PrunerError: the windows are longer than the model reads.
+        PrunerError: the windows are longer than the model reads, or the loss is not finite.
     """
     check_length(model, ids.shape[1])
     stride = ids.shape[1] if stride is None else stride
 
-    def measured(batch_size: int) -> tuple[float, int]:
+    def measure_loss(batch_size: int) -> tuple[float, int]:
         with evaluating(model), computing(model, compute) as used:
-            there = ids.to(used.device)
+            rows = ids.to(used.device)
             if stride == ids.shape[1]:
-                return total_loss(model, there.split(batch_size))
-            first, tokens = total_loss(model, [there[:1]])
-            others, more = total_loss(model, there[1:].split(batch_size), stride)
+                return total_loss(model, rows.split(batch_size))
+            first, tokens = total_loss(model, [rows[:1]])
+            others, more = total_loss(model, rows[1:].split(batch_size), stride)
             return first + others, tokens + more
 
     if batch_size is None:
-        try:
-            total, tokens = find_executable_batch_size(measured, starting_batch_size=FITTING)()
-        except RuntimeError as error:
-            if "reached zero" in str(error):  # accelerate's word for it
-                raise MemoryError("out of memory with one window at a time") from error
-            raise
+        total, tokens = _with_fitting_batch_size(measure_loss)
     else:
-        total, tokens = measured(batch_size)
+        total, tokens = measure_loss(batch_size)
     loss = total / tokens
-    value = math.exp(loss) if loss < 700 else math.inf
-    return Perplexity(value, loss, tokens, ids.shape[0], ids.shape[1], stride)
+    if not loss < LARGEST_LOSS:
+        name = model_name or model.name_or_path or type(model).__name__
+        raise PrunerError(f"the loss of {name} on {text_name} is {_explain_loss(model, loss)}")
+    per_byte = None
+    if tokenizer is not None:
+        predicted = predicted_tokens(ids, stride, encoder_decoder=model.config.is_encoder_decoder)
+        per_byte = math.exp(total / max(1, len(str(tokenizer.decode(predicted.tolist())).encode())))
+    return Perplexity(math.exp(loss), loss, tokens, ids.shape[0], ids.shape[1], stride, per_byte)
+
+
+def predicted_tokens(ids: torch.Tensor, stride: int, *, encoder_decoder: bool = False) -> torch.Tensor:
+    """Return the tokens of windows ``[windows, seq_len]`` that :func:`perplexity` counts: LongTensor ``[tokens]``.
+
+    >>> predicted_tokens(torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5]]), stride=2).tolist()
+    [1, 2, 3, 4, 5]
+    """
+    targets = ids[:, (ids.shape[1] // 2 if encoder_decoder else 0) + 1 :]
+    if stride == ids.shape[1]:
+        return targets.flatten()
+    return torch.cat([targets[0], targets[1:, -stride:].flatten()])
+
+
+def byte_perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, seq_len: int = 128, *, text_name: str = ""
+) -> float:
+    """Measure the perplexity per byte of a text, every token predicted once except the first.
+
+    Windows overlap by one token, so that models of different tokenizers are measured on all of the text; those of an
+    encoder-decoder lie side by side. See :attr:`Perplexity.byte_perplexity` for the definition.
+
+    Raises:
+        PrunerError: the text is shorter than one window, or the loss is not finite.
+    """
+    stride = seq_len if model.config.is_encoder_decoder else seq_len - 1
+    ids = windows(tokenizer, text, seq_len, stride=stride)
+    found = perplexity(model, ids, 8, stride=stride, tokenizer=tokenizer, text_name=text_name or "the text")
+    return cast(float, found.byte_perplexity)
+
+
+def _with_fitting_batch_size(measure: Callable[[int], tuple[float, int]]) -> tuple[float, int]:
+    """Call ``measure`` with the largest batch size that memory allows."""
+    try:
+        return cast(tuple[float, int], find_executable_batch_size(measure, starting_batch_size=WINDOWS_PER_PASS)())
+    except RuntimeError as error:
+        if "reached zero" in str(error):  # accelerate's word for it
+            raise MemoryError("out of memory with one window at a time") from error
+        raise
+
+
+def _explain_loss(model: PreTrainedModel, loss: float) -> str:
+    """Say why a loss gives no perplexity."""
+    broken = [n for n, p in model.named_parameters() if p.device.type != "meta" and not bool(p.isfinite().all())]
+    if broken:
+        return f"not finite: its weights hold NaN or infinity, first in {broken[0]} ({len(broken)} tensors in all)"
+    if math.isfinite(loss):
+        return f"{loss:.0f} nats per token, too large for a perplexity: the model is broken"
+    return f"not finite, although its weights are: {model.dtype} may overflow, load it with --dtype float32"

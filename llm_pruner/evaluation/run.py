@@ -1,8 +1,7 @@
-"""The evaluation behind ``llm-pruner evaluate`` and recipes: models side by side, and the files of it."""
+"""Run ``llm-pruner evaluate`` and the evaluations of recipes, and write their files."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ..provenance import provenance
 from .arguments import EvaluateArguments, PerplexityArguments
 from .evaluate import PROMPTS, Evaluation, Measurements, evaluate_models
 from .perplexity import perplexity, windows
-from .table import Table, as_json, table, terminal_table
+from .table import Table, as_json, strict_json, table, terminal_table
 from .zero_shot import PAPER_TASKS
 
 
@@ -32,7 +31,20 @@ def measure(args: EvaluateArguments) -> list[Evaluation]:
     device = resolve_device(args.device, "--device")
     for model in args.model:
         locate(model)
-    settings = Measurements(
+
+    def load_model(name: str) -> Any:
+        return load_with_tokenizer(name, args.dtype, device, args.trust_remote_code, verify=args.verify)
+
+    return evaluate_models(args.model, load_model, resolve(args))
+
+
+def resolve(args: EvaluateArguments) -> Measurements:
+    """Turn flags into settings, reading the texts that they name.
+
+    Raises:
+        PrunerError: a text cannot be read.
+    """
+    return Measurements(
         texts={name: text(name, "test") for name in args.datasets},
         seq_len=args.seq_len,
         stride=args.stride or None,
@@ -48,22 +60,17 @@ def measure(args: EvaluateArguments) -> list[Evaluation]:
         prompts=PROMPTS if args.samples else (),
     )
 
-    def load_model(name: str) -> Any:
-        return load_with_tokenizer(name, args.dtype, device, args.trust_remote_code, verify=args.verify)
-
-    return evaluate_models(args.model, load_model, settings)
-
 
 def run_evaluate(args: EvaluateArguments) -> None:
-    """Run ``llm-pruner evaluate``: print one table, and write it in all forms to ``--output``."""
+    """Run ``llm-pruner evaluate``: print one table, and write it in every format to ``--output``."""
     evaluations = measure(args)
-    result = table(evaluations)
+    combined = table(evaluations)
     console = Console()
-    console.print(terminal_table(result.cells()))
-    for note in result.notes:
+    console.print(terminal_table(combined.cells()))
+    for note in combined.notes:
         console.print(note)
     if args.output:
-        write(evaluations, result, Path(args.output))
+        write_evaluations(evaluations, combined, Path(args.output))
 
 
 def run_perplexity(args: PerplexityArguments) -> None:
@@ -73,22 +80,28 @@ def run_perplexity(args: PerplexityArguments) -> None:
     device = resolve_device(args.device, "--device")
     model, tokenizer = load_with_tokenizer(args.model, args.dtype, device, args.trust_remote_code, verify=args.verify)
     stride = args.stride or None
-    ids = windows(tokenizer, content, args.seq_len, args.max_windows or None, stride)
-    result = perplexity(model, ids, args.batch_size or None, stride=stride)
+    ids = windows(tokenizer, content, args.seq_len, args.max_windows or None, stride=stride)
+    result = perplexity(
+        model,
+        ids,
+        args.batch_size or None,
+        stride=stride,
+        tokenizer=tokenizer,
+        model_name=args.model,
+        text_name=args.dataset,
+    )
     record = {"model": args.model, "dataset": args.dataset, **asdict(result)}
     print(f"{args.model} on {args.dataset}: perplexity {result.perplexity:.4f} ({result.tokens} tokens)")
     if args.output:
-        write_text(Path(args.output), json.dumps(record, indent=1) + "\n")
+        write_text(Path(args.output), strict_json(record))
 
 
-def write(found: list[Evaluation], result: Table, folder: Path) -> None:
-    """Write the tables, what they were made of, and lm-eval's own results."""
-    files = {"table.csv": result.csv(), "table.md": result.markdown(), "table.tex": result.latex()}
-    files["evaluation.json"] = as_json(found, provenance())
-    files |= {
-        f"lm_eval/{i}_{Path(one.model).name}.json": json.dumps(one.results, indent=1, default=str) + "\n"
-        for i, one in enumerate(found)
-        if one.results
-    }
+def write_evaluations(evaluations: list[Evaluation], combined: Table, folder: Path) -> None:
+    """Write the table in every format, its numbers, and lm-eval's own records."""
+    files = {"table.csv": combined.csv(), "table.md": combined.markdown(), "table.tex": combined.latex()}
+    files["evaluation.json"] = as_json(evaluations, provenance())
+    for i, one in enumerate(evaluations):
+        if one.results:
+            files[f"lm_eval/{i}_{Path(one.model).name}.json"] = strict_json(one.results)
     for name, content in files.items():
         write_text(folder / name, content)

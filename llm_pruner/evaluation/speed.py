@@ -1,33 +1,36 @@
-"""How fast a model reads and writes here, and what memory that takes."""
+"""Measure how fast a model reads and generates, and the memory that it takes."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..models.running import evaluating, random_tokens
+from ..errors import PrunerError
+from ..models.generate import TokenClock, generate
+from ..models.running import context_length, random_tokens
+from ..peak_memory import PeakMemory
 from .latency import latency
 
-REPEATS = 3
-LEAST = 2**20  # bytes: a pass takes more, so that less than that was not seen
+REPEATS = 3  # generations, of which the median counts
+PROMPT_TOKENS = 16
+LEAST_PEAK = 2**20  # bytes; memory that was free in the heap before does not show in a process's account
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Of ``batch`` sequences at once: ``tokens`` each are read, ``new_tokens`` each written with a cache.
+    """Speed of a model on ``batch`` sequences at once.
 
     Attributes:
-        prefill: tokens read in a second.
-        decode: tokens written in a second; None for what does not go on with a text.
-        peak_bytes: memory beside what was there before, at most, while both were done; on CUDA what the allocator
-            held in all, weights included. None where the system does not tell, or memory that was free already did.
+        tokens: per sequence read by a forward pass.
+        new_tokens: per sequence generated with a cache.
+        prefill: tokens read per second.
+        decode: tokens generated per second, reading the prompt excluded; None for a model that cannot generate, such as
+            one whose context is full after the prompt.
+        peak_bytes: most memory beyond that of before; on CUDA the most that the allocator held, weights included. None
+            on a CPU where the process took less than 1 MiB from the system.
     """
 
     tokens: int
@@ -38,57 +41,40 @@ class Speed:
     peak_bytes: int | None
 
 
-@torch.no_grad()
-def speed(model: PreTrainedModel, tokens: int = 128, batch: int = 1, new_tokens: int = 32) -> Speed:
-    """Time a model where it lies: the median of a few passes, after one to warm up."""
-    peak = _peak_since(model)
-    prefill = batch * tokens / (latency(model, tokens, batch) / 1e6)
-    decode = None
-    if model.can_generate() and not model.config.is_encoder_decoder:
-        ids = random_tokens(model, batch, min(tokens, 16))
-        both = [_seconds(lambda count=count: _generate(model, ids, count), model) for count in (1, 1 + new_tokens)]  # type: ignore[misc]
-        decode = batch * new_tokens / (both[1] - both[0])  # without reading the prompt
-    return Speed(tokens, batch, new_tokens, prefill, decode, peak())
+def speed(model: PreTrainedModel, tokens: int = 128, batch: int = 1, *, new_tokens: int = 32) -> Speed:
+    """Measure a model on the device that it is on.
 
-
-def _generate(model: PreTrainedModel, ids: torch.Tensor, count: int) -> None:
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=count, min_new_tokens=count, pad_token_id=0, eos_token_id=None
-    )
-    with evaluating(model):
-        cast(Any, model).generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-
-
-def _seconds(action: Callable[[], None], model: PreTrainedModel) -> float:
-    times = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        action()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def _peak_since(model: PreTrainedModel) -> Callable[[], int | None]:
-    """Start to watch memory; the function returned tells the peak."""
-    if model.device.type == "cuda":
+    On CUDA this resets the allocator's peak, which ``torch.cuda.max_memory_allocated`` reports.
+    """
+    cuda = model.device.type == "cuda"
+    if cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
-        return lambda: torch.cuda.max_memory_allocated(model.device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to start its peak anew
-        before = _status("VmRSS")
-    except (OSError, StopIteration):
-        return lambda: None
+    with PeakMemory() as memory:
+        prefill = batch * tokens / (latency(model, tokens, batch) / 1e6)
+        decode = _decode_speed(model, min(tokens, PROMPT_TOKENS), batch, new_tokens)
+    peak = torch.cuda.max_memory_allocated(model.device) if cuda else memory.peak - memory.before
+    return Speed(
+        tokens=tokens,
+        batch=batch,
+        new_tokens=new_tokens,
+        prefill=prefill,
+        decode=decode,
+        peak_bytes=peak if cuda or peak > LEAST_PEAK else None,
+    )
 
-    def peak() -> int | None:
-        taken = _status("VmHWM") - before
-        return taken if taken > LEAST else None  # what was free in the heap from before does not show
 
-    return peak
-
-
-def _status(name: str) -> int:
-    """A number of bytes from the kernel's account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+def _decode_speed(model: PreTrainedModel, prompt_tokens: int, batch: int, new_tokens: int) -> float | None:
+    """Return the tokens per second of the decoding steps alone: the clock starts when the prompt has been read."""
+    room = (context_length(model) or 2**31) - prompt_tokens
+    if not model.can_generate() or model.config.is_encoder_decoder or room < 2:
+        return None
+    ids = random_tokens(model, batch, prompt_tokens)
+    speeds = []
+    for _ in range(REPEATS):
+        clock = TokenClock()
+        try:
+            generate(model, ids, new_tokens=min(1 + new_tokens, room), exact=True, clock=clock)
+        except PrunerError:
+            return None
+        speeds.append(batch * (clock.tokens - 1) / clock.seconds)
+    return statistics.median(speeds)

@@ -1,42 +1,39 @@
-"""Measurements of several models as one table: for the terminal, CSV, Markdown, LaTeX and JSON."""
+"""Tabulate the measurements of several models: for the terminal, CSV, Markdown, LaTeX and JSON."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.table import Table as Shown
+from rich.table import Table as TerminalTable
 
 from .evaluate import Evaluation
 
 SPECIAL = str.maketrans({c: f"\\{c}" for c in "_%&#$"})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
-    """Rows of numbers, a column for each model."""
+    """Rows of numbers, one column per model.
+
+    Attributes:
+        models: heads of the columns.
+        rows: name, format and one value per model.
+        notes: sentences below the table.
+    """
 
     models: list[str]
-    rows: list[tuple[str, str, list[float | None]]]  # what, format, values
+    rows: list[tuple[str, str, list[float | None]]]
     notes: list[str]
 
     def cells(self) -> list[list[str]]:
-        """The table as text, head first; every model after the first also shows its ratio to the first."""
-        out = [["", *self.models]]
-        for name, form, values in self.rows:
-            row = [name]
-            for i, value in enumerate(values):
-                text = "" if value is None else form.format(value)
-                first = values[0]
-                if i and value is not None and first:
-                    text += f" ({value / first:.3f})"
-                row.append(text)
-            out.append(row)
-        return out
+        """Return the table as text, head first; every model after the first also shows its ratio to the first."""
+        return [["", *self.models], *([name, *_format(values, form)] for name, form, values in self.rows)]
 
     def csv(self) -> str:
         buffer = io.StringIO()
@@ -53,14 +50,21 @@ class Table:
         return latex(self.cells())
 
 
+def _format(values: list[float | None], form: str) -> list[str]:
+    first, *others = values
+    texts = ["" if value is None else form.format(value) for value in values]
+    ratios = [f" ({value / first:.3f})" if value is not None and first else "" for value in others]
+    return [texts[0], *(text + ratio for text, ratio in zip(texts[1:], ratios, strict=True))]
+
+
 def markdown(cells: list[list[str]]) -> str:
-    """Cells as a Markdown table; the first row are its heads."""
+    """Format cells as a Markdown table; the first row is its head."""
     lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 def latex(cells: list[list[str]]) -> str:
-    """Cells as a table for a paper, with booktabs; commands of LaTeX in them stand as they are."""
+    """Format cells as a LaTeX table with booktabs; LaTeX commands in cells are kept."""
 
     def line(row: list[str]) -> str:
         return " & ".join(cell.translate(SPECIAL).replace("±", r"$\pm$") for cell in row) + r" \\"
@@ -70,60 +74,103 @@ def latex(cells: list[list[str]]) -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 
 
-def metrics_of(found: list[Evaluation], task: str) -> list[str]:
-    """The names of what a task measures, accuracies first; no standard errors."""
-    names = dict.fromkeys(name for one in found for name in one.tasks.get(task, {}) if "stderr" not in name)
+def metrics_of(evaluations: list[Evaluation], task: str) -> list[str]:
+    """Return the metrics of a task, accuracies first, without standard errors."""
+    names = dict.fromkeys(name for one in evaluations for name in one.tasks.get(task, {}) if "stderr" not in name)
     return sorted(names, key=lambda name: name not in ("acc", "acc_norm"))
 
 
-def table(found: list[Evaluation]) -> Table:
-    """One table of all measurements."""
-    rows: list[tuple[str, str, list[float | None]]] = []
+class _Rows:
+    """Rows of a table of evaluations; a row without any value is left out."""
 
-    def add(name: str, form: str, value: Callable[[Evaluation], float | None]) -> None:
-        values = [value(one) for one in found]
-        if any(v is not None for v in values):
-            rows.append((name, form, values))
+    def __init__(self, evaluations: list[Evaluation]):
+        self.evaluations = evaluations
+        self.rows: list[tuple[str, str, list[float | None]]] = []
 
-    add("parameters", "{:,}", lambda e: e.parameters)
-    add("not in embeddings", "{:,}", lambda e: e.non_embedding)
-    for part in dict.fromkeys(part for one in found for part in one.parts):
-        add(f"... {part}", "{:,}", lambda e, part=part: e.parts.get(part))  # type: ignore[misc]
-    at = found[0].speed
-    where = f" ({at.batch} x {at.tokens})" if at else ""
-    add(f"multiply-accumulates{where}", "{:,}", lambda e: e.macs)
-    add("weights, MiB", "{:.1f}", lambda e: e.weight_bytes / 2**20)
-    add(f"cache, MiB{where}", "{:.2f}", lambda e: e.cache_bytes / 2**20)
-    for title in dict.fromkeys(title for one in found for title in one.perplexity):
-        add(f"perplexity, {title}", "{:.2f}", lambda e, t=title: e.perplexity[t].perplexity)  # type: ignore[misc]
-    different = len({one.tokenizer for one in found}) > 1
-    for title in dict.fromkeys(title for one in found for title in one.perplexity if different):
-        add(f"perplexity of a byte, {title}", "{:.4f}", lambda e, t=title: e.perplexity[t].per_byte)  # type: ignore[misc]
-    for task in dict.fromkeys(task for one in found for task in one.tasks):
-        for metric in metrics_of(found, task):
-            add(f"{task}, {metric}", "{:.4f}", lambda e, t=task, m=metric: e.tasks.get(t, {}).get(m))  # type: ignore[misc]
-    add("tokens/s, prefill", "{:.0f}", lambda e: e.speed.prefill if e.speed else None)
-    add("tokens/s, decode", "{:.1f}", lambda e: e.speed.decode if e.speed else None)
-    peaks = {one.model: one.speed.peak_bytes / 2**20 for one in found if one.speed and one.speed.peak_bytes}
-    add("peak memory, MiB", "{:.0f}", lambda e: peaks.get(e.model))
+    def add(self, name: str, form: str, value_of: Callable[[Evaluation], float | None]) -> None:
+        values = [value_of(one) for one in self.evaluations]
+        if any(value is not None for value in values):
+            self.rows.append((name, form, values))
+
+    def add_size(self) -> None:
+        speed = self.evaluations[0].speed
+        size = f" ({speed.batch} x {speed.tokens})" if speed else ""
+        self.add("parameters", "{:,}", lambda e: e.parameters)
+        self.add("not in embeddings", "{:,}", lambda e: e.non_embedding)
+        for part in self.titles(lambda e: e.parts):
+            self.add(f"... {part}", "{:,}", lambda e, part=part: e.parts.get(part))  # type: ignore[misc]
+        self.add(f"multiply-accumulates{size}", "{:,}", lambda e: e.macs)
+        self.add("weights, MiB", "{:.1f}", lambda e: e.weight_bytes / 2**20)
+        self.add(f"cache, MiB{size}", "{:.2f}", lambda e: e.cache_bytes / 2**20)
+
+    def add_quality(self, per_byte: bool) -> None:
+        texts = self.titles(lambda e: e.perplexity)
+        for text in texts:
+            self.add(f"perplexity, {text}", "{:.2f}", lambda e, t=text: e.perplexity[t].perplexity)  # type: ignore[misc]
+        for text in texts if per_byte else ():
+            self.add(f"perplexity per byte, {text}", "{:.4f}", lambda e, t=text: e.perplexity[t].byte_perplexity)  # type: ignore[misc]
+        for task in self.titles(lambda e: e.tasks):
+            for metric in metrics_of(self.evaluations, task):
+                self.add(f"{task}, {metric}", "{:.4f}", lambda e, t=task, m=metric: e.tasks.get(t, {}).get(m))  # type: ignore[misc]
+
+    def add_speed(self) -> None:
+        self.add("tokens/s, prefill", "{:.0f}", lambda e: e.speed.prefill if e.speed else None)
+        self.add("tokens/s, decode", "{:.1f}", lambda e: e.speed.decode if e.speed else None)
+        self.add("peak memory, MiB", "{:.0f}", _peak_mib)
+
+    def titles(self, names_of: Callable[[Evaluation], Iterable[str]]) -> list[str]:
+        """Return the names that any evaluation has, in order."""
+        return list(dict.fromkeys(name for one in self.evaluations for name in names_of(one)))
+
+
+def _peak_mib(evaluation: Evaluation) -> float | None:
+    peak = evaluation.speed.peak_bytes if evaluation.speed else None
+    return None if peak is None else peak / 2**20
+
+
+def table(evaluations: list[Evaluation]) -> Table:
+    """Build one table of all measurements."""
+    rows = _Rows(evaluations)
+    tokenizers_differ = len({one.tokenizer for one in evaluations}) > 1
+    rows.add_size()
+    rows.add_quality(per_byte=tokenizers_differ)
+    rows.add_speed()
     notes = []
-    if different and found[0].perplexity:
-        notes.append("The models have different tokenizers: their perplexities do not compare; those of a byte do.")
-    counted = {t: p for one in found for t, p in one.perplexity.items()}
-    for title, p in counted.items():
+    if tokenizers_differ and evaluations[0].perplexity:
+        notes.append("The models have different tokenizers: compare their perplexities per byte, not per token.")
+    for title, p in {title: p for one in evaluations for title, p in one.perplexity.items()}.items():
         notes.append(f"{title}: {p.tokens:,} tokens in {p.windows} windows of {p.seq_len}, stride {p.stride}.")
-    return Table([one.model for one in found], rows, notes)
+    return Table([one.model for one in evaluations], rows.rows, notes)
 
 
-def terminal_table(cells: list[list[str]]) -> Shown:
-    """Cells as a table for the terminal; the first row are its heads."""
-    out = Shown(*cells[0])
-    for row in cells[1:]:
-        out.add_row(*row)
-    return out
+def terminal_table(cells: list[list[str]]) -> TerminalTable:
+    """Format cells as a table for the terminal; the first row is its head."""
+    head, *body = cells
+    shown = TerminalTable(*head)
+    for row in body:
+        shown.add_row(*row)
+    return shown
 
 
-def as_json(found: list[Evaluation], about: dict[str, Any]) -> str:
-    """All numbers, and what ``about`` says of how they came to be."""
-    models = [{**asdict(one), "results": None} for one in found]
-    return json.dumps({**about, "models": models}, indent=1, default=str) + "\n"
+def as_json(evaluations: list[Evaluation], about: dict[str, Any]) -> str:
+    """Format all numbers as JSON, after the entries of ``about``."""
+    return strict_json({**about, "models": [{**asdict(one), "results": None} for one in evaluations]})
+
+
+def strict_json(document: Any) -> str:
+    """Format a document as JSON that every parser reads: numbers that are not finite become null.
+
+    >>> print(strict_json({"score": float("nan")}), end="")
+    {
+     "score": null
+    }
+    """
+    return json.dumps(_without_infinities(document), indent=1, default=str, allow_nan=False) + "\n"
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

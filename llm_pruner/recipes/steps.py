@@ -217,7 +217,7 @@ def _row_of(evaluations: list[Evaluation]) -> dict[str, Any]:
     row: dict[str, Any] = {"parameters": evaluation.parameters, "macs": evaluation.macs}
     titles = _short_titles(evaluation.perplexity)
     for name, result in evaluation.perplexity.items():
-        row |= {f"perplexity {titles[name]}": result.perplexity, f"per byte {titles[name]}": result.per_byte}
+        row |= {f"perplexity {titles[name]}": result.perplexity, f"per byte {titles[name]}": result.byte_perplexity}
     for task, metrics in evaluation.tasks.items():
         row |= {f"{task} {metric}": metrics[metric] for metric in metrics_of(evaluations, task)}
     if evaluation.speed:

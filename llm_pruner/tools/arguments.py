@@ -22,9 +22,9 @@ class ChatArguments(Arguments):
     device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, mps, ...")
     dtype: Dtype = flag("auto", "dtype of the weights")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
-    host: str = flag("127.0.0.1", "address to serve on; 0.0.0.0 opens the page to everybody who reaches this machine")
+    host: str = flag("127.0.0.1", "address to serve on; 0.0.0.0 serves everybody who can reach this machine")
     port: int = flag(7860, "port to serve on")
-    share_gradio: bool = flag(False, "open a public address through gradio's servers too")
+    share_gradio: bool = flag(False, "also serve on a public address through gradio's servers")
 
     def models_to_serve(self) -> list[str]:
         """Return the models to load.
@@ -32,11 +32,14 @@ class ChatArguments(Arguments):
         Raises:
             PrunerError: no model, more than three, or one model twice.
         """
-        if not 1 <= len(self.model) <= 3 or len(set(self.model)) < len(self.model):
+        return self._check(self.model)
+
+    def _check(self, models: list[str]) -> list[str]:
+        if not 1 <= len(models) <= 3 or len(set(models)) < len(models):
             raise PrunerError("name one to three different models: llm-pruner chat MODEL [MODEL [MODEL]]")
         if not 0 < self.port < 65536:
             raise PrunerError(f"--port {self.port} is out of range: give 1 to 65535")
-        return self.model
+        return list(models)
 
 
 @dataclass(kw_only=True)
@@ -46,9 +49,9 @@ class GenerateArguments(ChatArguments):
     base_model: str = flag(DEFAULT_MODEL, "model of --model_type pretrain")
     model_type: Literal["pretrain", "pruneLLM", "tune_prune_LLM"] = flag("pretrain", "model to serve")
     ckpt: str | None = flag(
-        None, "folder of the pruned model, for --model_type pruneLLM; for tune_prune_LLM the adapter's own base"
+        None, "folder of the pruned model for --model_type pruneLLM; for tune_prune_LLM the base of the adapter"
     )
-    lora_ckpt: str | None = flag(None, "folder of the adapter, for --model_type tune_prune_LLM")
+    lora_ckpt: str | None = flag(None, "folder of the adapter for --model_type tune_prune_LLM")
 
     def models_to_serve(self) -> list[str]:
         """Return the models to load; without ``--model``, the one that ``--model_type`` names.
@@ -56,26 +59,31 @@ class GenerateArguments(ChatArguments):
         Raises:
             PrunerError: the flag that belongs to ``--model_type`` is missing, or adapter and ``--ckpt`` do not match.
         """
+        return self._check(self.model or [self._model_of_type()])
+
+    def _model_of_type(self) -> str:
+        """Return the model that ``--model_type`` names."""
         flags = {"pretrain": "base_model", "pruneLLM": "ckpt", "tune_prune_LLM": "lora_ckpt"}
-        if not self.model:
-            name = getattr(self, flags[self.model_type])
-            if name is None:
-                raise PrunerError(f"--model_type {self.model_type} needs --{flags[self.model_type]}")
-            self.model = [folder_of(name)]
-            if self.model_type == "tune_prune_LLM" and self.ckpt is not None:
-                base = base_of(self.model[0])
-                if not same_folder(base, folder_of(self.ckpt)):
-                    raise PrunerError(f"the adapter {self.model[0]} was trained on {base}, not on --ckpt {self.ckpt}")
-        return super().models_to_serve()
+        name = getattr(self, flags[self.model_type])
+        if name is None:
+            raise PrunerError(f"--model_type {self.model_type} needs --{flags[self.model_type]}")
+        folder = folder_of(name)
+        if self.model_type == "tune_prune_LLM" and self.ckpt is not None:
+            base = base_of(folder)
+            if not same_folder(base, folder_of(self.ckpt)):
+                raise PrunerError(f"the adapter {folder} was trained on {base}, not on --ckpt {self.ckpt}")
+        return folder
 
 
 @dataclass(kw_only=True)
 class InspectArguments(Arguments):
     """Flags of ``llm-pruner inspect``."""
 
-    model: str = flag(DEFAULT_MODEL, "alias, hub id, folder, .gguf file, config.json (no weights are read), or a plan")
-    layer: int | None = flag(0, "show units of this layer and of the whole model; -1: all layers")
-    verify: bool = flag(False, "load the weights and test every unit by permutation; of a plan, check its hash")
+    model: str = flag(
+        DEFAULT_MODEL, "alias, hub id, folder, .gguf file, config.json (no weights needed), or pruning_plan.json"
+    )
+    layer: int | None = flag(0, "show units of this layer and units that span layers; -1: all layers")
+    verify: bool = flag(False, "load the weights and test units by permutation; of a plan, check its hash")
     json: bool = flag(False, "print JSON")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
 

@@ -1,44 +1,38 @@
-"""A page where one prompt goes to several models, their answers side by side as they are written.
+"""``llm-pruner chat``: serve a page that sends one prompt to several models and shows their answers side by side.
 
-The models answer one after the other, so that the tokens per second under each are what it does alone.
+The models answer one after the other, so that the tokens per second under each are those of that model alone.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, cast
 
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from ..checkpoint.load import load_with_tokenizer
 from ..checkpoint.locate import locate
 from ..errors import PrunerError
 from ..models.dispatch import resolve_device
-from ..models.generate import pad_id
-from ..models.running import context_length, evaluating
+from ..models.generate import Sampling, TokenClock, generate, pad_id
+from ..models.running import context_length
 from .arguments import ChatArguments
 
 LONGEST_PROMPT = 20_000  # characters
-PATIENCE = 600.0  # seconds to wait for a token
+TOKEN_TIMEOUT = 600.0  # seconds to wait for a token
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model has written so far.
+    """An answer so far.
 
     Attributes:
-        tokens: how many; ``seconds`` is the time since the first of them, in which all but that one came.
+        tokens: tokens generated.
+        seconds: from the first token to the latest.
     """
 
     text: str = ""
@@ -52,95 +46,101 @@ class Answer:
         return f"{(self.tokens - 1) / self.seconds:.1f} tokens/s ({self.tokens} tokens)"
 
 
-@dataclass
-class Sampling:
-    """How to go on with a text; at temperature 0 the most probable token comes each time."""
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings:
+    """Settings of an answer.
+
+    Attributes:
+        max_new_tokens: most tokens to generate.
+        sampling: how to draw tokens; None: the most probable each time.
+        use_chat_template: put the prompt into the tokenizer's chat template.
+    """
 
     max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 0.95
-    top_k: int = 50
-    chat: bool = False
+    sampling: Sampling | None = None
+    use_chat_template: bool = False
 
 
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, how: Sampling | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, settings: AnswerSettings | None = None
 ) -> Iterator[Answer]:
-    """What a model writes, again and again as it grows. To close the iterator stops the model.
+    """Yield a growing answer to a prompt. Closing the iterator stops the model.
 
     Raises:
-        PrunerError: a prompt that is empty or too long.
+        PrunerError: the prompt is empty or too long, or the model cannot generate.
     """
-    how = how or Sampling()
-    ids = _read(model, tokenizer, prompt, how.chat)
-    streamer = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, timeout=PATIENCE, skip_special_tokens=True)
-    watch = _Watch()
-    longest, room = context_length(model), how.max_new_tokens
-    if longest is not None and not model.config.is_encoder_decoder:
-        room = longest - ids["input_ids"].shape[1]
-    options: dict[str, Any] = {"do_sample": how.temperature > 0, "max_new_tokens": min(how.max_new_tokens, room)}
-    options["num_beams"] = 1  # what is written has to be known as it is
-    if how.temperature > 0:
-        options |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
-
-    def write() -> None:
-        try:
-            with evaluating(model):
-                cast(Any, model).generate(
-                    **ids,
-                    **options,
-                    pad_token_id=pad_id(tokenizer),
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([watch]),
-                )
-        except Exception as error:  # it has to reach the thread that reads
-            watch.error = error
-            streamer.end()
-
-    writer = threading.Thread(target=write, daemon=True)
+    settings = settings or AnswerSettings()
+    inputs = _tokenize(model, tokenizer, prompt, settings.use_chat_template)
+    writer = _Writer(model, tokenizer, inputs, settings)
     writer.start()
     text = ""
     try:
-        for part in streamer:
+        for part in writer.streamer:
             text += part
-            yield Answer(text, watch.tokens, watch.seconds)
+            yield Answer(text=text, tokens=writer.clock.tokens, seconds=writer.clock.seconds)
         writer.join()
-        if watch.error is not None:
-            raise PrunerError(f"the model stopped: {watch.error}") from watch.error
-        yield Answer(text, watch.tokens, watch.seconds)
+        if writer.error is not None:
+            raise PrunerError(f"the model stopped: {writer.error}") from writer.error
+        yield Answer(text=text, tokens=writer.clock.tokens, seconds=writer.clock.seconds)
     finally:
-        watch.stop = True
+        writer.clock.stopped = True
         writer.join()
 
 
-class _Watch(StoppingCriteria):
-    """Counts tokens and their time, and stops the writing when nobody reads any more."""
+class _Writer(threading.Thread):
+    """Generate in a thread; its tokens come out of ``streamer``."""
 
-    def __init__(self) -> None:
-        self.tokens, self.seconds, self.stop = 0, 0.0, False
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        inputs: dict[str, torch.Tensor],
+        settings: AnswerSettings,
+    ):
+        super().__init__(daemon=True)
+        self.model, self.inputs, self.settings, self.pad_token = model, inputs, settings, pad_id(tokenizer)
+        self.clock = TokenClock()
+        self.streamer = TextIteratorStreamer(
+            cast(Any, tokenizer), skip_prompt=True, timeout=TOKEN_TIMEOUT, skip_special_tokens=True
+        )
         self.error: Exception | None = None
-        self._first = 0.0
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        now = time.perf_counter()
-        self._first = self._first or now
-        self.tokens, self.seconds = self.tokens + 1, now - self._first
-        return input_ids.new_full((input_ids.shape[0],), self.stop, dtype=bool)
+    def run(self) -> None:
+        room, context = self.settings.max_new_tokens, context_length(self.model)
+        if context is not None and not self.model.config.is_encoder_decoder:
+            room = min(room, context - self.inputs["input_ids"].shape[1])
+        try:
+            generate(
+                self.model,
+                self.inputs["input_ids"],
+                new_tokens=room,
+                sampling=self.settings.sampling,
+                attention_mask=self.inputs["attention_mask"],
+                pad_token=self.pad_token,
+                clock=self.clock,
+                streamer=self.streamer,
+            )
+        except Exception as error:  # it has to reach the thread that reads
+            self.error = error
+            self.streamer.end()
 
 
-def _read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Any:
+def _tokenize(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, use_chat_template: bool
+) -> dict[str, torch.Tensor]:
+    """Return ids and attention mask of a prompt, on the model's device."""
     if not prompt.strip():
         raise PrunerError("write a prompt first")
     if len(prompt) > LONGEST_PROMPT:
         raise PrunerError(f"the prompt has {len(prompt):,} characters, at most {LONGEST_PROMPT:,} are read")
-    if chat and tokenizer.chat_template:
+    if use_chat_template and tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         ids = tokenizer(prompt, return_tensors="pt")
     longest, count = context_length(model), cast(Any, ids)["input_ids"].shape[1]
     if longest is not None and count >= longest:
-        raise PrunerError(f"the prompt has {count:,} tokens, the model reads at most {longest:,}")
+        raise PrunerError(f"the prompt has {count:,} tokens, the model reads at most {longest:,}: shorten it")
     return {name: cast(Any, ids)[name].to(model.device) for name in ("input_ids", "attention_mask")}
 
 
@@ -157,7 +157,8 @@ def serve_chat(args: ChatArguments) -> None:
         locate(name)
     device = resolve_device(args.device, "--device")
     models = {
-        _title(name, names): load_with_tokenizer(name, args.dtype, device, args.trust_remote_code) for name in names
+        _short_name(name, names): load_with_tokenizer(name, args.dtype, device, args.trust_remote_code)
+        for name in names
     }
     theme, page = page_of(models)
     print(f"serving on http://{args.host}:{args.port}" + (" and a public address" if args.share_gradio else ""))
@@ -175,8 +176,7 @@ def serve_chat(args: ChatArguments) -> None:
 
 
 def page_of(models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]) -> tuple[Any, Any]:
-    """Theme and page of gradio for models and tokenizers by name."""
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    """Build gradio's theme and page for models and tokenizers by name."""
     import gradio as gr
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
@@ -187,42 +187,60 @@ def page_of(models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]) 
         with gr.Row():
             ask = gr.Button("Generate", variant="primary", elem_id="generate")
             stop = gr.Button("Stop", elem_id="stop")
-        with gr.Accordion("Sampling", open=False):
-            length = gr.Slider(1, 2048, 128, step=1, label="New tokens at most")
-            temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the most probable token)")
-            top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top p")
-            top_k = gr.Slider(0, 200, 50, step=1, label="Top k (0: all)")
-            templated = any(tokenizer.chat_template for _, tokenizer in models.values())
-            as_chat = gr.Checkbox(templated, label="Use the chat template", interactive=templated)
-        shown: list[Any] = []
+        controls = _controls(gr, any(tokenizer.chat_template for _, tokenizer in models.values()))
+        outputs: list[Any] = []
         with gr.Row(equal_height=True):
             for i, name in enumerate(models):
                 with gr.Column():
-                    said = gr.Textbox(label=name, lines=12, interactive=False, buttons=["copy"], elem_id=f"answer{i}")
-                    speed = gr.Markdown("", elem_id=f"speed{i}")
-                    shown += [said, speed]
+                    outputs += [
+                        gr.Textbox(label=name, lines=12, interactive=False, buttons=["copy"], elem_id=f"answer{i}"),
+                        gr.Markdown("", elem_id=f"speed{i}"),
+                    ]
 
-        def respond(
-            text: str, new_tokens: int, heat: float, nucleus: float, most: int, chat: bool
-        ) -> Iterator[list[str]]:
-            how = Sampling(int(new_tokens), heat, nucleus, int(most), chat)
-            out = [""] * len(shown)
-            yield out
-            for i, (model, tokenizer) in enumerate(models.values()):
-                try:
-                    for found in answer(model, tokenizer, text, how):
-                        out[2 * i : 2 * i + 2] = found.text, found.speed
-                        yield out
-                except PrunerError as error:
-                    raise gr.Error(str(error)) from error
+        def respond(text: str, *values: Any) -> Iterator[list[str]]:
+            try:
+                yield from _answer_all(models, text, _settings_of(*values))
+            except PrunerError as error:
+                raise gr.Error(str(error)) from error
 
-        inputs = [prompt, length, temperature, top_p, top_k, as_chat]
-        started = gr.on([ask.click, prompt.submit], respond, inputs, shown, concurrency_limit=1)
+        started = gr.on([ask.click, prompt.submit], respond, [prompt, *controls], outputs, concurrency_limit=1)
         stop.click(None, cancels=[started])
     return theme, page.queue(max_size=16)
 
 
-def _title(name: str, names: list[str]) -> str:
-    """The last part of a name where that tells the models apart."""
-    last: Callable[[str], str] = lambda n: n.rstrip("/").rpartition("/")[2]  # noqa: E731
-    return last(name) if [last(n) for n in names].count(last(name)) == 1 else name
+def _controls(gr: Any, templated: bool) -> list[Any]:
+    """Build the controls of :func:`_settings_of`, in its order."""
+    with gr.Accordion("Sampling", open=False):
+        return [
+            gr.Slider(1, 2048, 128, step=1, label="Most new tokens"),
+            gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the most probable token)"),
+            gr.Slider(0.05, 1, 0.95, step=0.05, label="Top p"),
+            gr.Slider(0, 200, 50, step=1, label="Top k (0: all)"),
+            gr.Checkbox(templated, label="Use the chat template", interactive=templated),
+        ]
+
+
+def _settings_of(new_tokens: float, temperature: float, top_p: float, top_k: float, chat: bool) -> AnswerSettings:
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=int(top_k)) if temperature > 0 else None
+    return AnswerSettings(max_new_tokens=int(new_tokens), sampling=sampling, use_chat_template=chat)
+
+
+def _answer_all(
+    models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]], prompt: str, settings: AnswerSettings
+) -> Iterator[list[str]]:
+    """Yield text and speed of every model, again and again as its answer grows."""
+    shown = [""] * (2 * len(models))
+    yield shown
+    for i, (model, tokenizer) in enumerate(models.values()):
+        for partial in answer(model, tokenizer, prompt, settings):
+            shown[2 * i : 2 * i + 2] = partial.text, partial.speed
+            yield shown
+
+
+def _short_name(name: str, names: list[str]) -> str:
+    """Return the last part of a name where that is unique among all names."""
+
+    def last_part(path: str) -> str:
+        return path.rstrip("/").rpartition("/")[2]
+
+    return last_part(name) if [last_part(n) for n in names].count(last_part(name)) == 1 else name

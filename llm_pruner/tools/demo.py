@@ -1,4 +1,4 @@
-"""``llm-pruner demo``: prune the embedded model and show what it does to it. No hub, no account."""
+"""``llm-pruner demo``: prune the embedded model and compare both, without network or account."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def run_demo(args: DemoArguments) -> None:
     """Prune the embedded model, write the pruned one, and print both side by side."""
     console = Console()
 
-    def step(what: str) -> None:
-        console.print(f"[bold]>[/] {what}")
+    def announce(step: str) -> None:
+        console.print(f"[bold]>[/] {step}")
 
-    step(f"loading {DEFAULT_MODEL} from its package (dequantizing takes some seconds)")
+    announce(f"loading {DEFAULT_MODEL} from its package (dequantizing takes some seconds)")
     model, tokenizer = load_with_tokenizer(DEFAULT_MODEL)
-    step("tracing: which axes of which weights belong together")
+    announce("tracing: finding the axes of weights that are coupled")
     graph = trace(model)
-    step("scoring: Taylor importance on 32 samples of 64 tokens of the Python documentation")
+    announce("scoring: Taylor importance on 32 samples of 64 tokens of the Python documentation")
     layers = range(3, len(model.model.layers) - 1)
     ids = calibration(EMBEDDED_TEXT, tokenizer, samples=32, tokens=64)
     scores = score(model, graph, ids, criterion="taylor", taylor="param_first", kinds=args.kinds)
     plan = select(graph, scores, ratio=args.pruning_ratio, kinds=args.kinds, layers=layers)
-    step("pruning: slicing the weights, rebuilding a smaller model from a config")
+    announce("pruning: slicing the weights, rebuilding a smaller model from a config")
     pruned = apply(model, plan)
     report = verify(model, pruned, plan)
     for line in plan.summary().splitlines():
@@ -47,9 +47,10 @@ def run_demo(args: DemoArguments) -> None:
     console.print(f"  same logits as the original with the removed slices zeroed: {report.equivalent}")
     target = Path(args.output or Path(args.output_root) / "demo")
     save(pruned, tokenizer, target, plan)
-    step("measuring both: perplexity on held-out text, size, speed")
-    wanted = Measurements({EMBEDDED_TEXT: text(EMBEDDED_TEXT, "test")}, max_windows=WINDOWS, prompts=(PROMPT,))
-    both = [evaluate_model(name, m, tokenizer, wanted) for name, m in (("original", model), ("pruned", pruned))]
+    announce("measuring both: perplexity on held-out text, size, speed")
+    held_out = {EMBEDDED_TEXT: text(EMBEDDED_TEXT, "test")}
+    settings = Measurements(texts=held_out, max_windows=WINDOWS, prompts=(PROMPT,))
+    both = [evaluate_model(name, m, tokenizer, settings) for name, m in (("original", model), ("pruned", pruned))]
     console.print(terminal_table(table(both).cells()))
     for one in both:
         console.print(f"{one.model}: {PROMPT}{one.samples[PROMPT]}")

@@ -1,9 +1,10 @@
-"""Which tokens stay."""
+"""Choose the tokens to keep."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import PrunerError
 from ..surgery.tokenizer import Subwords
 
-ROUNDS = 40
-# Scripts that a language is written in, by the words that begin Unicode's names of their letters.
+ROUNDS = 40  # in which tokens are chosen: each fills about 1/40 of the budget, then all are ranked anew
+# Scripts by the words that begin the Unicode names of their letters.
 SCRIPTS = {
     "Latin": ("LATIN",),
     "Han": ("CJK", "KANGXI"),
@@ -56,94 +57,151 @@ LANGUAGES = {
 }
 
 
+class Coverage:
+    """Kept tokens, and how much of the counted text they cover.
+
+    A token is kept in one of two ways. *Merged*: with all tokens that it is merged from, so that it covers every
+    occurrence. *As a word*: alone, so that it covers only its occurrences as a whole word.
+
+    Attributes:
+        occurrences: of every token in the text.
+        word_occurrences: of every token as a whole word; all 0 where tokens cannot be kept as words.
+        kept: tokens that have a row.
+        merged: kept tokens that are reached by merges.
+        covered: occurrences that the kept tokens cover.
+        total: occurrences of all tokens.
+    """
+
+    def __init__(self, words: Subwords, counts: np.ndarray, word_counts: np.ndarray | None = None):
+        no_words = np.zeros(0, dtype=np.int64)
+        self.words = words
+        self.occurrences = _by_token(words, counts)
+        self.word_occurrences = _by_token(words, no_words if word_counts is None or not words.by_words else word_counts)
+        self.kept: set[int] = set()
+        self.merged: set[int] = set()
+        self.covered, self.total = 0, sum(self.occurrences.values()) or 1
+
+    def gain(self, tokens: Iterable[int]) -> int:
+        """Count the occurrences that are covered once tokens are reached by merges, and are not covered now."""
+        return sum(self.occurrences[i] - (self.word_occurrences[i] if i in self.kept else 0) for i in tokens)
+
+    def keep_merged(self, tokens: set[int]) -> None:
+        """Keep tokens that reach each other by merges."""
+        self.covered += self.gain(tokens)
+        self.kept |= tokens
+        self.merged |= tokens
+
+    def keep_word(self, token: int) -> None:
+        """Keep a token as a whole word."""
+        self.covered += 0 if token in self.kept else self.word_occurrences[token]
+        self.kept.add(token)
+
+    def reaches(self, share: float | None) -> bool:
+        """Return True if the kept tokens cover this share of the text; None is never reached."""
+        return share is not None and self.covered >= share * self.total
+
+
+class _Candidate(NamedTuple):
+    """A way to keep one more token; the best sorts first."""
+
+    negative_value: float  # occurrences that it covers per row that it takes
+    token: int
+    as_word: bool
+
+
 def choose(
     words: Subwords,
     counts: np.ndarray,
     keep: str = "1.0",
+    *,
     min_count: int = 0,
     protected: Iterable[int] = (),
-    wanted: set[int] | None = None,
+    among: set[int] | None = None,
     whole: np.ndarray | None = None,
 ) -> list[int]:
-    """The ids that stay, sorted: what must, then what the text has most of for each row that it takes.
-
-    A token can stay with all that it is merged from, which brings every time that it or one of these occurs, or, if
-    ``whole`` is given and the tokenizer allows it, alone, which brings the times that it is a whole word.
+    """Choose the ids to keep, sorted: what the tokenizer needs, then tokens by the text that they cover per row.
 
     Args:
-        counts: occurrences by id.
-        keep: how many: a number of tokens, a share of them (``0.5``), or ``coverage=0.9999``, the fewest that make up
-            that share of all that was counted.
-        min_count: only tokens that occur at least so often.
-        protected: ids that stay as well.
-        wanted: only tokens among these, if given.
-        whole: occurrences by id as a whole word.
+        counts: int64 ``[tokens]``, occurrences by id.
+        keep: a number of tokens (``15000``), a share of them (``0.5``), or ``coverage=0.9999``, the fewest tokens that
+            cover this share of the counted text.
+        min_count: keep only tokens that occur at least this often.
+        protected: ids to keep in any case.
+        among: keep only tokens among these; None: among all.
+        whole: int64 ``[tokens]``, occurrences by id as a whole word. If given, and the tokenizer allows it, a token may
+            be kept as a whole word, without the tokens that it is merged from.
 
     Raises:
-        PrunerError: ``keep`` is no such thing, or fewer than must stay.
+        PrunerError: ``keep`` is not valid, or below the number of tokens that have to stay.
     """
-    chosen: set[int] = set()
-    for i in [*words.required, *protected]:
-        chosen |= words.needs(i, chosen) or {i}
     limit, share = token_budget(keep, len(words.tokens))
-    if limit is not None and limit < len(chosen):
+    coverage = Coverage(words, counts, whole)
+    for i in [*words.required, *protected]:
+        if i not in coverage.kept:
+            coverage.keep_merged(words.needs(i, coverage.kept) or {i})
+    if limit is not None and limit < len(coverage.kept):
         raise PrunerError(
-            f"--keep {keep} is {limit} tokens, and {len(chosen)} have to stay: special and added tokens, and the "
-            "characters or bytes that any text can be written with"
+            f"--keep {keep} is {limit} tokens, but {len(coverage.kept)} have to stay: special and added tokens, and "
+            "the characters or bytes that any text can be written with; give more"
         )
-    often = {i: int(counts[i]) if i < len(counts) else 0 for i in words.tokens}
-    alone = {i: int(whole[i]) if words.by_words and whole is not None and i < len(whole) else 0 for i in words.tokens}
-    reached = set(chosen)  # by merges, and not only as whole words
-
-    def brings(i: int) -> int:
-        """What the text has of a token that gets reached."""
-        return often[i] - alone[i] if i in chosen else often[i]
-
-    total = sum(often.values()) or 1
-    covered = sum(often[i] for i in chosen)
     most = len(words.tokens) if limit is None else limit
-    open_ = {i for i in words.tokens if often[i] >= min_count and (wanted is None or i in wanted)} - chosen
+    often = {i for i, count in coverage.occurrences.items() if count >= min_count}
+    remaining = (often if among is None else often & among) - coverage.kept
     step = max(1, most // ROUNDS)
-    while open_ and len(chosen) < most:
-        # What a token brings, for each row that it takes: that changes with what is there already, so only the first
-        # few are taken before all are looked at again.
-        values: list[tuple[float, int, bool]] = []
-        for i in list(open_):
-            needed = words.needs(i, reached)
-            rows = len(needed - chosen) if needed else 0
-            if needed and not rows:
-                covered += sum(map(brings, needed))
-                reached |= needed
-            if not needed or not rows:
-                open_.discard(i)
-                continue
-            if len(chosen) + rows <= most:
-                values.append((-sum(map(brings, needed)) / rows, i, False))
-            if alone[i] and i not in chosen:
-                values.append((-alone[i], i, True))
-        if not values:
+    while remaining and len(coverage.kept) < most:
+        # The value of a token changes with the tokens kept before it, so only the best few are kept per round.
+        candidates = _rank(coverage, remaining, most)
+        if not candidates:
             break
-        goal = min(len(chosen) + step, most)
-        for _, i, word in sorted(values):
-            if share is not None and covered >= share * total:
-                return sorted(chosen)
-            if word:
-                covered += 0 if i in chosen else alone[i]
-                chosen.add(i)
-            else:
-                needed = words.needs(i, reached) or set()
-                if len(chosen | needed) > most:
-                    continue
-                covered += sum(map(brings, needed))
-                chosen |= needed
-                reached |= needed
-            if len(chosen) >= goal:
-                break
-    return sorted(chosen)
+        _keep_best(coverage, candidates, goal=min(len(coverage.kept) + step, most), most=most, share=share)
+        if coverage.reaches(share):
+            break
+    return sorted(coverage.kept)
+
+
+def _by_token(words: Subwords, counts: np.ndarray) -> dict[int, int]:
+    return {i: int(counts[i]) if i < len(counts) else 0 for i in words.tokens}
+
+
+def _rank(coverage: Coverage, remaining: set[int], most: int) -> list[_Candidate]:
+    """Return the ways to keep remaining tokens, best first; tokens that take no row or cannot be kept are removed."""
+    candidates = []
+    for i in sorted(remaining):
+        needed = coverage.words.needs(i, coverage.merged) or set()
+        rows = len(needed - coverage.kept)
+        if not rows:
+            coverage.keep_merged(needed)
+            remaining.discard(i)
+            continue
+        if len(coverage.kept) + rows <= most:
+            candidates.append(_Candidate(-coverage.gain(needed) / rows, i, False))
+        if coverage.word_occurrences[i] and i not in coverage.kept:
+            candidates.append(_Candidate(-coverage.word_occurrences[i], i, True))
+    return sorted(candidates)
+
+
+def _keep_best(coverage: Coverage, candidates: list[_Candidate], *, goal: int, most: int, share: float | None) -> None:
+    """Keep candidates until ``goal`` tokens are kept or the share is covered."""
+    for candidate in candidates:
+        if len(coverage.kept) >= goal or coverage.reaches(share):
+            return
+        if candidate.as_word:
+            coverage.keep_word(candidate.token)
+            continue
+        needed = coverage.words.needs(candidate.token, coverage.merged) or set()
+        if len(coverage.kept | needed) <= most:
+            coverage.keep_merged(needed)
 
 
 def token_budget(keep: str, size: int) -> tuple[int | None, float | None]:
-    """How many tokens, or what share of what was counted."""
+    """Return the number of tokens that ``--keep`` allows, or the share of the counted text to cover.
+
+    >>> token_budget("0.5", 800), token_budget("coverage=0.999", 800)
+    ((400, None), (None, 0.999))
+
+    Raises:
+        PrunerError: ``keep`` is not valid.
+    """
     name, _, value = keep.partition("=")
     try:
         if name == "coverage" and 0 < float(value) <= 1:
@@ -156,56 +214,58 @@ def token_budget(keep: str, size: int) -> tuple[int | None, float | None]:
                 return int(number * size), None
     except (ValueError, OverflowError):
         pass
-    raise PrunerError(f"--keep {keep!r} is no number of tokens: give 15000, 0.5 (a share) or coverage=0.9999")
+    raise PrunerError(f"--keep {keep!r} is not valid: give 15000 (tokens), 0.5 (a share) or coverage=0.9999")
 
 
 def in_scripts(words: Subwords, tokenizer: PreTrainedTokenizerBase, scripts: Iterable[str]) -> set[int]:
-    """The tokens all of whose letters are of these scripts; pieces of characters, which have none, are left out.
+    """Return the ids of tokens whose letters all belong to these scripts; parts of characters are left out.
 
     Raises:
-        PrunerError: an unknown script.
+        PrunerError: a script is unknown.
     """
-    known = {name.lower(): name for name in SCRIPTS}
-    chosen: list[str] = []
+    names = {name.lower(): name for name in SCRIPTS}
+    prefixes: tuple[str, ...] = ()
     for script in scripts:
-        if script.lower() not in known:
-            raise PrunerError(f"unknown script {script!r}; choose from {', '.join(SCRIPTS)}")
-        chosen += SCRIPTS[known[script.lower()]]
-    prefixes = tuple(chosen)
-    out = set()
-    for i in words.tokens:
-        text = tokenizer.decode([i])
-        letters = [c for c in str(text) if c.isalpha()]
-        if "\ufffd" not in text and all(unicodedata.name(c, "").startswith(prefixes) for c in letters):
-            out.add(i)
-    return out
+        if script.lower() not in names:
+            raise PrunerError(f"--scripts {script!r} is unknown: choose from {', '.join(SCRIPTS)}")
+        prefixes += SCRIPTS[names[script.lower()]]
+
+    def fits(text: str) -> bool:
+        letters = [c for c in text if c.isalpha()]
+        return "\ufffd" not in text and all(unicodedata.name(c, "").startswith(prefixes) for c in letters)
+
+    return {i for i in words.tokens if fits(str(tokenizer.decode([i])))}
 
 
 def scripts_of(languages: Iterable[str]) -> list[str]:
-    """The scripts of languages by their two letters.
+    """Return the scripts of languages, which are named by two letters.
+
+    >>> scripts_of(["en", "ja"])
+    ['Latin', 'Han', 'Kana']
 
     Raises:
-        PrunerError: a language that is not known.
+        PrunerError: a language is unknown.
     """
-    out: list[str] = []
+    scripts: list[str] = []
     for language in languages:
         if language not in LANGUAGES:
-            raise PrunerError(f"unknown language {language!r}; choose from {', '.join(sorted(LANGUAGES))} or --scripts")
-        out += LANGUAGES[language]
-    return list(dict.fromkeys(out))
+            choices = ", ".join(sorted(LANGUAGES))
+            raise PrunerError(f"--languages {language!r} is unknown: choose from {choices}, or give --scripts")
+        scripts += LANGUAGES[language]
+    return list(dict.fromkeys(scripts))
 
 
-def of_tokenizer(words: Subwords, other: Subwords) -> set[int]:
-    """The ids of another tokenizer's tokens.
+def ids_of_tokenizer(words: Subwords, other: Subwords) -> set[int]:
+    """Return the ids that another tokenizer's tokens have in this one.
 
     Raises:
-        PrunerError: it has tokens that this one has not.
+        PrunerError: the other tokenizer has tokens that this one lacks.
     """
     missing = [token for token in other.tokens.values() if token not in words.ids]
     if missing:
         shown = ", ".join(map(repr, missing[:5]))
         raise PrunerError(
-            f"the other tokenizer is no part of this one: {len(missing)} of its {len(other.tokens)} tokens are missing "
-            f"here, the first {shown}"
+            f"--to_tokenizer is not a subset of the model's tokenizer: {len(missing)} of its {len(other.tokens)} "
+            f"tokens are missing there, the first {shown}"
         )
     return {words.ids[token] for token in other.tokens.values()}

@@ -1,10 +1,9 @@
-"""How often each token occurs in a text of any size."""
+"""Count how often each token occurs in texts of any size."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,20 +16,20 @@ from ..errors import PrunerError
 from ..files import digest, read_json, write_text
 from ..surgery.tokenizer import Subwords
 
-DOCUMENTS_PER_BATCH = 256  # documents tokenized at once, on all cores
-KEEP_EVERY = 100  # batches after which counts are written down
-BLOCK = 2**18  # characters of a text file that count as a document
+DOCUMENTS_PER_BATCH = 256  # tokenized at once, on all cores
+KEEP_EVERY = 100  # batches between two writes of the counts
+BLOCK = 2**18  # characters of a text file that are one document
 
 
 @dataclass
-class Part:
-    """What a source has of each token.
+class SourceCounts:
+    """Counts of one source.
 
     Attributes:
-        values: int64 ``[tokens]``, how often it occurs.
-        words: int64 ``[tokens]``, how often it is a whole word; zeros for a tokenizer that needs no such thing.
-        read: documents read.
-        stamp: size and time of a file, by which another one of the same name is known.
+        values: int64 ``[tokens]``, occurrences of each token.
+        words: int64 ``[tokens]``, occurrences as a whole word; zeros for a tokenizer that cannot keep tokens alone.
+        read: documents read so far.
+        stamp: size and modification time of a file, which tell whether it was replaced.
     """
 
     values: np.ndarray
@@ -39,8 +38,22 @@ class Part:
     stamp: list[int] | None = None
 
     @classmethod
-    def of(cls, size: int, stamp: list[int] | None) -> Part:
+    def empty(cls, size: int, stamp: list[int] | None) -> SourceCounts:
         return cls(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64), 0, stamp)
+
+    def add(self, ids: np.ndarray, marked: bool) -> None:
+        """Add the tokens of a text.
+
+        Args:
+            ids: int64 ``[tokens]``.
+            marked: tokens inside a word have the number of tokens added to their ids; see :meth:`Subwords.marked`.
+        """
+        size = len(self.values)
+        inside = ids >= size
+        ids = np.where(inside, ids - size, ids)
+        self.values += np.bincount(ids, minlength=size)
+        if marked:  # a whole word begins a word, and so does the next token
+            self.words += np.bincount(ids[~(inside | np.append(inside[1:], False))], minlength=size)
 
 
 @dataclass
@@ -48,59 +61,69 @@ class Counts:
     """Occurrences of each token in several sources.
 
     Attributes:
-        size: tokens that there are.
-        parts: by the name of the source.
+        size: number of tokens.
+        sources: counts by the name of the source.
     """
 
     size: int
-    parts: dict[str, Part] = field(default_factory=dict)
+    sources: dict[str, SourceCounts] = field(default_factory=dict)
 
     @property
     def values(self) -> np.ndarray:
-        """Of all sources: int64 ``[tokens]``."""
-        return sum((part.values for part in self.parts.values()), np.zeros(self.size, dtype=np.int64))
+        """Occurrences in all sources: int64 ``[tokens]``."""
+        return sum((source.values for source in self.sources.values()), np.zeros(self.size, dtype=np.int64))
 
     @property
     def words(self) -> np.ndarray:
-        """Of all sources, as whole words: int64 ``[tokens]``."""
-        return sum((part.words for part in self.parts.values()), np.zeros(self.size, dtype=np.int64))
+        """Occurrences as a whole word in all sources: int64 ``[tokens]``."""
+        return sum((source.words for source in self.sources.values()), np.zeros(self.size, dtype=np.int64))
 
-    def part(self, source: str) -> Part:
-        """What is known of a source; nothing if it is another file by now."""
-        path = Path(source).expanduser()
+    def source(self, name: str) -> SourceCounts:
+        """Return the counts of a source so far; empty ones for a new source and for a file that was replaced."""
+        path = Path(name).expanduser()
         stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
-        if source not in self.parts or self.parts[source].stamp != stamp:
-            self.parts[source] = Part.of(self.size, stamp)
-        return self.parts[source]
+        if name not in self.sources or self.sources[name].stamp != stamp:
+            self.sources[name] = SourceCounts.empty(self.size, stamp)
+        return self.sources[name]
 
     def save(self, file: str | Path, tokenizer: str) -> None:
+        """Write the counts as JSON.
+
+        Args:
+            tokenizer: hash of the tokenizer that they were made with.
+        """
         sources = {
             name: {
-                "read": part.read,
-                "stamp": part.stamp,
-                "counts": {str(i): [int(part.values[i]), int(part.words[i])] for i in part.values.nonzero()[0]},
+                "read": source.read,
+                "stamp": source.stamp,
+                "counts": {str(i): [int(source.values[i]), int(source.words[i])] for i in source.values.nonzero()[0]},
             }
-            for name, part in self.parts.items()
+            for name, source in self.sources.items()
         }
-        write_text(Path(file), json.dumps({"tokenizer": tokenizer, "size": self.size, "sources": sources}) + "\n")
+        document = {"tokenizer": tokenizer, "size": self.size, "sources": sources}
+        write_text(Path(file), json.dumps(document, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, file: str | Path, tokenizer: str) -> Counts:
-        """Raises: PrunerError: the file is damaged, or of another tokenizer."""
-        content = read_json(file)
+        """Read counts written by :meth:`save`.
+
+        Raises:
+            PrunerError: the file is damaged, or was made with another tokenizer.
+        """
+        document = read_json(file)
         try:
-            made_with, out = content["tokenizer"], cls(int(content["size"]))
-            for name, told in content["sources"].items():
-                part = Part.of(out.size, told["stamp"])
-                part.read = int(told["read"])
-                for i, (n, words) in told["counts"].items():
-                    part.values[int(i)], part.words[int(i)] = n, words
-                out.parts[name] = part
+            made_with, counts = document["tokenizer"], cls(int(document["size"]))
+            for name, entry in document["sources"].items():
+                source = SourceCounts.empty(counts.size, entry["stamp"])
+                source.read = int(entry["read"])
+                for i, (occurrences, words) in entry["counts"].items():
+                    source.values[int(i)], source.words[int(i)] = occurrences, words
+                counts.sources[name] = source
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
             raise PrunerError(f"cannot read the counts {file}: {error}") from error
         if made_with != tokenizer:
             raise PrunerError(f"the counts in {file} were made with another tokenizer: count again into another file")
-        return out
+        return counts
 
 
 def count(
@@ -109,52 +132,49 @@ def count(
     file: str | Path | None = None,
     most: int | None = None,
 ) -> Counts:
-    """Count the tokens of texts, as they come, on all cores.
+    """Count the tokens of texts on all cores, document by document.
 
     Args:
-        sources: names of data sets or files, as :mod:`llm_pruner.data` knows them.
-        file: where counts are kept; what it says has been read is not read again.
-        most: of a data set on the hub, count so many documents at most.
+        sources: names of data sets or files; see :mod:`llm_pruner.data`.
+        file: keeps counts between runs; documents that it has counted are not read again.
+        most: count at most this many documents of a data set on the hub.
 
     Raises:
-        PrunerError: there is no text, or no such source.
+        PrunerError: a source does not exist, or all are empty.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     words = Subwords(tokenizer)
+    tokenizer_hash = digest(sorted(tokenizer.get_vocab().items()))
+    counts = Counts(words.size)
+    if file is not None and Path(file).exists():
+        counts = Counts.load(file, tokenizer_hash)
+    names = list(dict.fromkeys(sources))
     marked = words.marked()
     backend = marked or tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-    mark = digest(sorted(tokenizer.get_vocab().items()))
-    known = Counts(words.size)
-    if file is not None and Path(file).exists():
-        known = Counts.load(file, mark)
-    asked = list(dict.fromkeys(sources))
-    for source in asked:
-        part = known.part(source)
-        texts = itertools.islice(iterate_documents(source, most), part.read, None)
-        for number in itertools.count(1):
-            batch = list(itertools.islice(texts, DOCUMENTS_PER_BATCH))
-            if not batch:
-                break
-            encoded = backend.encode_batch_fast(batch, add_special_tokens=False)
-            ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encoded), dtype=np.int64)
-            inside = ids >= known.size
-            ids[inside] -= known.size
-            part.values += np.bincount(ids, minlength=known.size)
-            if marked:  # a word alone: it begins one, and so does the next
-                part.words += np.bincount(ids[~(inside | np.append(inside[1:], False))], minlength=known.size)
-            part.read += len(batch)
+    for name in names:
+        source = counts.source(name)
+        unread = itertools.islice(iterate_documents(name, most), source.read, None)
+        for number, batch in enumerate(_batches(unread), 1):
+            encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
+            ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype=np.int64)
+            source.add(ids, marked is not None)
+            source.read += len(batch)
             if file is not None and number % KEEP_EVERY == 0:
-                known.save(file, mark)
-    found = Counts(known.size, {source: known.parts[source] for source in asked})
-    if not found.values.any():
-        raise PrunerError("the corpus is empty: it has no text to count tokens in")
+                counts.save(file, tokenizer_hash)
+    requested = Counts(counts.size, {name: counts.sources[name] for name in names})
+    if not requested.values.any():
+        raise PrunerError("the corpus is empty: give --corpus texts to count tokens in")
     if file is not None:
-        known.save(file, mark)
-    return found
+        counts.save(file, tokenizer_hash)
+    return requested
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    while batch := list(itertools.islice(texts, DOCUMENTS_PER_BATCH)):
+        yield batch
 
 
 def iterate_documents(source: str, most: int | None = None) -> Iterator[str]:
-    """The documents of a source one after the other; a text file in blocks that end with a line."""
+    """Iterate over the documents of a source; a text file comes in blocks that end with a line."""
     path = Path(source).expanduser()
     if path.suffix != ".txt" or not path.is_file():
         yield from documents(source, most=most)

@@ -1,0 +1,146 @@
+"""Compare a model before and after its vocabulary was cut, on a text that was not counted."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import PrunerError
+from ..evaluation.perplexity import byte_perplexity
+from ..models.generate import generate
+from ..models.running import context_length, evaluating
+
+PIECE = 200  # characters of a piece of text
+PIECES = 5000  # most pieces to tokenize
+COMPARED_PIECES, COMPARED_TOKENS, NEW_TOKENS = 32, 64, 16  # whose logits and continuations are compared
+WINDOW = 128  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Effects of cutting the vocabulary.
+
+    Attributes:
+        pieces: pieces of text that both tokenizers read.
+        tokenized_otherwise: share of pieces whose tokens changed.
+        fertility_before, fertility_after: tokens per word between blanks.
+        compared: pieces with unchanged tokens whose logits on kept tokens are compared.
+        identical: of these, pieces with bitwise equal logits.
+        largest_difference: between two such logits.
+        generations: pieces after which the original generates only kept tokens.
+        generations_equal: of these, pieces after which both models generate the same tokens.
+        byte_perplexity_before, byte_perplexity_after: perplexity per byte of the text, which compares across
+            tokenizers; see :attr:`llm_pruner.evaluation.perplexity.Perplexity.byte_perplexity`.
+    """
+
+    pieces: int
+    tokenized_otherwise: float
+    fertility_before: float
+    fertility_after: float
+    compared: int
+    identical: int
+    largest_difference: float
+    generations_equal: int
+    generations: int
+    byte_perplexity_before: float
+    byte_perplexity_after: float
+
+
+def compare_vocabularies(
+    original: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    pruned: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    kept: list[int],
+    *,
+    held_out: str,
+    max_windows: int | None = None,
+) -> Comparison:
+    """Compare model and tokenizer before and after on a text.
+
+    Args:
+        kept: ids of the original that the pruned model keeps, in order.
+        max_windows: measure perplexity only on the text of the original's first windows of 128 tokens.
+
+    Raises:
+        PrunerError: the text is shorter than one window, or a loss is not finite.
+    """
+    pieces = [held_out[i : i + PIECE] for i in range(0, min(len(held_out), PIECES * PIECE), PIECE)]
+    before, after = _tokenize(original[1], pieces), _tokenize(pruned[1], pieces)
+    new_id = {old: position for position, old in enumerate(kept)}
+    unchanged = [old for old, new in zip(before, after, strict=True) if [new_id.get(i) for i in old] == new]
+    words = sum(len(piece.split()) for piece in pieces)
+    read = _beginning(*original, held_out, max_windows) if max_windows else held_out
+    return Comparison(
+        pieces=len(pieces),
+        tokenized_otherwise=1 - len(unchanged) / len(pieces),
+        fertility_before=sum(map(len, before)) / words,
+        fertility_after=sum(map(len, after)) / words,
+        **_compare_models(original[0], pruned[0], new_id, unchanged),
+        byte_perplexity_before=_byte_perplexity(*original, read),
+        byte_perplexity_after=_byte_perplexity(*pruned, read),
+    )
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> list[list[int]]:
+    return [e.ids for e in cast(Any, tokenizer).backend_tokenizer.encode_batch_fast(pieces, add_special_tokens=False)]
+
+
+def _compare_models(
+    model: PreTrainedModel, pruned: PreTrainedModel, new_id: dict[int, int], pieces: list[list[int]]
+) -> dict[str, Any]:
+    """Compare logits and continuations on pieces whose tokens are all kept."""
+    longest = min(COMPARED_TOKENS, (context_length(model) or 2**31) - NEW_TOKENS)
+    rows = list(itertools.islice((ids[:longest] for ids in pieces if len(ids) > 1), COMPARED_PIECES))
+    kept = torch.tensor(list(new_id), device=model.device)
+    differences: list[float] = []
+    generations = equal = 0
+    for row in rows:
+        ids = torch.tensor([row], device=model.device)
+        new_ids = torch.tensor([[new_id[i] for i in row]], device=pruned.device)
+        differences.append((_logits(model, ids)[..., kept] - _logits(pruned, new_ids)).abs().max().item())
+        continuation = _continue(model, ids)
+        if continuation and new_id.keys() >= set(continuation):
+            generations += 1
+            equal += [new_id[i] for i in continuation] == _continue(pruned, new_ids)
+    return {
+        "compared": len(rows),
+        "identical": differences.count(0),
+        "largest_difference": max(differences, default=0.0),
+        "generations": generations,
+        "generations_equal": equal,
+    }
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    with evaluating(model):
+        return cast(torch.Tensor, model(**inputs).logits)
+
+
+def _continue(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
+    """Continue a row greedily; nothing for a model that cannot generate."""
+    try:
+        return cast(list[int], generate(model, ids, new_tokens=NEW_TOKENS)[0].tolist())
+    except PrunerError:
+        return []
+
+
+def _window(model: PreTrainedModel) -> int:
+    """Return the tokens per window for perplexity."""
+    return min(WINDOW, context_length(model) or WINDOW)
+
+
+def _byte_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
+    return byte_perplexity(model, tokenizer, text, _window(model))
+
+
+def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: str, max_windows: int) -> str:
+    """Return the text of the original's first windows: both models then read the same text, each in its own tokens."""
+    length = _window(model)
+    ids = tokenizer(held_out, truncation=False, verbose=False)["input_ids"]
+    end = max_windows * length + length // 2  # tokens at the cut may change and be a few fewer
+    return str(tokenizer.decode(cast(list[int], ids)[:end], skip_special_tokens=True))

@@ -1,0 +1,109 @@
+"""Decide which tokens stay: what model and tokenizer need, and what the settings ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoint.load import load_tokenizer
+from ..errors import PrunerError
+from ..surgery.config.token_ids import ids_in
+from ..surgery.tokenizer import Subwords, keeps_words
+from .choosing import choose, ids_of_tokenizer, in_scripts
+from .counting import Counts, count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Settings: which tokens to keep.
+
+    Attributes:
+        keep: number, share or coverage; see :func:`~.choosing.choose`.
+        min_count: keep only tokens that occur at least this often.
+        to_tokenizer: name of a tokenizer whose tokens to keep only.
+        scripts: keep only tokens in these scripts; empty: in any.
+        listed: file of tokens to keep in any case, one per line.
+        corpus: names of the texts to count tokens in.
+        max_documents: most documents to count of a data set on the hub; None: all.
+        counts_file: file that keeps counts between runs.
+        trust_remote_code: run code that comes with ``to_tokenizer``.
+    """
+
+    keep: str = "1.0"
+    min_count: int = 0
+    to_tokenizer: str | None = None
+    scripts: tuple[str, ...] = ()
+    listed: Path | None = None
+    corpus: tuple[str, ...] = ()
+    max_documents: int | None = None
+    counts_file: Path | None = None
+    trust_remote_code: bool = False
+
+
+def kept_tokens(settings: Retention, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that stay, sorted.
+
+    Raises:
+        PrunerError: a setting is not valid, or a text, file or tokenizer that it names cannot be read.
+    """
+    words = Subwords(tokenizer)
+    named = ids_in(model.config) | (ids_in(model.generation_config) if model.can_generate() else set())
+    protected = (named & words.tokens.keys()) | _template_ids(tokenizer)
+    if settings.listed is not None:
+        protected |= _listed_ids(settings.listed, words, tokenizer)
+    counts = Counts(words.size)
+    if settings.corpus:
+        counts = count(tokenizer, settings.corpus, settings.counts_file, settings.max_documents)
+    return choose(
+        words,
+        counts.values,
+        settings.keep,
+        min_count=settings.min_count,
+        protected=protected,
+        among=_permitted(settings, words, tokenizer),
+        whole=counts.words if words.by_words and keeps_words(tokenizer, model.config) else None,
+    )
+
+
+def _permitted(settings: Retention, words: Subwords, tokenizer: PreTrainedTokenizerBase) -> set[int] | None:
+    """Return the tokens that another tokenizer and scripts permit; None: all."""
+    permitted: set[int] | None = None
+    if settings.to_tokenizer:
+        other = load_tokenizer(settings.to_tokenizer, trust_remote_code=settings.trust_remote_code)
+        if other is None:
+            raise PrunerError(f"--to_tokenizer {settings.to_tokenizer} has no tokenizer: give a folder with one")
+        permitted = ids_of_tokenizer(words, Subwords(other))
+    if settings.scripts:
+        in_those = in_scripts(words, tokenizer, settings.scripts)
+        permitted = in_those if permitted is None else permitted & in_those
+    return permitted
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens of an empty conversation in the chat template."""
+    if not tokenizer.chat_template:
+        return set()
+    roles = [{"role": role, "content": ""} for role in ("system", "user", "assistant")]
+    for messages in (roles, roles[1:]):
+        try:
+            frame = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return set(tokenizer(str(frame), add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        except Exception:  # a template may refuse a role or order with any error
+            continue
+    return set()
+
+
+def _listed_ids(file: Path, words: Subwords, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens that a file lists, one per line, in the tokenizer's own writing or as text."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrunerError(f"cannot read {file}: {error}") from error
+    ids: set[int] = set()
+    for line in filter(None, lines):
+        in_text = [words.ids[line]] if line in words.ids else tokenizer(line, add_special_tokens=False)["input_ids"]
+        ids.update(cast(list[int], in_text))
+    return ids
