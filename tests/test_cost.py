@@ -7,7 +7,6 @@ from helpers.models import build, tokens
 
 import llm_pruner as lp
 from llm_pruner.evaluation.cost import macs, macs_budget, memory, memory_budget
-from llm_pruner.evaluation.latency import latency_budget
 
 
 def test_multiply_accumulates_by_hand():
@@ -61,53 +60,3 @@ def test_an_amount_or_a_share():
     same = lp.select(graph, scores, kinds=["neurons"], budget=memory_budget(model, amount, 32))
     assert share.units.keys() == same.units.keys()
     assert 0.796 <= memory(lp.apply(model, share), 32) / memory(model, 32) <= 0.8
-
-
-def table(model, kinds=("heads", "neurons"), tokens=16):
-    from llm_pruner.evaluation.latency import LatencyTable
-
-    return LatencyTable(model, lp.trace(model), kinds, tokens, 1)
-
-
-def test_latency_table(monkeypatch):
-    """With times that are counted instead of taken, the table tells the cost of a plan exactly."""
-    from llm_pruner.evaluation import latency as module
-
-    def counted(model, tokens, batch):
-        layers = {("model.layers", i): sum(p.numel() for p in m.parameters()) for i, m in enumerate(model.model.layers)}
-        return float(sum(p.numel() for p in model.parameters())), {k: float(v) for k, v in layers.items()}
-
-    monkeypatch.setattr(module, "_timed", counted)
-    model = build("llama_grouped")
-    graph = lp.trace(model)
-    found = table(model)
-    scores = lp.score(model, graph, criterion="random")
-    for ratio in (0.3, 0.5, 0.9):
-        for layers in (None, [1, 2]):
-            plan = lp.select(graph, scores, ratio, layers=layers)
-            pruned = lp.apply(model, plan)
-            assert found.predict(plan) == pytest.approx(sum(p.numel() for p in pruned.parameters()))
-    plan = lp.select(graph, scores, 0.5, kinds=("layers",))
-    assert found.predict(plan) == pytest.approx(sum(p.numel() for p in lp.apply(model, plan).parameters()))
-    budget = latency_budget(model, graph, 0.69)
-    plan = lp.select(graph, scores, kinds=("neurons", "heads"), budget=budget)
-    left = sum(p.numel() for p in lp.apply(model, plan).parameters())
-    assert 0.995 * 0.69 <= left / counted(model, 0, 0)[0] <= 0.69
-
-
-def test_latency_is_taken(smollm2):
-    """Fewer neurons take less time, and the model is left as it was."""
-    model, _ = smollm2
-    before = {name: id(p) for name, p in model.named_parameters()}
-    found = table(model, ("neurons",), 64)
-    assert len(found.layers) == 30 and found.whole > sum(found.layers.values()) > 0
-    entries = found.widths[("model.layers", 3), "neurons"]
-    assert [round(share, 1) for share, _ in entries] == [0.2, 0.4, 0.6, 0.8, 1.0]
-    assert [t for _, t in entries] == sorted(t for _, t in entries)
-    assert {name: id(p) for name, p in model.named_parameters()} == before
-
-
-def test_latency_of_hidden_channels_is_refused():
-    model = build("llama_grouped")
-    with pytest.raises(lp.PrunerError, match="give target_macs"):
-        latency_budget(model, lp.trace(model), 0.8, kinds=("hidden",))

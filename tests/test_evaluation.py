@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import os
 import subprocess
@@ -17,9 +18,8 @@ import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
 from llm_pruner.evaluation.evaluate import Measurements, evaluate_model, count_parts, evaluate_model, evaluate_models
-from llm_pruner.evaluation.perplexity import perplexity, windows
-from llm_pruner.evaluation.speed import speed
-from llm_pruner.evaluation.table import table
+from llm_pruner.evaluation.perplexity import byte_perplexity, perplexity, predicted_tokens, windows
+from llm_pruner.evaluation.table import strict_json, table
 from llm_pruner.evaluation.zero_shot import PAPER_TASKS, zero_shot
 
 
@@ -86,6 +86,52 @@ def test_batches_that_do_not_fit_are_made_smaller(monkeypatch):
     assert sizes[0] == 32 and 4 <= sizes[-2] <= 8
 
 
+def test_perplexity_per_byte_has_one_definition(home):
+    """Of windows side by side and of windows that overlap: the loss of all predicted tokens over their bytes."""
+    model, tokenizer = lp.load(str(home / "base"))
+    text = "for, while and if: the words of a language " * 20
+    for seq_len, stride in ((16, None), (16, 15), (16, 4)):
+        ids = windows(tokenizer, text, seq_len, stride=stride)
+        result = perplexity(model, ids, stride=stride, tokenizer=tokenizer)
+        predicted = predicted_tokens(ids, stride or seq_len)
+        assert len(predicted) == result.tokens
+        length = len(tokenizer.decode(predicted.tolist()).encode())
+        assert result.byte_perplexity == pytest.approx(math.exp(result.loss * result.tokens / length), rel=1e-9)
+        if stride == seq_len - 1:
+            assert byte_perplexity(model, tokenizer, text, seq_len) == pytest.approx(result.byte_perplexity, rel=1e-6)
+    assert perplexity(model, ids).byte_perplexity is None
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_names_model_and_text(home, tmp_path, capsys):
+    model, tokenizer = lp.load(str(home / "base"))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    lp.save(model, tokenizer, tmp_path / "broken")
+    output = tmp_path / "out"
+    argv = ["evaluate", str(tmp_path / "broken"), "--seq_len", "16", "--max_windows", "2", "--tokens", "0"]
+    assert main([*argv, "--output", str(output)]) == 2
+    message = capsys.readouterr().err
+    assert f"the loss of {tmp_path / 'broken'} on python-docs is not finite" in message
+    assert "its weights hold NaN or infinity, first in model.layers.1.mlp.up_proj.weight (1 tensors in all)" in message
+    assert not output.exists()
+
+
+def test_a_loss_that_overflows_is_an_error(monkeypatch):
+    model, ids = build("llama"), tokens(3, 8)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e7)
+    with pytest.raises(PrunerError, match="nats per token, too large"):
+        perplexity(model, ids)
+
+
+def test_json_is_strict():
+    record = {"a": [float("inf"), 1.5, {"b": float("nan")}], "c": (float("-inf"), "text")}
+    assert json.loads(strict_json(record), parse_constant=pytest.fail) == {
+        "a": [None, 1.5, {"b": None}],
+        "c": [None, "text"],
+    }
+
+
 # --- Tasks ----------------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +182,9 @@ def by_hand(model, tokenizer, folder):
 @pytest.mark.parametrize("name", ("base", "uniform", "pruned"))
 def test_accuracy_is_that_of_a_computation_by_hand(home, tasks, name):
     model, tokenizer = lp.load(str(home / name))
+    level = logging.getLogger("lm_eval").level
     found = zero_shot(model, tokenizer, ["ours"], include_path=str(tasks))
+    assert logging.getLogger("lm_eval").level == level
     expected = by_hand(model, tokenizer, tasks)
     assert {key: found.tasks["ours"][key] for key in expected} == pytest.approx(expected)
     assert found.tasks["ours"]["acc_norm"] == expected["acc_norm"]
@@ -186,13 +234,6 @@ def test_parts(home):
         "other": c.hidden_size,
         "head": c.vocab_size * c.hidden_size,
     }
-
-
-def test_speed(home):
-    model, _ = lp.load(str(home / "base"))
-    found = speed(model, tokens=32, batch=2, new_tokens=8)
-    assert found.prefill > 0 and found.decode is not None and found.decode > 0
-    assert found.peak_bytes is None or found.peak_bytes >= 0
 
 
 def test_a_table_of_models(home):
@@ -268,6 +309,13 @@ def test_the_command_writes_everything(home, tasks, tmp_path, capsys):
 def test_bad_input_of_the_command(argv, message, capsys):
     assert main(["evaluate", *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        Measurements().tokens = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Measurements({})  # type: ignore[misc]
 
 
 def test_evaluate_is_a_function_too(home):

@@ -216,7 +216,7 @@ def test_whole_words_are_counted(family):
 def test_a_word_needs_no_rows_for_what_leads_to_it(whole):
     """More text is written as before, and with fewer tokens, than where each token has all that it is merged from."""
     assert len(whole.kept) == len(whole.chained)
-    alone = [i for i in whole.kept if not set(whole.words.parts(i)) <= whole.new.keys()]
+    alone = [i for i in whole.kept if not set(whole.words.constituents(i)) <= whole.new.keys()]
     assert len(alone) > 10
     for i in alone:
         word = whole.large.decode([i])
