@@ -70,7 +70,7 @@ def nano(tokenizer):
 
 
 def test_a_model_without_a_cache_cannot_write_its_own_samples(nano):
-    with pytest.raises(lp.PrunerError, match="NanoModel cannot generate: AttributeError.*num_hidden_layers"):
+    with pytest.raises(lp.PrunerError, match=r"NanoModel cannot generate: AttributeError.*num_hidden_layers"):
         self_calibration(nano, tokens(2, 8), 2)
 
 

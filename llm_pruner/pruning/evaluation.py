@@ -6,14 +6,14 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import text
 from ..evaluation.evaluate import PROMPTS
 from ..evaluation.perplexity import check_length, perplexity, windows
 from ..logs import log
 from ..models.blockwise import computing, native_compute
-from ..models.generate import pad_id
+from ..models.generate import Sampling, continue_text
 from .planning import Stopwatch
 from .settings import EvaluationSettings, PruneSettings
 
@@ -46,7 +46,7 @@ def evaluate_model(
     metrics: dict[str, Any] = {"perplexity": {}}
     if evaluation.generate_before if when.startswith("before") else evaluation.generate_after:
         with clock("generate"), computing(model, compute):
-            metrics["samples"] = [_generate(settings, model, tokenizer, prompt) for prompt in PROMPTS]
+            metrics["samples"] = [_sample(evaluation, settings.seed, model, tokenizer, prompt) for prompt in PROMPTS]
         for sample in metrics["samples"]:
             log.info("%s: %s", when, sample)
     for name, ids in texts.items():
@@ -57,18 +57,8 @@ def evaluate_model(
     return metrics
 
 
-@torch.no_grad()
-def _generate(settings: PruneSettings, model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Sample one continuation of up to ``tokens`` tokens in all; seeded, so both models draw alike."""
-    set_seed(settings.seed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    out = model.generate(
-        **inputs,
-        do_sample=True,
-        top_k=50,
-        top_p=settings.evaluation.top_p,
-        temperature=settings.evaluation.temperature,
-        max_length=max(settings.evaluation.tokens, inputs["input_ids"].shape[1] + 1),
-        pad_token_id=pad_id(tokenizer),
-    )
-    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+def _sample(settings: EvaluationSettings, seed: int, model: Any, tokenizer: Any, prompt: str) -> str:
+    """Sample one continuation of up to ``settings.tokens`` tokens with its prompt; seeded, so both models draw alike."""
+    new_tokens = max(settings.tokens - len(tokenizer(prompt)["input_ids"]), 1)
+    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=50)
+    return continue_text(model, tokenizer, prompt, new_tokens, sampling=sampling, seed=seed, include_prompt=True)

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from ..files import write_text
-from ..report.figures import recoveries
+from ..report.figures import draw_recoveries
 from ..report.runs import Run
 
 CURVES = "curves"
@@ -74,7 +74,7 @@ def logged_curves(history: list[dict[str, Any]]) -> dict[str, list[tuple[float, 
 
 def draw_curves(history: list[dict[str, Any]], folder: Path) -> None:
     """Write the report's figure of the losses to ``curves.png``; no file without losses."""
-    for drawing in recoveries([Run(folder.resolve().name, folder, curves=logged_curves(history))]):
+    for drawing in draw_recoveries([Run(folder.resolve().name, folder, curves=logged_curves(history))]):
         temporary = folder / f".{CURVES}.tmp.png"
         drawing.write(temporary, "png", dpi=150)
         temporary.replace(folder / f"{CURVES}.png")
