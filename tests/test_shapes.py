@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import llm_pruner as lp
 from llm_pruner.models.running import relative_difference
 from llm_pruner.pruning.arguments import PruneArguments
-from llm_pruner.pruning.planning import Planning, make_plan
+from llm_pruner.pruning.context import Planning
+from llm_pruner.pruning.planning import make_plan
 from llm_pruner.pruning.settings import resolve_settings
 
 

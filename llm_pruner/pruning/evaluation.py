@@ -14,7 +14,7 @@ from ..evaluation.perplexity import check_length, perplexity, windows
 from ..logs import log
 from ..models.blockwise import computing, native_compute
 from ..models.generate import Sampling, continue_text
-from .planning import Stopwatch
+from .context import Stopwatch
 from .settings import EvaluationSettings, PruneSettings
 
 
@@ -31,11 +31,12 @@ def evaluation_windows(
 
 
 def evaluate_model(
-    when: str,
     settings: PruneSettings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: dict[str, torch.Tensor],
+    *,
+    when: str,
     clock: Stopwatch,
 ) -> dict[str, Any]:
     """Return the perplexity on every text and, where asked for, continuations of LLM-Pruner's kind of prompts."""
@@ -46,7 +47,7 @@ def evaluate_model(
     metrics: dict[str, Any] = {"perplexity": {}}
     if evaluation.generate_before if when.startswith("before") else evaluation.generate_after:
         with clock("generate"), computing(model, compute):
-            metrics["samples"] = [_sample(evaluation, settings.seed, model, tokenizer, prompt) for prompt in PROMPTS]
+            metrics["samples"] = [_sample(settings, model, tokenizer, prompt) for prompt in PROMPTS]
         for sample in metrics["samples"]:
             log.info("%s: %s", when, sample)
     for name, ids in texts.items():
@@ -57,8 +58,11 @@ def evaluate_model(
     return metrics
 
 
-def _sample(settings: EvaluationSettings, seed: int, model: Any, tokenizer: Any, prompt: str) -> str:
-    """Sample one continuation of up to ``settings.tokens`` tokens with its prompt; seeded, so both models draw alike."""
-    new_tokens = max(settings.tokens - len(tokenizer(prompt)["input_ids"]), 1)
-    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=50)
-    return continue_text(model, tokenizer, prompt, new_tokens, sampling=sampling, seed=seed, include_prompt=True)
+def _sample(settings: PruneSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """Sample one continuation of up to ``tokens`` tokens, prompt included; seeded, so both models draw alike."""
+    evaluation = settings.evaluation
+    new_tokens = max(evaluation.tokens - len(tokenizer(prompt).input_ids), 1)
+    sampling = Sampling(temperature=evaluation.temperature, top_p=evaluation.top_p, top_k=50)
+    return continue_text(
+        model, tokenizer, prompt, new_tokens, sampling=sampling, seed=settings.seed, include_prompt=True
+    )

@@ -14,8 +14,8 @@ from ..logs import log
 from ..refit.biases import with_biases
 from ..refit.compensate import compensate
 from ..refit.norms import rescale_norms
-from ..selection.plan import PruningPlan
-from .planning import Stopwatch
+from .context import Planning
+from .planning import PlannedModel
 from .settings import CalibrationSettings, PruneSettings
 
 
@@ -40,60 +40,56 @@ def calibration_set(settings: CalibrationSettings, tokenizer: PreTrainedTokenize
     return ids
 
 
-def mend(
-    settings: PruneSettings,
-    model: PreTrainedModel,
-    pruned: PreTrainedModel,
-    plan: PruningPlan,
-    ids: torch.Tensor,
-    metrics: dict[str, Any],
-    clock: Stopwatch,
-) -> PreTrainedModel:
-    """Rescale norms and compensate as the settings say; return the mended model.
+def mend(planning: Planning, model: PreTrainedModel, planned: PlannedModel) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Rescale norms and compensate as the settings say; return the mended model and a record for the metrics.
 
-    What was done is recorded in ``metrics`` and, so that the plan can be applied again with it, in
-    ``plan.settings["refit"]``.
+    ``plan.settings["refit"]`` records what was done, so that applying the plan can repeat it.
     """
+    settings, pruned, plan, ids = planning.settings, planned.pruned, planned.plan, planning.ids
+    record: dict[str, Any] = {}
     refit: dict[str, Any] = {}
+    if ids is None:
+        return pruned, record
     if settings.refit.rescale_norms:
-        with clock("rescale_norms"):
-            metrics["norm_factors"] = rescale_norms(model, pruned, plan, ids)
+        with planning.clock("rescale_norms"):
+            record["norm_factors"] = rescale_norms(model, pruned, plan, ids)
         refit["rescale_norms"] = True
     if settings.refit.compensation != "none":
-        with clock("compensate"):
-            pruned, metrics["compensation"], own = _compensate(settings, model, pruned, plan, ids)
-        if "none" not in metrics["compensation"]:
+        with planning.clock("compensate"):
+            pruned, record["compensation"] = _compensate(settings, model, planned, ids)
+        if "none" not in record["compensation"]:
+            own = record["compensation"]["self_samples"]
             refit |= {"compensation": settings.refit.compensation, "self_samples": own, "seed": settings.seed}
     if refit:
         plan.settings["refit"] = refit | {"calibration": asdict(settings.calibration)}
-    return pruned
+    return pruned, record
 
 
 def _compensate(
-    settings: PruneSettings, model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, ids: torch.Tensor
-) -> tuple[PreTrainedModel, dict[str, Any], int]:
-    """Return the compensated model, a record of it, and how many samples the model wrote itself.
+    settings: PruneSettings, model: PreTrainedModel, planned: PlannedModel, ids: torch.Tensor
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the compensated model and a record of it.
 
     A model that cannot be compensated is left alone unless the user asked for it.
     """
-    refit, own = settings.refit, 0
+    refit, pruned, own = settings.refit, planned.pruned, 0
     try:
         if refit.self_samples and (refit.self_samples_required or not settings.model.offload):
             ids, own = _with_self_samples(settings, model, ids)
         if refit.compensation == "bias":
             pruned = with_biases(pruned, ids)
-        kept = next((kept.tolist() for kept in plan.layers.values()), None)
+        kept = next((kept.tolist() for kept in planned.plan.layers.values()), None)
         report = compensate(model, pruned, ids, method=refit.compensation, kept=kept)
     except PrunerError as error:
         if refit.required:
             raise
         log.info("no compensation: %s", error)
-        return pruned, {"none": str(error)}, 0
+        return planned.pruned, {"none": str(error)}
     moved = sum(layer.ridge is not None for layer in report.layers)
     log.info(
         "compensation moved %d of %d projections, logits scaled by %s", moved, len(report.layers), report.temperature
     )
-    return pruned, asdict(report), own
+    return pruned, asdict(report) | {"self_samples": own}
 
 
 def _with_self_samples(settings: PruneSettings, model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, int]:

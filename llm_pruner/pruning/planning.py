@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.locate import identity
@@ -30,48 +27,11 @@ from ..selection.budgets import Budget, NothingRemoved, parameter_budget
 from ..selection.compose import compose_plans, scores_in_original
 from ..selection.plan import PruningPlan, name_after
 from ..selection.select import select
-from ..surgery.apply import Place, apply, in_memory
+from ..surgery.apply import apply
+from .context import Planning
 from .presets import default_layers
 from .settings import BudgetSettings, PruneSettings, WidthSettings
 from .whole_layers import describe_dropped, measure_sensitivity, plan_layers, reachable_shape
-
-Weights = Iterable[tuple[str, torch.Tensor]]
-Progress = Callable[[str, int, int], None]
-
-
-class Stopwatch:
-    """Seconds of each named stage; tells ``progress`` (stage, done, total) when a stage begins and ends."""
-
-    def __init__(self, progress: Progress | None = None) -> None:
-        self.seconds: dict[str, float] = {}
-        self.progress = progress
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        if self.progress:
-            self.progress(stage, 0, 1)
-        yield
-        if self.progress:
-            self.progress(stage, 1, 1)
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Planning:
-    """What a plan is made from.
-
-    Attributes:
-        ids: calibration set, LongTensor ``[samples, tokens]``, None where the settings need none.
-        place: where tensors of pruned models are put.
-        weights: weights to score one after the other, of a model on the meta device.
-    """
-
-    settings: PruneSettings
-    ids: torch.Tensor | None = None
-    clock: Stopwatch = field(default_factory=Stopwatch)
-    place: Place = in_memory
-    weights: Weights | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +79,7 @@ def make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
     settings, clock = planning.settings, planning.clock
     with clock("trace"):
         graph = trace(model)
-    dropped = plan_layers(settings, model, graph, planning.ids, clock)
+    dropped = plan_layers(planning, model, graph)
     if dropped is None:
         return _plan_widths(planning, model, graph)
     with clock("apply"):
@@ -155,10 +115,11 @@ def _plan_widths(
     goal = _width_goal(planning, model, graph, whole)
     plan, pruned, current, scores = PruningPlan(), model, graph, None
     for step in range(1, steps + 1):
-        scores = scores_in_original(_score(planning, pruned, current, goal, plan, whole), graph, plan)
+        plans = [plan, *([whole.dropped] if whole else [])]
+        scores = scores_in_original(_score(planning, pruned, current, goal.kinds, plans=plans), graph, plan)
         try:
             with clock("select"):
-                plan = _select(settings.widths, graph, scores, goal, step)
+                plan = _select(settings.widths, graph, scores, goal, step=step)
         except PrunerError as error:
             if step == steps:
                 raise
@@ -187,11 +148,12 @@ def _width_goal(planning: Planning, model: PreTrainedModel, graph: CouplingGraph
     proportions = {kind: share for kind, share in widths.proportions.items() if kind != "layers"}
     kinds = tuple(proportions) or width_kinds(widths, graph)
     with planning.clock("budget"):
-        budget = _budget(settings, model, graph, kinds, whole)
+        budget = _budget(settings, model, graph, kinds=kinds, whole=whole)
     if proportions and not all(proportions.values()):
-        scores = _score(planning, model, graph, WidthGoal(kinds=kinds), PruningPlan(), whole)
+        plans = [PruningPlan(), *([whole.dropped] if whole else [])]
+        scores = _score(planning, model, graph, kinds, plans=plans)
         with planning.clock("sensitivity"):
-            proportions = measure_sensitivity(model, graph, scores, kinds, planning.ids)
+            proportions = measure_sensitivity(model, graph, scores, kinds=kinds, ids=planning.ids)
     layers = None if proportions else width_layers(widths, graph, kinds)
     return WidthGoal(kinds=kinds, layers=layers, proportions=proportions, budget=budget)
 
@@ -248,12 +210,12 @@ def _score(
     planning: Planning,
     model: PreTrainedModel,
     graph: CouplingGraph,
-    goal: WidthGoal,
-    plan: PruningPlan,
-    whole: Whole | None,
+    kinds: tuple[str, ...],
+    *,
+    plans: list[PruningPlan],
 ) -> Scores:
+    """Score a model that ``plans`` left of the original; they tell its cache from others."""
     scoring, device = planning.settings.scoring, planning.settings.model.device
-    plans = [plan, *([whole.dropped] if whole else [])]
     with planning.clock("score"):
         return score(
             model,
@@ -262,15 +224,15 @@ def _score(
             criterion=scoring.criterion,
             taylor=scoring.taylor,
             aggregation=scoring.aggregation,
-            kinds=goal.kinds,
+            kinds=kinds,
             seed=scoring.seed,
             device=device,
             weights=planning.weights,
-            cache=_cache_file(planning, goal.kinds, plans),
+            cache=_cache_file(planning, kinds, plans),
         )
 
 
-def _select(widths: WidthSettings, graph: CouplingGraph, scores: Scores, goal: WidthGoal, step: int) -> PruningPlan:
+def _select(widths: WidthSettings, graph: CouplingGraph, scores: Scores, goal: WidthGoal, *, step: int) -> PruningPlan:
     return select(
         graph,
         scores,
@@ -305,6 +267,7 @@ def _budget(
     settings: PruneSettings,
     model: PreTrainedModel,
     graph: CouplingGraph,
+    *,
     kinds: tuple[str, ...],
     whole: Whole | None,
 ) -> Budget | None:

@@ -41,9 +41,10 @@ from ..surgery.apply import in_memory
 from ..surgery.equivalence import verify
 from ..version import __version__
 from .arguments import PruneArguments
+from .context import Planning, Progress, Stopwatch
 from .evaluation import evaluate_model, evaluation_windows
 from .mending import calibration_set, mend
-from .planning import PlannedModel, Planning, Progress, Stopwatch, make_plan, needs_calibration
+from .planning import PlannedModel, make_plan, needs_calibration
 from .settings import ModelSettings, PruneSettings, filled_arguments, resolve_settings
 
 LOG_FILE, METRICS_FILE = "prune.log", "metrics.json"
@@ -174,37 +175,35 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
         settings = replace(settings, calibration=replace(settings.calibration, tokens=tokens))
     windows = evaluation_windows(settings.evaluation, model, tokenizer)
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
-    metrics["before"] = evaluate_model("before pruning", settings, model, tokenizer, windows, clock)
+    metrics["before"] = evaluate_model(settings, model, tokenizer, windows, when="before pruning", clock=clock)
     _move_to(settings.model, model, settings.model.device)
     ids = None
     if needs_calibration(settings) or settings.refit.compensation != "none":
         with clock("calibration"):
             ids = calibration_set(settings.calibration, tokenizer)
     place = on_disk(folder) if settings.model.offload else in_memory
-    planned = make_plan(Planning(settings=settings, ids=ids, clock=clock, place=place), model)
+    planning = Planning(settings=settings, ids=ids, clock=clock, place=place)
+    planned = make_plan(planning, model)
     for line in planned.plan.summary().splitlines():
         log.info("%s", line)
-    _check_equivalence(settings, model, planned, metrics, clock)
-    plan, pruned = planned.plan, planned.pruned
-    if ids is not None:
-        pruned = mend(settings, model, pruned, plan, ids, metrics, clock)
+    metrics |= _check_equivalence(planning, model, planned)
+    pruned, refit = mend(planning, model, planned)
+    metrics |= refit
     _record_parameters(metrics, parameter_count(pruned))
     if settings.budget is not None and settings.budget.kind == "target_latency":
         with clock("latency"):
             metrics["latency"] = _compare_latency(settings, model, pruned)
-    _save_plan(settings, plan, planned.scores, folder)
+    _save_plan(settings, planned.plan, planned.scores, folder)
     del model
     if settings.output.save:
         with clock("save"):
-            write_checkpoint(pruned, tokenizer, folder, plan, settings.output.standalone)
-    metrics["after"] = evaluate_model("after pruning", settings, pruned, tokenizer, windows, clock)
-    return PruneRun(model=pruned, tokenizer=tokenizer, plan=plan, metrics=metrics, folder=folder)
+            write_checkpoint(pruned, tokenizer, folder, planned.plan, settings.output.standalone)
+    metrics["after"] = evaluate_model(settings, pruned, tokenizer, windows, when="after pruning", clock=clock)
+    return PruneRun(model=pruned, tokenizer=tokenizer, plan=planned.plan, metrics=metrics, folder=folder)
 
 
-def _check_equivalence(
-    settings: PruneSettings, model: PreTrainedModel, planned: PlannedModel, metrics: dict[str, Any], clock: Stopwatch
-) -> None:
-    """Compare with the masked original.
+def _check_equivalence(planning: Planning, model: PreTrainedModel, planned: PlannedModel) -> dict[str, Any]:
+    """Compare with the masked original; return a record for the metrics.
 
     Raises:
         PrunerError: the two differ, and no target shape explains that.
@@ -213,13 +212,12 @@ def _check_equivalence(
     flagged = {u.kind for u in planned.graph.units if u.name in plan.units and u.flags and u.kind != "hidden"}
     if flagged:
         log.info("mask equivalence does not apply: %s are normalised over or scaled by", ", ".join(sorted(flagged)))
-        return
-    with clock("verify"):
+        return {}
+    with planning.clock("verify"):
         report = verify(model, planned.pruned, plan)
-    metrics["mask_equivalence"] = {"relative": report.relative, "tolerance": report.tolerance}
     if report.equivalent:
         log.info("pruned model equals the masked original (relative difference %.1e)", report.relative)
-    elif settings.shape:
+    elif planning.settings.shape:
         log.info(
             "the config computes something from its sizes: the model differs from the masked original by %.1e",
             report.relative,
@@ -229,6 +227,7 @@ def _check_equivalence(
             f"the pruned model differs from the masked original by {report.relative:.1e} (relative; "
             f"{report.tolerance:.0e} is rounding): please report the architecture {type(model).__name__}"
         )
+    return {"mask_equivalence": {"relative": report.relative, "tolerance": report.tolerance}}
 
 
 def _record_parameters(metrics: dict[str, Any], after: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,25 +25,20 @@ from ..selection.ranking import removable_count
 from ..selection.select import select
 from ..surgery.apply import apply
 from ..surgery.config.shape import counts_fitting, layer_counts, nearest, shapes_for, target_config
+from .context import Planning
 from .settings import PruneSettings
 
 PROBE = 0.05  # share of the parameters that each kind loses to measure what that costs
 SAMPLES_PER_PASS = 16
 
 
-class Clock(Protocol):
-    def __call__(self, stage: str) -> Any: ...
-
-
-def plan_layers(
-    settings: PruneSettings, model: PreTrainedModel, graph: CouplingGraph, ids: torch.Tensor | None, clock: Clock
-) -> PruningPlan | None:
+def plan_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph) -> PruningPlan | None:
     """Return the plan for whole layers and blocks, None where none go.
 
     Raises:
         PrunerError: a layer does not exist, or too few would stay.
     """
-    layers = settings.layers
+    settings, layers = planning.settings, planning.settings.layers
     blocks = [
         block_of(model, graph, _stack_path(graph, where, flag), layer, kind)
         for flag, kind in (("drop_attention", "heads"), ("drop_mlp", "neurons"))
@@ -52,9 +47,9 @@ def plan_layers(
     if layers.drop:
         counts, scores = _named_layers(graph, layers.drop)
     elif "layers" in settings.widths.proportions:
-        counts, scores = _proportional_layers(settings, model, graph, ids, clock)
+        counts, scores = _proportional_layers(planning, model, graph)
     else:
-        counts, scores = _counted_layers(settings, model, graph, ids, clock)
+        counts, scores = _counted_layers(planning, model, graph)
     plan = select(graph, scores, counts=counts) if counts else None
     for path in blocks:
         plan = plan or PruningPlan()
@@ -75,11 +70,9 @@ def _named_layers(graph: CouplingGraph, drop: tuple[tuple[str, int], ...]) -> tu
     return _only_fewer(units, counts), Scores(values, {"criterion": "named"})
 
 
-def _counted_layers(
-    settings: PruneSettings, model: PreTrainedModel, graph: CouplingGraph, ids: torch.Tensor | None, clock: Clock
-) -> tuple[dict[str, int], Scores]:
+def _counted_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph) -> tuple[dict[str, int], Scores]:
     """Return how many layers stay in each stack by the settings, and the scores of layers where some go."""
-    units = {unit.name: unit for unit in graph.of_kind("layers")}
+    settings, units = planning.settings, {unit.name: unit for unit in graph.of_kind("layers")}
     counts = _layer_counts(settings, model, graph, units)
     for name, count in counts.items():
         if not 1 <= count <= units[name].size:
@@ -90,8 +83,7 @@ def _counted_layers(
     if not fewer:
         return {}, Scores({})
     most = max(units[name].size - count for name, count in fewer.items())
-    with clock("depth"):
-        return fewer, _score_layers(settings, model, graph, ids, most)
+    return fewer, _score_layers(planning, model, graph, most)
 
 
 def _layer_counts(
@@ -122,17 +114,11 @@ def _only_fewer(units: Mapping[str, Unit], counts: Mapping[str, int]) -> dict[st
     return {name: count for name, count in counts.items() if count < units[name].size}
 
 
-def _score_layers(
-    settings: PruneSettings,
-    model: PreTrainedModel,
-    graph: CouplingGraph,
-    ids: torch.Tensor | None,
-    most: int | None,
-) -> Scores:
-    criterion = settings.layers.criterion
-    samples = None if ids is None or criterion in BY_POSITION else ids[: settings.layers.samples]
-    device = settings.model.device
-    return score(model, graph, samples, criterion=criterion, kinds=["layers"], device=device, most=most)
+def _score_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph, most: int | None = None) -> Scores:
+    layers, ids, device = planning.settings.layers, planning.ids, planning.settings.model.device
+    samples = None if ids is None or layers.criterion in BY_POSITION else ids[: layers.samples]
+    with planning.clock("depth"):
+        return score(model, graph, samples, layers.criterion, kinds=["layers"], device=device, most=most)
 
 
 def _stack_path(graph: CouplingGraph, where: str, flag: str) -> str:
@@ -180,23 +166,22 @@ def _naming_nearest(model: PreTrainedModel, shape: Mapping[str, Any]) -> Iterato
 
 
 def _proportional_layers(
-    settings: PruneSettings, model: PreTrainedModel, graph: CouplingGraph, ids: torch.Tensor | None, clock: Clock
+    planning: Planning, model: PreTrainedModel, graph: CouplingGraph
 ) -> tuple[dict[str, int], Scores]:
     """Return how many layers stay when layers and widths go in proportions, and the scores of layers."""
-    budget_settings = settings.budget
+    settings, budget_settings = planning.settings, planning.settings.budget
     if budget_settings is None or budget_settings.kind != "target_params":
         raise PrunerError("layers go in proportion with --target_params only: give that instead")
     shares = dict(settings.widths.proportions)
     kinds = tuple(kind for kind in shares if kind != "layers")
-    with clock("depth"):
-        layer_scores = _score_layers(settings, model, graph, ids, None)
+    layer_scores = _score_layers(planning, model, graph)
     scoring, width_scores = settings.scoring, Scores({})
     if kinds:
-        with clock("score"):
+        with planning.clock("score"):
             width_scores = score(
                 model,
                 graph,
-                ids,
+                planning.ids,
                 criterion=scoring.criterion,
                 taylor=scoring.taylor,
                 aggregation=scoring.aggregation,
@@ -206,8 +191,8 @@ def _proportional_layers(
             )
     both = Scores(layer_scores.values | width_scores.values, width_scores.settings)
     if not all(shares.values()):
-        with clock("sensitivity"):
-            shares = measure_sensitivity(model, graph, both, tuple(shares), ids)
+        with planning.clock("sensitivity"):
+            shares = measure_sensitivity(model, graph, both, kinds=tuple(shares), ids=planning.ids)
     budget = parameter_budget(graph, budget_settings.target)
     try:
         plan = select(graph, both, ratio=shares, budget=budget, floor=settings.widths.floor)
@@ -219,7 +204,12 @@ def _proportional_layers(
 
 
 def measure_sensitivity(
-    model: PreTrainedModel, graph: CouplingGraph, scores: Scores, kinds: tuple[str, ...], ids: torch.Tensor | None
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    scores: Scores,
+    *,
+    kinds: tuple[str, ...],
+    ids: torch.Tensor | None,
 ) -> dict[str, float]:
     """Return the proportions in which kinds of units go, by how much the loss grows without a little of each.
 

@@ -16,7 +16,8 @@ from ..importance.layers import BY_POSITION
 from ..models.per_layer import layer_lists
 from ..models.skeleton import parameter_count
 from ..pruning.arguments import PruneArguments
-from ..pruning.planning import Planning, make_plan
+from ..pruning.context import Planning
+from ..pruning.planning import make_plan
 from ..pruning.settings import PruneSettings, resolve_settings
 from ..selection.budgets import NotMet
 from ..selection.plan import PruningPlan

@@ -1,0 +1,51 @@
+"""What the steps of a pruning run share: settings, calibration set, clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from ..surgery.apply import Place, in_memory
+from .settings import PruneSettings
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+Progress = Callable[[str, int, int], None]
+
+
+class Stopwatch:
+    """Seconds of each named stage; tells ``progress`` (stage, done, total) when a stage begins and ends."""
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self.progress = progress
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        if self.progress:
+            self.progress(stage, 0, 1)
+        yield
+        if self.progress:
+            self.progress(stage, 1, 1)
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """What a plan is made from.
+
+    Attributes:
+        ids: calibration set, LongTensor ``[samples, tokens]``, None where the settings need none.
+        place: where tensors of pruned models are put.
+        weights: weights to score one after the other, of a model on the meta device.
+    """
+
+    settings: PruneSettings
+    ids: torch.Tensor | None = None
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    place: Place = in_memory
+    weights: Weights | None = None
