@@ -1,4 +1,4 @@
-"""Criteria that look at what flows into the weights: forward passes only, no gradient.
+"""Criteria of activations: forward passes only, no gradients.
 
 With X_j the input of channel j of a weight W (tokens as rows), a channel is worth
 
@@ -6,7 +6,7 @@ With X_j the input of channel j of a weight W (tokens as rows), a channel is wor
     wanda        sum_i |W_ij| * ||X_j||_2            (Wanda, arXiv 2306.11695, equation 1, summed over the output)
     flap         Var(X_j) * ||W_:j||_2^2             (FLAP, arXiv 2312.11983, section 3, its metric WIFV)
 
-What counts are the slices that *read* a unit: the columns of ``down_proj`` for neurons, of ``o_proj`` for heads, of
+Only slices that *read* a unit count: the columns of ``down_proj`` for neurons, of ``o_proj`` for heads, of
 every projection behind a norm for hidden channels (whose inputs are the outputs of the norms, as Minitron has them).
 """
 
@@ -33,10 +33,10 @@ Visit = Callable[[str, int, torch.Tensor], None]
 
 
 class Readers(TorchFunctionMode):
-    """Calls ``visit(parameter, dim, inputs)`` for every product of activations with a weight.
+    """A mode that calls ``visit(parameter, dim, inputs)`` for every product of activations with a registered weight.
 
     ``dim`` is the dim of the parameter that is summed over and ``inputs`` the activations ``[tokens, size of dim]``.
-    The weight may be a view: an expert of a stack, a transposed matrix. It must have been made ``known``.
+    The weight may be a view: an expert of a stack, a transposed matrix.
     """
 
     def __init__(self, visit: Visit):
@@ -44,8 +44,8 @@ class Readers(TorchFunctionMode):
         self.weights: dict[int, tuple[str, weakref.ref[torch.Tensor]]] = {}
         self.visit = visit
 
-    def known(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Recognise a weight, as long as it lives."""
+    def register(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Recognise a weight as long as it lives; return it."""
         if weight.ndim > 1:
             self.weights[weight.untyped_storage().data_ptr()] = name, weakref.ref(weight)
         return weight
@@ -53,14 +53,14 @@ class Readers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is linear:
-            self._seen(args[0], args[1] if len(args) > 1 else kwargs["weight"], -1)
+            self._visit_product(args[0], args[1] if len(args) > 1 else kwargs["weight"], -1)
         elif func is torch.addmm:
-            self._seen(args[1], args[2], -2)
+            self._visit_product(args[1], args[2], -2)
         elif func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.bmm):
-            self._seen(args[0], args[1], -2)
+            self._visit_product(args[0], args[1], -2)
         return func(*args, **kwargs)
 
-    def _seen(self, inputs: torch.Tensor, weight: torch.Tensor, summed: int) -> None:
+    def _visit_product(self, inputs: torch.Tensor, weight: torch.Tensor, summed: int) -> None:
         name, reference = self.weights.get(weight.untyped_storage().data_ptr(), ("", lambda: None))
         parameter = reference()
         if parameter is None or weight.ndim < 2:
@@ -76,7 +76,7 @@ class Readers(TorchFunctionMode):
 def read(model: nn.Module, calibration: torch.Tensor, visit: Visit, compute: Compute | None = None) -> None:
     """Run the calibration set ``[samples, tokens]`` through the model, in eval mode, and visit what weights read."""
     compute, readers = compute or native_compute(model), Readers(visit)
-    stand_ins = standing_in(model, lambda name, tensor: readers.known(name, compute.convert(tensor)))
+    stand_ins = standing_in(model, lambda name, tensor: readers.register(name, compute.convert(tensor)))
     # Experts as a loop over views of their weights: that says what each of them reads.
     with evaluating(model), implementations(model, experts="eager"), stand_ins, readers:
         for ids in calibration.to(compute.device).split(SAMPLES_PER_PASS):
@@ -104,42 +104,48 @@ class Moments:
 def moments(
     model: nn.Module, slices: dict[str, list[int]], calibration: torch.Tensor, compute: Compute | None = None
 ) -> dict[tuple[str, int], Moments]:
-    """Moments of the inputs of every slice that reads its axis.
+    """Return moments of the inputs of every slice that reads its axis.
 
     Raises:
         PrunerError: an activation is not finite; the message names the weight that reads it.
     """
-    out: dict[tuple[str, int], Moments] = {}
+    by_slice: dict[tuple[str, int], Moments] = {}
 
-    def visit(name: str, dim: int, inputs: torch.Tensor) -> None:
+    def add(name: str, dim: int, inputs: torch.Tensor) -> None:
         if dim not in slices.get(name, ()) or not len(inputs):
             return
         x = inputs.double()
         sums = [x.sum(0).cpu(), x.abs().sum(0).cpu(), x.square().sum(0).cpu()]
         if not torch.isfinite(sums[2]).all():
-            raise PrunerError(f"what {name} reads is not finite; load the model with --dtype float32 or bfloat16")
-        known = out.setdefault((name, dim), Moments(0, *(torch.zeros_like(s) for s in sums)))
-        known.tokens += len(x)
-        known.plain += sums[0]
-        known.magnitude += sums[1]
-        known.square += sums[2]
+            raise PrunerError(f"an input of {name} is not finite; load the model with --dtype float32 or bfloat16")
+        total = by_slice.setdefault((name, dim), Moments(0, *(torch.zeros_like(s) for s in sums)))
+        total.tokens += len(x)
+        total.plain += sums[0]
+        total.magnitude += sums[1]
+        total.square += sums[2]
 
-    read(model, calibration, visit, compute)
-    return out
+    read(model, calibration, add, compute)
+    return by_slice
+
+
+# Importance of channel j from its column w of the weight and the moments of its input x.
+FORMULAS: dict[str, Callable[[torch.Tensor, Moments, int], torch.Tensor]] = {
+    "activation": lambda w, x, dim: x.magnitude / x.tokens,
+    "wanda": lambda w, x, dim: reduce_to(dim, w.abs()) * x.square.sqrt(),
+    "flap": lambda w, x, dim: x.variance * reduce_to(dim, w.square()),
+}
 
 
 def activation(
     model: nn.Module, slices: Dims, calibration: torch.Tensor, criterion: str, *, compute: Compute | None = None
 ) -> Salience:
-    """``activation``, ``wanda`` or ``flap`` of every channel that is read: ``{(parameter, dim): [size of dim]}``."""
+    """Return ``activation``, ``wanda`` or ``flap`` of every channel read: ``{(parameter, dim): [size of dim]}``.
+
+    Raises:
+        PrunerError: an activation is not finite.
+    """
     weights = dict(model.named_parameters())
-    out = {}
-    for (name, dim), seen in moments(model, slices, calibration, compute).items():
-        weight = weights[name].detach().double().cpu()
-        if criterion == "activation":
-            out[name, dim] = seen.magnitude / seen.tokens
-        elif criterion == "wanda":
-            out[name, dim] = reduce_to(dim, weight.abs()) * seen.square.sqrt()
-        else:
-            out[name, dim] = seen.variance * reduce_to(dim, weight.square())
-    return out
+    return {
+        (name, dim): FORMULAS[criterion](weights[name].detach().double().cpu(), inputs, dim)
+        for (name, dim), inputs in moments(model, slices, calibration, compute).items()
+    }

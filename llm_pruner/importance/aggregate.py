@@ -1,8 +1,8 @@
 """From numbers per channel of a weight to one score per index of a unit (LLM-Pruner, section 3.2).
 
-A *slice* is one weight dim that a unit runs through: the rows of ``q_proj``, the columns of ``down_proj``.
-Each slice gives one number per channel; the numbers of the slices are aggregated channel by channel, and
-the channels of one index (the head_dim channels of a head) are summed.
+A *slice* is one weight dim that a unit runs through: the rows of ``q_proj``, the columns of ``down_proj``. Each slice
+gives one number per channel; these are aggregated over slices, channel by channel, and the channels of one index (the
+head_dim channels of a head) are summed.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ AGGREGATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def scored_slices(unit: Unit, ranks: Mapping[str, int]) -> list[tuple[str, int]]:
-    """The slices that count: all but the biases of weights that count already, as in LLM-Pruner."""
+    """Return the slices that count: all but the biases of weights that count already, as in LLM-Pruner."""
     dims = [(name, dim) for name, dim in unit.dims if name in ranks]  # buffers have no gradient
     owners = {name.rpartition(".")[0] for name, _ in dims if ranks[name] > 1}
     return [(name, dim) for name, dim in dims if ranks[name] > 1 or name.rpartition(".")[0] not in owners]
 
 
 def slices_of(units: Iterable[Unit], ranks: Mapping[str, int]) -> Dims:
-    """The dims of every parameter that some unit needs a number for."""
-    out: dict[str, list[int]] = {}
+    """Return the dims of every parameter that need numbers per channel to score these units."""
+    slices: dict[str, list[int]] = {}
     for unit in units:
         for name, dim in scored_slices(unit, ranks):
-            if dim not in out.setdefault(name, []):
-                out[name].append(dim)
-    return out
+            if dim not in slices.setdefault(name, []):
+                slices[name].append(dim)
+    return slices
 
 
 def aggregate(unit: Unit, salience: Salience, ranks: Mapping[str, int], aggregation: str) -> torch.Tensor:
-    """Scores ``[unit.size]`` from the per-channel numbers of the unit's slices, of those that have some.
+    """Return scores ``[unit.size]`` from the numbers per channel of the unit's slices; slices without any are skipped.
 
-    Where slices have different widths (a key-value group has more query than key channels), the query heads
-    of a group are summed onto it, channel by channel.
+    Where slices have different widths (a key-value group has more query than key channels), the query heads of a group
+    are summed onto it, channel by channel.
     """
-    known = [key for key in scored_slices(unit, ranks) if key in salience]
+    keys = [key for key in scored_slices(unit, ranks) if key in salience]
     if unit.kind == "layers":  # every slice belongs to one index: there is nothing to aggregate over
-        out = torch.zeros(unit.size, dtype=torch.float64)
-        for key in known:
-            out.index_add_(0, unit.dims[key], salience[key].double())
-        return out
-    slices = [salience[key].double()[unit.positions(*key)] for key in known]
+        scores = torch.zeros(unit.size, dtype=torch.float64)
+        for key in keys:
+            scores.index_add_(0, unit.dims[key], salience[key].double())
+        return scores
+    slices = [salience[key].double()[unit.positions(*key)] for key in keys]
     width = min(s.shape[1] for s in slices)
     if any(s.shape[1] % width for s in slices):
         width = 1

@@ -11,9 +11,6 @@ upcast to float32, and a model larger than memory needs no more of it than one b
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -251,14 +248,3 @@ class NextTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         (logits_gradient,) = ctx.saved_tensors
         return logits_gradient.mul_(gradients[0].to(logits_gradient.dtype)), None  # used once: nobody sees it again
-
-
-def _return_freed_memory(threshold: int = 8 << 20) -> None:
-    """Make glibc hand large freed tensors back to the system instead of keeping them for later.
-
-    Left to itself it raises this threshold to the largest tensor freed so far, and the heap grows by the
-    fragments: a quarter of a GiB here.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").mallopt(-3, threshold)  # -3 is M_MMAP_THRESHOLD

@@ -1,13 +1,13 @@
-"""Criteria for whole layers: forward passes only.
+"""Criteria for whole layers, by forward passes or by position.
 
-block_influence   1 - mean_t cos(h_t, h'_t), with h what a layer is given of token t and h' what it passes on
+block_influence   1 - mean_t cos(h_t, h'_t), with h the hidden state of token t in front of a layer and h' that behind
                   (ShortGPT, arXiv 2403.03853, equation 1)
-cosine            1 - mean_t cos(f_t, f'_t), with f what leaves the last layer, and f' the same without the layer
-loss_change       how much the mean token loss grows when the layer passes on what it is given
+cosine            1 - mean_t cos(f_t, f'_t), with f the hidden state behind the last layer, f' that without the layer
+loss_change       growth of the mean token loss when the layer passes its input on
                   (as in Shortened LLaMA, arXiv 2402.02834, section 3.1, with the loss for the perplexity)
-loss              the same, measured anew after each removal: the layer that costs least goes first
+loss              the same, measured anew after each removal: the cheapest layer goes first
 contiguous        the block of n layers over which hidden states turn least: arccos(mean_t cos(h_t, h'_t)) / pi, with
-                  h' what the block passes on (Gromov et al., arXiv 2403.17887, equation 6; all tokens, not the last)
+                  h' the hidden state behind the block (Gromov et al., arXiv 2403.17887, equation 6, over all tokens)
 last              the last layers go first (LLM-Pruner's ``--layer_wise``)
 spaced_middle     n layers around the middle, as far apart as the stack allows (Pruning-LLMs, OpenBA-V2)
 
@@ -42,13 +42,13 @@ Forward = Callable[..., Any]
 
 @dataclass
 class LayerStack:
-    """What a strategy looks at.
+    """A stack of layers to score.
 
     Attributes:
-        layers: of one stack of the model.
-        fixed: indices of those that must stay.
-        batches: the calibration set, in parts that a forward pass takes; empty for strategies that go by position.
-        most: how many layers will go at most.
+        layers: layers of one stack of the model.
+        fixed: indices of layers that must stay.
+        batches: calibration set, split for forward passes; empty for strategies by position.
+        most: largest number of layers that will go.
     """
 
     model: nn.Module
@@ -63,18 +63,18 @@ class LayerStack:
         return [i for i in range(len(self.layers)) if i not in self.fixed]
 
     def scores(self, by_layer: dict[int, float]) -> torch.Tensor:
-        """``[layers]``, infinite for those without one."""
-        out = torch.full((len(self.layers),), torch.inf, dtype=torch.float64)
+        """Return ``[layers]``, infinite for layers without a score."""
+        scores = torch.full((len(self.layers),), torch.inf, dtype=torch.float64)
         for i, value in by_layer.items():
-            out[i] = value
-        return out
+            scores[i] = value
+        return scores
 
     def by_count(self, gone: Callable[[int], list[int]]) -> torch.Tensor:
-        """``[layers - 1, layers]``: row n - 1 scores what ``gone(n)`` names lowest."""
+        """Return ``[layers - 1, layers]``: in row n - 1, the layers ``gone(n)`` score lowest."""
         rows = []
         for count in range(1, len(self.layers)):
-            named = gone(count)
-            rows.append(self.scores({i: 0.0 if i in named else 1.0 for i in self.free}))
+            lowest = gone(count)
+            rows.append(self.scores({i: 0.0 if i in lowest else 1.0 for i in self.free}))
         return torch.stack(rows)
 
 
@@ -238,20 +238,20 @@ class _GreedyRemoval:
 
 
 def _above(least: float, value: float) -> float:
-    """The value, or the next number after the last one if it does not lie above that."""
+    """Return the value, or the next number above ``least`` if it does not lie above."""
     return max(value, torch.nextafter(torch.tensor(least, dtype=torch.float64), torch.tensor(torch.inf)).item())
 
 
 def _contiguous(stack: LayerStack) -> torch.Tensor:
     size = len(stack.layers)
-    similar, tokens = torch.zeros(size + 1, size + 1, dtype=torch.float64), 0
+    similarity, tokens = torch.zeros(size + 1, size + 1, dtype=torch.float64), 0
     for ids in stack.batches:
         states = [nn.functional.normalize(s.double(), dim=-1).flatten(0, -2) for s in CachedPass(stack, ids).states]
         tokens += len(states[0])
         for i, before in enumerate(states):
             for j in range(i + 1, size + 1):
-                similar[i, j] += (before * states[j]).sum().cpu()
-    angle = (similar / tokens).clamp(-1, 1).arccos() / pi
+                similarity[i, j] += (before * states[j]).sum().cpu()
+    angle = (similarity / tokens).clamp(-1, 1).arccos() / pi
 
     def block(count: int) -> list[int]:
         starts = [s for s in range(size - count + 1) if not stack.fixed & set(range(s, s + count))]
@@ -268,7 +268,7 @@ def _last(stack: LayerStack) -> torch.Tensor:
 def _spaced_middle(stack: LayerStack) -> torch.Tensor:
     def spaced(count: int) -> list[int]:
         free = stack.free
-        # Even steps; of two at least while the stack has room for that, so that no two are neighbours.
+        # Even steps, of at least two while the stack has room, so that no two layers are neighbours.
         step = max(len(free) / (count + 1), min(2.0, (len(free) - 1) / max(count - 1, 1)))
         first = (len(free) - 1) / 2 - (count - 1) / 2 * step
         return [free[min(floor(first + i * step + 0.5), len(free) - 1)] for i in range(min(count, len(free)))]
@@ -299,17 +299,19 @@ def score_layers(
     compute: Compute,
     most: int | None = None,
 ) -> torch.Tensor:
-    """What each layer of a stack is worth by a strategy: float64 ``[layers]``, infinite for those that must stay.
+    """Score each layer of a stack by a strategy: float64 ``[layers]``, infinite for layers that must stay.
 
-    Where what goes depends on how many go, ``[layers - 1, layers]``: row n - 1 is for n.
+    Where the choice depends on how many layers go, ``[layers - 1, layers]``: row n - 1 is for n.
 
     Args:
-        most: how many layers will go at most (default: any number); ``loss`` measures no further.
+        unit: stack of layers, a unit of kind ``layers``.
+        calibration: LongTensor ``[samples, tokens]``; None for a strategy of :data:`BY_POSITION`.
+        most: largest number of layers that will go (default: any number); ``loss`` measures no further.
     """
     layers = list(layer_lists(model)[unit.name.removesuffix(".layers")])
     batches: tuple[torch.Tensor, ...] = ()
     if strategy not in BY_POSITION:
-        assert calibration is not None  # the caller has looked
+        assert calibration is not None  # checked by the caller
         batches = calibration.to(compute.device).split(max(1, TOKENS_PER_PASS // calibration.shape[1]))
     most = len(layers) - 1 if most is None else most
     stack = LayerStack(model, layers, irreplaceable_layers(layers), batches, compute, most)
@@ -320,7 +322,7 @@ def score_layers(
 
 
 def irreplaceable_layers(layers: list[nn.Module]) -> set[int]:
-    """Layers that hold a tensor that no other layer of their stack has."""
+    """Return the layers that hold a tensor that no other layer of their stack has."""
     names = [{name for name, _ in layer.named_parameters()} for layer in layers]
     return {
         i for i, mine in enumerate(names) if mine - set().union(*(other for j, other in enumerate(names) if j != i))

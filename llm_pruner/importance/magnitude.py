@@ -1,4 +1,4 @@
-"""Criteria that look at the weights alone."""
+"""Criteria of the weights alone."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from .aggregate import reduce_to
 def magnitude(
     tensors: Iterable[tuple[str, torch.Tensor]], slices: dict[str, list[int]], power: int
 ) -> dict[tuple[str, int], torch.Tensor]:
-    """L1 or L2 importance of every channel: sum |w|^p over the slice, without the root (LLM-Pruner).
+    """Return the L1 or L2 importance of every channel: sum |w|^p over its slice, without the root, as in LLM-Pruner.
 
     Args:
-        tensors: the weights by name, one after the other.
+        tensors: pairs of parameter name and weight, read one after the other.
+        slices: dims of each parameter to score.
+        power: p, 1 or 2.
 
-    Returns ``{(parameter, dim): [size of the dim]}`` in fp32.
+    Returns ``{(parameter, dim): [size of dim]}`` in fp32.
     """
-    out = {}
+    salience = {}
     for name, tensor in tensors:
         if name in slices:
             weight = tensor.detach().float()
             value = weight.abs() if power == 1 else weight.square()
             for dim in slices[name]:
-                out[name, dim] = reduce_to(dim, value).cpu()
-    return out
+                salience[name, dim] = reduce_to(dim, value).cpu()
+    return salience

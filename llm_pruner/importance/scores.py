@@ -19,25 +19,42 @@ from ..graph.units import Unit
 # Safetensors inside, by a name that no loader of checkpoints takes for weights.
 SCORES_FILE = "importance.scores"
 Salience = Mapping[tuple[str, int], torch.Tensor]  # (parameter, dim) -> [size of the dim]
-Dims = dict[str, list[int]]  # the dims of each parameter that a number is wanted for
+Dims = dict[str, list[int]]  # the dims of each parameter that need numbers per channel
 
 
 @dataclass
 class Scores:
-    """What each index of each unit is worth: ``values[unit.name]`` is a float64 tensor ``[unit.size]``.
+    """Importance of every index of every unit: higher stays longer.
 
-    Where that depends on how many indices go, as with the best block of layers, it is ``[unit.size - 1, unit.size]``:
-    row n - 1 is for n of them. Infinite are those that must stay, minus infinite those that are gone already.
+    Attributes:
+        values: float64 tensor ``[unit.size]`` by unit name. Infinity marks an index that must stay, minus infinity one
+            that is already removed. Where the choice depends on how many indices go (the best block of layers), the
+            tensor is ``[unit.size - 1, unit.size]``, with row n - 1 for n of them.
+        settings: criterion, aggregation and seed that gave the scores.
+
+    Scores from elsewhere are as good as those of :func:`llm_pruner.score`:
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> import llm_pruner as lp
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4
+    ... )
+    >>> graph = lp.trace(LlamaForCausalLM(config))
+    >>> scores = lp.Scores({"model.layers.0.mlp.neurons": torch.tensor([5.0, 1, 7, 3, 6, 2, 8, 4]).double()})
+    >>> plan = lp.select(graph, scores, ratio=0.5, kinds=["neurons"])
+    >>> plan.units["model.layers.0.mlp.neurons"].kept.tolist()
+    [0, 2, 4, 6]
     """
 
     values: dict[str, torch.Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def of(self, unit: Unit, removed: int = 1) -> torch.Tensor:
-        """The scores ``[unit.size]`` by which ``removed`` indices of a unit are chosen.
+        """Return the scores ``[unit.size]`` by which ``removed`` indices of a unit are chosen.
 
         Raises:
-            PrunerError: there are none, they are for a unit of another size, or no numbers.
+            PrunerError: the unit has no scores, or scores of another size, or one of them is NaN.
         """
         value = self.values.get(unit.name)
         if value is None or value.shape[-1] != unit.size:
@@ -45,7 +62,7 @@ class Scores:
                 f"there are no scores [{unit.size}] for {unit.name}: score this model, with kinds=('{unit.kind}', ...)"
             )
         if torch.isnan(value).any():
-            raise PrunerError(f"the scores of {unit.name} are no numbers (nan): score again, in another dtype")
+            raise PrunerError(f"the scores of {unit.name} are not numbers (nan): score again, in another dtype")
         return value if value.ndim == 1 else value[max(removed, 1) - 1]
 
     def save(self, path: str | Path) -> None:
@@ -69,15 +86,15 @@ class Scores:
 
 
 def save_salience(salience: Salience, path: Path) -> None:
-    """Keep numbers per channel, as safetensors; the file is there whole or not at all."""
+    """Write numbers per channel as safetensors, atomically."""
     write_bytes(path, to_bytes({f"{name}|{dim}": t.contiguous() for (name, dim), t in salience.items()}))
 
 
 def load_salience(path: Path) -> Salience | None:
-    """What :func:`save_salience` wrote, None where there is nothing."""
+    """Read what :func:`save_salience` wrote; return None without a readable file."""
     try:
         with safe_open(str(path), "pt") as file:
-            found = {key.rpartition("|"): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key.rpartition("|"): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
-    return {(name, int(dim)): tensor for (name, _, dim), tensor in found.items()}
+    return {(name, int(dim)): tensor for (name, _, dim), tensor in tensors.items()}

@@ -1,15 +1,15 @@
 """Taylor importance: how much the loss changes when a slice is removed (LLM-Pruner, arXiv 2305.11627, section 3.2).
 
-With W a weight, g the gradient of the mean token loss over the whole calibration batch and H the diagonal
-of the Fisher information, (1/N) sum_n g_n^2 over N samples taken one at a time, a slice is worth
+With W a weight, g the gradient of the mean token loss over the whole calibration set and H the diagonal of the Fisher
+information, (1/N) sum_n g_n^2 over N samples taken one at a time, the importance of a slice is
 
     vectorize      | sum W g |                   (equation 3, first order, the slice as one vector)
     param_first    sum | W g |                   (equation 5, first order, element by element)
     param_second   sum | W H W |
     param_mix      sum | W g - 1/2 W H W |       (equation 5 with its second-order term)
 
-Gradients come block by block (:mod:`llm_pruner.importance.gradients`) and every parameter is reduced to its few numbers
-per channel before the next block's turn, so they never live all at once. Parameters that no unit needs get none.
+Gradients come block by block (:mod:`llm_pruner.importance.gradients`) and every parameter is reduced to its numbers
+per channel before the next block's turn, so they never live all at once. Parameters of no scored unit get none.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ VARIANTS = ("vectorize", "param_first", "param_second", "param_mix")
 def taylor(
     model: nn.Module, slices: Dims, calibration: torch.Tensor, variant: str, *, compute: Compute | None = None
 ) -> Salience:
-    """Taylor importance of every channel: ``{(parameter, dim): [size of the dim]}`` in fp32.
+    """Return the Taylor importance of every channel: ``{(parameter, dim): [size of dim]}`` in fp32.
 
     Args:
-        slices: the dims wanted of each parameter.
+        slices: dims of each parameter to score.
         calibration: LongTensor ``[samples, tokens]``.
         variant: one of :data:`VARIANTS`.
         compute: where and how to compute; by default where the model is.
