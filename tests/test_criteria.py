@@ -173,6 +173,7 @@ def test_a_command_names_the_criterion_that_it_cannot_import(own_module, home, c
 
 SWEEP = """model: {home}/base
 output: {out}
+evaluate: {{datasets: {home}/text.txt, seq_len: 32, max_windows: 4}}
 stages:
   - prune:
       kinds: [neurons]
@@ -188,7 +189,8 @@ sweep:
 """
 
 
-def test_a_sweep_takes_a_function_by_its_module(own_module, home, tmp_path):
+@pytest.mark.slow
+def test_a_sweep_takes_a_function_by_its_module(own_module, home, home_text, tmp_path):
     (tmp_path / "sweep.yaml").write_text(SWEEP.format(home=home, out=tmp_path / "out"))
     assert main(["run", "sweep.yaml"]) == 0
     (plan,) = [lp.PruningPlan.load(path) for path in (tmp_path / "out").rglob("pruning_plan.json")]
