@@ -1,6 +1,8 @@
 """What importing the package changes in transformers, and for how long."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -112,3 +114,11 @@ def test_per_layer_models_compute_the_same_whoever_builds_them():
     ids = torch.arange(8)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, pruned(ids).logits)
+
+
+def test_the_package_may_import_models_before_its_user_does():
+    code = (
+        "import llm_pruner; llm_pruner.trace; import transformers as t; assert t.PreTrainedModel._llm_pruner_installed"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]

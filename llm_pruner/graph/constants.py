@@ -1,8 +1,8 @@
-"""Constants that every call of a layer is given, and that belong to an axis: the slopes of ALiBi.
+"""Constants that a layer receives in every call and that belong to one of its axes, such as ALiBi's slopes.
 
-A constant freezes what it meets, since a smaller model would compute another one. Where a layer is *given* it
-and it goes with the heads, there is a better way: let the model compute it for all its heads, as ever, and cut it
-where it enters the layer. So each layer's heads stay an axis of their own, and keep their own slopes.
+A constant freezes the axes it meets, since a smaller model would compute another constant. Where a layer *receives* the
+constant and the constant belongs to the layer's heads, the model can go on computing it for all heads, and the layer
+takes its part. So the heads of each layer stay an axis of their own, and keep their own slopes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..models.hooks import forward_hooks
 from ..models.per_layer import Constant, arguments_of, hook_selecting, layer_lists
+from ..models.torch_internals import without_modes
 from .axes import Atom, Dim, find, flatten, freeze, leaves
 from .call import Recorder, Traced
 
@@ -26,7 +26,7 @@ COMBINED = "combined with a constant"
 
 @contextmanager
 def selecting_constants(model: nn.Module, constants: Iterable[Constant], kept: list[int]) -> Iterator[None]:
-    """For the length of the block, give the layers only the ``kept`` indices of these constants, in that order."""
+    """Give layers only the ``kept`` indices of these constants, in that order, for the length of the block."""
     hooks = [(model.get_submodule(constant.layer), hook_selecting([(constant, kept)])) for constant in constants]
     with forward_hooks(before=hooks, with_kwargs=True):
         yield
@@ -34,7 +34,7 @@ def selecting_constants(model: nn.Module, constants: Iterable[Constant], kept: l
 
 @contextmanager
 def separate_constants(model: nn.Module, recorder: Recorder, constants: list[tuple[Atom, Constant]]) -> Iterator[None]:
-    """While tracing, meet a constant that enters a layer as one of that layer's own, and append it to ``constants``."""
+    """Trace each constant that enters a layer as one of the layer's own, and append it to ``constants``."""
     hooks = [
         (layer, _hook_renewing(recorder, constants, f"{path}.{i}"))
         for path, layers in layer_lists(model).items()
@@ -49,10 +49,10 @@ def _hook_renewing(recorder: Recorder, constants: list[tuple[Atom, Constant]], p
         bound = arguments_of(module, args, kwargs)
         for name, value in bound.arguments.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                known = recorder.lookup(value)
-                if known.role == "constant":
-                    renewed, own = _renewed(known, path, name)
-                    constants.extend(own)
+                traced = recorder.lookup(value)
+                if traced.role == "constant":
+                    renewed, layer_constants = _renew(traced, path, name)
+                    constants.extend(layer_constants)
                     recorder.record(renewed)
                     bound.arguments[name] = renewed.tensor
         return bound.args[1:], bound.kwargs
@@ -60,14 +60,13 @@ def _hook_renewing(recorder: Recorder, constants: list[tuple[Atom, Constant]], p
     return renew
 
 
-def _renewed(known: Traced, path: str, argument: str) -> tuple[Traced, list[tuple[Atom, Constant]]]:
-    """Copy a constant with new, free atoms for its frozen axes; return it with the constants of the layer that these
-    atoms are."""
-    with _disable_current_modes():
-        tensor = known.tensor.clone()
+def _renew(original: Traced, path: str, argument: str) -> tuple[Traced, list[tuple[Atom, Constant]]]:
+    """Copy a constant with new, free atoms for its frozen axes; return the copy and the constants of these atoms."""
+    with without_modes():
+        tensor = original.tensor.clone()
     dims: list[Dim] = []
     constants: list[tuple[Atom, Constant]] = []
-    for i, dim in enumerate(known.dims):
+    for i, dim in enumerate(original.dims):
         atoms = flatten(dim)
         renewed = tuple(Atom(atom.size) if _renewable(atom) else atom for atom in atoms)
         for position, (new, old) in enumerate(zip(renewed, atoms, strict=True)):
@@ -79,8 +78,7 @@ def _renewed(known: Traced, path: str, argument: str) -> tuple[Traced, list[tupl
 
 
 def _renewable(atom: Atom) -> bool:
-    """Whether an axis of a constant is frozen, as what is no number for all is, and no part of it occurs twice, as
-    the halves of rotary tables do."""
+    """Return True if a constant's axis is frozen and no part of it occurs twice, as the halves of rotary tables do."""
     parts = leaves([atom])
     in_line = atom.concatenated or not atom.parts
     return (
@@ -91,7 +89,7 @@ def _renewable(atom: Atom) -> bool:
 
 
 def by_leaf(constants: Iterable[tuple[Atom, Constant]]) -> dict[int, list[Constant]]:
-    """The constants of every leaf; an axis refined since (heads into groups and members) gives one for each factor."""
+    """Return the constants of every leaf; an axis refined since (heads into groups and members) has one per factor."""
     out: dict[int, list[Constant]] = {}
     for atom, constant in constants:
         factors = flatten([atom])

@@ -36,7 +36,7 @@ class Identity:
 def fingerprint(model: nn.Module) -> Hashable:
     """Describe all of a model that its graph depends on, without its weights.
 
-    That is the type, attributes, hooks and place of every module, configs, the name, shape and ties of every tensor,
+    These are the type, attributes, hooks and place of every module, configs, the name, shape and ties of every tensor,
     and the axes along which a constant is the same everywhere.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())

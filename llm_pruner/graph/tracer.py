@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import PrunerError
 from ..models.per_layer import Constant
 from ..models.running import answer_on_meta, model_inputs, stored_tensors, tracing_mode
+from ..models.torch_internals import TorchDispatchMode, storage_key
 from .axes import Atom, Dim, freeze, fresh, leaves, size_of, tag, unify
 from .call import RULES, Call, Traced, tensors_in
 from .constants import COMBINED, separate_constants
@@ -77,7 +77,7 @@ class Tracer(TorchDispatchMode):
             self.order.setdefault(id(traced.tensor), len(self.order))
         out = func(*args, **kwargs)
         self.alive.extend(tensors_in(out))
-        self.calls.append(([_storage(t) for t in tensors_in(out)], [_storage(t.tensor) for t in inputs]))
+        self.calls.append(([storage_key(t) for t in tensors_in(out)], [storage_key(t.tensor) for t in inputs]))
         outs = [t for t in tensors_in(out) if id(t) not in self.traced or any(t is a for a in args)]
         if not outs:
             return out
@@ -100,7 +100,7 @@ class Tracer(TorchDispatchMode):
 
     def reaching(self, result: torch.Tensor) -> set[int]:
         """The storages that a result depends on: followed backwards, through views and writes in place alike."""
-        needed = {_storage(result)}
+        needed = {storage_key(result)}
         for written, read in reversed(self.calls):
             if needed.intersection(written):
                 needed.update(read)
@@ -133,10 +133,6 @@ class Tracer(TorchDispatchMode):
         sizes = [size_of(d) for d in known.dims]
         if sizes != list(tensor.shape):
             raise TraceError(f"rule {name} gives dims {sizes} for shape {list(tensor.shape)} in {self.where}")
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 class ListIndexing(TorchFunctionMode):
@@ -273,7 +269,7 @@ def _run(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str, list
         freeze(columns, "the output of the model")
         freeze(vocabulary, "the output has another size")
     reaching = tracer.reaching(logits)
-    tracer.idle = {name for name, tensor in named.items() if _storage(twins[id(tensor)]) not in reaching}
+    tracer.idle = {name for name, tensor in named.items() if storage_key(twins[id(tensor)]) not in reaching}
     first_use = {name: tracer.order.get(id(twins[id(tensor)]), len(tracer.order)) for name, tensor in named.items()}
     return tracer, {name: dims[name] for name in sorted(dims, key=first_use.__getitem__)}
 

@@ -1,9 +1,8 @@
-"""Running a model block by block, with the weights of one block at a time as they are needed.
+"""Run a model block by block, with converted weights of one block at a time.
 
-A model's weights may be narrower than what can be computed with, lie on another device, or be mapped from files that
-are larger than memory. Here other tensors stand in for them: for each block (a decoder layer with weights of its own)
-only while it runs, for the rest, embeddings and head, as long as the context lasts. The model is not changed: its
-tensors are in their places again afterwards.
+A model's weights may need upcasting, lie on another device, or be memory-mapped from files larger than memory. Other
+tensors stand in for them: for a block (a decoder layer with weights of its own) only while the block runs, for the rest
+(embeddings and head) as long as the context lasts. Afterwards the model has its own tensors again.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import PrunerError
 from .per_layer import layer_lists
+from .torch_internals import tree_leaves, tree_map
 
 StandIn = Callable[[str, torch.Tensor], torch.Tensor]  # name and tensor -> what takes its place
 NARROW = (torch.float16, torch.bfloat16)
@@ -28,14 +27,14 @@ NARROW = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how a model is computed, whatever its weights are: they are converted a block at a time."""
+    """The device and dtype that a model computes with; its weights are converted a block at a time."""
 
     device: torch.device
     dtype: torch.dtype
     spread: bool = False  # over several devices: what lies on an accelerator is computed there
 
     def on(self, device: torch.device) -> Compute:
-        """The same on another device."""
+        """Return the settings for another device: in float32 on a CPU, else in bfloat16."""
         same = device.type == self.device.type and None in (device.index, self.device.index)  # cuda is cuda:0
         if same or device == self.device or (self.spread and device.type == self.device.type):
             return self
@@ -47,10 +46,10 @@ class Compute:
 
 
 def native_compute(model: nn.Module) -> Compute:
-    """How a model is computed when nothing is said: where it lies, but never in 16 bits on a CPU, which crawls.
+    """Return a model's own device and dtype; float32 for 16-bit weights on a CPU, which is slow in 16 bits.
 
     Raises:
-        PrunerError: some of its weights are kept elsewhere by hooks, as accelerate offloads them.
+        PrunerError: some weights are offloaded by hooks, as accelerate's are.
     """
     first = next(model.parameters())
     devices = list(dict.fromkeys(p.device for p in model.parameters()))
@@ -67,10 +66,10 @@ def native_compute(model: nn.Module) -> Compute:
 
 
 class StandIns:
-    """The tensors that stand in for a model's own, block by block.
+    """Tensors that stand in for a model's own, block by block.
 
     Attributes:
-        blocks: the decoder layers whose tensors no other module has, by path.
+        blocks: the decoder layers that share no tensor with another module, by path.
     """
 
     def __init__(self, model: nn.Module, stand_in: StandIn):
@@ -94,12 +93,12 @@ class StandIns:
         self._slots[""] = [slot for path, found in slots.items() if path not in self.blocks for slot in found]
 
     def names(self, path: str = "") -> set[str]:
-        """The tensors of a block, or of the rest."""
+        """Return the names of a block's tensors, or of the rest's."""
         return {name for _, _, name in self._slots[path]}
 
     @contextmanager
     def placed(self, path: str = "") -> Iterator[dict[str, torch.Tensor]]:
-        """Stand-ins for the tensors of a block, or of the rest, in their places; yields them by name."""
+        """Put stand-ins in the places of a block's tensors, or of the rest's, and yield the stand-ins by name."""
         saved = [(holder, key, holder[key]) for holder, key, _ in self._slots[path]]
         tensors: dict[str, torch.Tensor] = {}
         try:
@@ -112,8 +111,8 @@ class StandIns:
             for holder, key, tensor in saved:
                 holder[key] = tensor
 
-    def _at_home(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A block's forward on the device of its stand-ins: what it is given goes there, what it returns comes back."""
+    def _on_own_device(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Run a block on its stand-ins' device; move inputs there and outputs back."""
 
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -133,7 +132,7 @@ class StandIns:
         before = {path: block.__dict__.get("forward") for path, block in self.blocks.items()}
         try:
             for path, block in self.blocks.items():
-                block.forward = wrap(path, self._at_home(path, block.forward))
+                block.forward = wrap(path, self._on_own_device(path, block.forward))
             yield
         finally:
             for path, block in self.blocks.items():
@@ -144,7 +143,7 @@ class StandIns:
 
 @contextmanager
 def standing_in(model: nn.Module, stand_in: StandIn) -> Iterator[None]:
-    """Forward passes of a model with other tensors in the places of its own, one block's at a time."""
+    """Run a model with stand-ins in the places of its tensors, one block's at a time."""
     stand_ins = StandIns(model, stand_in)
 
     def wrap(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,7 +160,7 @@ def standing_in(model: nn.Module, stand_in: StandIn) -> Iterator[None]:
 
 @contextmanager
 def computing(model: nn.Module, compute: Compute | None = None) -> Iterator[Compute]:
-    """Forward passes of a model where and how ``compute`` says; as it is where that asks for nothing."""
+    """Run a model with the device and dtype of ``compute`` (default: :func:`native_compute`); yield these."""
     compute = compute or native_compute(model)
     first = next(model.parameters())
     if (

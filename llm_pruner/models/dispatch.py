@@ -11,7 +11,7 @@ from .blockwise import StandIns
 
 
 def resolve_device(value: str, name: str) -> str:
-    """Return the device that a flag means: ``auto`` is CUDA where there is one, then MPS, then the CPU.
+    """Return the device that a flag means: ``auto`` is the first of CUDA, MPS and the CPU that exists.
 
     Args:
         name: of the flag or argument, for messages.
@@ -45,14 +45,14 @@ def check_device(device: str | torch.device, name: str) -> None:
 
 
 def spread(model: PreTrainedModel, room: dict[torch.device, float] | None = None) -> PreTrainedModel:
-    """Move a model's layers to GPUs, filling one after the other; what does not fit stays where it is.
+    """Move a model's layers to GPUs, filling one after the other; layers that do not fit stay where they are.
 
-    Embeddings and head go to the first. Layers compute where they lie, and those left on the CPU on the first GPU
-    (:func:`llm_pruner.graph.computing`).
+    Embeddings and head go to the first GPU. Layers compute where they lie, and layers on the CPU on the first GPU
+    (:func:`llm_pruner.models.blockwise.computing`).
 
     Args:
-        room: bytes to fill of each device; by default 45% of what is free on every GPU, which leaves as much for a
-            pruned copy and a tenth for computing.
+        room: bytes to fill of each device (default: 45% of every GPU's free memory, which leaves as much for a pruned
+            copy and a tenth for activations).
     """
     if room is None:
         devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -76,8 +76,8 @@ def spread(model: PreTrainedModel, room: dict[torch.device, float] | None = None
 
 
 def _move(modules: list[nn.Module], device: torch.device) -> int:
-    """Move what these modules hold themselves; returns its bytes."""
-    moved: dict[int, nn.Parameter] = {}  # tied ones stay one
+    """Move the modules' own tensors, not those of modules inside them; return the parameters' bytes."""
+    moved: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for module in modules:
         for key, parameter in module._parameters.items():
             if parameter is not None:

@@ -13,22 +13,19 @@ from types import ModuleType
 from typing import Any
 
 TRIGGER = "transformers.modeling_utils"
+PER_LAYER = "llm_pruner.models.per_layer"  # installs itself when it is imported
 
 
 def install_when_imported() -> None:
-    """Install per-layer configs once transformers' models are imported; now, where they are."""
+    """Install per-layer configs once transformers' models are imported; at once if they are already."""
     if TRIGGER in sys.modules:
-        _install()
+        import_module(PER_LAYER)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
-def _install() -> None:
-    import_module("llm_pruner.models.per_layer").install()
-
-
 class _Finder(MetaPathFinder):
-    """Finds the trigger module once, with a loader that installs per-layer configs after it."""
+    """A finder of the trigger module, for once, with a loader that installs per-layer configs after it."""
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != TRIGGER:
@@ -49,7 +46,7 @@ class _InstallingLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _install()
+        import_module(PER_LAYER)  # half imported already where it is what imports transformers
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)

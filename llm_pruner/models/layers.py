@@ -1,4 +1,4 @@
-"""Layer stacks: where the layers of a model are and what passes between them."""
+"""Layer stacks: the places of a model's layers and the hidden states between them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class LayerLocator:
-    """Maps a parameter name to ``(path of the layer list, index)``."""
+    """A map from parameter names to their layers: ``(path of the layer list, index)``, None outside of layers."""
 
     def __init__(self, paths: list[str]):
         self.paths = paths
@@ -22,15 +22,15 @@ class LayerLocator:
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The hidden states among the arguments that a layer is called with."""
+    """Return the hidden states among a layer's arguments."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 def hidden_out(output: Any) -> torch.Tensor:
-    """The hidden states in what a layer returns."""
+    """Return the hidden states in a layer's output."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def is_below(path: str, name: str) -> bool:
-    """Whether what is called ``name`` lies below ``path``; everything lies below the empty path."""
+    """Return True if ``name`` lies below ``path``; every name lies below the empty path."""
     return not path or name.startswith(f"{path}.")

@@ -13,19 +13,20 @@ from .running import model_inputs, target_ids
 
 @torch.no_grad()
 def total_loss(model: nn.Module, batches: Iterable[torch.Tensor], fresh: int | None = None) -> tuple[float, int]:
-    """The cross entropy of all tokens that are predicted from those before them, in nats, and how many they are.
+    """Return the summed cross entropy of all predicted tokens in nats, and their number.
 
     Args:
-        batches: LongTensors ``[samples, tokens]``. An encoder-decoder is given the first half of each sample.
-        fresh: count only the last so many tokens of a sample; the others are there to be read.
+        batches: LongTensors ``[samples, tokens]``. An encoder-decoder reads the first half of each sample and predicts
+            the second.
+        fresh: count only this many tokens at the end of each sample; the others are context (default: all).
     """
     total, tokens = 0.0, 0
     for ids in batches:
         inputs = model_inputs(model, ids)
         targets = target_ids(inputs)[:, 1:]
-        known = 0 if fresh is None else max(targets.shape[1] - fresh, 0)
-        logits = model(**inputs, use_cache=False).logits[:, known:-1]
-        targets = targets[:, known:]
+        context = 0 if fresh is None else max(targets.shape[1] - fresh, 0)
+        logits = model(**inputs, use_cache=False).logits[:, context:-1]
+        targets = targets[:, context:]
         tokens += targets.numel()
         for row, target in zip(logits, targets, strict=True):  # one sample in fp32 at a time
             total += cross_entropy(row.float(), target, reduction="sum").item()

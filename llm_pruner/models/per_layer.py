@@ -21,8 +21,9 @@ it for all of them, and each layer takes the part of its own heads, stated in ``
 
     {"h.3": [{"argument": "alibi", "dim": 0, "size": 16, "inner": 1, "kept": [0, 2, ...]}]}
 
-Importing :mod:`llm_pruner` installs this in transformers, so ``AutoModelForCausalLM.from_pretrained`` works. The file
-imports nothing else of the package: a checkpoint may carry a copy of it, to be loaded without llm_pruner.
+Importing this module installs it in transformers, and :mod:`llm_pruner` sees to that, so that
+``AutoModelForCausalLM.from_pretrained`` works. The file imports nothing else of the package: a checkpoint may carry a
+copy of it, to be loaded without llm_pruner.
 """
 
 from __future__ import annotations
@@ -140,8 +141,9 @@ def recording_constructors(*classes: type) -> Iterator[None]:
     recorded = _recordable(classes)
     for module_class in recorded:
         if module_class not in _recorders:
-            _recorders[module_class] = [0, module_class.__init__]
-            module_class.__init__ = _recording(module_class.__init__)  # type: ignore[misc]
+            original = module_class.__dict__["__init__"]
+            _recorders[module_class] = [0, original]
+            module_class.__init__ = _recording(original)  # type: ignore[misc]
         _recorders[module_class][0] += 1
     try:
         yield
@@ -413,3 +415,6 @@ def hook_selecting(slices: list[tuple[Constant, list[int]]]) -> Callable[..., An
         return bound.args[1:], bound.kwargs
 
     return select
+
+
+install()

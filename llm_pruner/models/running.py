@@ -8,16 +8,17 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
+from .per_layer import IMPLEMENTATION_SLOTS
+from .torch_internals import TorchDispatchMode
 
 
 def answer_on_meta(operator: str, args: Any) -> bool | None:
-    """What to say when a model reads a value on the meta device, where there is none; None if it does not.
+    """Return the answer to a model that reads a value on the meta device, None for operators that read no value.
 
-    Models ask for "is nothing padded", whose answer here is yes.
+    Models ask whether nothing is padded; the answer is yes.
     """
     if operator == "_local_scalar_dense" and args[0].device.type == "meta":
         return bool(args[0].dtype is torch.bool)
@@ -25,7 +26,7 @@ def answer_on_meta(operator: str, args: Any) -> bool | None:
 
 
 class MetaReads(TorchDispatchMode):
-    """Lets models on the meta device read values; see :func:`unread`."""
+    """A mode in which models on the meta device can read values; see :func:`answer_on_meta`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = answer_on_meta(func.overloadpacket.__name__, args)
@@ -34,7 +35,7 @@ class MetaReads(TorchDispatchMode):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode; every module's own mode is put back afterwards."""
+    """Run a model in eval mode; restore every module's own mode afterwards."""
     training = [m for m in model.modules() if m.training]
     try:
         model.eval()
@@ -46,16 +47,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def implementations(model: nn.Module, **chosen: str) -> Iterator[None]:
-    """Choose how blocks run, as in ``experts="eager"``; put back afterwards.
+    """Choose how blocks run, as in ``experts="eager"``, for the length of the block.
 
-    Every module's own config is set, for a layer may hold another than the model's.
+    Every module's own config is set, because a layer's config may be another than the model's.
     """
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     saved: list[tuple[Any, str, Any]] = []
     try:
         for config in configs.values():
             for block, value in chosen.items():
-                slot = f"_{block}_implementation_internal"
+                slot = IMPLEMENTATION_SLOTS[block]
                 if hasattr(config, slot):
                     saved.append((config, slot, config.__dict__.get(slot)))
                     config.__dict__[slot] = value
@@ -73,9 +74,9 @@ def tracing_mode(model: nn.Module) -> Iterator[None]:
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that a checkpoint holds, by its first name: parameters and persistent float buffers.
+    """Return the tensors that a checkpoint holds by their first names: parameters and persistent float buffers.
 
-    Without those that transformers leaves out when it saves, such as tables of sines, since they are computed anew.
+    Tensors that transformers does not save, such as tables of sines, are left out: they are computed anew.
     """
     out: dict[str, torch.Tensor] = dict(model.named_parameters())
     transient = {f"{p}.{n}".lstrip(".") for p, m in model.named_modules() for n in m._non_persistent_buffers_set}
@@ -87,10 +88,10 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def model_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Token ids ``[rows, tokens]`` as arguments of the model.
+    """Return token ids ``[rows, tokens]`` as arguments of the model.
 
-    An encoder-decoder reads the first half of each row in its encoder and the second in its decoder: what it predicts
-    is how the text goes on.
+    An encoder-decoder reads the first half of each row in its encoder and the second in its decoder: it predicts how
+    the text goes on.
     """
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {"input_ids": ids}
@@ -99,18 +100,18 @@ def model_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]
 
 
 def context_length(model: nn.Module) -> int | None:
-    """How many tokens the model reads at once, where its config says so."""
+    """Return the model's context length in tokens, None where its config does not state it."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
     return longest if isinstance(longest, int) else None
 
 
 def target_ids(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The ids among :func:`model_inputs` that the model's logits are about."""
+    """Return the ids among :func:`model_inputs` that the model's logits belong to."""
     return inputs.get("decoder_input_ids", inputs["input_ids"])
 
 
 def random_tokens(model: nn.Module, rows: int = 2, tokens: int = 16, seed: int = 0) -> torch.Tensor:
-    """LongTensor ``[rows, tokens]`` of token ids, on the model's device."""
+    """Draw random token ids: a LongTensor ``[rows, tokens]`` on the model's device."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, embedding.weight.shape[0], (rows, tokens), generator=generator)
@@ -119,22 +120,22 @@ def random_tokens(model: nn.Module, rows: int = 2, tokens: int = 16, seed: int =
 
 @torch.no_grad()
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """The model's logits in fp32 ``[rows, tokens, vocabulary]``; encoder-decoders read ``ids`` on both sides."""
+    """Return the model's logits in fp32: ``[rows, tokens, vocabulary]``."""
     return model(**model_inputs(model, ids), use_cache=False).logits.float()
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """``max |a - b| / max |b|``; infinite where either is not finite."""
+    """Return ``max |a - b| / max |b|``; infinity if either is not finite."""
     if not (a.isfinite().all() and b.isfinite().all()):
         return float("inf")
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
 
 
 def check_calibration(model: PreTrainedModel, calibration: torch.Tensor | None) -> torch.Tensor:
-    """The calibration set, if it is one that the model can read.
+    """Return the calibration set ``[samples, tokens]`` after checking that the model can read it.
 
     Raises:
-        PrunerError: it is none, or has token ids or a length that the model cannot read.
+        PrunerError: it is missing, of another type or shape, or has token ids or a length that the model cannot read.
     """
     if calibration is None:
         raise PrunerError("this criterion needs a calibration set: a LongTensor [samples, tokens]")

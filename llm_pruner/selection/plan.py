@@ -1,14 +1,11 @@
-"""The pruning plan: what stays, as data.
+"""The pruning plan: what stays of a model, as data.
 
-A plan names, for every parameter that it touches, which positions of which dims are kept. It needs neither
-the model nor the graph to be read, printed, put under version control or applied elsewhere.
+A plan names, for every parameter that it touches, which positions of which dims are kept. It can be read, printed, put
+under version control and applied elsewhere without the model and its graph.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,62 +13,28 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import torch
 
 from ..errors import PrunerError
-from ..files import read_json, write_text
 from ..graph.units import Unit
+from .plan_file import FORMAT, PlanDocument, from_ranges, read_document, to_ranges, write_document
 
-FORMAT, VERSION = "llm-pruner plan", 1
-WHY = ("removed", "lowest_kept", "highest_removed")
+__all__ = ["FORMAT", "Choice", "PruningPlan", "name_after"]
+
+EXPLANATION = ("removed", "lowest_kept", "highest_removed")  # what a choice keeps of the scores
 Kept = dict[str, dict[int, torch.Tensor]]
-LONGEST = 2**26  # positions of one dim; more is no plan
-_COUNT = {"type": "integer", "minimum": 0}
-_TEXTS = {"type": "array", "items": {"type": "string"}}
-_PARAMETER = {
-    "type": "object",
-    "properties": {
-        "shape": {"type": "array", "items": _COUNT},
-        "kept": {"type": "object", "propertyNames": {"pattern": "^[0-9]{1,3}$"}, "additionalProperties": _COUNT},
-    },
-    "required": ["shape", "kept"],
-}
-_UNIT = {
-    "type": "object",
-    "properties": {
-        "kind": {"type": "string"},
-        "layer": {"type": ["integer", "null"]},
-        "size": _COUNT,
-        "kept": {"type": "string"},
-        **{key: {"type": "number"} for key in WHY},
-    },
-    "required": ["kind", "layer", "size", "kept"],
-}
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "settings": {"type": "object"},
-        "notes": _TEXTS,
-        "weights": {"type": "object", "additionalProperties": {"type": "string"}},
-        "blocks": _TEXTS,
-        "positions": _TEXTS,
-        "parameters": {"type": "object", "additionalProperties": _PARAMETER},
-        "units": {"type": "object", "additionalProperties": _UNIT},
-    },
-    "required": ["settings", "notes", "positions", "parameters", "units"],
-}
 
 
 @dataclass
 class Choice:
-    """What happens to one unit, and why.
+    """The indices that one unit keeps, and the scores that explain the choice.
 
     Attributes:
-        kept: sorted LongTensor of the indices (of ``size``) that stay.
-        removed: what the indices that go score together. With a Taylor criterion that is the change of the calibration
-            loss that it predicts, every slice counted as if it went alone.
-        lowest_kept: the lowest score of what stays; its distance from ``highest_removed`` is the margin of the cut.
+        kept: sorted LongTensor of the kept indices of ``range(size)``.
+        removed: sum of the removed indices' scores. With a Taylor criterion this is the predicted change of the
+            calibration loss, with each slice counted as if it were removed alone.
+        lowest_kept: lowest score of a kept index; its distance from ``highest_removed`` is the margin of the choice.
+        highest_removed: highest score of a removed index.
     """
 
     kind: str
@@ -83,28 +46,40 @@ class Choice:
     highest_removed: float | None = None
 
     def explain(self, scores: torch.Tensor) -> None:
-        """Note what the scores ``[size]`` say of the cut."""
-        gone = torch.ones(self.size, dtype=torch.bool)
-        gone[self.kept] = False
-        known = scores[torch.isfinite(scores) & gone]  # what went in an earlier step has no score of this one
-        if known.numel():
-            self.removed, self.highest_removed = known.sum().item(), known.max().item()
+        """Record the part of the scores ``[size]`` that explains the choice."""
+        is_removed = torch.ones(self.size, dtype=torch.bool)
+        is_removed[self.kept] = False
+        removed_scores = scores[torch.isfinite(scores) & is_removed]  # indices removed in an earlier step have none
+        if removed_scores.numel():
+            self.removed, self.highest_removed = removed_scores.sum().item(), removed_scores.max().item()
             lowest = scores[self.kept].min().item()
-            self.lowest_kept = lowest if isfinite(lowest) else None  # what must stay has no score of its own
+            self.lowest_kept = lowest if isfinite(lowest) else None  # indices that must stay score infinity
 
 
 @dataclass
 class PruningPlan:
-    """What stays of a model.
+    """The indices of a model's units that stay, and the parameter positions that they occupy.
 
     Attributes:
-        kept: ``{parameter: {dim: sorted LongTensor of kept positions}}`` for every parameter that is touched.
-        units: the choice for every unit that loses something, by unit name.
-        shapes: shape of every touched parameter before pruning; a plan fits only a model that has them.
-        settings: how the plan was made, for the record.
-        notes: what the reader should know, such as units too small to lose anything.
-        weights: SHA-256 of the files that hold what it left, by name; empty unless it lies with a checkpoint.
-        blocks: paths of modules that are gone altogether, such as the attention of a layer.
+        kept: ``{parameter: {dim: sorted LongTensor of kept positions}}`` for every pruned parameter.
+        units: the choice for every unit that loses indices, by unit name.
+        shapes: shape of every pruned parameter before pruning; a plan fits only a model with these shapes.
+        settings: the arguments that made the plan, for the record.
+        notes: remarks for the reader, such as units too small to lose an index.
+        weights: SHA-256 of the checkpoint's weight files by name; empty for a plan without a checkpoint.
+        blocks: paths of modules that are removed as a whole, such as the attention of a layer.
+
+    >>> from llm_pruner.graph.units import Unit
+    >>> rows, columns = ("up.weight", 0), ("down.weight", 1)
+    >>> neurons = Unit("mlp.neurons", "neurons", 0, 4, dims={rows: torch.arange(4), columns: torch.arange(4)})
+    >>> plan = PruningPlan()
+    >>> plan.keep(neurons, torch.tensor([0, 3]), shapes={"up.weight": (4, 8), "down.weight": (8, 4)})
+    >>> plan.kept
+    {'up.weight': {0: tensor([0, 3])}, 'down.weight': {1: tensor([0, 3])}}
+    >>> plan.cut_shape("down.weight", (8, 4))
+    (8, 2)
+    >>> print(plan.summary())
+    neurons: 2 of 4 kept in 1 unit
     """
 
     kept: Kept = field(default_factory=dict)
@@ -117,27 +92,31 @@ class PruningPlan:
 
     @property
     def layers(self) -> dict[str, torch.Tensor]:
-        """Kept layers by path of their stack, for the stacks that lose some."""
+        """The kept layers by path of their stack, for stacks that lose layers."""
         return {name.rpartition(".")[0]: c.kept for name, c in self.units.items() if c.kind == "layers"}
 
     @property
     def tokens(self) -> list[int] | None:
-        """The ids of the tokens that stay, in order: their places are the new ids. None if all do."""
+        """The kept token ids in order: their places are the new ids. None if the vocabulary is not pruned."""
         return next((c.kept.tolist() for c in self.units.values() if c.kind == "vocabulary"), None)
 
     def keep(self, unit: Unit, indices: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Keep only ``indices`` of a unit. Several units may cut the same parameter dim."""
+        """Keep only ``indices`` of a unit. Several units may cut the same parameter dim.
+
+        Raises:
+            PrunerError: no index is kept, or one that the unit does not have.
+        """
         indices = indices.unique()
         if not indices.numel() or int(indices[0]) < 0 or int(indices[-1]) >= unit.size:
             raise PrunerError(f"{unit.name} must keep at least one of its indices 0 to {unit.size - 1}")
         self.units[unit.name] = Choice(unit.kind, unit.layer, unit.size, indices)
-        stays = torch.zeros(unit.size + 1, dtype=torch.bool)
-        stays[indices], stays[-1] = True, True  # the last is for -1: positions that the unit does not reach
-        found: dict[int, torch.Tensor] = {}  # dims of one form share their labels
+        is_kept = torch.zeros(unit.size + 1, dtype=torch.bool)
+        is_kept[indices], is_kept[-1] = True, True  # the last is for -1: positions that the unit does not reach
+        positions_by_label: dict[int, torch.Tensor] = {}  # dims of one form share their labels
         for (name, dim), label in unit.dims.items():
-            if id(label) not in found:
-                found[id(label)] = stays[label].nonzero().flatten()
-            positions = found[id(label)]
+            if id(label) not in positions_by_label:
+                positions_by_label[id(label)] = is_kept[label].nonzero().flatten()
+            positions = positions_by_label[id(label)]
             if len(positions) == len(label):
                 continue
             before = self.kept.setdefault(name, {}).get(dim)
@@ -147,7 +126,7 @@ class PruningPlan:
             self.shapes[name] = tuple(shapes[name])
 
     def drop_block(self, path: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Keep nothing of a module: it adds nothing to the stream any more."""
+        """Remove a module as a whole: it adds nothing to the residual stream any more."""
         self.blocks.append(path)
         for name, shape in shapes.items():
             if name.startswith(f"{path}."):
@@ -155,81 +134,70 @@ class PruningPlan:
                 self.shapes[name] = tuple(shape)
 
     def cut_shape(self, name: str, shape: Iterable[int]) -> tuple[int, ...]:
-        """The shape of a tensor after the plan."""
+        """Return the shape that a tensor of shape ``shape`` has after pruning."""
         kept = self.kept.get(name, {})
         return tuple(len(kept[dim]) if dim in kept else size for dim, size in enumerate(shape))
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON. Position lists shared by several parameters are written once."""
-        sets: dict[str, int] = {}
+        """Write the plan as JSON."""
+        places: dict[str, int] = {}
         parameters = {}
         for name in sorted(self.kept):
-            kept = {str(d): sets.setdefault(_ranges(k), len(sets)) for d, k in sorted(self.kept[name].items())}
+            kept = {str(d): places.setdefault(to_ranges(k), len(places)) for d, k in sorted(self.kept[name].items())}
             parameters[name] = {"shape": list(self.shapes[name]), "kept": kept}
         document: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
             "settings": self.settings,
             "notes": self.notes,
             "units": {
-                name: {"kind": c.kind, "layer": c.layer, "size": c.size, "kept": _ranges(c.kept)}
-                | {key: getattr(c, key) for key in WHY if getattr(c, key) is not None}
+                name: {"kind": c.kind, "layer": c.layer, "size": c.size, "kept": to_ranges(c.kept)}
+                | {key: getattr(c, key) for key in EXPLANATION if getattr(c, key) is not None}
                 for name, c in self.units.items()
             },
-            "positions": list(sets),
+            "positions": list(places),
             "parameters": parameters,
         }
         if self.weights:
             document["weights"] = self.weights
         if self.blocks:
             document["blocks"] = self.blocks
-        document["sha256"] = _digest(document)
-        write_text(Path(path), json.dumps(document, indent=1) + "\n")
+        write_document(path, document)
 
     @classmethod
     def load(cls, path: str | Path, verify: bool = False) -> PruningPlan:
         """Read a plan written by :meth:`save`.
 
         Args:
-            verify: refuse a plan that was changed since.
+            verify: refuse a plan that was changed since it was written.
 
         Raises:
-            PrunerError: the file is missing, no plan, or names positions outside the shapes it states.
+            PrunerError: the file is missing, not a plan, or names positions outside the shapes it states.
         """
-        document = read_json(path)
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise PrunerError(f"{path} is not a pruning plan (no format {FORMAT!r})")
-        if document.get("version") != VERSION:
-            raise PrunerError(f"{path} has plan version {document.get('version')}; this program reads {VERSION}")
-        stated = document.pop("sha256", None)
-        if verify and stated != _digest(document):
-            raise PrunerError(f"the plan {path} was changed after it was written: its hash does not fit its contents")
-        wrong = next(jsonschema.Draft202012Validator(SCHEMA).iter_errors(document), None)
-        if wrong is not None:
-            raise PrunerError(f"the plan {path} is damaged: {wrong.json_path} {' '.join(wrong.message.split())[:200]}")
+        document = read_document(path, verify)
         try:
-            plan = cls(settings=document["settings"], notes=document["notes"])
-            plan.weights, plan.blocks = document.get("weights", {}), document.get("blocks", [])
-            sets = [_positions(text) for text in document["positions"]]
-            for name, entry in document["parameters"].items():
-                plan.shapes[name] = tuple(entry["shape"])
-                plan.kept[name] = {int(dim): sets[i] for dim, i in entry["kept"].items()}
-            for name, entry in document["units"].items():
-                kept = _positions(entry["kept"])
-                why = {key: float(entry[key]) for key in WHY if key in entry}
-                plan.units[name] = Choice(entry["kind"], entry["layer"], entry["size"], kept, **why)
-                if not kept.numel() or int(kept[-1]) >= entry["size"]:
-                    raise ValueError(f"{name} keeps no index or one outside its {entry['size']}")
-            for name, dims in plan.kept.items():
-                for dim, kept in dims.items():
-                    if kept.numel() and int(kept[-1]) >= plan.shapes[name][dim]:
-                        raise ValueError(f"{name} keeps position {int(kept[-1])} of {plan.shapes[name][dim]}")
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            return cls._from_document(document)
+        except (IndexError, ValueError) as error:
             raise PrunerError(f"the plan {path} is damaged: {error}") from error
+
+    @classmethod
+    def _from_document(cls, document: PlanDocument) -> PruningPlan:
+        plan = cls(settings=document.settings, notes=document.notes, weights=document.weights, blocks=document.blocks)
+        positions = [from_ranges(text) for text in document.positions]
+        for name, parameter in document.parameters.items():
+            plan.shapes[name] = tuple(parameter.shape)
+            plan.kept[name] = {int(dim): positions[place] for dim, place in parameter.kept.items()}
+            for dim, kept in plan.kept[name].items():
+                if kept.numel() and int(kept[-1]) >= plan.shapes[name][dim]:
+                    raise ValueError(f"{name} keeps position {int(kept[-1])} of {plan.shapes[name][dim]}")
+        for name, unit in document.units.items():
+            kept = from_ranges(unit.kept)
+            if not kept.numel() or int(kept[-1]) >= unit.size:
+                raise ValueError(f"{name} keeps no index or one outside its {unit.size}")
+            explanation = {key: getattr(unit, key) for key in EXPLANATION}
+            plan.units[name] = Choice(unit.kind, unit.layer, unit.size, kept, **explanation)
         return plan
 
     def summary(self) -> str:
-        """One line a kind: how many units lose how much."""
+        """Describe the plan in one line per kind of unit, with its notes."""
         lines = []
         for kind in dict.fromkeys(c.kind for c in self.units.values()):
             chosen = [c for c in self.units.values() if c.kind == kind]
@@ -240,40 +208,8 @@ class PruningPlan:
         return "\n".join([*lines, *self.notes])
 
 
-def _digest(document: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _ranges(positions: torch.Tensor) -> str:
-    """``[0, 1, 2, 7]`` as ``"0-2,7"``."""
-    out: list[str] = []
-    values: Iterable[int] = positions.tolist()
-    start = last = None
-    for value in [*values, None]:
-        if last is not None and value == last + 1:
-            last = value
-            continue
-        if last is not None:
-            out.append(f"{start}" if start == last else f"{start}-{last}")
-        start = last = value
-    return ",".join(out)
-
-
-def _positions(text: str) -> torch.Tensor:
-    values: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        begin, end = int(first), int(last or first) + 1
-        if not 0 < end - begin <= LONGEST or end > 2**31:
-            raise ValueError(f"the range {part[:60]} is empty or too long")
-        values.extend(range(begin, end))
-    if any(b <= a for a, b in itertools.pairwise(values)) or (values and values[0] < 0):
-        raise ValueError(f"positions out of order: {text[:60]}")
-    return torch.tensor(values, dtype=torch.long)
-
-
 def name_after(name: str, plan: PruningPlan) -> str | None:
-    """The name of a tensor after layers and blocks are dropped; None when it lies in one of these."""
+    """Return the name of a tensor after layers and blocks are removed; None for a tensor of these."""
     if any(name.startswith(f"{path}.") for path in plan.blocks):
         return None
     for path, kept in plan.layers.items():

@@ -1,0 +1,135 @@
+"""The JSON file of a pruning plan: its fields, its hash, and positions as ranges.
+
+A list of positions that several parameters share is written once, in ``positions``, and named by its place there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
+
+from ..errors import PrunerError
+from ..files import read_json, write_text
+
+FORMAT, VERSION = "llm-pruner plan", 1
+LONGEST = 2**26  # positions of one dim; a file that states more is damaged
+
+DimNumber = Annotated[str, StringConstraints(pattern="^[0-9]{1,3}$")]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class ParameterEntry(_Entry):
+    """A parameter's shape before pruning, and for each pruned dim the place of its kept positions in ``positions``."""
+
+    shape: list[NonNegativeInt]
+    kept: dict[DimNumber, NonNegativeInt]
+
+
+class UnitEntry(_Entry):
+    """The choice for one unit, with the scores that explain it."""
+
+    kind: str
+    layer: int | None
+    size: NonNegativeInt
+    kept: str
+    removed: float | None = None
+    lowest_kept: float | None = None
+    highest_removed: float | None = None
+
+
+class PlanDocument(_Entry):
+    """The contents of a plan's file, without its format, version and hash."""
+
+    settings: dict[str, Any]
+    notes: list[str]
+    positions: list[str]
+    parameters: dict[str, ParameterEntry]
+    units: dict[str, UnitEntry]
+    weights: dict[str, str] = {}
+    blocks: list[str] = []
+
+
+def write_document(path: str | Path, document: dict[str, Any]) -> None:
+    """Write the fields of a :class:`PlanDocument` with their format, version and hash."""
+    document = {"format": FORMAT, "version": VERSION, **document}
+    document["sha256"] = _digest(document)
+    write_text(Path(path), json.dumps(document, indent=1) + "\n")
+
+
+def read_document(path: str | Path, verify: bool = False) -> PlanDocument:
+    """Read a plan's file.
+
+    Args:
+        verify: refuse a file that was changed since it was written.
+
+    Raises:
+        PrunerError: the file is missing, not a plan, of another version or damaged; the message names the field.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise PrunerError(f"{path} is not a pruning plan (no format {FORMAT!r})")
+    if document.get("version") != VERSION:
+        raise PrunerError(f"{path} has plan version {document.get('version')}; this program reads {VERSION}")
+    stated_digest = document.pop("sha256", None)
+    if verify and stated_digest != _digest(document):
+        raise PrunerError(f"the plan {path} was changed after it was written: its hash does not fit its contents")
+    try:
+        return PlanDocument.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(" ".join(str(part).split())[:80] for part in first["loc"])
+        raise PrunerError(f"the plan {path} is damaged: {where}: {first['msg']}") from error
+
+
+def _digest(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def to_ranges(positions: torch.Tensor) -> str:
+    """Write sorted positions as ranges.
+
+    >>> to_ranges(torch.tensor([0, 1, 2, 7]))
+    '0-2,7'
+    """
+    ranges: list[str] = []
+    values: Iterable[int] = positions.tolist()
+    start = last = None
+    for value in [*values, None]:
+        if last is not None and value == last + 1:
+            last = value
+            continue
+        if last is not None:
+            ranges.append(f"{start}" if start == last else f"{start}-{last}")
+        start = last = value
+    return ",".join(ranges)
+
+
+def from_ranges(text: str) -> torch.Tensor:
+    """Read the positions that :func:`to_ranges` wrote, as a sorted LongTensor.
+
+    Raises:
+        ValueError: a range is not a number or two, or positions are out of order.
+
+    >>> from_ranges("0-2,7")
+    tensor([0, 1, 2, 7])
+    """
+    values: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        begin, end = int(first), int(last or first) + 1
+        if not 0 < end - begin <= LONGEST or end > 2**31:
+            raise ValueError(f"the range {part[:60]} is empty or too long")
+        values.extend(range(begin, end))
+    if any(b <= a for a, b in itertools.pairwise(values)) or (values and values[0] < 0):
+        raise ValueError(f"positions out of order: {text[:60]}")
+    return torch.tensor(values, dtype=torch.long)
