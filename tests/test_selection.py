@@ -199,8 +199,8 @@ def test_tied_parameters_count_once():
         (0.2, "cannot be reached"),
         ("9B", "give less"),
         (1.0, "give less"),
-        ("many", "is no size"),
-        ("-3", "is no size"),
+        ("many", "use a fraction"),
+        ("-3", "use a fraction"),
         (0.99999, "cannot be met"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The algebra of axes: what a tensor dimension is made of, and what it means for two to be the same.
+"""The algebra of axes: the parts of a tensor's dimensions, and their equality.
 
 A *dim* is an ordered product of :class:`Atom` objects, row-major, outermost first: the 576 rows of a
 query projection may be ``(key-value head 3, query head in its group 3, head_dim 64)``. A dim of size 1
@@ -9,11 +9,11 @@ An atom is a *leaf* until something looks inside it. Then it is *refined*, once 
 * a **product** (``view`` turns 576 into 9 x 64), or
 * a **concatenation** (``chunk`` turns a fused 2n into n + n).
 
-``unify`` says that two dims are indexed together from now on. It takes the common refinement of what
-both sides know, so the order in which a model's operators run does not matter. Three facts travel with
-a leaf and survive every merge and refinement: why it is *frozen* (None when it is free), its *flags*
-(why removal is not the same as zeroing, such as ``norm``: something normalises over it) and its *tags* (what
-operators saw it, from which :mod:`llm_pruner.graph.units` reads the kind).
+``unify`` indexes two dims together from now on. It takes the common refinement of both sides, so the order in which
+a model's operators run does not matter. Three facts travel with a leaf and survive every merge and refinement: the
+reason why it is *frozen* (None when it is free), its *flags* (reasons why removal differs from zeroing, such as
+``norm``: an operator normalises over it) and its *tags* (the operators that saw it, from which
+:mod:`llm_pruner.graph.units` reads the kind).
 """
 
 from __future__ import annotations
@@ -51,12 +51,16 @@ Dim = tuple[Atom, ...]
 
 
 def fresh(size: int, frozen: str | None = None) -> Dim:
-    """A new dim of one atom; the empty product when ``size`` is 1."""
+    """Return a new dim of one atom; the empty product when ``size`` is 1.
+
+    >>> fresh(12), fresh(1), fresh(3, frozen="because")
+    ((12,), (), (3*,))
+    """
     return () if size == 1 else (Atom(size, frozen),)
 
 
 def find(atom: Atom) -> Atom:
-    """The representative of ``atom`` (union-find with path halving)."""
+    """Return the representative of ``atom`` (union-find with path halving)."""
     while atom.parent is not None:
         if atom.parent.parent is not None:
             atom.parent = atom.parent.parent
@@ -65,7 +69,7 @@ def find(atom: Atom) -> Atom:
 
 
 def flatten(dim: Iterable[Atom]) -> list[Atom]:
-    """The representatives of a dim with every product opened: leaves and concatenations only."""
+    """Return the representatives of a dim with every product opened: leaves and concatenations only."""
     out: list[Atom] = []
     for atom in dim:
         atom = find(atom)
@@ -77,7 +81,7 @@ def flatten(dim: Iterable[Atom]) -> list[Atom]:
 
 
 def leaves(dim: Iterable[Atom]) -> list[Atom]:
-    """Every leaf below a dim, each once, in order of first appearance."""
+    """Return every leaf below a dim, each once, in order of first appearance."""
     seen: dict[int, Atom] = {}
     stack = list(dim)[::-1]
     while stack:
@@ -127,7 +131,13 @@ def _refine(atom: Atom, sizes: Iterable[int], concatenated: bool) -> tuple[Atom,
 
 
 def split_product(atom: Atom, outer: int) -> tuple[Dim, Dim]:
-    """Write ``atom`` as ``outer x rest``. Returns both dims; freezes what has no such form."""
+    """Write ``atom`` as ``outer x rest`` and return both dims; an atom without such a form is frozen.
+
+    >>> rows = fresh(12)  # of a projection: 3 heads of 4 channels
+    >>> heads, channels = split_product(rows[0], 3)
+    >>> rows, heads, channels
+    (((3 x 4),), (3,), (4,))
+    """
     atom = find(atom)
     sizes = outer, atom.size // outer
     if not atom.parts:
@@ -140,9 +150,15 @@ def split_product(atom: Atom, outer: int) -> tuple[Dim, Dim]:
 
 
 def split_concat(dim: Dim, sizes: list[int]) -> list[Dim]:
-    """Cut a dim into consecutive pieces of the given sizes (zeros allowed); returns a dim per piece.
+    """Cut a dim into consecutive pieces of the given sizes (zeros allowed) and return a dim per piece.
 
     A product can be cut along its outermost atom only; cut elsewhere it is frozen, and the pieces with it.
+
+    >>> fused = fresh(10)  # gate and up in one projection
+    >>> gate, up = split_concat(fused, [5, 5])
+    >>> unify(gate, up)  # gate * up
+    >>> fused, len(leaves(fused))
+    (((5 + 5),), 1)
     """
     if len([s for s in sizes if s]) <= 1:
         return [dim if s else fresh(0) for s in sizes]
@@ -165,7 +181,11 @@ def split_concat(dim: Dim, sizes: list[int]) -> list[Dim]:
 
 
 def concat(dims: list[Dim]) -> Dim:
-    """The dim that is the concatenation of ``dims``."""
+    """Return the dim that is the concatenation of ``dims``.
+
+    >>> concat([fresh(2), fresh(3)])
+    ((2 + 3),)
+    """
     dims = [d for d in dims if size_of(d)]
     if len(dims) == 1:
         return dims[0]
@@ -175,7 +195,23 @@ def concat(dims: list[Dim]) -> Dim:
 
 
 def unify(a: Dim, b: Dim) -> None:
-    """Say that dims ``a`` and ``b`` (of equal size) are indexed together."""
+    """Index dims ``a`` and ``b`` (of equal size) together from now on.
+
+    >>> rows, columns = fresh(12), fresh(12)
+    >>> heads, _ = split_product(rows[0], 3)
+    >>> groups, _ = split_product(columns[0], 6)
+    >>> unify(rows, columns)  # both are 3 x 2 x 2 now
+    >>> [leaf.size for leaf in leaves(rows)], leaves(rows) == leaves(columns)
+    ([3, 2, 2], True)
+
+    Factors that do not divide each other cost the axes, never correctness:
+
+    >>> a, b = fresh(6), fresh(6)
+    >>> _, _ = split_product(a[0], 2), split_product(b[0], 3)
+    >>> unify(a, b)
+    >>> a
+    ((2* x 3*),)
+    """
     if not size_of(a):
         return
     left, right = flatten(a)[::-1], flatten(b)[::-1]
@@ -265,15 +301,20 @@ Form = tuple[Any, ...]  # of a dim: its products, concatenations and leaves, whi
 
 
 def labels(dim: Dim) -> dict[int, torch.Tensor]:
-    """For every leaf below ``dim``: which of its indices each position of the dim belongs to.
+    """Return, for every leaf below ``dim``, the leaf's index to which each position of the dim belongs.
 
-    Returns ``{id(leaf): LongTensor [size of dim]}`` with -1 where the leaf does not reach. A leaf that
-    occurs twice in one product has no such map and comes out as an empty tensor. Dims of one form share their tensors:
-    large models have thousands of dims, and few forms.
+    The result is ``{id(leaf): LongTensor [size of dim]}``, with -1 where the leaf does not reach. A leaf that occurs
+    twice in one product has no such map: its tensor is empty. Dims of one form share their tensors: large models have
+    thousands of dims and few forms.
+
+    >>> rows = fresh(6)
+    >>> heads, channels = split_product(rows[0], 2)
+    >>> labels(rows)[id(heads[0])], labels(rows)[id(channels[0])]
+    (tensor([0, 0, 0, 1, 1, 1]), tensor([0, 1, 2, 0, 1, 2]))
     """
     numbers: dict[int, int] = {}
-    found = _labels(_form(dim, numbers))
-    return {leaf: found[number] for leaf, number in numbers.items()}
+    label_by_number = _labels(_form(dim, numbers))
+    return {leaf: label_by_number[number] for leaf, number in numbers.items()}
 
 
 def _form(dim: Dim, numbers: dict[int, int]) -> Form:

@@ -1,4 +1,4 @@
-"""From axes to prunable units: which leaves are free, what they are called, what each index occupies."""
+"""From axes to prunable units: free leaves, their names and kinds, and the positions of each index."""
 
 from __future__ import annotations
 
@@ -67,17 +67,22 @@ class Unit:
         return min(int((label >= 0).sum()) for label in self.dims.values()) // self.size
 
     def slices(self, index: int | Iterable[int]) -> Slices:
-        """What an index (or several) occupies: ``{parameter name: {dim: LongTensor of positions}}``.
+        """Return the positions of an index (or several): ``{parameter name: {dim: LongTensor of positions}}``.
 
         Raises:
             IndexError: an index is not in ``range(size)``.
+
+        >>> rows = torch.tensor([0, 0, 0, 1, 1, 1])  # two heads of three channels
+        >>> heads = Unit("attention.heads", "heads", 0, 2, dims={("q.weight", 0): rows, ("o.weight", 1): rows})
+        >>> heads.slices(1)
+        {'q.weight': {0: tensor([3, 4, 5])}, 'o.weight': {1: tensor([3, 4, 5])}}
         """
-        wanted = torch.tensor([index] if isinstance(index, int) else list(index), dtype=torch.long)
-        if wanted.numel() and not (int(wanted.min()) >= 0 and int(wanted.max()) < self.size):
+        indices = torch.tensor([index] if isinstance(index, int) else list(index), dtype=torch.long)
+        if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < self.size):
             raise IndexError(f"unit {self.name} has indices 0 to {self.size - 1}, not {index}")
         out: Slices = defaultdict(dict)
         for (name, dim), label in self.dims.items():
-            out[name][dim] = torch.isin(label, wanted).nonzero().flatten()
+            out[name][dim] = torch.isin(label, indices).nonzero().flatten()
         return dict(out)
 
     def positions(self, name: str, dim: int) -> torch.Tensor:
@@ -114,7 +119,7 @@ class CouplingGraph:
         self._by_name = {unit.name: unit for unit in units}
 
     def unit(self, name: str) -> Unit:
-        """The unit called ``name``.
+        """Return the unit called ``name``.
 
         Raises:
             KeyError: there is none; the message names the nearest.
@@ -127,7 +132,7 @@ class CouplingGraph:
         return self._by_name[name]
 
     def copy(self) -> CouplingGraph:
-        """The same, of which units can be frozen."""
+        """Return a copy whose units can be frozen without changing this graph."""
         units, frozen = ([replace(unit) for unit in units] for units in (self.units, self.frozen))
         return CouplingGraph(units, frozen, self.unknown_operators, self.shapes, self.on_meta)
 
@@ -135,7 +140,7 @@ class CouplingGraph:
         return [unit for unit in self.units if unit.kind in kinds]
 
     def freeze(self, unit: Unit, reason: str) -> None:
-        """Take a unit out of the prunable ones, for a reason."""
+        """Move a unit from the prunable units to the frozen ones, with the reason."""
         unit.frozen = reason
         self.units.remove(unit)
         del self._by_name[unit.name]

@@ -1,4 +1,4 @@
-"""How much has to go for a model to be of a certain size or cost: solved, not guessed."""
+"""Target sizes and costs: solve for the ratio that meets them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEAR = 0.005  # how far below its target a plan may stay
 
 @dataclass
 class Budget:
-    """What a plan may cost at most.
+    """The most that the model of a plan may cost.
 
     Attributes:
         name: of the cost, as the user gave it: ``target_params``.
@@ -37,32 +37,34 @@ class Budget:
     noun: str
     whole: float | None = None
 
-    def wanted(self) -> float:
-        """The target as a number: a fraction of the whole model's cost up to 1, or an amount.
+    def limit(self) -> float:
+        """Return the target as a number: a fraction of the whole model's cost up to 1, or an amount.
 
         Raises:
-            PrunerError: it is neither, or not below the model's own cost.
+            PrunerError: the target is neither, or not below the model's own cost.
         """
         now = self.measure(PruningPlan())
         whole = now if self.whole is None else self.whole
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(self.target))
-        suffix = found[2].upper() if found else ""
-        number = float(found[1]) if found else 0.0
-        share = not suffix and number <= 1
-        if not found or not (share or suffix in self.units):
-            known = ", ".join(unit for unit in self.units if unit)
+        parsed = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(self.target))
+        suffix = parsed[2].upper() if parsed else ""
+        number = float(parsed[1]) if parsed else 0.0
+        is_fraction = not suffix and number <= 1
+        if not parsed or not (is_fraction or suffix in self.units):
+            suffixes = ", ".join(unit for unit in self.units if unit)
             raise PrunerError(
-                f"{self.name} {self.target!r} is no size: give a fraction such as 0.8, or an amount ({known})"
+                f"--{self.name} {self.target!r} is not valid: use a fraction (0.8) or an amount (5.4B; suffixes: "
+                f"{suffixes})"
             )
-        amount = number * (whole if share else self.units[suffix])
+        amount = number * (whole if is_fraction else self.units[suffix])
         if not 0 < amount < now:
             raise PrunerError(
-                f"{self.name} {self.target} is {amount:,.0f}; the model has {now:,.0f} {self.noun}: give less"
+                f"--{self.name} {self.target} is {amount:,.0f}; the model has {now:,.0f} {self.noun}: give less"
             )
         return amount
 
     def met_by(self, plan: PruningPlan) -> bool:
-        return self.measure(plan) <= self.wanted()
+        """Return True if the model that a plan leaves costs no more than the target."""
+        return self.measure(plan) <= self.limit()
 
 
 def parameters(graph: CouplingGraph, plan: PruningPlan | None = None) -> int:
@@ -84,15 +86,15 @@ def solve(graph: CouplingGraph, budget: Budget, plan_at: Callable[[float], Pruni
     Raises:
         PrunerError: no ratio comes so near; the message names the nearest cost that can be reached.
     """
-    wanted = budget.wanted()
-    known: dict[tuple[tuple[str, int], ...], float] = {}
+    limit = budget.limit()
+    cost_by_counts: dict[tuple[tuple[str, int], ...], float] = {}
 
     def cost(plan: PruningPlan | None) -> float:
         plan = plan or PruningPlan()
         counts = _counts(plan)
-        if counts not in known:
-            known[counts] = budget.measure(plan)
-        return known[counts]
+        if counts not in cost_by_counts:
+            cost_by_counts[counts] = budget.measure(plan)
+        return cost_by_counts[counts]
 
     def at(ratio: float) -> PruningPlan | None:
         try:
@@ -102,23 +104,23 @@ def solve(graph: CouplingGraph, budget: Budget, plan_at: Callable[[float], Pruni
 
     low, high = 0.0, 1 - 1e-6
     more, less = None, at(high)
-    if less is None or cost(less) > wanted:
+    if less is None or cost(less) > limit:
         raise PrunerError(
-            f"{budget.name} {budget.target} ({wanted:,.0f}) cannot be reached: with all that may go gone, "
-            f"{cost(less):,.0f} {budget.noun} stay; prune more kinds or layers"
+            f"{budget.name} {budget.target} ({limit:,.0f}) cannot be reached: with everything prunable "
+            f"removed, {cost(less):,.0f} {budget.noun} stay; prune more kinds or layers"
         )
     for _ in range(STEPS):
         middle = (low + high) / 2
         plan = at(middle)
-        if plan is not None and cost(plan) <= wanted:
+        if plan is not None and cost(plan) <= limit:
             high, less = middle, plan
         else:
             low, more = middle, plan
-    best, above = _between(graph, more, less, wanted, cost)
-    if cost(best) < wanted * (1 - NEAR):
+    best, above = _finest_mixture(graph, more, less, limit, cost)
+    if cost(best) < limit * (1 - NEAR):
         raise NotMet(
-            f"{budget.name} {budget.target} ({wanted:,.0f}) cannot be met within {NEAR:.1%}: units go whole, and the "
-            f"nearest are {cost(best):,.0f} and {cost(above):,.0f} {budget.noun}; give one of these",
+            f"{budget.name} {budget.target} ({limit:,.0f}) cannot be met within {NEAR:.1%}: the nearest costs in "
+            f"whole units are {cost(best):,.0f} and {cost(above):,.0f} {budget.noun}; give one of these",
             above,
         )
     best.settings[budget.name] = budget.target
@@ -141,19 +143,19 @@ def _counts(plan: PruningPlan) -> tuple[tuple[str, int], ...]:
     return tuple((name, choice.kept.numel()) for name, choice in plan.units.items())
 
 
-def _between(
+def _finest_mixture(
     graph: CouplingGraph,
     more: PruningPlan | None,
     less: PruningPlan,
-    wanted: float,
+    limit: float,
     cost: Callable[[PruningPlan | None], float],
 ) -> tuple[PruningPlan, PruningPlan | None]:
-    """The largest plan within ``wanted`` that takes some units from ``more`` and the last ones from ``less``.
+    """Return the largest plan within ``limit`` that takes its last units from ``less`` and the others from ``more``,
+    and the next larger plan.
 
-    Where every unit loses an index at once, steps are coarse; this makes them those of one unit. Also returns the
-    next larger one.
+    Where every unit loses an index at once, the steps of a ratio are coarse; these are the steps of one unit.
     """
-    names = [name for name in less.units if more is None or not _same(more, less, name)]
+    names = [name for name in less.units if more is None or not _keep_alike(more, less, name)]
 
     def mixed(count: int) -> PruningPlan | None:
         if count == 0:
@@ -172,12 +174,12 @@ def _between(
     too_few, enough = 0, len(names)
     while enough - too_few > 1:
         count = (too_few + enough) // 2
-        if cost(mixed(count)) <= wanted:
+        if cost(mixed(count)) <= limit:
             enough = count
         else:
             too_few = count
     return mixed(enough) or less, mixed(too_few)
 
 
-def _same(one: PruningPlan, other: PruningPlan, name: str) -> bool:
+def _keep_alike(one: PruningPlan, other: PruningPlan, name: str) -> bool:
     return name in one.units and one.units[name].kept.tolist() == other.units[name].kept.tolist()

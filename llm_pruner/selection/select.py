@@ -70,6 +70,15 @@ def select(
 
     Raises:
         PrunerError: an argument is out of range, or there is nothing to prune.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from llm_pruner import score, trace
+    >>> sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=96, num_hidden_layers=2, **sizes))
+    >>> graph = trace(model)
+    >>> plan = select(graph, score(model, graph, criterion="l2"), ratio=0.25, kinds=("neurons",))
+    >>> {name: len(choice.kept) for name, choice in plan.units.items()}
+    {'model.layers.0.mlp.neurons': 36, 'model.layers.1.mlp.neurons': 36}
     """
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if isinstance(ratio, Mapping):
@@ -118,7 +127,7 @@ def select(
 
 @dataclass(frozen=True)
 class Policy:
-    """How indices are chosen, whatever the ratio: the arguments of :func:`select`."""
+    """The arguments of :func:`select` without the ratio: a policy makes a plan for any ratio."""
 
     graph: CouplingGraph
     scores: Scores
@@ -156,14 +165,14 @@ class Policy:
                 f"layer {', '.join(map(str, missing))} out of range: the model has {top} that can be pruned"
             )
 
-    def _asked(self, unit: Unit) -> bool:
-        """A kind without an entry is not restricted; units of the whole model do not ask."""
+    def _in_requested_layers(self, unit: Unit) -> bool:
+        """Return True if a unit lies in the requested layers; kinds without an entry and whole-model units always do."""
         if self.layers is None or unit.kind in WHOLE_MODEL or unit.kind not in self.layers:
             return True
         return unit.layer in self.layers[unit.kind]
 
     def plan(self, ratios: Mapping[str, float]) -> PruningPlan:
-        """The plan that removes a share of each kind, and of units that have a count what that leaves over.
+        """Make the plan that removes a share of each kind, and keeps the stated count of units that have one.
 
         Raises:
             PrunerError: a count is out of range, or for a unit that the model does not have.
@@ -175,22 +184,26 @@ class Policy:
                 "kinds": list(self.kinds),
                 "scope": self.scope,
                 "round_to": self.round_to,
-                **self._said(),
+                **self._nondefault_settings(),
                 **self.scores.settings,
             }
         )
         every = dict.fromkeys([*self.kinds, *KINDS])
         for kind in sorted(every, key=lambda kind: kind != "layers"):  # what lies in layers that go is left out
             there = [unit for unit in self.graph.of_kind(kind) if not _gone(unit, plan)]
-            counted = [u for u in there if u.name in self.counts or (kind in self.counts and self._asked(u))]
+            counted = [
+                u for u in there if u.name in self.counts or (kind in self.counts and self._in_requested_layers(u))
+            ]
             for unit in counted:
-                self._remove(plan, unit, self._beyond(unit, self.counts.get(unit.name, self.counts.get(kind, 0))))
+                self._remove(
+                    plan, unit, self._indices_beyond(unit, self.counts.get(unit.name, self.counts.get(kind, 0)))
+                )
             if kind not in ratios:
                 continue
-            mine = [unit for unit in there if self._asked(unit) and unit not in counted]
+            mine = [unit for unit in there if self._in_requested_layers(unit) and unit not in counted]
             for unit in mine:
                 self.scores.of(unit)
-            if spanning := [u for u in there if u.layer is None and not self._asked(u)]:
+            if spanning := [u for u in there if u.layer is None and not self._in_requested_layers(u)]:
                 plan.notes.append(f"{kind}: {len(spanning)} units span layers: left out, since layers were given")
             idle = 0
             for unit, removed in zip(mine, self._removals(kind, mine, ratios[kind], plan), strict=True):
@@ -202,22 +215,22 @@ class Policy:
                     f"({mine[0].size} indices in the first)"
                 )
         if not plan.units:
-            self._nothing(ratios)
+            self._refuse_empty_plan(ratios)
         return plan
 
-    def _said(self) -> dict[str, Any]:
-        """What was asked for beside the usual, for the record."""
+    def _nondefault_settings(self) -> dict[str, Any]:
+        """Return the settings that differ from their defaults, for the record."""
         layers = {kind: sorted(chosen) for kind, chosen in self.layers.items()} if self.layers is not None else None
-        usual: dict[str, Any] = {"layers": None, "normalize": "none", "floor": 0.0, "align": False}
-        usual |= {"tensor_parallel": 1, "counts": {}}
-        asked = {**{name: getattr(self, name) for name in usual}, "layers": layers, "counts": dict(self.counts)}
-        return {name: value for name, value in asked.items() if value != usual[name]}
+        defaults: dict[str, Any] = {"layers": None, "normalize": "none", "floor": 0.0, "align": False}
+        defaults |= {"tensor_parallel": 1, "counts": {}}
+        settings = {**{name: getattr(self, name) for name in defaults}, "layers": layers, "counts": dict(self.counts)}
+        return {name: value for name, value in settings.items() if value != defaults[name]}
 
-    def _nothing(self, ratios: Mapping[str, float]) -> None:
-        """Say why nothing goes."""
+    def _refuse_empty_plan(self, ratios: Mapping[str, float]) -> None:
+        """Raise an error that says why no index is removed."""
         if self.counts:
             raise NothingRemoved("nothing is removed: every unit is to keep what it has")
-        units = [unit for unit in self.graph.of_kind(*self.kinds) if self._asked(unit)]
+        units = [unit for unit in self.graph.of_kind(*self.kinds) if self._in_requested_layers(unit)]
         if not units:
             there = ", ".join(sorted({unit.kind for unit in self.graph.units})) or "none"
             where = "" if self.layers is None else " in the layers given"
@@ -230,8 +243,12 @@ class Policy:
             f"{', '.join(map(str, sizes))} indices, which go whole; raise the ratio"
         )
 
-    def _beyond(self, unit: Unit, count: int) -> torch.Tensor:
-        """The indices of a unit that go so that ``count`` of them stay."""
+    def _indices_beyond(self, unit: Unit, count: int) -> torch.Tensor:
+        """Return the indices of a unit to remove so that ``count`` of them stay.
+
+        Raises:
+            PrunerError: the unit or the model cannot have that count.
+        """
         if not unit.minimum <= count <= unit.size:
             raise PrunerError(
                 f"{unit.name} has {unit.size} indices and cannot keep {count}: give {unit.minimum} to {unit.size}"
@@ -243,7 +260,7 @@ class Policy:
         return torch.argsort(self.scores.of(unit, unit.size - count), stable=True)[: unit.size - count]
 
     def _removals(self, kind: str, units: list[Unit], ratio: float, plan: PruningPlan) -> list[torch.Tensor]:
-        """The indices that each unit of a kind loses."""
+        """Return the indices that each unit of a kind loses."""
         parts = self.tensor_parallel if kind in SHARDED else 1
         steps = [lcm(self.round_to, parts, unit.multiple, alignment(unit) if self.align else 1) for unit in units]
         if self.scope == "local":
@@ -276,16 +293,16 @@ class Policy:
 
 
 def _gone(unit: Unit, plan: PruningPlan) -> bool:
-    """Whether a unit lies in layers that the plan drops."""
+    """Return True if a unit lies in layers that the plan removes."""
     return bool(plan.layers) and all(name_after(name, plan) is None for name in unit.parameters)
 
 
 def _by_kind(layers: LayerChoice, kinds: tuple[str, ...]) -> dict[str, set[int]] | None:
-    """The layers asked for, for each kind; None for no restriction."""
+    """Return the requested layers by kind; None for no restriction."""
     if layers is None:
         return None
     if not isinstance(layers, (Mapping, Iterable)):
-        raise PrunerError(f"layers {layers!r} are no layers: give several, such as [{layers!r}] or range(4, 28)")
+        raise PrunerError(f"layers {layers!r} is not valid: give several, such as [{layers!r}] or range(4, 28)")
     if not isinstance(layers, Mapping):
         every = set(layers)
         return {kind: every for kind in kinds}
