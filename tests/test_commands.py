@@ -86,6 +86,9 @@ def test_a_checkpoint_is_not_lost_to_a_run_without_one(folder, capsys):
     assert (folder / "runs" / "a" / "model.safetensors").exists()
 
 
+HALF_OF_LAYER_2 = {"2": {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}}
+
+
 @pytest.mark.parametrize(
     ("extra", "check"),
     [
@@ -94,10 +97,19 @@ def test_a_checkpoint_is_not_lost_to_a_run_without_one(folder, capsys):
         ("--layer_wise --layer 2", lambda c: c.num_hidden_layers == 2),
         ("--block_mlp_layer_start 0 --block_mlp_layer_end 3 --iterative_steps 3", lambda c: c.intermediate_size == 24),
         ("--pruner_type l1 --grouping_strategy max --round_to 16", lambda c: _neurons(c) == 32),
-        ("--pruner_type random --seed 7 --global_pruning", lambda c: True),
-        ("--taylor vectorize --grouping_strategy prod --calib_seed 3 --num_examples 4", lambda c: True),
-        ("--taylor param_mix --test_before_train --temperature 0.7 --top_p 0.9", lambda c: True),
-        ("--pruner_type l2 --target_params 31.5K", lambda c: True),
+        (
+            "--pruner_type random --seed 7 --global_pruning",
+            lambda c: c.to_dict()["per_layer_config"] == HALF_OF_LAYER_2,
+        ),
+        (
+            "--taylor vectorize --grouping_strategy prod --calib_seed 3 --num_examples 4",
+            lambda c: c.to_dict()["per_layer_config"] == HALF_OF_LAYER_2,
+        ),
+        (
+            "--taylor param_mix --test_before_train --temperature 0.7 --top_p 0.9",
+            lambda c: c.to_dict()["per_layer_config"] == HALF_OF_LAYER_2,
+        ),
+        ("--pruner_type l2 --target_params 31.5K", lambda c: c.per_layer_config[2].intermediate_size == 37),
         ("--taylor param_second --dtype bfloat16", lambda c: c.dtype == torch.bfloat16),
     ],
 )

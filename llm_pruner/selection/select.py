@@ -166,7 +166,7 @@ class Policy:
             )
 
     def _in_requested_layers(self, unit: Unit) -> bool:
-        """Return True if a unit lies in the requested layers; kinds without an entry and whole-model units always do."""
+        """Return True if a unit lies in the requested layers, as kinds without an entry and whole-model units do."""
         if self.layers is None or unit.kind in WHOLE_MODEL or unit.kind not in self.layers:
             return True
         return unit.layer in self.layers[unit.kind]
@@ -189,34 +189,38 @@ class Policy:
             }
         )
         every = dict.fromkeys([*self.kinds, *KINDS])
-        for kind in sorted(every, key=lambda kind: kind != "layers"):  # what lies in layers that go is left out
-            there = [unit for unit in self.graph.of_kind(kind) if not _gone(unit, plan)]
-            counted = [
-                u for u in there if u.name in self.counts or (kind in self.counts and self._in_requested_layers(u))
-            ]
-            for unit in counted:
-                self._remove(
-                    plan, unit, self._indices_beyond(unit, self.counts.get(unit.name, self.counts.get(kind, 0)))
-                )
-            if kind not in ratios:
-                continue
-            mine = [unit for unit in there if self._in_requested_layers(unit) and unit not in counted]
-            for unit in mine:
-                self.scores.of(unit)
-            if spanning := [u for u in there if u.layer is None and not self._in_requested_layers(u)]:
-                plan.notes.append(f"{kind}: {len(spanning)} units span layers: left out, since layers were given")
-            idle = 0
-            for unit, removed in zip(mine, self._removals(kind, mine, ratios[kind], plan), strict=True):
-                self._remove(plan, unit, removed)
-                idle += not removed.numel()
-            if idle:
-                plan.notes.append(
-                    f"{kind}: {idle} of {len(mine)} units lose nothing at ratio {ratios[kind]} "
-                    f"({mine[0].size} indices in the first)"
-                )
+        for kind in sorted(every, key=lambda kind: kind != "layers"):  # units in removed layers are left out
+            units = [unit for unit in self.graph.of_kind(kind) if not _gone(unit, plan)]
+            for unit in units:
+                if (count := self._count(unit)) is not None:
+                    self._remove(plan, unit, self._indices_beyond(unit, count))
+            if kind in ratios:
+                self._prune_kind(plan, kind, units, ratios[kind])
         if not plan.units:
             self._refuse_empty_plan(ratios)
         return plan
+
+    def _count(self, unit: Unit) -> int | None:
+        """Return how many indices of a unit are to stay by ``counts``, None where its kind's ratio decides."""
+        by_kind = self.counts.get(unit.kind) if self._in_requested_layers(unit) else None
+        return self.counts.get(unit.name, by_kind)
+
+    def _prune_kind(self, plan: PruningPlan, kind: str, units: list[Unit], ratio: float) -> None:
+        """Remove a share of the units of one kind that have no count, and note the units that lose nothing."""
+        pruned = [unit for unit in units if self._in_requested_layers(unit) and self._count(unit) is None]
+        for unit in pruned:
+            self.scores.of(unit)
+        if spanning := [unit for unit in units if unit.layer is None and not self._in_requested_layers(unit)]:
+            plan.notes.append(f"{kind}: {len(spanning)} units span layers: left out, since layers were given")
+        unchanged = 0
+        for unit, removed in zip(pruned, self._removals(kind, pruned, ratio, plan), strict=True):
+            self._remove(plan, unit, removed)
+            unchanged += not removed.numel()
+        if unchanged:
+            plan.notes.append(
+                f"{kind}: {unchanged} of {len(pruned)} units lose nothing at ratio {ratio} "
+                f"({pruned[0].size} indices in the first)"
+            )
 
     def _nondefault_settings(self) -> dict[str, Any]:
         """Return the settings that differ from their defaults, for the record."""
