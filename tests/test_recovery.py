@@ -69,7 +69,7 @@ def test_adapters_of_stacked_experts_are_trained_and_merged(home, tmp_path, toke
 
 def test_bfloat16_learns_nearly_the_same_on_a_cpu(home, tmp_path):
     for dtype in ("float32", "bfloat16"):
-        recover(arguments(home, tmp_path / dtype, dtype=dtype, lora_dropout=0.0))
+        recover(arguments(home, tmp_path / dtype, dtype=dtype, lora_dropout=0.0, val_set_size=0))
     exact, narrow = (dict(read_losses(tmp_path / dtype)) for dtype in ("float32", "bfloat16"))
     assert narrow == pytest.approx(exact, rel=0.02) and narrow != exact
     stored = load_file(tmp_path / "bfloat16" / "adapter_model.safetensors")
@@ -87,31 +87,31 @@ def test_full_training_changes_all_weights(home, tmp_path):
 
 @pytest.mark.parametrize("method", ("lora", "full"))
 def test_gradient_checkpointing_keeps_the_losses(home, tmp_path, method):
-    options = {"method": method, "lora_dropout": 0.0, "max_steps": 3}
+    options = {"method": method, "lora_dropout": 0.0, "max_steps": 3, "val_set_size": 0}
     recover(arguments(home, tmp_path / "plain", **options))
     recover(arguments(home, tmp_path / "checkpointed", **options, gradient_checkpointing=True))
     plain, checkpointed = (read_losses(tmp_path / name) for name in ("plain", "checkpointed"))
     assert checkpointed == [[step, pytest.approx(loss, abs=1e-5)] for step, loss in plain]
 
 
-def test_streamed_data_is_trained_on(home, tmp_path):
-    recover(arguments(home, tmp_path / "out", streaming=True, max_steps=3, data_path="python-docs"))
+def test_streamed_data_is_trained_on(home, home_text, tmp_path):
+    recover(arguments(home, tmp_path / "out", streaming=True, max_steps=3, data_path=str(home_text)))
     assert len(read_losses(tmp_path / "out")) == 3
 
 
 def test_tokenized_data_is_cached(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recover(arguments(home, tmp_path / "a", cache_dataset=True, max_steps=2))
+    recover(arguments(home, tmp_path / "a", cache_dataset=True, max_steps=2, val_set_size=0))
     (kept,) = (tmp_path / "datasets" / "cache").iterdir()
     monkeypatch.setattr("llm_pruner.recovery.datasets.tokenize", None)  # no second call
-    recover(arguments(home, tmp_path / "b", cache_dataset=True, max_steps=2))
+    recover(arguments(home, tmp_path / "b", cache_dataset=True, max_steps=2, val_set_size=0))
     assert read_losses(tmp_path / "a") == read_losses(tmp_path / "b") and kept.is_dir()
 
 
 @pytest.mark.parametrize(
     ("objective", "method"), (("causal", "lora"), ("ul2", "lora"), ("o_ul2", "lora"), ("causal", "distill"))
 )
-def test_encoder_decoders_learn(tokenizer, tmp_path, objective, method):
+def test_encoder_decoders_learn(tokenizer, tmp_path, home_text, objective, method):
     torch.manual_seed(0)
     words = copy.deepcopy(tokenizer)
     words.add_special_tokens(
@@ -128,7 +128,7 @@ def test_encoder_decoders_learn(tokenizer, tmp_path, objective, method):
     lp.save(lp.apply(model, plan), words, tmp_path / "pruned", plan=plan)
     hidden = {"distill_hidden": 0.1} if method == "distill" else {}
     recover(
-        arguments(tmp_path, tmp_path / "out", data_path="python-docs", method=method, objective=objective, **hidden)
+        arguments(tmp_path, tmp_path / "out", data_path=str(home_text), method=method, objective=objective, **hidden)
     )
     first, last = read_record(tmp_path / "out")["losses"]["validation"]
     assert last < first

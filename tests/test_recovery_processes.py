@@ -28,7 +28,7 @@ def run_two(script, arguments, environment=None):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("name", "rank"), (("llama", 4), ("mamba", 1)))
+@pytest.mark.parametrize(("name", "rank"), (("llama", 4), pytest.param("mamba", 1, marks=pytest.mark.slow)))
 def test_two_processes_learn_what_one_does(home, tmp_path, tokenizer, name, rank):
     options = {"batch_size": 8, "max_steps": 5, "lora_r": rank, "lora_dropout": 0.0, "learning_rate": 3e-4}
     options |= {"eval_steps": 5, "save_steps": 5}
@@ -43,7 +43,7 @@ def test_two_processes_learn_what_one_does(home, tmp_path, tokenizer, name, rank
     assert two == pytest.approx(one, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ("full", "lora"))
+@pytest.mark.parametrize("method", (pytest.param("full", marks=pytest.mark.slow), "lora"))
 def test_fsdp_writes_whole_weights(home, tmp_path, method):
     """With FSDP2 every process holds a part of each weight; the result is that of one process."""
     options = {"method": method, "lora_dropout": 0.0, "max_steps": 4, "merge": method == "lora", "cutoff_len": 32}
