@@ -1,6 +1,7 @@
 """The page to try models on."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -39,8 +40,9 @@ def test_an_answer_ends_with_what_the_model_reads(home):
     model.generation_config.eos_token_id, model.generation_config.num_beams = None, 4
     prompt = "a b c " * 20
     room = model.config.max_position_embeddings - len(tokenizer(prompt)["input_ids"])
-    *_, last = answer(model, tokenizer, prompt, AnswerSettings(max_new_tokens=100))
-    assert 0 < room < 100 and last.tokens == room
+    assert (
+        0 < room < 100 and list(answer(model, tokenizer, prompt, AnswerSettings(max_new_tokens=100)))[-1].tokens == room
+    )
 
 
 def test_the_chat_template_is_used(home):
@@ -49,7 +51,8 @@ def test_the_chat_template_is_used(home):
     message = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hello"}], add_generation_prompt=True, tokenize=False
     )
-    templated = list(answer(model, tokenizer, "hello", AnswerSettings(max_new_tokens=5, use_chat_template=True)))[-1]
+    settings = AnswerSettings(max_new_tokens=5, use_chat_template=True)
+    templated = list(answer(model, tokenizer, "hello", settings))[-1]
     same = list(answer(model, tokenizer, message, AnswerSettings(max_new_tokens=5)))[-1]
     assert templated.text == same.text != plain.text
 
@@ -112,6 +115,18 @@ def test_without_gradio_the_command_says_so(monkeypatch, capsys):
     monkeypatch.setattr("llm_pruner.tools.chat.find_spec", lambda name: None)
     assert main(["chat", "smollm2-135m"]) == 2
     assert "pip install gradio" in capsys.readouterr().err
+
+
+def test_generate_leaves_its_flags_alone():
+    arguments = GenerateArguments()
+    assert arguments.models_to_serve() == arguments.models_to_serve() == ["smollm2-135m"] and arguments.model == []
+
+
+def test_the_page_sets_no_environment_variable(home, monkeypatch):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED", raising=False)
+    _, page = page_of({"base": lp.load(str(home / "base"))})
+    assert "GRADIO_ANALYTICS_ENABLED" not in os.environ and not page.analytics_enabled
 
 
 def test_generate_takes_the_flags_of_llm_pruner(home, tmp_path):
