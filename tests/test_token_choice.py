@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tokenizers import FAMILIES, TEXTS, Family
+from helpers.tokenizers import FAMILIES, TEXTS, family_of
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -17,8 +17,8 @@ from llm_pruner.vocabulary.counting import Counts, count
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
-    return Family(request.param, tmp_path_factory.mktemp("tokenizer"))
+def family(request):
+    return family_of(request.param)
 
 
 def test_counts_are_those_of_the_tokenizer(family):

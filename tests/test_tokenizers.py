@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.tokenizers import FAMILIES, TEXTS, Family
+from helpers.tokenizers import FAMILIES, TEXTS, Family, family_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
@@ -17,8 +17,8 @@ from llm_pruner.vocabulary.counting import count
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
-    return Family(request.param, tmp_path_factory.mktemp("tokenizer"))
+def family(request):
+    return family_of(request.param)
 
 
 def test_tokens_keep_their_order_and_names(family):
@@ -77,8 +77,8 @@ def test_any_text_is_still_written(family, some):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_ten_thousand_texts(name, tmp_path):
-    family = Family(name, tmp_path)
+def test_ten_thousand_texts(name):
+    family = family_of(name)
 
     @settings(max_examples=10_000, deadline=None)
     @given(st.text(max_size=60))
@@ -91,7 +91,7 @@ def test_ten_thousand_texts(name, tmp_path):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A byte-level tokenizer of which tokens were kept for the words alone that they are."""
-    out = Family("byte level", tmp_path_factory.mktemp("chained"))
+    out = Family("byte level")
     folder = tmp_path_factory.mktemp("whole")
     out.chained, out.kept = out.small, choose(out.words, out.counts.values, "0.75", whole=out.counts.words)
     out.new = {old: position for position, old in enumerate(out.kept)}

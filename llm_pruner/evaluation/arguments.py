@@ -16,7 +16,7 @@ class MeasuringArguments(Arguments):
     """Flags of every command that measures a model on texts."""
 
     seq_len: int = flag(128, "tokens per window", group="texts")
-    stride: int = flag(0, "tokens from one window to the next (0: windows do not overlap)", group="texts")
+    stride: int = flag(0, "tokens between the starts of two windows (0: windows do not overlap)", group="texts")
     max_windows: int = flag(0, "use only the first N windows of a text (0: all)", group="texts")
     device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, mps, ...", group="model")
     dtype: Dtype = flag("auto", "dtype of the weights", group="model")
@@ -37,9 +37,11 @@ class EvaluateArguments(MeasuringArguments):
     datasets: list[str] = flag([EMBEDDED_TEXT], f"texts for perplexity: {TEXTS} ('': none)", group="texts")
     batch_size: int = flag(0, "windows or requests per forward pass (0: as many as fit)", group="texts")
     tasks: list[str] = flag([], "tasks of lm-eval; paper: the seven of LLM-Pruner's table 1", group="tasks")
-    include_path: str | None = flag(None, "folder with your own lm-eval task files", group="tasks")
+    include_path: str | None = flag(None, "folder with task files of your own", group="tasks")
     limit: int | None = flag(None, "use only the first N documents of each task", group="tasks")
-    num_fewshot: int | None = flag(None, "worked examples before each question (default: the task's)", group="tasks")
+    num_fewshot: int | None = flag(
+        None, "worked examples before each question (default: the task's own number)", group="tasks"
+    )
     tokens: int = flag(128, "tokens per sequence for speed, MACs and cache (0: measure no speed)", group="cost")
     batch: int = flag(1, "sequences per batch for speed, MACs and cache", group="cost")
     new_tokens: int = flag(32, "tokens to generate for decode speed and for each sample", group="cost")

@@ -25,29 +25,29 @@ class VocabArguments(Arguments):
     keep: str | None = flag(
         None, "tokens to keep: 15000, 0.5 (a share), or coverage=0.9999 (of the counted tokens)", group="tokens"
     )
-    min_count: int = flag(0, "keep only tokens that occur at least N times", group="tokens")
+    min_count: int = flag(0, "keep only tokens that occur at least N times in --corpus", group="tokens")
     to_tokenizer: str | None = flag(None, "keep the tokens of this tokenizer, a subset of the model's", group="tokens")
     languages: list[str] = flag([], "keep tokens in the scripts of these languages: en,zh", group="tokens")
     scripts: list[str] = flag([], "keep tokens in these scripts: Han,Latin", group="tokens")
     keep_tokens: str | None = flag(None, "file of tokens to keep in any case, one per line", group="tokens")
     corpus: list[str] = flag([], "texts to count tokens in: hub data sets, python-docs, or files", group="counting")
-    max_documents: int = flag(200_000, "count at most N documents of a corpus on the hub (0: all)", group="counting")
-    save_counts: str | None = flag(None, "file that keeps counts between runs", group="counting")
-    eval_dataset: str = flag(EMBEDDED_TEXT, "text to compare both models on", group="evaluation")
+    max_documents: int = flag(200_000, "documents to count of a data set on the hub (0: all)", group="counting")
+    save_counts: str | None = flag(None, "JSON file that keeps counts between runs", group="counting")
+    eval_dataset: str = flag(EMBEDDED_TEXT, "text to compare both models on; not one of --corpus", group="evaluation")
     max_windows: int = flag(
-        0, "compare only on the text of the original's first N windows (0: all)", group="evaluation"
+        0, "measure perplexity on the text of the original's first N windows of 128 tokens (0: all)", group="evaluation"
     )
-    output: str = flag("vocab_log", "folder to write", group="output", aliases=("output_dir",))
+    output: str = flag("vocab_log", "folder of the new checkpoint", group="output", aliases=("output_dir",))
 
     def check(self) -> None:
         """Refuse arguments that cannot work.
 
         Raises:
-            PrunerError: a number is out of range, nothing says which tokens stay, or counts are needed and no corpus is
+            PrunerError: a number is out of range, no flag says which tokens stay, or counts are needed and no corpus is
                 given.
         """
         check_at_least(self, 0, "min_count", "max_windows", "max_documents")
         if not (self.keep or self.min_count or self.to_tokenizer or self.languages or self.scripts):
             raise PrunerError("say which tokens stay: --keep, --min_count, --to_tokenizer, --languages or --scripts")
         if (self.keep or self.min_count) and not self.corpus:
-            raise PrunerError("--keep and --min_count go by how often tokens occur: give --corpus")
+            raise PrunerError("--keep and --min_count need counts of tokens: give --corpus")

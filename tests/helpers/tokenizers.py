@@ -1,6 +1,8 @@
 """Small tokenizers of every family, trained here, and each cut to three quarters."""
 
 import json
+from functools import cache
+from tempfile import TemporaryDirectory
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -76,7 +78,9 @@ FAMILIES = {"byte level": byte_level, "byte fallback": byte_fallback, "unigram":
 
 
 class Family:
-    def __init__(self, name: str, folder):
+    """A tokenizer, its counts, and the tokenizer cut to three quarters."""
+
+    def __init__(self, name: str):
         self.name = name
         fast = FAMILIES[name]()
         self.large = PreTrainedTokenizerFast(
@@ -85,6 +89,10 @@ class Family:
         self.words = Subwords(self.large)
         self.counts = count(self.large, ["python-docs"])
         self.kept = choose(self.words, self.counts.values, keep="0.75")
-        cut_tokenizer(self.large, self.kept, folder)
-        self.small = AutoTokenizer.from_pretrained(folder)
+        with TemporaryDirectory() as folder:
+            cut_tokenizer(self.large, self.kept, folder)
+            self.small = AutoTokenizer.from_pretrained(folder)
         self.new = {old: position for position, old in enumerate(self.kept)}
+
+
+family_of = cache(Family)  # training takes seconds, so once for all test modules
