@@ -21,7 +21,7 @@ class Chaining:
 
     Attributes:
         reads: flag that names the model to read, None for a command that reads none.
-        reads_adapter: True if the command, with these arguments, can read the folder of an adapter.
+        reads_adapter: True if the command can read the folder of an adapter.
         writes: flags that the recipe sets, with ``{folder}`` for the stage's folder.
         leaves: subfolder of the stage's folder with the resulting checkpoint, by the stage's arguments; None for a
             command that leaves no checkpoint.
@@ -30,7 +30,7 @@ class Chaining:
     """
 
     reads: str | None = "model"
-    reads_adapter: Callable[[Any], bool] = lambda arguments: True
+    reads_adapter: bool = True
     writes: Mapping[str, Any]
     leaves: Callable[[Any], str] | None = lambda arguments: ""
     leaves_adapter: Callable[[Any], bool] = lambda arguments: False
@@ -97,7 +97,7 @@ COMMANDS: dict[str, Command] = {
         ("model", "output"),
         Chaining(
             writes=_TO_FOLDER | {"save_model": True},
-            reads_adapter=lambda arguments: not arguments.stream,
+            reads_adapter=False,
             defaults=lambda given: {"eval_datasets": []},
         ),
         check="pruning.settings:resolve_settings",
@@ -109,7 +109,7 @@ COMMANDS: dict[str, Command] = {
         ("model", "output"),
         Chaining(
             writes=_TO_FOLDER,
-            reads_adapter=lambda arguments: False,
+            reads_adapter=False,
             leaves=lambda arguments: "merged" if arguments.merge else "",
             leaves_adapter=lambda arguments: arguments.method in ADAPTER_METHODS and not arguments.merge,
             defaults=_recovery_defaults,
@@ -134,14 +134,14 @@ COMMANDS: dict[str, Command] = {
         "pruning.apply_plan:apply_plan",
         "checkpoint.arguments:ApplyArguments",
         ("plan", "model", "output"),
-        Chaining(writes=_TO_FOLDER, reads_adapter=lambda arguments: False),
+        Chaining(writes=_TO_FOLDER, reads_adapter=False),
     ),
     "to-uniform": Command(
         "Pad layers of different widths with zeros, for a stock checkpoint.",
         "checkpoint.run:write_uniform",
         "checkpoint.arguments:UniformArguments",
         ("model", "output"),
-        Chaining(writes=_TO_FOLDER, reads_adapter=lambda arguments: False),
+        Chaining(writes=_TO_FOLDER, reads_adapter=False),
     ),
     "run": Command(
         "Run a recipe stage by stage, skipping finished stages.",

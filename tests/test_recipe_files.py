@@ -132,7 +132,7 @@ def test_stages_of_one_command_need_names(recipe):
         "to-uniform: {}",
         "apply: {plan: plan.json}",
         "recover: {name: again, data_path: x}",
-        "prune: {name: again, stream: true}",
+        "prune: {name: again}",
     ],
 )
 def test_a_stage_that_cannot_read_an_adapter_is_refused_before_anything_runs(home, tmp_path, stage, capsys):

@@ -74,12 +74,12 @@ def test_stages_follow_each_other_and_are_cached(recipe, tmp_path, capsys):
 
 def test_an_adapter_is_measured_and_read_by_later_stages(home, home_text, tmp_path):
     compare = f"  - evaluate: {{datasets: {home_text}, seq_len: 16, max_windows: 2, tokens: 0, models: {home}/base}}\n"
-    again = "  - prune: {name: again, pruner_type: l2, pruning_ratio: 0.25, preset: paper, hardware_align: false}\n"
-    stages = PRUNE + ADAPTER.format(home=home) + compare + again
+    tokens = f"  - vocab: {{corpus: {home_text}, keep: 400, eval_dataset: {home_text}, max_windows: 2}}\n"
+    stages = PRUNE + ADAPTER.format(home=home) + compare + tokens
     recipe = write_recipe(tmp_path, home, stages, MEASURE.format(home=home))
     out = run(recipe)
     sizes = {row["stage"]: row.get("parameters") for row in results(out)}
-    assert sizes["original"] > sizes["prune"] == sizes["recover"] > sizes["again"] and sizes["evaluate"] is None
+    assert sizes["original"] > sizes["prune"] == sizes["recover"] > sizes["vocab"] and sizes["evaluate"] is None
     (adapter,) = out.glob("02-recover-*")
     assert (adapter / "adapter_config.json").is_file() and not (adapter / "merged").exists()
     (evaluation,) = out.glob("03-evaluate-*/evaluation.json")
@@ -87,7 +87,7 @@ def test_an_adapter_is_measured_and_read_by_later_stages(home, home_text, tmp_pa
     assert first["model"] == f"{home}/base" and second["model"] == str(adapter)
     prune, recover, *_ = steps_of(read(recipe))
     remove_weights(prune)  # an adapter without its base is of no use
-    recipe.write_text(recipe.read_text().replace("pruning_ratio: 0.25", "pruning_ratio: 0.5"))
+    recipe.write_text(recipe.read_text().replace("keep: 400", "keep: 380"))
     run(recipe)
     assert any(prune.folder.glob("*.safetensors")) and any(recover.folder.glob("adapter_model.safetensors"))
 

@@ -83,7 +83,7 @@ def check_steps(steps: list[Step], recipe: Recipe, note: str = "") -> None:
             COMMANDS[step.stage.command].check_arguments(_on_any_device(arguments, recipe))
         except ValueError as error:
             raise recipe.source.fault(location, f"{error}{note}") from error
-        if adapter is not None and rules.reads and not rules.reads_adapter(arguments):
+        if adapter is not None and rules.reads and not rules.reads_adapter:
             problem = f"{step.stage.name} cannot read the adapter of {adapter.stage.name}: give it merge: true{note}"
             raise recipe.source.fault(location, problem)
         if rules.leaves is not None:
