@@ -166,7 +166,7 @@ def test_a_run_that_fails_stops_no_other(sweep, capsys):
         (("prune.pruner_type: [", "prun.pruner_type: ["), ":13: 'prun.pruner_type' is varied, and no stage is called"),
         (("[0.25, 0.5]", "[0.25, half]"), ":14: 1 'half' is not valid: input should be a valid number"),
         (("[0.25, 0.5]", "[]"), ":14: "),
-        (("[taylor, random]", "[taylor, best]"), ":6: criterion 'best' is not valid"),
+        (("[taylor, random]", "[taylor, best]"), ":5: criterion 'best' is not valid"),
         (("seeds: [0, 1]", "seeds: [0, 0]"), ":15: seeds"),
         (("seeds: [0, 1]", "executor: cloud"), ":15: kind 'cloud' is not valid: input should be 'local'"),
         (("seeds: [0, 1]", "executor: {kind: local, job: 2}"), ":15: unknown key 'job'; did you mean 'jobs'"),
@@ -199,7 +199,7 @@ def test_another_sweep_in_one_folder_is_refused(sweep, capsys):
 
 def test_slurm_is_refused_where_there_is_none(sweep, capsys):
     assert main(["run", str(sweep), "--executor", "slurm"]) == 2
-    assert "there is no Slurm here" in capsys.readouterr().err
+    assert "there is no Slurm on this machine" in capsys.readouterr().err
 
 
 def test_jobs_of_submitit_share_the_points(sweep):
