@@ -83,7 +83,7 @@ ALL_LAYERS = ", ".join(f"block_{block}_layer_start: 0, block_{block}_layer_end: 
 
 
 @pytest.mark.parametrize(
-    ("share", "more"), [(0.95, ""), (0.7, ", num_layers: 2"), (0.8, f", kinds: [heads, neurons], {ALL_LAYERS}")]
+    ("share", "more"), [(0.95, ""), (0.7, ", num_layers: 2"), (0.8, f", kinds: [neurons], {ALL_LAYERS}")]
 )
 def test_a_share_of_the_latency_is_estimated_as_the_same_share_of_macs(home, tmp_path, share, more, capsys):
     settings = f"compensate: none, hardware_align: false, budget_tokens: 128, target_latency: {share}{more}"
