@@ -1,4 +1,4 @@
-"""Carrying out a plan: slice the weights, rebuild the model from a config, prove that both agree."""
+"""Apply a plan: slice the weights, rebuild the model from a config, check that both agree."""
 
 from __future__ import annotations
 
@@ -25,27 +25,40 @@ Place = Callable[[torch.Tensor], torch.Tensor]
 
 
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Where tensors live unless something else is said."""
+    """Leave a tensor where it is; the default place."""
     return tensor
 
 
 def apply(
     model: PreTrainedModel, plan: PruningPlan, place: Place = in_memory, config: PreTrainedConfig | None = None
 ) -> PreTrainedModel:
-    """A new, smaller model of the same class; the original is untouched.
+    """Return a new, smaller model of the same class; the original is untouched.
 
-    The new model is built from a config, so that every attribute is right by construction, and traced: its
-    units must be the original's at the sizes that the plan says. Weights keep dtype and device.
+    The new model is built from a config, so that every attribute is right by construction, and traced: its units must
+    be the original's at the plan's sizes. Weights keep dtype and device. A refit that the plan's run had is not
+    repeated (:func:`llm_pruner.compensate`).
 
     Args:
-        place: puts each new tensor where it is to live and returns it there
-            (:func:`llm_pruner.checkpoint.on_disk`: in files, for models larger than memory).
-        config: that the new model must have, instead of one that is found. What an architecture derives from sizes is
-            then as this config has it, and may differ from the original's: the factor on Gemma's embeddings, say.
-            A plan that was made for a shape (``settings["shape"]``) says so itself.
+        model: the original, also on the meta device.
+        place: moves each new tensor to where it shall live and returns it
+            (:func:`llm_pruner.checkpoint.on_disk.on_disk`: in files, for models larger than memory).
+        config: config of the new model, instead of one that is searched. Values that an architecture derives from
+            sizes then follow this config and may differ from the original's, such as the factor on Gemma's embeddings.
+            A plan that was made for a shape (``settings["shape"]``) brings its own.
 
     Raises:
         PrunerError: the plan is for another model, or no config expresses what it leaves.
+
+    Example:
+        >>> import llm_pruner as lp
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> graph = lp.trace(model)
+        >>> plan = lp.select(graph, lp.score(model, graph, criterion="l2"), ratio=0.25, kinds=("neurons",))
+        >>> lp.apply(model, plan).model.layers[0].mlp.down_proj.weight.shape
+        torch.Size([16, 24])
     """
     check_fits({name: tuple(t.shape) for name, t in stored_tensors(model).items()}, plan)
     if config is None and isinstance(shape := plan.settings.get("shape"), dict):

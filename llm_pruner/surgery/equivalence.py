@@ -27,9 +27,9 @@ class EquivalenceReport:
 
     Attributes:
         max_abs_diff: largest absolute difference of two logits.
-        relative: the same over the largest absolute logit.
-        tolerance: what ``relative`` may be at most.
-        precision: in which the two were compared.
+        relative: ``max_abs_diff`` over the largest absolute logit.
+        tolerance: largest ``relative`` that counts as equivalent.
+        precision: dtype of the comparison.
     """
 
     max_abs_diff: float
@@ -47,23 +47,35 @@ def verify(
     pruned: PreTrainedModel,
     plan: PruningPlan,
     tokens: torch.Tensor | None = None,
+    *,
     seed: int = 0,
     tolerance: float = 1e-5,
 ) -> EquivalenceReport:
-    """Mask equivalence: do the pruned model's logits equal the original's with the removed slices zeroed?
+    """Compare the pruned model's logits with the original's whose removed slices are zeroed (mask equivalence).
 
-    Holds for units without flags, and for hidden channels, for which norms are made to look at the kept channels
-    only. The two differ in the order in which sums are taken, which a badly damaged model can amplify beyond any
-    tolerance; where they do, they are compared again in float64, one model at a time, which tells rounding from a
-    mistake.
+    Both agree for units without flags, and for hidden channels, for which norms are restricted to the kept channels.
+    They differ in the order of sums, which a badly damaged model can amplify beyond any tolerance; where they differ,
+    they are compared again in float64, one model at a time, which tells rounding from a mistake.
 
     Args:
-        tokens: LongTensor ``[rows, tokens]`` to compare on, of the pruned model's; random ones by default. Where the
-            plan cuts the vocabulary, the original reads the same tokens by its own numbers.
-        tolerance: for the largest difference relative to the largest logit.
+        tokens: LongTensor ``[rows, tokens]`` of the pruned model's token ids (default: random ones). Where the plan
+            cuts the vocabulary, the original reads the same tokens by its own ids.
+        seed: seed of the random tokens.
+        tolerance: largest difference, relative to the largest absolute logit, that still counts as equivalent.
 
     Raises:
         PrunerError: the plan is for another model.
+
+    Example:
+        >>> import llm_pruner as lp
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> graph = lp.trace(model)
+        >>> plan = lp.select(graph, lp.score(model, graph, criterion="l2"), ratio=0.25, kinds=("neurons",))
+        >>> lp.verify(model, lp.apply(model, plan), plan).equivalent
+        True
     """
     check_fits({name: tuple(t.shape) for name, t in stored_tensors(model).items()}, plan)
     ids = random_tokens(pruned, rows=2, tokens=16, seed=seed) if tokens is None else tokens

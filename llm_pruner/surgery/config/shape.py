@@ -1,4 +1,4 @@
-"""A shape that the user names: what each unit has to keep for a model to be exactly that of a config."""
+"""Solve for a target shape: how many indices each unit keeps for the model to be exactly that of a config."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -56,7 +56,7 @@ class Equation:
 
 
 def counts_for(graph: CouplingGraph, shapes: Shapes, keeping: tuple[str, ...] = ()) -> dict[str, int]:
-    """How many indices every unit has to keep for a model to get these shapes.
+    """Return how many indices every unit keeps for the model to get these shapes.
 
     Args:
         graph: of the model.
@@ -77,7 +77,7 @@ def counts_for(graph: CouplingGraph, shapes: Shapes, keeping: tuple[str, ...] = 
 def counts_fitting(
     graph: CouplingGraph, model_class: type[PreTrainedModel], config: PreTrainedConfig
 ) -> dict[str, int]:
-    """How many indices every unit has to keep for a model to be that of a config.
+    """Return how many indices every unit keeps for the model to be that of a config.
 
     Four heads of eight channels have the weights of eight heads of four: the units of the model that the config gives
     say which is meant.
@@ -109,8 +109,8 @@ def _equations(graph: CouplingGraph, shapes: Shapes, units: dict[str, Unit]) -> 
     for unit in units.values():
         for key in unit.dims:
             by_dim.setdefault(key, []).append(unit)
-    out = []
-    known: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # dims of one form share their labels
+    equations = []
+    compositions: dict[tuple[int, ...], list[tuple[list[Unit], int]]] = {}  # dims of one form share their labels
     for name, shape in graph.shapes.items():
         if name not in shapes or len(shapes[name]) != len(shape):
             raise PrunerError(f"the config has no {name} as the model has")
@@ -121,18 +121,30 @@ def _equations(graph: CouplingGraph, shapes: Shapes, units: dict[str, Unit]) -> 
             if not here:
                 raise PrunerError(f"{name} has {size} channels in dim {dim}, which cannot become {total}")
             form = tuple(id(unit.dims[name, dim]) for unit in here)
-            if form not in known:  # by which units each position is in, as bits
-                bits = sum((unit.dims[name, dim] >= 0).long() << i for i, unit in enumerate(here))
-                found, many = cast(torch.Tensor, bits).unique(return_counts=True)
-                known[form] = list(zip(found.tolist(), many.tolist(), strict=True))
-            terms = []
-            for within, positions in known[form]:
-                through = [unit for i, unit in enumerate(here) if within >> i & 1]
-                terms.append((positions / prod(u.size for u in through), tuple(u.name for u in through)))
-            out.append(Equation(f"{name} (dim {dim})", total, tuple(sorted(terms))))
+            if form not in compositions:
+                compositions[form] = _composition([unit.dims[name, dim] for unit in here], here)
+            terms = [
+                (positions / prod(u.size for u in through), tuple(u.name for u in through))
+                for through, positions in compositions[form]
+            ]
+            equations.append(Equation(f"{name} (dim {dim})", total, tuple(sorted(terms))))
     if extra := sorted(shapes.keys() - graph.shapes.keys()):
         raise PrunerError(f"the config asks for {extra[0]}, which the model does not have")
-    return out
+    return equations
+
+
+def _composition(labels: list[torch.Tensor], units: list[Unit]) -> list[tuple[list[Unit], int]]:
+    """Return, for every combination of units that meets in a dim, these units and in how many positions they do.
+
+    Args:
+        labels: index of each unit at every position ``[positions]``, -1 where the unit is not.
+    """
+    belongs = torch.stack([label >= 0 for label in labels])  # [units, positions]
+    combinations, counts = belongs.unique(dim=1, return_counts=True)
+    return [
+        ([unit for unit, is_in in zip(units, combination, strict=True) if is_in], count)
+        for combination, count in zip(combinations.T.tolist(), counts.tolist(), strict=True)
+    ]
 
 
 def _solved(equations: list[Equation], known: dict[str, int], units: dict[str, Unit]) -> dict[str, int]:
