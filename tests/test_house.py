@@ -113,11 +113,16 @@ def _code_lines(function):
     return function.end_lineno - start + 1
 
 
+INHERITED = {"evaluation_loop"}  # of transformers' Trainer
+
+
 def test_functions_take_at_most_four_positional_parameters():
     many = [
         f"{name}:{f.name}"
         for name, f in FUNCTIONS
-        if not f.name.startswith("_") and len([a for a in f.args.args if a.arg not in ("self", "cls")]) > 4
+        if not f.name.startswith("_")
+        and f.name not in INHERITED
+        and len([a for a in f.args.args if a.arg not in ("self", "cls")]) > 4
     ]
     assert not many
 

@@ -13,7 +13,8 @@ from transformers.models.llama import modeling_llama
 
 import llm_pruner as lp
 from llm_pruner.models import per_layer
-from llm_pruner.models.per_layer import constructor_arguments, rebuild
+from llm_pruner.models.constructors import constructor_arguments
+from llm_pruner.models.per_layer import rebuild
 from llm_pruner.models.skeleton import skeleton
 
 

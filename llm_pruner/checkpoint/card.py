@@ -40,7 +40,7 @@ STANDALONE = "Without llm_pruner, `trust_remote_code=True` reads it by the `{fil
 
 
 def write_card(
-    config: PreTrainedConfig, folder: Path, plan: PruningPlan, name: str, metrics: dict[str, Any] | None = None
+    config: PreTrainedConfig, folder: Path, plan: PruningPlan, name: str, *, metrics: dict[str, Any] | None = None
 ) -> None:
     """Write ``README.md``, with the metadata that the hub reads.
 

@@ -66,7 +66,7 @@ def save(
     """
     folder = Path(folder).expanduser()
     with complete_folder(folder, owned_if="config.json") as temporary:
-        write_checkpoint(model, tokenizer, temporary, plan, standalone)
+        write_checkpoint(model, tokenizer, temporary, plan, standalone=standalone)
         if plan is not None:
             write_card(model.config, temporary, plan, folder.name)
     if push_to_hub:
@@ -79,6 +79,7 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     plan: PruningPlan | None = None,
+    *,
     standalone: bool = False,
     cut: bool = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
@@ -109,6 +110,7 @@ class CouplingGraph:
         frozen: list[Unit],
         unknown: dict[str, str],
         shapes: dict[str, tuple],
+        *,
         on_meta: bool = True,
     ):
         self.units = units
@@ -125,8 +127,6 @@ class CouplingGraph:
             KeyError: there is none; the message names the nearest.
         """
         if name not in self._by_name:
-            import difflib
-
             near = difflib.get_close_matches(name, self._by_name, n=3, cutoff=0.0)
             raise KeyError(f"no unit is called {name!r}; the nearest are {', '.join(near)}")
         return self._by_name[name]
@@ -134,7 +134,7 @@ class CouplingGraph:
     def copy(self) -> CouplingGraph:
         """Return a copy whose units can be frozen without changing this graph."""
         units, frozen = ([replace(unit) for unit in units] for units in (self.units, self.frozen))
-        return CouplingGraph(units, frozen, self.unknown_operators, self.shapes, self.on_meta)
+        return CouplingGraph(units, frozen, self.unknown_operators, self.shapes, on_meta=self.on_meta)
 
     def of_kind(self, *kinds: str) -> list[Unit]:
         return [unit for unit in self.units if unit.kind in kinds]
@@ -213,7 +213,7 @@ def _trace(model: nn.Module) -> CouplingGraph:
     units.sort(key=lambda u: (u.layer is None, u.layer or 0, KINDS.index(u.kind)))
     free = [unit for unit in units if unit.frozen is None]
     frozen = [unit for unit in units if unit.frozen is not None]
-    return CouplingGraph(free, frozen, tracer.unknown, shapes, tracer.device.type == "meta")
+    return CouplingGraph(free, frozen, tracer.unknown, shapes, on_meta=tracer.device.type == "meta")
 
 
 def _hidden_multiple(model: nn.Module, size: int) -> int:
@@ -333,7 +333,7 @@ def common_path(names: Iterable[str]) -> str:
     return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
-def block_of(model: nn.Module, graph: CouplingGraph, stack: str, layer: int, kind: str) -> str:
+def block_of(model: nn.Module, graph: CouplingGraph, stack: str, layer: int, *, kind: str) -> str:
     """The path of the block of a layer that holds its units of a kind: its attention for heads, its MLP for neurons.
 
     Raises:

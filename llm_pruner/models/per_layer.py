@@ -31,7 +31,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -184,32 +183,9 @@ def _recording(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
-    """Return the arguments that a module was constructed with, by name; None where they were not recorded."""
-    if "_constructed_with" not in module.__dict__:
-        return None
-    module_class, args, kwargs = module.__dict__["_constructed_with"]
-    return dict(list(_bound(module_class, args, kwargs).arguments.items())[1:])
-
-
-def _bound(module_class: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+def bind_constructor(module_class: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    """Return the arguments of a constructor by name; the first is the module itself."""
     return inspect.signature(module_class.__init__).bind(None, *args, **kwargs)
-
-
-def config_of(module: nn.Module) -> PreTrainedConfig | None:
-    """Return the config that a module was constructed from, if any."""
-    values = (constructor_arguments(module) or {}).values()
-    return next((v for v in values if isinstance(v, PreTrainedConfig)), None)
-
-
-def numbers_of(module: nn.Module) -> dict[str, int]:
-    """Return the sizes that a module was constructed from beside its config: ``num_heads`` of BART's attention."""
-    arguments = constructor_arguments(module) or {}
-    return {
-        name: value
-        for name, value in arguments.items()
-        if isinstance(value, int) and not isinstance(value, bool) and not re.search("idx|index|layer", name)
-    }
 
 
 def rebuild(module: nn.Module, overrides: Overrides | PreTrainedConfig) -> nn.Module:
@@ -224,7 +200,7 @@ def rebuild(module: nn.Module, overrides: Overrides | PreTrainedConfig) -> nn.Mo
     if "_constructed_with" not in module.__dict__:
         raise ValueError(f"{type(module).__name__} cannot be built again: its class is not of a modelling file")
     module_class, args, kwargs = module.__dict__["_constructed_with"]
-    bound = _bound(module_class, args, kwargs)
+    bound = bind_constructor(module_class, args, kwargs)
     for name, value in list(bound.arguments.items())[1:]:
         if isinstance(overrides, PreTrainedConfig):
             if isinstance(value, PreTrainedConfig):
@@ -245,19 +221,8 @@ def with_values(config: PreTrainedConfig, values: Overrides) -> PreTrainedConfig
     return out
 
 
-def fields_of(config: PreTrainedConfig | None) -> dict[str, Any]:
-    """Return the fields of a config, and those of the configs inside it as ``ffn_config.ffn_hidden_size``."""
-    out: dict[str, Any] = {}
-    for name, value in (vars(config) if config else {}).items():
-        if isinstance(value, PreTrainedConfig):
-            out |= {f"{name}.{inner}": v for inner, v in fields_of(value).items()}
-        elif not name.startswith("_"):
-            out[name] = value
-    return out
-
-
 def set_field(config: PreTrainedConfig, name: str, value: Any) -> None:
-    """Change a field by its name from :func:`fields_of`; a config inside is copied first."""
+    """Change a field, or ``part.field`` of a config inside, which is copied first."""
     outer, _, inner = name.partition(".")
     if inner:
         part = copy.copy(getattr(config, outer))

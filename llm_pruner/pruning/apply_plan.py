@@ -99,7 +99,7 @@ def _apply_and_refit(plan: PruningPlan, arguments: ApplyArguments) -> Path:
         model, tokenizer = load_with_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
         calibration = calibration_set(refit.calibration, tokenizer)
         pruned = repeat_refit(model, apply(model, plan), plan, calibration, refit=refit)
-        write_checkpoint(pruned, tokenizer, folder, plan, arguments.standalone)
+        write_checkpoint(pruned, tokenizer, folder, plan, standalone=arguments.standalone)
         write_card(pruned.config, folder, plan, target.name)
     return target
 

@@ -141,7 +141,7 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
         (temporary / METRICS_FILE).write_text(json.dumps(run.metrics, indent=1) + "\n", encoding="utf-8")
         if output.save:
             config = load_config(str(temporary), settings.model.trust_remote_code)
-            write_card(config, temporary, PruningPlan.load(temporary / PLAN_FILE), folder.name, run.metrics)
+            write_card(config, temporary, PruningPlan.load(temporary / PLAN_FILE), folder.name, metrics=run.metrics)
         log.info("run folder: %s", folder)
     if output.push_to_hub:
         with logging_to(folder / LOG_FILE):
@@ -197,7 +197,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     del model
     if settings.output.save:
         with clock("save"):
-            write_checkpoint(pruned, tokenizer, folder, planned.plan, settings.output.standalone)
+            write_checkpoint(pruned, tokenizer, folder, planned.plan, standalone=settings.output.standalone)
     metrics["after"] = evaluate_model(settings, pruned, tokenizer, windows, when="after pruning", clock=clock)
     return PruneRun(model=pruned, tokenizer=tokenizer, plan=planned.plan, metrics=metrics, folder=folder)
 

@@ -40,7 +40,7 @@ def plan_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph
     """
     settings, layers = planning.settings, planning.settings.layers
     blocks = [
-        block_of(model, graph, _stack_path(graph, where, flag), layer, kind)
+        block_of(model, graph, _stack_path(graph, where, flag), layer, kind=kind)
         for flag, kind in (("drop_attention", "heads"), ("drop_mlp", "neurons"))
         for where, layer in getattr(layers, flag)
     ]

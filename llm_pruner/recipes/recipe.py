@@ -118,7 +118,7 @@ def _check_sweep(recipe: Recipe, sweep: Sweep) -> None:
             names = [stage.name for stage in recipe.stages]
             problem = f"{key!r} is varied, and no stage is called {name!r}{did_you_mean(name, names)}"
             raise recipe.source.fault(location, problem)
-        convert_argument(stage.command, argument, value, recipe.source, location)
+        convert_argument(stage.command, argument, value, source=recipe.source, location=location)
 
 
 def _varied_values(sweep: Sweep) -> Iterator[tuple[Location, str, Any]]:

@@ -177,7 +177,7 @@ def validate_arguments(
     return arguments
 
 
-def convert_argument(command: str, name: str, value: Any, source: Source, location: Location) -> tuple[str, Any]:
+def convert_argument(command: str, name: str, value: Any, *, source: Source, location: Location) -> tuple[str, Any]:
     """Return the first spelling of an argument of a stage, and its value as the command takes it.
 
     Raises:

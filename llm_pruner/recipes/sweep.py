@@ -97,7 +97,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def _with_argument(recipe: Recipe, stage: Stage, argument: str, value: Any) -> Stage:
-    name, converted = convert_argument(stage.command, argument, value, recipe.source, ("sweep",))
+    name, converted = convert_argument(stage.command, argument, value, source=recipe.source, location=("sweep",))
     return _with(stage, name, converted)
 
 

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
-from ..models.per_layer import fields_of, layer_lists, set_field
+from ..models.constructors import fields_of
+from ..models.per_layer import layer_lists, set_field
 from ..models.running import check_calibration
 from ..models.skeleton import skeleton
 from ..surgery.rebuild import build_from_state

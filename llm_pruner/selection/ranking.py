@@ -32,7 +32,16 @@ def alignment(unit: Unit) -> int:
     return next(fits, 1)
 
 
-def rank_locally(units: list[Unit], scores: Scores, ratio: float, steps: list[int], floor: float) -> list[torch.Tensor]:
+def rank_locally(
+    units: list[Unit], scores: Scores, ratio: float, *, steps: list[int], floor: float
+) -> list[torch.Tensor]:
+    """Return the indices that each unit loses: those that score least within it.
+
+    Args:
+        ratio: share of every unit's indices that goes.
+        steps: kept counts become multiples of these, rounded up, unit by unit.
+        floor: share of every unit's indices that stays in any case.
+    """
     out = []
     for unit, step in zip(units, steps, strict=True):
         kept = max(unit.size - removable_count(unit, ratio), _least(unit, floor))
@@ -42,33 +51,33 @@ def rank_locally(units: list[Unit], scores: Scores, ratio: float, steps: list[in
 
 
 def rank_balanced(scores: torch.Tensor, count: int, parts: int) -> torch.Tensor:
-    """The indices that score least in each of so many equal parts of a unit, together ``count``."""
+    """Return the ``count`` indices that score least, as many in each of ``parts`` equal parts of a unit."""
     width = len(scores) // parts
     order = torch.argsort(scores.view(parts, width), dim=1, stable=True)[:, : count // parts]
     return (order + width * torch.arange(parts)[:, None]).flatten()
 
 
-# What the scores of a unit are divided by before they are compared with those of others.
-NORMALIZERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "none": torch.ones_like,
-    "mean": lambda scores: _mean(scores),
-    "sqrt": lambda scores: _mean(scores).sqrt(),
-}
-
-
 def _mean(scores: torch.Tensor) -> torch.Tensor:
-    """The mean of what has a score; what has gone in an earlier step, or must stay, has an infinite one."""
+    """Return the mean of the finite scores; removed indices, and those that must stay, have infinite ones."""
     known = scores[torch.isfinite(scores)]
     return known.mean().clamp_min(torch.finfo(torch.float64).tiny) if known.numel() else torch.ones(())
 
 
+# Divisors of a unit's scores, which make units comparable.
+NORMALIZERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "none": torch.ones_like,
+    "mean": _mean,
+    "sqrt": lambda scores: _mean(scores).sqrt(),
+}
+
+
 def _least(unit: Unit, floor: float) -> int:
-    """The fewest indices that a unit keeps."""
+    """Return the fewest indices that a unit keeps."""
     return max(unit.minimum, ceil(floor * unit.size))
 
 
 def index_costs(units: list[Unit], graph: CouplingGraph) -> list[float]:
-    """Parameters that go with one index of each unit."""
+    """Return the parameters that one index of each unit frees."""
     out = []
     for unit in units:
         freed = [
@@ -82,12 +91,21 @@ def rank_globally(
     units: list[Unit],
     scores: Scores,
     ratio: float,
+    *,
     steps: list[int],
     floor: float,
     costs: list[float],
     normalizer: Callable[[torch.Tensor], torch.Tensor],
 ) -> list[torch.Tensor]:
-    """Remove the indices of all units together that score least per parameter; every unit keeps its minimum."""
+    """Return the indices that each unit loses: those of all units together that score least per parameter.
+
+    Args:
+        ratio: share of all parameters of the units that goes; every unit keeps its minimum.
+        steps: kept counts become multiples of these, rounded up, unit by unit.
+        floor: share of every unit's indices that stays in any case.
+        costs: parameters that one index of each unit frees.
+        normalizer: divides the scores of a unit, to compare units.
+    """
     if not units:
         return []
     if any(scores.values[unit.name].ndim > 1 for unit in units):

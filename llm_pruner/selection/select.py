@@ -268,11 +268,16 @@ class Policy:
         parts = self.tensor_parallel if kind in SHARDED else 1
         steps = [lcm(self.round_to, parts, unit.multiple, alignment(unit) if self.align else 1) for unit in units]
         if self.scope == "local":
-            out = rank_locally(units, self.scores, ratio, steps, self.floor)
+            out = rank_locally(units, self.scores, ratio, steps=steps, floor=self.floor)
         else:
-            normalizer = NORMALIZERS[self.normalize]
             out = rank_globally(
-                units, self.scores, ratio, steps, self.floor, index_costs(units, self.graph), normalizer
+                units,
+                self.scores,
+                ratio,
+                steps=steps,
+                floor=self.floor,
+                costs=index_costs(units, self.graph),
+                normalizer=NORMALIZERS[self.normalize],
             )
         for i, unit in enumerate(units):
             if unit.size % parts:

@@ -20,8 +20,9 @@ from transformers.initialization import no_init_weights
 
 from ...errors import PrunerError
 from ...graph.units import common_path
+from ...models.constructors import config_of, fields_of, numbers_of
 from ...models.layers import is_below
-from ...models.per_layer import Overrides, config_of, fields_of, global_config, numbers_of, rebuild
+from ...models.per_layer import Overrides, global_config, rebuild
 from ...models.skeleton import Shapes, shapes_of
 
 Recipe = dict[str, Any]  # {"values": overrides, "shapes": {parameter: shape}}

@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...choices import SHAPE
 from ...errors import PrunerError
 from ...graph.units import CouplingGraph, Unit, trace
-from ...models.per_layer import fields_of, has_per_layer_widths, set_field
+from ...models.constructors import fields_of
+from ...models.per_layer import has_per_layer_widths, set_field
 from ...models.skeleton import Shapes, shapes_of, skeleton
 from ...selection.plan import PruningPlan
 from ..same_axes import find_wrong_axis

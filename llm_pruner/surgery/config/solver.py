@@ -18,18 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import PrunerError
 from ...graph.units import CouplingGraph
+from ...models.constructors import config_of, constructor_arguments, fields_of
 from ...models.layers import is_below
-from ...models.per_layer import (
-    CONSTANTS,
-    SUBMODULES,
-    Overrides,
-    config_of,
-    constructor_arguments,
-    fields_of,
-    overrides_of,
-    set_field,
-    with_values,
-)
+from ...models.per_layer import CONSTANTS, SUBMODULES, Overrides, overrides_of, set_field, with_values
 from ...models.running import stored_tensors
 from ...models.skeleton import Shapes, names_of, shapes_of, skeleton
 from ...selection.plan import PruningPlan, name_after

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import PrunerError
+from ...models.constructors import fields_of
 from ...models.layers import is_below
-from ...models.per_layer import CONSTANTS, SUBMODULES, fields_of, layer_lists, overrides_of, set_field
+from ...models.per_layer import CONSTANTS, SUBMODULES, layer_lists, overrides_of, set_field
 from ...models.running import MetaReads, model_inputs, tracing_mode
 from ...models.skeleton import skeleton
 from ...selection.plan import PruningPlan, name_after
