@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import compress
 from math import prod
 from typing import Any
 
@@ -111,7 +112,7 @@ def _equations(graph: CouplingGraph, shapes: Shapes, units: dict[str, Unit]) -> 
         for key in unit.dims:
             by_dim.setdefault(key, []).append(unit)
     equations = []
-    compositions: dict[tuple[int, ...], list[tuple[list[Unit], int]]] = {}  # dims of one form share their labels
+    compositions: dict[tuple[int, ...], list[tuple[list[bool], int]]] = {}  # dims of one form share their labels
     for name, shape in graph.shapes.items():
         if name not in shapes or len(shapes[name]) != len(shape):
             raise PrunerError(f"the config has no {name} as the model has")
@@ -123,29 +124,26 @@ def _equations(graph: CouplingGraph, shapes: Shapes, units: dict[str, Unit]) -> 
                 raise PrunerError(f"{name} has {size} channels in dim {dim}, which cannot become {total}")
             form = tuple(id(unit.dims[name, dim]) for unit in here)
             if form not in compositions:
-                compositions[form] = _composition([unit.dims[name, dim] for unit in here], here)
-            terms = [
-                (positions / prod(u.size for u in through), tuple(u.name for u in through))
-                for through, positions in compositions[form]
-            ]
+                compositions[form] = _composition([unit.dims[name, dim] for unit in here])
+            terms = []
+            for combination, positions in compositions[form]:
+                through = list(compress(here, combination))
+                terms.append((positions / prod(u.size for u in through), tuple(u.name for u in through)))
             equations.append(Equation(f"{name} (dim {dim})", total, tuple(sorted(terms))))
     if extra := sorted(shapes.keys() - graph.shapes.keys()):
         raise PrunerError(f"the config asks for {extra[0]}, which the model does not have")
     return equations
 
 
-def _composition(labels: list[torch.Tensor], units: list[Unit]) -> list[tuple[list[Unit], int]]:
-    """Return, for every combination of units that meets in a dim, these units and in how many positions they do.
+def _composition(labels: list[torch.Tensor]) -> list[tuple[list[bool], int]]:
+    """Return every combination of units that meets in a dim, as a flag for each unit, and in how many positions.
 
     Args:
         labels: index of each unit at every position ``[positions]``, -1 where the unit is not.
     """
     belongs = torch.stack([label >= 0 for label in labels])  # [units, positions]
     combinations, counts = belongs.unique(dim=1, return_counts=True)
-    return [
-        ([unit for unit, is_in in zip(units, combination, strict=True) if is_in], count)
-        for combination, count in zip(combinations.T.tolist(), counts.tolist(), strict=True)
-    ]
+    return list(zip(combinations.T.tolist(), counts.tolist(), strict=True))
 
 
 def _solved(equations: list[Equation], known: dict[str, int], units: dict[str, Unit]) -> dict[str, int]:
