@@ -1,4 +1,4 @@
-"""From widths that differ by layer to one width for all, by zeros: for programs that read nothing else."""
+"""Pad layers of different widths with zeros to one width, for programs without per-layer configs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PADDING_TOLERANCE = 1e-5  # of the largest logit; sums of more numbers, the adde
 
 
 def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
-    """The same function as a plain model of its architecture, every layer as wide as the widest.
+    """Return the same function as a plain model of its architecture, every layer as wide as the widest.
 
-    Weights that are added are zero, so that what they compute is zero where it is read.
+    Added weights are zero, so that their outputs are zero where they are read.
 
     Raises:
         PrunerError: the layers differ in more than widths of their config, or zeros would change the logits, as they
@@ -44,8 +44,8 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
     padded = build_from_state(config, state, model)
     ids = random_tokens(model, rows=2, tokens=16)
     dtype = native_compute(model).dtype
-    found, expected = (_changed_logits(m, ids, dtype, lambda _, t: t) for m in (padded, model))
-    off = relative_difference(found, expected)
+    actual, expected = (_changed_logits(m, ids, dtype, lambda _, t: t) for m in (padded, model))
+    off = relative_difference(actual, expected)
     if off > PADDING_TOLERANCE:
         raise PrunerError(
             f"zeros change what this model computes (its logits by {off:.1e}): it cannot be made uniform so"
@@ -54,7 +54,7 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config without per-layer values, every field that differs by layer at its largest."""
+    """Return the config without per-layer values, every field that differs by layer at its largest."""
     blocks = overrides_of(config).values()
     if getattr(config, CONSTANTS, None) or any(block.get("attributes") for block in blocks):
         raise PrunerError(
@@ -77,44 +77,70 @@ def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def _places(
     tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], graph: CouplingGraph, wide: CouplingGraph
 ) -> dict[str, list[torch.Tensor]]:
-    """Where the positions of every dim of every tensor come to lie in the wider one."""
-    narrow = {unit.name: unit.size for unit in [*graph.units, *graph.frozen]}
-    units = [*wide.units, *wide.frozen]
-    at: dict[tuple[str, int], list[Unit]] = defaultdict(list)
-    for unit in units:
+    """Return, for every dim of every tensor, the positions in the wider tensor that its own get.
+
+    Args:
+        shapes: shapes of the wider model's tensors.
+        graph: units of the narrow model.
+        wide: units of the wider model.
+    """
+    units: dict[tuple[str, int], list[Unit]] = defaultdict(list)
+    for unit in [*wide.units, *wide.frozen]:
         for key in unit.dims:
-            at[key].append(unit)
+            units[key].append(unit)
+    lengths = {(name, dim): size for name, tensor in tensors.items() for dim, size in enumerate(tensor.shape)}
     grown = [
-        (n, d)
-        for n, shape in shapes.items()
-        for d, size in enumerate(shape)
-        if n in tensors and tensors[n].shape[d] != size
+        (name, dim)
+        for name, shape in shapes.items()
+        for dim, size in enumerate(shape)
+        if lengths.get((name, dim), size) != size
     ]
-    sizes = {unit.name: unit.size for unit in units}
+    kept = {unit.name: unit.size for unit in [*wide.units, *wide.frozen]}  # indices of each unit, from the first on
+    narrow = {unit.name: unit.size for unit in [*graph.units, *graph.frozen]}
+    for group in {tuple(sorted({unit.name for unit in units[key]})) for key in grown}:
+        dims = [key for key in grown if not {unit.name for unit in units[key]}.isdisjoint(group)]
+        kept |= _fit_sizes(dims, lengths, shapes, units, narrow=narrow, wide=kept)
+    return {
+        name: [_positions(units[name, dim], (name, dim), size, kept) for dim, size in enumerate(shape)]
+        for name, shape in shapes.items()
+    }
 
-    def place(name: str, dim: int) -> torch.Tensor:
-        stays = torch.ones(shapes[name][dim], dtype=torch.bool)
-        for unit in at[name, dim]:
-            stays &= unit.dims[name, dim] < sizes[unit.name]
-        return stays.nonzero().flatten()
 
-    # An axis that was left with one index is none any more, and another may have its name: of the sizes that each may
-    # have, those are right that fit everywhere. Layer by layer, there are few.
-    for group in {tuple(sorted({u.name for u in at[key]})) for key in grown}:
-        dims = [key for key in grown if {u.name for u in at[key]} & set(group)]
-        known = dict.fromkeys(u.name for key in dims for u in at[key])
-        options = [dict.fromkeys((narrow.get(name, 1), 1, sizes[name])) for name in known]
-        for choice in product(*options):
-            sizes.update(zip(known, choice, strict=True))
-            if all(len(place(*key)) == tensors[key[0]].shape[key[1]] for key in dims):
-                break
-        else:
-            name, dim = dims[0]
-            raise PrunerError(
-                f"{name} has {tensors[name].shape[dim]} channels, which do not fit into the {shapes[name][dim]} of "
-                "other layers"
-            )
-    return {name: [place(name, dim) for dim in range(len(shape))] for name, shape in shapes.items()}
+def _fit_sizes(
+    dims: list[tuple[str, int]],
+    lengths: dict[tuple[str, int], int],
+    shapes: dict[str, tuple[int, ...]],
+    units: dict[tuple[str, int], list[Unit]],
+    *,
+    narrow: dict[str, int],
+    wide: dict[str, int],
+) -> dict[str, int]:
+    """Return how many indices each unit of some dims has in the narrow model, such that all dims get their lengths.
+
+    An axis of one index is no axis of the narrow model, where another unit may have its name. So each size that a unit
+    may have is tried; layer by layer, these are few.
+
+    Raises:
+        PrunerError: no sizes fit.
+    """
+    names = dict.fromkeys(unit.name for key in dims for unit in units[key])
+    options = [dict.fromkeys((narrow.get(name, 1), 1, wide[name])) for name in names]
+    for choice in product(*options):
+        sizes = dict(zip(names, choice, strict=True))
+        if all(len(_positions(units[n, d], (n, d), shapes[n][d], sizes)) == lengths[n, d] for n, d in dims):
+            return sizes
+    name, dim = dims[0]
+    raise PrunerError(
+        f"{name} has {lengths[name, dim]} channels, which do not fit into the {shapes[name][dim]} of other layers"
+    )
+
+
+def _positions(units: list[Unit], key: tuple[str, int], length: int, sizes: dict[str, int]) -> torch.Tensor:
+    """Return the positions of a dim that lie in the first ``sizes`` indices of each of its units."""
+    stays = torch.ones(length, dtype=torch.bool)
+    for unit in units:
+        stays &= unit.dims[key] < sizes[unit.name]
+    return stays.nonzero().flatten()
 
 
 def _padded(tensor: torch.Tensor, shape: tuple[int, ...], places: list[torch.Tensor]) -> torch.Tensor:
