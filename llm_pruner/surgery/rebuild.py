@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 def build_from_state(
     config: PreTrainedConfig, state: dict[str, torch.Tensor], model: PreTrainedModel
 ) -> PreTrainedModel:
-    """A model of the same class as ``model``, of another config and with these tensors, which it takes over."""
+    """Build a model of the class of ``model`` from another config, on the tensors of ``state`` (not copied)."""
     # Weights are not allocated twice; tables that no checkpoint holds are computed.
     on_meta = model.device.type == "meta"
     with torch.device("meta") if on_meta else init_empty_weights(include_buffers=False), no_init_weights():
@@ -31,7 +31,7 @@ def build_from_state(
 
 
 def _device_at(model: PreTrainedModel, path: str) -> torch.device:
-    """Where the weights of a module lie; of one without, those of the module around it."""
+    """Return the device of a module's weights; of a module without, that of the module around it."""
     while (weight := next(model.get_submodule(path).parameters(), None)) is None:
         path = path.rpartition(".")[0]
     return weight.device

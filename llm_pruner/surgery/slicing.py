@@ -1,4 +1,4 @@
-"""Cutting tensors to a plan. Pure: names and tensors in, names and tensors out."""
+"""Cut tensors by a plan: names and tensors in, tensors out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..selection.plan import PruningPlan
 
 
 def cut(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
-    """The kept part of a tensor, always a new one."""
+    """Return the kept part of a tensor, always a copy."""
     kept = plan.kept.get(name, {})
     if not kept:
         return tensor.clone()
@@ -21,7 +21,7 @@ def cut(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
 
 
 def mask(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
-    """The tensor with everything that the plan removes set to zero, at its full shape."""
+    """Return a copy of the tensor, at its full shape, with zeros where the plan removes."""
     out = tensor.clone()
     for dim, positions in plan.kept.get(name, {}).items():
         gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
@@ -31,7 +31,11 @@ def mask(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
 
 
 def check_fits(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan) -> None:
-    """Refuse a plan that was made for another model."""
+    """Refuse a plan that was made for another model.
+
+    Raises:
+        PrunerError: a shape differs or a parameter is missing; the message names it.
+    """
     for name, shape in plan.shapes.items():
         found = shapes.get(name)
         if found is None or tuple(found) != tuple(shape):

@@ -1,7 +1,7 @@
-"""Finds how one layer, or one block of it, gets the shapes that a plan leaves.
+"""Search the fields that give one layer, or one block of it, the shapes that a plan leaves.
 
-The search of :mod:`llm_pruner.surgery.config_solver`, for a single layer: candidates are fields whose value is
-a multiple of a unit's size; they are tried on the meta device by the layer's own constructor.
+The search of :mod:`llm_pruner.surgery.config.solver` for a single layer: candidates are fields whose value is a
+multiple of a unit's size; they are tried on the meta device by the layer's own constructor.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _solutions(
             if not all(options):
                 continue
             for pins, fields in _field_solutions(layer, config, {n: now[n] for n in rest}, rest, cuts):
-                old = _said_again(layer, config, special, pins, fields)
+                old = _restate_fields(layer, config, special, pins, fields)
                 if old is None:
                     continue
                 for blocks in product(*options):
@@ -114,11 +114,13 @@ def _solutions(
                     yield Solution(pins, fields, dict(zip(special, recipes, strict=True)))
 
 
-def _said_again(
+def _restate_fields(
     layer: nn.Module, config: PreTrainedConfig | None, blocks: tuple[str, ...], pins: Overrides, fields: Overrides
 ) -> dict[str, Overrides] | None:
-    """A block sees the layer as changed: its config, and the numbers that the layer gives it. What it needs is the
-    old values, said again. None where the changed layer has no such block."""
+    """Return the old values that each block needs again, since it sees the layer's changed config and numbers.
+
+    None where the changed layer has no such block.
+    """
     if not fields:
         return {path: {} for path in blocks}
     changed = _try(layer, pins | fields)
@@ -135,7 +137,7 @@ def _said_again(
 
 
 def _numbers(module: nn.Module) -> list[tuple[str, str, Any]]:
-    """Every number that the modules hold: head counts, split sizes, scales."""
+    """Return every number that the modules hold: head counts, split sizes, scales."""
     return [
         (path, key, value)
         for path, m in module.named_modules()
@@ -145,7 +147,7 @@ def _numbers(module: nn.Module) -> list[tuple[str, str, Any]]:
 
 
 def _owners(layer: nn.Module, cut: Cut) -> list[str]:
-    """The blocks of a layer that may have to be built on their own, because a cut goes through them.
+    """Return the blocks of a layer that may have to be built on their own, because a cut goes through them.
 
     For an inner cut, the smallest block that holds all of it; for one that runs through the whole model, every
     child that it touches. Only blocks that are built from a config or from numbers count; the layer itself only
@@ -166,7 +168,7 @@ def _owners(layer: nn.Module, cut: Cut) -> list[str]:
 
 
 def _children(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of a layer, with those in its lists."""
+    """Yield the blocks of a layer, with those in its lists."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
             yield from _children(child, f"{path}{name}.")
@@ -175,7 +177,7 @@ def _children(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Modul
 
 
 def candidates(fields: Mapping[str, Any], cuts: list[Cut]) -> dict[tuple[str, int], bool]:
-    """Fields that may carry a cut, with the value they would get, and whether the field counts the unit as it is.
+    """Return fields that may carry a cut, with their new value, and True where the field counts the unit as it is.
 
     The counting ones come first.
     """
@@ -248,17 +250,17 @@ def _field_solutions(
         built = _try(layer, pins | fields)
         if built is not None and not _changed(wanted, shapes_of(built)):
             yield pins, fields
-            if silent := _silent(layer, built, pins | fields, counting, cuts):
-                yield pins, fields | silent
-    for fields in _compensated(fields_of(config), [cut for cut in cuts if not cut.inner]):
+            if extra := _shapeless_counts(layer, built, pins | fields, counting, cuts):
+                yield pins, fields | extra
+    for fields in _compensating_fields(fields_of(config), [cut for cut in cuts if not cut.inner]):
         if fits(pins | fields) and not fits(pins | dict(list(fields.items())[:1])):
             yield pins, fields
 
 
-def _silent(
+def _shapeless_counts(
     layer: nn.Module, built: nn.Module, fields: Overrides, counting: list[tuple[str, int]], cuts: list[Cut]
 ) -> Overrides:
-    """Counts of the unit that no shape shows, such as the key-value heads of latent attention.
+    """Return counts of the unit that no shape shows, such as the key-value heads of latent attention.
 
     They must matter to the blocks that are cut, and to no others: a layer may hold the same number for another reason.
     """
@@ -274,8 +276,8 @@ def _silent(
     return out
 
 
-def _compensated(fields: Mapping[str, Any], cuts: list[Cut]) -> Iterator[Overrides]:
-    """A field that shrinks with another that grows: an inner size stated as a multiple of the hidden size."""
+def _compensating_fields(fields: Mapping[str, Any], cuts: list[Cut]) -> Iterator[Overrides]:
+    """Yield a field that shrinks with another that grows: an inner size stated as a multiple of the hidden size."""
     widths = [item for item, counting in candidates(fields, cuts).items() if counting]
     numbers = [(name, f) for name, f in fields.items() if isinstance(f, int) and not isinstance(f, bool)]
     factors = [(name, f) for name, f in numbers if f > 0 and not NO_WIDTH.search(name)]

@@ -1,4 +1,4 @@
-"""Stacks of layers and the configs that they are built from; dropping whole layers of them."""
+"""Find stacks of layers and the configs that they are built from; drop whole layers of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import PrunerError
 from ...models.constructors import fields_of
+from ...models.hooks import forward_hooks
 from ...models.layers import is_below
 from ...models.per_layer import CONSTANTS, SUBMODULES, layer_lists, overrides_of, set_field
 from ...models.running import MetaReads, model_inputs, tracing_mode
@@ -111,7 +112,7 @@ def without_layers(
                 setattr(part, name, _entries(value, stack.length, order))
         for key in (SUBMODULES, CONSTANTS):
             if entries := getattr(part, key, None):
-                setattr(part, key, _moved(entries, stack, order))
+                setattr(part, key, _renumber_layers(entries, stack, order))
         _set_layer_count(model, config, part, stack, len(order), done)
         done[path] = kept
         if layers:
@@ -143,21 +144,17 @@ def without_blocks(model: PreTrainedModel, config: PreTrainedConfig, plan: Pruni
 
 @torch.no_grad()
 def _outputs(model: PreTrainedModel, path: str) -> int:
-    """How many values a block returns, 0 where it returns no tuple."""
-    seen: list[int] = []
+    """Return how many values a block returns, 0 where it returns no tuple."""
+    lengths: list[int] = []
 
-    def look(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(len(output) if isinstance(output, tuple) else 0)
+    def count(_: nn.Module, __: Any, output: Any) -> None:
+        lengths.append(len(output) if isinstance(output, tuple) else 0)
 
     twin = skeleton(type(model), model.config)
-    with tracing_mode(twin), MetaReads():
-        handle = twin.get_submodule(path).register_forward_hook(look)
-        try:
-            ids = torch.ones(1, 4, dtype=torch.long, device="meta")
-            twin(**model_inputs(twin, ids), use_cache=False)
-        finally:
-            handle.remove()
-    return seen[0]
+    ids = torch.ones(1, 4, dtype=torch.long, device="meta")
+    with tracing_mode(twin), MetaReads(), forward_hooks([(twin.get_submodule(path), count)]):
+        twin(**model_inputs(twin, ids), use_cache=False)
+    return lengths[0]
 
 
 def _entries(values: list[Any], length: int, order: list[int]) -> list[Any]:
@@ -170,8 +167,8 @@ def _entries(values: list[Any], length: int, order: list[int]) -> list[Any]:
     return values
 
 
-def _moved(entries: dict[str, Any], stack: Stack, order: list[int]) -> dict[str, Any]:
-    """What is noted for layers, by the paths that they get."""
+def _renumber_layers(entries: dict[str, Any], stack: Stack, order: list[int]) -> dict[str, Any]:
+    """Return entries by path of a layer under the layers' new paths, without those of dropped layers."""
     out = {}
     start = stack.inside(0).rpartition(".")[0]
     for path, value in entries.items():
