@@ -120,11 +120,13 @@ def test_functions_take_at_most_four_positional_parameters():
     many = [
         f"{name}:{f.name}"
         for name, f in FUNCTIONS
-        if not f.name.startswith("_")
-        and f.name not in INHERITED
-        and len([a for a in f.args.args if a.arg not in ("self", "cls")]) > 4
+        if not f.name.startswith("_") and f.name not in INHERITED and _positional(f) > 4
     ]
     assert not many
+
+
+def _positional(function):
+    return len([a for a in function.args.args if a.arg not in ("self", "cls")])
 
 
 def test_imports_inside_functions_are_of_optional_packages():
