@@ -1,7 +1,5 @@
 """Criteria from outside: functions, ``package.module:function``, torch-pruning's importances."""
 
-import doctest
-import importlib
 import json
 import sys
 
@@ -320,9 +318,3 @@ def test_what_torch_pruning_cannot_express_is_refused_or_left_out():
 def test_gradients_need_a_calibration_set(llama):
     with pytest.raises(lp.PrunerError, match="needs a calibration set"):
         lp.score(*llama, criterion=tp.TaylorImportance(), kinds=["neurons"])
-
-
-@pytest.mark.parametrize("module", ["score", "scores", "criteria"])
-def test_examples_in_docstrings_print_what_they_show(registry, module):
-    failures, attempted = doctest.testmod(importlib.import_module(f"llm_pruner.importance.{module}"))
-    assert attempted and not failures

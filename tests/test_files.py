@@ -79,7 +79,7 @@ def test_magnitudes_are_read_from_files(architecture, tmp_path):
 
 def test_the_command_prunes_files_without_loading_them(home, tmp_path, monkeypatch):
     flags = ["--base_model", str(home / "base"), "--pruner_type", "l2", "--pruning_ratio", "0.4", "--save_model"]
-    flags += ["--output_root", str(tmp_path), "--eval_datasets", ""]
+    flags += ["--output_root", str(tmp_path), "--eval_datasets", "", "--compensate", "none"]
     assert main(["prune", *flags, "--save_ckpt_log_name", "loaded"]) == 0
     monkeypatch.setattr("llm_pruner.pruning.run.load", None)
     assert main(["prune", *flags, "--save_ckpt_log_name", "files", "--stream"]) == 0
