@@ -62,7 +62,7 @@ PROMPTS_PER_PASS = 64
 
 
 def documents(name: str, split: str = "train", most: int | None = None) -> Iterator[str]:
-    """The texts of a data set, in order, as they come.
+    """Yield the texts of a data set in order, as they come.
 
     Args:
         name: see the module.
@@ -87,7 +87,7 @@ def documents(name: str, split: str = "train", most: int | None = None) -> Itera
 
 
 def text(name: str, split: str = "test") -> str:
-    """A data set as one text, documents joined by a blank line as LLM-Pruner does; a .txt file as it stands."""
+    """Return a data set as one text: documents joined by a blank line, as LLM-Pruner does; a .txt file as it stands."""
     path = Path(name).expanduser()
     if path.suffix == ".txt" and path.is_file():
         return _read(path)
@@ -103,7 +103,7 @@ def calibration(
     seed: int | None = None,
     fewer: bool = False,
 ) -> torch.Tensor:
-    """A calibration set: LongTensor ``[samples, tokens]``.
+    """Draw a calibration set: LongTensor ``[samples, tokens]``.
 
     Args:
         seed: None takes the first documents that are long enough, from their beginning; a number draws
@@ -184,7 +184,7 @@ def _take(rests: list[list[int]], i: int, rows: list[list[int]], tokens: int, rn
 
 
 def _python_docs(split: str) -> list[str]:
-    """The language reference that Python carries for ``help()``; every fifth topic is held out."""
+    """Return the language reference that Python carries for ``help()``; every fifth topic is held out."""
     from pydoc_data.topics import topics
 
     names = sorted(topics)
@@ -233,7 +233,7 @@ def _from_file(path: Path) -> Iterator[str]:
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    """What a file has, as it is read: paragraphs of a text, lines of JSON, the entries of a list."""
+    """Yield the entries of a file as they are read: paragraphs of a text, lines of JSON, entries of a list."""
     if path.suffix == ".json":
         content = read_json(path)
         yield from content if isinstance(content, list) else []

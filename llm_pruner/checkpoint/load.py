@@ -191,7 +191,7 @@ def torch_dtype(value: str | torch.dtype) -> str | torch.dtype:
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """A dequantized model still says that it is quantized, and refuses to be saved."""
+    """Forget that a dequantized model was quantized: it would refuse to be saved."""
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         if name in model.__dict__:
             delattr(model, name)

@@ -274,7 +274,7 @@ def _merge_concats(x: Atom, y: Atom) -> None:
 
 
 def _as_atom(dim: Dim) -> Atom:
-    """A dim as one atom, for where only an atom can stand: inside a concatenation."""
+    """Return a dim as one atom, for places that take only an atom: inside a concatenation."""
     if len(dim) == 1:
         return dim[0]
     whole = Atom(size_of(dim))
@@ -284,7 +284,7 @@ def _as_atom(dim: Dim) -> Atom:
 
 
 def _merge_product_with_concat(product: Atom, pieces: Atom) -> None:
-    """``outer x inner`` against ``p1 + p2 + ...``: the pieces are ``o1 x inner``, ``o2 x inner``, ...
+    """Merge ``outer x inner`` with ``p1 + p2 + ...``: the pieces are ``o1 x inner``, ``o2 x inner``, ...
 
     where the outer atom is the concatenation ``o1 + o2 + ...``. Piece and piece share ``inner``: index i
     of it is removed from all of them.
@@ -332,7 +332,7 @@ def _form(dim: Dim, numbers: dict[int, int]) -> Form:
 
 @lru_cache(maxsize=4096)
 def _labels(form: Form) -> dict[int, torch.Tensor]:
-    """Labels by the numbers of leaves."""
+    """Return labels by the numbers of leaves."""
     total = prod(entry[0] for entry in form)
     out: dict[int, torch.Tensor] = {}
     position = torch.arange(total)

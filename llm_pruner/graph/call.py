@@ -47,14 +47,14 @@ class Call:
         return self.args.get(name)
 
     def get(self, name: str) -> Traced:
-        """The traced tensor passed as argument ``name``."""
+        """Return the traced tensor passed as argument ``name``."""
         return self.tracer.lookup(self.args[name])
 
     def dims(self, name: str) -> list[Dim]:
         return self.get(name).dims
 
     def dim(self, name: str = "dim", of: str = "self") -> int:
-        """Argument ``name`` as a non-negative index into the dims of argument ``of``."""
+        """Return argument ``name`` as a non-negative index into the dims of argument ``of``."""
         value = self.args[name]
         return value % max(len(self.dims(of)), 1)
 
@@ -87,7 +87,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in (possibly nested) arguments."""
+    """Yield every tensor in (possibly nested) arguments."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):

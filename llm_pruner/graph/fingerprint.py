@@ -58,13 +58,13 @@ class _Description:
             self.places.setdefault(id(module), path)
 
     def whole(self) -> Hashable:
-        stored = stored_tensors(self.model)
+        stored = {id(tensor) for tensor in stored_tensors(self.model).values()}  # tied tensors have several names
         modules = tuple(self.module(path, module) for path, module in self.modules)
         tensors = [
             *self.model.named_parameters(remove_duplicate=False),
             *self.model.named_buffers(remove_duplicate=False),
         ]
-        return modules, tuple(self.tensor(name, tensor, name in stored) for name, tensor in tensors)
+        return modules, tuple(self.tensor(name, tensor, id(tensor) in stored) for name, tensor in tensors)
 
     def module(self, path: str, module: nn.Module) -> Hashable:
         if self.places[id(module)] != path:

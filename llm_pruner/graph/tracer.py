@@ -59,7 +59,7 @@ class Tracer(TorchDispatchMode):
         self.traced[id(traced.tensor)] = traced
 
     def lookup(self, tensor: torch.Tensor) -> Traced:
-        """What is known of a tensor; one that no traced operator made is a constant."""
+        """Return the record of a tensor; a tensor that no traced operator made is a constant."""
         known = self.traced.get(id(tensor))
         if known is None:
             known = Traced(tensor, [fresh(n, COMBINED) for n in tensor.shape], "constant")
@@ -99,7 +99,7 @@ class Tracer(TorchDispatchMode):
         return out
 
     def reaching(self, result: torch.Tensor) -> set[int]:
-        """The storages that a result depends on: followed backwards, through views and writes in place alike."""
+        """Return the storages that a result depends on: followed backwards, through views and writes in place alike."""
         needed = {storage_key(result)}
         for written, read in reversed(self.calls):
             if needed.intersection(written):
@@ -126,7 +126,7 @@ class Tracer(TorchDispatchMode):
             self.record(Traced(tensor, [fresh(n, reason) for n in tensor.shape]))
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
-        """A rule that disagrees with the shape it explains would be silently wrong: say so at once."""
+        """Refuse a rule that disagrees with the shape it explains: its axes would be silently wrong."""
         known = self.traced.get(id(tensor))
         if known is None:
             return
@@ -171,7 +171,7 @@ def module_names(model: nn.Module, tracer: Tracer) -> Iterator[None]:
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
-    """What puts every attribute and buffer of a model back as it is now.
+    """Return a function that restores every attribute and buffer of a model as it is now.
 
     Some models note on their modules what they have seen: rotary embeddings of dynamic length keep the longest.
     """
@@ -191,7 +191,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
 
 @contextmanager
 def _quiet(model: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """Everything that tracing needs around the model."""
+    """Prepare a model for tracing, and restore it afterwards."""
     with ExitStack() as stack:
         stack.callback(_snapshot(model))
         for context in (

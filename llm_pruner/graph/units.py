@@ -59,12 +59,12 @@ class Unit:
 
     @property
     def parameters(self) -> list[str]:
-        """The parameters that the unit runs through, in the model's order."""
+        """Return the parameters that the unit runs through, in the model's order."""
         return list(dict.fromkeys(name for name, _ in self.dims))
 
     @property
     def width(self) -> int:
-        """Channels per index: 1 for a neuron, head_dim for a head (the keys', where heads are grouped)."""
+        """Return the channels per index: 1 for a neuron, head_dim for a head (the keys', where heads are grouped)."""
         return min(int((label >= 0).sum()) for label in self.dims.values()) // self.size
 
     def slices(self, index: int | Iterable[int]) -> Slices:
@@ -87,7 +87,7 @@ class Unit:
         return dict(out)
 
     def positions(self, name: str, dim: int) -> torch.Tensor:
-        """The positions of a parameter dim ordered by index: LongTensor ``[size, positions per index]``."""
+        """Return the positions of a parameter dim ordered by index: LongTensor ``[size, positions per index]``."""
         label = self.dims[name, dim]
         order = torch.argsort(torch.where(label < 0, self.size, label), stable=True)
         return order[: int((label >= 0).sum())].view(self.size, -1)
@@ -217,8 +217,8 @@ def _trace(model: nn.Module) -> CouplingGraph:
 
 
 def _hidden_multiple(model: nn.Module, size: int) -> int:
-    """What the hidden size has to be a multiple of: many a config refuses one that its attention heads do not divide,
-    even where heads have a size of their own."""
+    """Return the number that the hidden size must be a multiple of: many configs refuse a size that their attention
+    heads do not divide, even where heads have a size of their own."""
     config: Any = copy.deepcopy(getattr(model, "config", None))
     try:
         config.validate()
@@ -244,7 +244,7 @@ Occurrence = tuple[Atom, dict[tuple[str, int], torch.Tensor]]
 
 
 def _occurrences(dims: dict[str, list[Dim]]) -> list[Occurrence]:
-    """Every leaf with the parameter dims that it runs through."""
+    """Return every leaf with the parameter dims that it runs through."""
     atoms: dict[int, Atom] = {}
     where: dict[int, dict[tuple[str, int], torch.Tensor]] = defaultdict(dict)
     for name, parameter in dims.items():
@@ -301,7 +301,8 @@ def _kind(atom: Atom, where: dict, layer: tuple[str, int] | None, found: list[Oc
 
 
 def _is_group_member(atom: Atom, where: dict, found: list[Occurrence]) -> bool:
-    """Query heads of a group: wherever they are, another axis of heads is too, and that one elsewhere besides."""
+    """Return True for query heads of a group: wherever they occur, another axis of heads occurs too, and that axis
+    also elsewhere."""
     return any(
         other is not atom
         and "attention" in other.tags
@@ -313,7 +314,7 @@ def _is_group_member(atom: Atom, where: dict, found: list[Occurrence]) -> bool:
 
 
 def _layer_units(model: nn.Module, shapes: dict[str, tuple]) -> list[Unit]:
-    """Whole layers as a unit: index i occupies every row of every tensor of layer i."""
+    """Return whole layers as units: index i occupies every row of every tensor of layer i."""
     units = []
     for path, stack in layer_lists(model).items():
         if len(stack) < 2:
@@ -328,13 +329,14 @@ def _layer_units(model: nn.Module, shapes: dict[str, tuple]) -> list[Unit]:
 
 
 def common_path(names: Iterable[str]) -> str:
-    """The path of the smallest module that holds all of these parameters."""
+    """Return the path of the smallest module that holds all of these parameters."""
     levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
     return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def block_of(model: nn.Module, graph: CouplingGraph, stack: str, layer: int, *, kind: str) -> str:
-    """The path of the block of a layer that holds its units of a kind: its attention for heads, its MLP for neurons.
+    """Return the path of the block of a layer that holds its units of a kind: its attention for heads, its MLP for
+    neurons.
 
     Raises:
         TraceError: there is no such layer, or it does not hold them in one block of its own.

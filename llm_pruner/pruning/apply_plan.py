@@ -20,12 +20,11 @@ from ..data import self_calibration
 from ..errors import PrunerError
 from ..files import complete_folder
 from ..logs import log
-from ..refit.biases import with_biases
-from ..refit.compensate import METHODS, compensate
+from ..refit.compensate import METHODS
 from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
-from .mending import calibration_set
+from .mending import calibration_set, compensate_plan
 from .settings import CalibrationSettings
 
 
@@ -130,9 +129,6 @@ def repeat_refit(
         if refit.self_samples:
             own = self_calibration(model, calibration, refit.self_samples, refit.seed)
             calibration = torch.cat([own, calibration])
-        if refit.compensation == "bias":
-            pruned = with_biases(pruned, calibration)
-        kept = next((kept.tolist() for kept in plan.layers.values()), None)
-        compensate(model, pruned, calibration, refit.compensation, kept=kept)
+        pruned, _ = compensate_plan(model, pruned, plan, calibration, method=refit.compensation)
     log.info("refitted again: %s on %d samples of %d tokens", refit.compensation, *calibration.shape)
     return pruned

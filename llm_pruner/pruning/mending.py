@@ -12,8 +12,9 @@ from ..data import calibration, self_calibration
 from ..errors import PrunerError
 from ..logs import log
 from ..refit.biases import with_biases
-from ..refit.compensate import compensate
+from ..refit.compensate import CompensationReport, compensate
 from ..refit.norms import rescale_norms
+from ..selection.plan import PruningPlan
 from .context import Planning
 from .planning import PlannedModel
 from .settings import CalibrationSettings, PruneSettings
@@ -76,10 +77,7 @@ def _compensate(
     try:
         if refit.self_samples and (refit.self_samples_required or not settings.model.offload):
             ids, own = _with_self_samples(settings, model, ids)
-        if refit.compensation == "bias":
-            pruned = with_biases(pruned, ids)
-        kept = next((kept.tolist() for kept in planned.plan.layers.values()), None)
-        report = compensate(model, pruned, ids, method=refit.compensation, kept=kept)
+        pruned, report = compensate_plan(model, pruned, planned.plan, ids, method=refit.compensation)
     except PrunerError as error:
         if refit.required:
             raise
@@ -90,6 +88,20 @@ def _compensate(
         "compensation moved %d of %d projections, logits scaled by %s", moved, len(report.layers), report.temperature
     )
     return pruned, asdict(report) | {"self_samples": own}
+
+
+def compensate_plan(
+    model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, ids: torch.Tensor, *, method: str
+) -> tuple[PreTrainedModel, CompensationReport]:
+    """Compensate what a plan left of a model; return the compensated model, with biases where the method needs them.
+
+    Raises:
+        PrunerError: as :func:`llm_pruner.compensate`.
+    """
+    if method == "bias":
+        pruned = with_biases(pruned, ids)
+    kept = next((kept.tolist() for kept in plan.layers.values()), None)
+    return pruned, compensate(model, pruned, ids, method, kept=kept)
 
 
 def _with_self_samples(settings: PruneSettings, model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -185,7 +185,7 @@ class PruneSettings:
 
     @property
     def prunes_widths(self) -> bool:
-        """True unless only whole layers or blocks go."""
+        """Return True unless only whole layers or blocks go."""
         if self.widths.kinds:
             return self.widths.kinds != ("layers",)
         return not self.layers.any or bool(self.budget or self.shape)

@@ -68,7 +68,7 @@ class Budget:
 
 
 def parameters(graph: CouplingGraph, plan: PruningPlan | None = None) -> int:
-    """Parameters of the model that a plan leaves (tied ones once); of the model as it is without a plan."""
+    """Return the parameters of the model that a plan leaves (tied ones once); without a plan, of the model as it is."""
     plan = plan or PruningPlan()
     return sum(prod(plan.cut_shape(name, shape)) for name, shape in graph.shapes.items())
 
@@ -78,7 +78,7 @@ def parameter_budget(graph: CouplingGraph, target: float | str) -> Budget:
 
 
 def solve(graph: CouplingGraph, budget: Budget, plan_at: Callable[[float], PruningPlan]) -> PruningPlan:
-    """The plan of the smallest ratio that costs no more than the budget allows, and at most 0.5% less.
+    """Return the plan of the smallest ratio that costs no more than the budget allows, and at most 0.5% less.
 
     Args:
         plan_at: the plan at a ratio; it may raise :class:`NothingRemoved`.

@@ -11,7 +11,7 @@ from .plan import PruningPlan, name_after
 
 
 def compose_plans(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, left: CouplingGraph) -> PruningPlan:
-    """The plan that does at once what ``first`` does to a model, and ``then`` to what that leaves.
+    """Return the plan that does at once what ``first`` does to a model, and ``then`` to what that leaves.
 
     Args:
         then: widths only; no layers or blocks.

@@ -92,12 +92,12 @@ class PruningPlan:
 
     @property
     def layers(self) -> dict[str, torch.Tensor]:
-        """The kept layers by path of their stack, for stacks that lose layers."""
+        """Return the kept layers by path of their stack, for stacks that lose layers."""
         return {name.rpartition(".")[0]: c.kept for name, c in self.units.items() if c.kind == "layers"}
 
     @property
     def tokens(self) -> list[int] | None:
-        """The kept token ids in order: their places are the new ids. None if the vocabulary is not pruned."""
+        """Return the kept token ids in order, whose places are the new ids; None if the vocabulary is not pruned."""
         return next((c.kept.tolist() for c in self.units.values() if c.kind == "vocabulary"), None)
 
     def keep(self, unit: Unit, indices: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> None:

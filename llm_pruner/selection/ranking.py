@@ -13,19 +13,19 @@ from ..importance.scores import Scores
 
 
 def removable_count(unit: Unit, ratio: float) -> int:
-    """How many of a unit's indices a ratio removes (LLM-Pruner's count), leaving at least the minimum."""
+    """Return how many of a unit's indices a ratio removes (LLM-Pruner's count), leaving at least the minimum."""
     channels = unit.size * unit.width
     removed = (channels - int(channels * (1 - ratio))) // unit.width
     return min(removed, unit.size - unit.minimum)
 
 
 def _rounded(unit: Unit, kept: int, step: int) -> int:
-    """A kept count as a multiple of ``step``, at least the unit's minimum and at most all of it."""
+    """Round a kept count up to a multiple of ``step``, at least the unit's minimum and at most all of it."""
     return min(-(-max(kept, unit.minimum) // step) * step, unit.size)
 
 
 def alignment(unit: Unit) -> int:
-    """The width in whose multiples kernels like a unit's channels."""
+    """Return the width in whose multiples kernels are fast at a unit's channels."""
     if unit.kind in ("heads", "query_heads", "experts", "layers"):
         return 1
     fits = (width for width in (128, 64, 32, 16, 8) if unit.size % width == 0 and unit.size >= 32 * width)

@@ -92,7 +92,7 @@ def apply(
 
 
 def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> str:
-    """Whether something beside widths has changed with the hidden size: some models make factors of it.
+    """Return what changed with the hidden size besides widths, empty if nothing: some models derive factors from it.
 
     No shape shows that, so the two models are compared, if there are weights to do so.
     """
@@ -118,7 +118,7 @@ def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: Pruning
 
 
 def _broken_cache(rebuilt: PreTrainedModel, original: PreTrainedModel) -> str:
-    """What goes wrong when a rebuilt model is asked to fill its cache, if the original can do so."""
+    """Return what goes wrong when a rebuilt model fills its cache, if the original can do so; empty if nothing."""
 
     def problem(model: PreTrainedModel) -> str:
         ids = torch.ones(2, 16, dtype=torch.long, device=model.device)

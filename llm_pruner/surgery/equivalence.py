@@ -118,7 +118,7 @@ def _compare(
 
 
 def _rounded_off(table: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a table computed anew is what a model of ``dtype`` has, but for rounding."""
+    """Return True if a table computed anew is what a model of ``dtype`` has, but for rounding."""
     if table.shape != stored.shape or not (table.is_floating_point() and stored.is_floating_point()):
         return False
     fine = table.to(stored.device, torch.float64)
@@ -130,7 +130,7 @@ def _rounded_off(table: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) 
 def _changed_logits(
     model: PreTrainedModel, ids: torch.Tensor, dtype: torch.dtype, change: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """The logits, on the CPU in float64, of a model whose tensors are changed and cast while they are used."""
+    """Return the logits, on the CPU in float64, of a model whose tensors are changed and cast while they are used."""
 
     compute = replace(native_compute(model), dtype=dtype)
 
@@ -186,7 +186,7 @@ class KeptNorms(TorchDispatchMode):
 
 
 def norm_modes(graph: CouplingGraph, plan: PruningPlan) -> list[KeptNorms]:
-    """The modes that a plan needs: one for every hidden unit that it cuts."""
+    """Return the modes that a plan needs: one for every hidden unit that it cuts."""
     modes = []
     for unit in graph.of_kind("hidden"):
         if unit.name in plan.units:

@@ -12,7 +12,8 @@ from ..selection.plan import PruningPlan, name_after
 
 
 def find_wrong_axis(rebuilt: PreTrainedModel, original: CouplingGraph, plan: PruningPlan) -> str:
-    """What a rebuilt model has otherwise than the plan says; shapes can agree while head counts do not."""
+    """Return the first axis of a rebuilt model that differs from the plan, empty if none; shapes can agree while
+    head counts do not."""
     expected = _axes(original, plan)
     for key, sizes in _axes(trace(rebuilt), PruningPlan()).items():
         if sizes != expected[key]:
@@ -24,7 +25,8 @@ def find_wrong_axis(rebuilt: PreTrainedModel, original: CouplingGraph, plan: Pru
 
 
 def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list[tuple[int, int, bool]]]:
-    """The axes that every parameter dim is made of after the plan: size, stride and whether the indices are heads.
+    """Return the axes that every parameter dim is made of after the plan: size, stride and whether the indices are
+    heads.
 
     The stride tells three heads of four channels from four heads of three; that they are heads, one of four channels
     from four of one.
@@ -48,7 +50,7 @@ def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list
 
 
 def _stride(label: torch.Tensor) -> int:
-    """How many positions the first index has, from the first position on."""
+    """Return how many positions the first index has, from the first position on."""
     if not len(label) or label[0] < 0:
         return 0
     others = (label != label[0]).nonzero()

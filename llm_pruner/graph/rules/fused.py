@@ -26,7 +26,7 @@ def layer_norm(call: Call) -> None:
 
 @rule("native_group_norm", "group_norm")
 def group_norm(call: Call) -> None:
-    """Channels are ``group x within``; each group is normalised alone."""
+    """Normalise each group of channels alone: channels are ``group x within``."""
     dims, groups = call.dims("input"), call["group"] or call["num_groups"]
     for name in ("weight", "bias"):
         if call[name] is not None:

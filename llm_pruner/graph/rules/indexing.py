@@ -67,7 +67,7 @@ def index(call: Call) -> None:
 
 
 def _masked(call: Call, dims: list[Dim], indices: list[Traced | None], writes: bool) -> None:
-    """A mask stands for as many dims as it has, and leaves one, of what it selects; the others pass."""
+    """Replace the dims of a mask by one, the selected positions; the others pass."""
     reason = "selected by a mask"
     at, *more = [i for i, index in enumerate(indices) if index is not None]
     mask = indices[at]

@@ -14,7 +14,7 @@ from .pointwise import pointwise
 
 
 def axes_of(value: Any, rank: int) -> list[int]:
-    """The ``dim`` argument of a reduction as non-negative axes; absent or empty means all of them."""
+    """Return the ``dim`` argument of a reduction as non-negative axes; absent or empty means all of them."""
     if value is None or value == []:
         return list(range(rank))
     return [v % max(rank, 1) for v in (value if isinstance(value, (list, tuple)) else [value])]

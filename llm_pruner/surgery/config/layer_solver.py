@@ -69,7 +69,7 @@ class LayerSolver:
         self.found: dict[Any, tuple[list[Solution], Iterator[Solution]]] = {}
 
     def solve(self, layer: nn.Module, wanted: Shapes, cuts: list[Cut], attempt: int) -> Solution:
-        """The ``attempt``-th solution of a layer, or its last."""
+        """Return the ``attempt``-th solution of a layer, or its last."""
         config = config_of(layer)
         config = config and global_config(config)
         now = shapes_of(layer)
@@ -94,7 +94,7 @@ class LayerSolver:
 def _solutions(
     layer: nn.Module, config: PreTrainedConfig | None, now: Shapes, wanted: Shapes, cuts: list[Cut]
 ) -> Iterator[Solution]:
-    """Solutions that need no block of its own first, then those with one, two, ..."""
+    """Yield solutions that need no block of its own first, then those with one, two, ..."""
     owners = sorted({path for cut in cuts for path in _owners(layer, cut)})
     for count in range(len(owners) + 1):
         for special in combinations(owners, count):
@@ -201,7 +201,7 @@ def candidates(fields: Mapping[str, Any], cuts: list[Cut]) -> dict[tuple[str, in
 
 
 def _pins(layer: nn.Module, config: PreTrainedConfig, now: Shapes, cut_dims: set[tuple[str, int]]) -> Overrides:
-    """A derived head size, written down so that it stays when head count or hidden size change.
+    """Return the derived head size to write down, so that it stays when head count or hidden size change.
 
     Only where the architecture reads such a field and the cut touches what depends on it.
     """
@@ -224,7 +224,7 @@ def _try(module: nn.Module, values: Overrides) -> nn.Module | None:
 def _field_solutions(
     layer: nn.Module, config: PreTrainedConfig | None, now: Shapes, wanted: Shapes, cuts: list[Cut]
 ) -> Iterator[tuple[Overrides, Overrides]]:
-    """``(pins, fields)`` that turn exactly the shapes ``now`` into ``wanted``; the fewest fields first."""
+    """Yield ``(pins, fields)`` that turn exactly the shapes ``now`` into ``wanted``, the fewest fields first."""
     if now == wanted:
         yield {}, {}
         return
@@ -287,7 +287,8 @@ def _compensating_fields(fields: Mapping[str, Any], cuts: list[Cut]) -> Iterator
 
 
 def _changed(before: Shapes, after: Shapes) -> set[tuple[str, int]]:
-    """The dims in which ``after`` differs, over the names of ``before``; a name lost or reshaped differs in dim -1."""
+    """Return the dims in which ``after`` differs, over the names of ``before``; a name lost or reshaped differs in
+    dim -1."""
     out = set()
     for name, shape in before.items():
         other = after.get(name, ())
@@ -298,7 +299,7 @@ def _changed(before: Shapes, after: Shapes) -> set[tuple[str, int]]:
 
 
 def _subsets(items: dict[tuple[str, int], bool], most_counting: bool = False) -> Iterator[Overrides]:
-    """Sets of up to four fields: those with the fewest fields that do not count the units first, then small ones.
+    """Yield sets of up to four fields: those with the fewest fields that do not count the units first, then small ones.
 
     With ``most_counting``, sets with more counting fields come first instead.
     """
@@ -319,7 +320,7 @@ def _subsets(items: dict[tuple[str, int], bool], most_counting: bool = False) ->
 
 
 def _block_recipes(layer: nn.Module, path: str, wanted: Shapes, cuts: list[Cut]) -> Iterator[Recipe]:
-    """One block as if the model were narrower: its inner dims from its config, the others as stated.
+    """Yield recipes for one block as if the model were narrower: inner dims from its config, the others as stated.
 
     As many fields that count the unit are changed as the shapes allow: a head count shows in no shape where the
     width is derived from the hidden size.

@@ -34,7 +34,7 @@ class Equation:
     terms: tuple[tuple[float, tuple[str, ...]], ...]
 
     def solve(self, known: Mapping[str, int]) -> tuple[str, int] | None:
-        """The one count that is not known yet; None where there are more.
+        """Return the one count that is not known yet; None where there are more.
 
         Raises:
             PrunerError: no count fits.
@@ -147,7 +147,8 @@ def _composition(labels: list[torch.Tensor]) -> list[tuple[list[bool], int]]:
 
 
 def _solved(equations: list[Equation], known: dict[str, int], units: dict[str, Unit]) -> dict[str, int]:
-    """The counts that fit all equations: those that stand alone in one first; where there are none, one is tried."""
+    """Return the counts that fit all equations: those that stand alone in one first; where there are none, one is
+    tried."""
     known = dict(known)
     left = list(dict.fromkeys(equations))
     while left:
@@ -195,7 +196,7 @@ def _tried(equations: list[Equation], known: dict[str, int], units: dict[str, Un
 
 
 def layer_counts(graph: CouplingGraph, shapes: Shapes) -> dict[str, int]:
-    """How many layers each stack keeps, by the name of its unit.
+    """Return how many layers each stack keeps, by the name of its unit.
 
     Raises:
         PrunerError: more than it has, or none.
@@ -211,7 +212,7 @@ def layer_counts(graph: CouplingGraph, shapes: Shapes) -> dict[str, int]:
 
 
 def shapes_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes:
-    """The shapes of the model of a config.
+    """Return the shapes of the model of a config.
 
     Raises:
         PrunerError: the architecture refuses the config.
@@ -256,7 +257,7 @@ def target_config(model: PreTrainedModel, wanted: Mapping[str, Any]) -> PreTrain
 
 
 def _builds(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes:
-    """The shapes that a config gives, none where it is refused."""
+    """Return the shapes that a config gives, none where it is refused."""
     try:
         return shapes_for(model_class, config)
     except PrunerError:
@@ -276,7 +277,7 @@ def _head_dim(config: PreTrainedConfig) -> int | None:
 
 
 def _fields(model: PreTrainedModel, config: PreTrainedConfig, name: str, value: Any) -> list[str]:
-    """The fields that say what a flag names."""
+    """Return the fields that a flag names."""
     mapped = config.attribute_map.get(name, name)
     fields = fields_of(config)
     if mapped in fields and (fields[mapped] is not None or SHAPE.get(name) != "neurons"):
@@ -290,7 +291,7 @@ def _fields(model: PreTrainedModel, config: PreTrainedConfig, name: str, value: 
 
 
 def _by_trying(model: PreTrainedModel, config: PreTrainedConfig, name: str, value: int) -> list[str]:
-    """The fields that change the units of a flag's kind, and nothing else."""
+    """Return the fields that change the units of a flag's kind, and nothing else."""
     graph = trace(skeleton(type(model), model.config))
     plain = shapes_of(skeleton(type(model), model.config))
     mine = {key for unit in graph.of_kind(SHAPE[name]) for key in unit.dims}
@@ -318,7 +319,7 @@ def _by_trying(model: PreTrainedModel, config: PreTrainedConfig, name: str, valu
 
 
 def nearest(model: PreTrainedModel, wanted: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Changes of one field each that make a shape one that can be reached, the nearest first.
+    """Yield changes of one field each that make a shape reachable, the nearest first.
 
     They are looked for on a model of the same widths and one layer, where that can be had.
     """

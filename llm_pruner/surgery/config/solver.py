@@ -1,16 +1,17 @@
-"""Finds the config whose model has exactly the shapes that a plan leaves.
+"""Find the config whose model has exactly the shapes that a plan leaves.
 
-No field is known by name. A field may be the one if its value is a multiple of a unit's size; it is one if
-changing it changes, on the meta device, dims that the plan cuts and no others. Layers are solved one at a
-time, each built by its own constructor; fields on which all layers agree are then lifted to the config
-itself, and what is left becomes per-layer (:mod:`llm_pruner.heterogeneous`). Shapes can agree by
-coincidence, so :func:`llm_pruner.apply` traces the result and compares units before it trusts it.
+No field is known by name. A field is a candidate if its value is a multiple of a unit's size; it is a solution if
+changing it changes, on the meta device, dims that the plan cuts and no others. Layers are solved one at a time, each
+built by its own constructor. Fields on which all layers agree are then lifted to the config itself; the others become
+per-layer (:mod:`llm_pruner.models.per_layer`). Shapes can agree by coincidence, so :func:`llm_pruner.apply` traces the
+result and compares units before it trusts a config.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
@@ -20,7 +21,15 @@ from ...errors import PrunerError
 from ...graph.units import CouplingGraph
 from ...models.constructors import config_of, constructor_arguments, fields_of
 from ...models.layers import is_below
-from ...models.per_layer import CONSTANTS, SUBMODULES, Overrides, overrides_of, set_field, with_values
+from ...models.per_layer import (
+    CONSTANTS,
+    SUBMODULES,
+    Overrides,
+    layer_overrides_of,
+    overrides_of,
+    set_field,
+    with_values,
+)
 from ...models.running import stored_tensors
 from ...models.skeleton import Shapes, names_of, shapes_of, skeleton
 from ...selection.plan import PruningPlan, name_after
@@ -29,94 +38,129 @@ from .stacks import Stack, configs_in, stacks_of, without_blocks, without_layers
 from .token_ids import renumber
 
 MAX_ATTEMPTS = 32
-# What is set once in a config: what all layers that need it agree on (there may be dense ones and sparse ones), what
-# really all agree on, nothing. The first that fits is the plainest.
+# Fields that are set once in a config: those on which all layers that need them agree (dense and sparse layers may
+# differ), those on which really all layers agree, none. The first that fits is the plainest.
 LIFTS = ("any", "all", "none")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerJob:
+    """A layer that changes: ``target`` shapes that it must get, and the cuts that touch it."""
+
+    stack: Stack
+    index: int
+    layer: nn.Module
+    target: Shapes
+    cuts: list[Cut]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.stack.path, self.index
+
+
 def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> Iterator[PreTrainedConfig]:
-    """Configs of the pruned model, the likeliest first. All give the right shapes; the caller picks one that also
-    gives the right units.
+    """Yield configs of the pruned model, the likeliest first.
+
+    All give the right shapes; the caller picks one that also gives the right units.
 
     Args:
-        model: the model to be pruned; only its class, config and shapes are read.
+        model: model to be pruned; only its class, config and shapes are read.
         graph: its units.
 
     Raises:
         PrunerError: no config expresses the shapes; the message names the first tensors that do not fit.
     """
-    known = names_of(model)
-    targets = {
-        new: plan.cut_shape(name, tensor.shape)
-        for name, tensor in stored_tensors(model).items()
-        for alias in known[name]
-        if (new := name_after(alias, plan)) is not None
-    }
-    config = copy.deepcopy(model.config)
-    if plan.layers:
-        config = without_layers(model, config, stacks_of(model), plan)
-    for choice in plan.units.values():
-        if choice.kind == "vocabulary":
-            config.get_text_config().vocab_size = choice.kept.numel()
-            renumber(config, choice.kept.tolist())
-
-    if plan.blocks:
-        without_blocks(model, config, plan)
+    targets = _target_shapes(model, plan)
+    config = _config_without_dropped(model, plan)
     base = skeleton(type(model), config)
     stacks = stacks_of(base)
-    jobs = [(stack, job) for stack in stacks for job in _jobs(base, stack, targets, plan, graph, known)]
-    solver = LayerSolver()
+    jobs = [job for stack in stacks for job in _jobs(base, stack, targets, _layer_cuts(model, plan, graph))]
+    cuts_hidden = any(choice.kind == "hidden" for choice in plan.units.values())
+    solver, fits = LayerSolver(), False
     problem: PrunerError | None = None
-    fits = False
     for attempt in range(MAX_ATTEMPTS):
-        solved = {
-            (stack.path, i): solver.solve(layer, wanted, cuts, attempt) for stack, (i, layer, wanted, cuts) in jobs
-        }
+        solved = {job.key: solver.solve(job.layer, job.target, job.cuts, attempt) for job in jobs}
         if attempt and not solver.progressed(attempt):
             break
-        tried: list[dict[str, Any]] = []
-        for lift in LIFTS:
-            assembled = _assemble(config, stacks, solved, lift)
-            _cut_constants(assembled, stacks, plan, graph)
-            if assembled.to_dict() in tried:
-                continue
-            tried.append(assembled.to_dict())
+        for assembled in _assemble_lifts(config, stacks, solved, lambda c: _cut_constants(c, stacks, plan, graph)):
             try:
-                found = _checked(model, assembled, targets, plan)
+                fitting = _checked(model, assembled, targets, plan)
             except PrunerError as error:  # another may fit
                 problem = problem or error
                 continue
             fits = True
-            if any(choice.kind == "hidden" for choice in plan.units.values()):
-                yield from _keeping_constants(base, found, stacks)
-            yield found
+            if cuts_hidden:
+                yield from _keeping_constants(base, fitting, stacks)
+            yield fitting
     if problem and not fits:
         raise problem
 
 
-Job = tuple[int, nn.Module, Shapes, list[Cut]]
+def _target_shapes(model: PreTrainedModel, plan: PruningPlan) -> Shapes:
+    """Return the shape of every stored tensor after the plan, under all its names."""
+    names = names_of(model)
+    return {
+        new: plan.cut_shape(name, tensor.shape)
+        for name, tensor in stored_tensors(model).items()
+        for alias in names[name]
+        if (new := name_after(alias, plan)) is not None
+    }
+
+
+def _config_without_dropped(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedConfig:
+    """Return the model's config without the layers, tokens and blocks that a plan drops; widths are as before."""
+    config = copy.deepcopy(model.config)
+    if plan.layers:
+        config = without_layers(model, config, stacks_of(model), plan)
+    if plan.tokens is not None:
+        config.get_text_config().vocab_size = len(plan.tokens)
+        renumber(config, plan.tokens)
+    if plan.blocks:
+        without_blocks(model, config, plan)
+    return config
 
 
 def _jobs(
-    base: PreTrainedModel,
-    stack: Stack,
-    targets: Shapes,
-    plan: PruningPlan,
-    graph: CouplingGraph,
-    known: dict[str, list[str]],
-) -> Iterator[Job]:
-    """The layers of a stack that change, with the shapes that they must get and the cuts that touch them."""
-    layers = cast(nn.ModuleList, base.get_submodule(stack.path))
-    origin = plan.layers[stack.path].tolist() if stack.path in plan.layers else range(len(layers))
-    for i, old in enumerate(origin):
+    base: PreTrainedModel, stack: Stack, targets: Shapes, cuts: Callable[[Stack, int], list[Cut]]
+) -> Iterator[LayerJob]:
+    """Yield the layers of a stack that change."""
+    for i, layer in enumerate(cast(nn.ModuleList, base.get_submodule(stack.path))):
         path = f"{stack.path}.{i}."
-        wanted = {n.removeprefix(path): s for n, s in targets.items() if n.startswith(path)}
-        if wanted != shapes_of(layers[i]):
-            yield i, layers[i], wanted, _cuts(plan, graph, known, f"{stack.path}.{old}.")
+        target = {name.removeprefix(path): shape for name, shape in targets.items() if name.startswith(path)}
+        if target != shapes_of(layer):
+            yield LayerJob(stack=stack, index=i, layer=layer, target=target, cuts=cuts(stack, i))
+
+
+def _layer_cuts(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> Callable[[Stack, int], list[Cut]]:
+    """Return a function that lists the cuts that touch a layer, by its index after the plan."""
+    names = names_of(model)
+
+    def cuts(stack: Stack, index: int) -> list[Cut]:
+        kept = plan.layers.get(stack.path)
+        original = index if kept is None else int(kept[index])
+        return _cuts(plan, graph, names, f"{stack.path}.{original}.")
+
+    return cuts
+
+
+def _assemble_lifts(
+    config: PreTrainedConfig,
+    stacks: list[Stack],
+    solved: dict[tuple[str, int], Solution],
+    finish: Callable[[PreTrainedConfig], None],
+) -> Iterator[PreTrainedConfig]:
+    """Yield the different configs that :data:`LIFTS` give, each finished."""
+    tried: list[dict[str, Any]] = []
+    for lift in LIFTS:
+        assembled = _assemble(config, stacks, solved, lift)
+        finish(assembled)
+        if (content := assembled.to_dict()) not in tried:
+            tried.append(content)
+            yield assembled
 
 
 def _cuts(plan: PruningPlan, graph: CouplingGraph, known: dict[str, list[str]], path: str) -> list[Cut]:
-    """The cuts that touch one layer, with parameter names relative to it."""
+    """List the cuts that touch one layer, with parameter names relative to it."""
     units = {unit.name: unit for unit in [*graph.units, *graph.frozen]}
     groups = [u for u in units.values() if u.kind == "query_heads"]
     out = []
@@ -133,7 +177,7 @@ def _cuts(plan: PruningPlan, graph: CouplingGraph, known: dict[str, list[str]], 
 def _assemble(
     config: PreTrainedConfig, stacks: list[Stack], solved: dict[tuple[str, int], Solution], lift: str
 ) -> PreTrainedConfig:
-    """One config out of every layer's; ``lift`` says which fields are set once, for all of them."""
+    """Merge the solutions of all layers into one config; ``lift`` says which fields are set once."""
     config = copy.deepcopy(config)
     for where, part in list(configs_in(config)):
         mine = [stack for stack in stacks if stack.config == where]
@@ -149,7 +193,7 @@ def _assemble(
 
 
 def _shared(stacks: list[list[Solution]], strict: bool) -> Overrides:
-    """The fields on which all layers that change them agree; with ``strict``, all layers of a stack have to."""
+    """Return the fields on which all layers that change them agree; with ``strict``, all layers of a stack must."""
     out: Overrides = {}
     for layers in stacks:
         for field in dict.fromkeys(field for solution in layers for field in solution.fields):
@@ -162,10 +206,9 @@ def _shared(stacks: list[list[Solution]], strict: bool) -> Overrides:
 def _write(
     config: PreTrainedConfig, common: Overrides, stacks: list[Stack], solutions: dict[str, list[Solution]]
 ) -> None:
-    """Write down in a config what its stacks of layers need: ``common`` for all, the rest layer by layer."""
-    layers: dict[int, Overrides] = {}
+    """Write what stacks of layers need into their config: ``common`` fields once, the others per layer or block."""
+    layers = {i: dict(own) for i, own in layer_overrides_of(config).items()}
     if config.is_heterogeneous:
-        layers = {i: dict(o) for i, o in config._heterogeneity_spec.per_layer_overrides.items()}
         config.per_layer_config = None
     blocks: dict[str, Recipe] = copy.deepcopy(overrides_of(config))
     for field, value in common.items():
@@ -179,8 +222,7 @@ def _write(
             elif own:
                 recipes = {stack.inside(i): {"values": own, "shapes": {}}} | recipes
             for path, recipe in recipes.items():
-                before = blocks.get(path, {"values": {}})
-                blocks[path] = before | {"values": before["values"] | recipe["values"], "shapes": recipe["shapes"]}
+                _merge_recipe(blocks, path, recipe)
     layers = {i: own for i, own in layers.items() if own}
     if layers:
         # Validators and caches read the global value of fields that layers override.
@@ -190,8 +232,14 @@ def _write(
         setattr(config, SUBMODULES, blocks)
 
 
+def _merge_recipe(blocks: dict[str, Recipe], path: str, recipe: Recipe) -> None:
+    """Add a recipe to that of a block: values are merged, shapes replaced."""
+    before = blocks.get(path, {"values": {}})
+    blocks[path] = before | {"values": before["values"] | recipe["values"], "shapes": recipe["shapes"]}
+
+
 def _cut_constants(config: PreTrainedConfig, stacks: list[Stack], plan: PruningPlan, graph: CouplingGraph) -> None:
-    """Write down which part of a constant every layer keeps."""
+    """Write which part of a constant every layer keeps into the configs."""
     parts = dict(configs_in(config))
     cut = [(c, plan.units[u.name].kept.tolist()) for u in graph.units if u.name in plan.units for c in u.constants]
     for constant, kept in sorted(cut, key=lambda item: -item[0].inner):  # outer axes first
@@ -207,7 +255,7 @@ def _cut_constants(config: PreTrainedConfig, stacks: list[Stack], plan: PruningP
 def _keeping_constants(
     base: PreTrainedModel, config: PreTrainedConfig, stacks: list[Stack]
 ) -> Iterator[PreTrainedConfig]:
-    """The config with constants left as they were, if it changes any.
+    """Yield the config with its constants restored, where it changes any.
 
     With the hidden size, a config also changes what is derived from it: rotary tables where it gives head_dim, the
     factor on embeddings (Gemma, Pegasus), on logits (T5), inside attention (LongCat). Whole numbers are restored
@@ -238,7 +286,7 @@ def _keeping_constants(
 
 
 def _restoring(old: nn.Module, new: nn.Module, numbers: tuple[type, ...], inside: bool) -> Recipe | None:
-    """What puts the constants of a module back, None where they have not changed. Inside layers, only factors."""
+    """Return the recipe that restores a module's constants, inside layers only factors; None where none changed."""
 
     def changed(before: dict[str, Any], after: dict[str, Any], types: tuple[type, ...]) -> dict[str, Any]:
         return {n: v for n, v in before.items() if type(v) in types and after.get(n) != v}
@@ -254,9 +302,9 @@ def _restoring(old: nn.Module, new: nn.Module, numbers: tuple[type, ...], inside
 
 
 def _checked(model: PreTrainedModel, config: PreTrainedConfig, targets: Shapes, plan: PruningPlan) -> PreTrainedConfig:
-    """The config that builds exactly the target shapes, if need be with one more field changed.
+    """Return the config that builds exactly the target shapes, if need be with one more field changed.
 
-    That one is for widths that the layers do not see, such as that of an embedding with a projection of its own.
+    The extra field is for widths that the layers do not see, such as that of an embedding with a projection of its own.
     """
     cuts = [Cut(c.size, c.kept.numel(), set(), False, {c.size}) for c in plan.units.values() if c.layer is None]
     problem = ""
@@ -281,7 +329,8 @@ def _checked(model: PreTrainedModel, config: PreTrainedConfig, targets: Shapes, 
 
 
 def _invalid(config: PreTrainedConfig, original: PreTrainedConfig) -> str:
-    """What transformers' own checks hold against a config, if they let the original pass: it could not be saved."""
+    """Return why transformers' validators refuse a config, which could then not be saved; empty where they accept it,
+    or refuse the original too."""
     try:
         config.validate()
     except Exception as error:  # a validator may raise what it likes

@@ -38,7 +38,7 @@ class Stack:
     standard: bool = False
 
     def inside(self, index: int, path: str = "") -> str:
-        """The path of a block of layer ``index``, from the scope."""
+        """Return the path of a block of layer ``index``, from the scope."""
         return f"{self.path}.{index}.{path}".removeprefix(f"{self.scope}." if self.scope else "").rstrip(".")
 
 
@@ -69,7 +69,7 @@ def stacks_of(model: PreTrainedModel) -> list[Stack]:
 def configs_in(
     config: PreTrainedConfig, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
-    """A config and those inside it, by path."""
+    """Yield a config and those inside it, with their paths."""
     yield path, config
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
@@ -79,7 +79,7 @@ def configs_in(
 def without_layers(
     model: PreTrainedModel, config: PreTrainedConfig, stacks: list[Stack], plan: PruningPlan
 ) -> PreTrainedConfig:
-    """The config of the model without the layers that a plan drops, all else as it is.
+    """Return the config of the model without the layers that a plan drops, all else as it is.
 
     Fields with an entry for each layer lose those of the layers that go, and lists of layers' indices are renumbered.
     How many layers there are, and how many of them come before others of another kind, is a whole number in some
@@ -158,7 +158,7 @@ def _outputs(model: PreTrainedModel, path: str) -> int:
 
 
 def _entries(values: list[Any], length: int, order: list[int]) -> list[Any]:
-    """A list with an entry for each layer, or one of layers' indices, after the layers of ``order`` are left."""
+    """Return a list with an entry for each layer, or one of layers' indices, after the layers of ``order`` are left."""
     if len(values) == length:
         return [values[i] for i in order]
     indices = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
@@ -208,7 +208,7 @@ def _set_layer_count(
 def _fit_layer_pattern(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, wanted: dict[str, tuple[int, ...]]
 ) -> PreTrainedConfig:
-    """The config, if need be with one more number changed: how many dense layers come first, say."""
+    """Return the config, if need be with one more number changed: how many dense layers come first, say."""
 
     def fits(config: PreTrainedConfig) -> bool:
         try:

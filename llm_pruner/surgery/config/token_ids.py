@@ -14,7 +14,7 @@ LISTED = re.compile(r"suppress_tokens$|^bad_words_ids$|^sequence_bias$")  # what
 
 
 def ids_in(config: PreTrainedConfig | GenerationConfig) -> set[int]:
-    """The tokens that a config names, such as the end of a text."""
+    """Return the tokens that a config names, such as the end of a text."""
     out: set[int] = set()
     for name, value in _fields(config):
         if NAMED.search(name):
@@ -46,7 +46,7 @@ def renumber(config: PreTrainedConfig | GenerationConfig, kept: list[int]) -> No
 
 
 def _all_new(value: Any, new: dict[int, int]) -> Any:
-    """An id, or a list of them, anew; None if one is gone."""
+    """Return the new number of an id, or of a list of them; None if one is removed."""
     if isinstance(value, list):
         moved = [_all_new(i, new) if isinstance(i, (int, list)) else i for i in value]
         return None if any(m is None for m in moved) else moved
