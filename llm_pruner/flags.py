@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import os
 import types
 import typing
@@ -76,7 +77,12 @@ class ValueType:
 
 def value_type(arguments_class: type, name: str) -> ValueType:
     """Return the type of the flag ``name``, from its annotation."""
-    return _value_type(typing.get_type_hints(arguments_class)[name])
+    return _value_types(arguments_class)[name]
+
+
+@functools.cache
+def _value_types(arguments_class: type) -> dict[str, ValueType]:
+    return {name: _value_type(hint) for name, hint in typing.get_type_hints(arguments_class).items()}
 
 
 def _value_type(hint: Any) -> ValueType:

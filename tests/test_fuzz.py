@@ -210,7 +210,7 @@ WORDS = st.one_of(
 def test_arguments(tmp_path_factory, data, capsys):
     """Any flags with any values, of a model that is not there: an error before anything is written."""
     command = data.draw(st.sampled_from([name for name in COMMANDS if name not in ("chat", "demo")]))
-    names = [f.name for f in fields(COMMANDS[command][0])]
+    names = [f.name for f in fields(COMMANDS[command].arguments_class)]
     argv = [command]
     for _ in range(data.draw(st.integers(0, 5))):
         argv += ["--" + data.draw(st.one_of(st.sampled_from(names), st.text(max_size=5))), data.draw(WORDS)]

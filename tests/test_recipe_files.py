@@ -51,7 +51,7 @@ def test_every_command_is_a_stage_with_all_its_flags():
         ("lora_r: 2", "lora_r: null", ":29: lora_r None is not valid"),
         ("pruner_type: l2", "taylor: secnd", ":16: taylor 'secnd' is not valid: input should be 'vectorize'"),
         ("pruner_type: l2", "pruner_type: best", ":13: criterion 'best' is not valid: choose from"),
-        ("pruner_type: l2", "pruner_type: no_such:thing", ":13: the criterion 'no_such:thing' cannot be imported"),
+        ("pruner_type: l2", "pruner_type: no_such:thing", ":13: criterion 'no_such:thing': there is no module no_such"),
         ("model:", "modle:", ":2: unknown key 'modle'; did you mean 'model'"),
         ("model:", "# model:", "'model' is missing"),
         ("stages:", "stages: {", ".yaml:"),

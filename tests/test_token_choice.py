@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tokenizers import FAMILIES, TEXTS, family_of
+from helpers.tiny_tokenizers import FAMILIES, TEXTS, family_of
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 

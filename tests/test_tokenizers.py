@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.tokenizers import FAMILIES, TEXTS, Family, family_of
+from helpers.tiny_tokenizers import FAMILIES, TEXTS, Family, family_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from helpers.models import build
-from helpers.tokenizers import byte_level
+from helpers.tiny_tokenizers import byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import llm_pruner as lp
