@@ -91,7 +91,10 @@ def test_a_share_of_the_latency_is_estimated_as_the_same_share_of_macs(home, tmp
     assert table["prune"][-1].startswith("~") and share - 0.01 < float(table["prune"][-1].lstrip("~")) <= share
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+LONG = {"openba_v2_5_stages", "pruning_llms_7b_to_3.4b"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in sorted(CONFIGS)])
 def test_every_recipe_can_be_predicted_on_the_config_of_its_model(name, tmp_path, capsys):
     kind, fields = CONFIGS[name]
     model = save_config(tmp_path / "model", kind, **fields)
@@ -105,6 +108,7 @@ def test_every_recipe_has_a_config():
     read(RECIPES / "smollm2_demo.yaml")
 
 
+@pytest.mark.slow
 def test_a_sweep_is_predicted_point_by_point(tmp_path, capsys):
     model = save_config(tmp_path / "model", "llama", vocab_size=32000, num_hidden_layers=32)
     recipe = RECIPES / "paper" / "llama7b_20.yaml"

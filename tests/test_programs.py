@@ -126,7 +126,7 @@ def sound(steps, seed):
     return graph
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(STEP, min_size=1, max_size=4), st.integers(0, 9))
 def test_units_of_random_programs_hold(steps, seed):
     """Permuting a unit in all its slices changes nothing that comes out."""

@@ -43,7 +43,8 @@ def test_two_processes_learn_what_one_does(home, tmp_path, tokenizer, name, rank
     assert two == pytest.approx(one, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", (pytest.param("full", marks=pytest.mark.slow), "lora"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ("full", "lora"))
 def test_fsdp_writes_whole_weights(home, tmp_path, method):
     """With FSDP2 every process holds a part of each weight; the result is that of one process."""
     options = {"method": method, "lora_dropout": 0.0, "max_steps": 4, "merge": method == "lora", "cutoff_len": 32}

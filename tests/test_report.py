@@ -107,6 +107,7 @@ def test_odd_scores_can_be_drawn(values, tmp_path):
     assert "<svg" in drawing.svg()
 
 
+@pytest.mark.slow
 def test_the_page_of_fifty_runs_stays_small(runs, tmp_path, capsys):
     """Runs of the embedded model's size: 30 layers of 1536 neurons."""
     generator = torch.Generator().manual_seed(0)

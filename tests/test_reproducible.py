@@ -47,7 +47,9 @@ def servers():
         server.close()
 
 
-@pytest.mark.parametrize("name", ["prune", "apply", "to-uniform", "vocab", "recover", "run"])
+@pytest.mark.parametrize(
+    "name", ["prune", "apply", "to-uniform", "vocab", "recover", pytest.param("run", marks=pytest.mark.slow)]
+)
 def test_every_command_to_the_bit(name, servers, home, home_text, tmp_path):
     """In fresh processes, with one thread and with two."""
     recipe = tmp_path / "recipe.yaml"
