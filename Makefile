@@ -10,8 +10,9 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 demo: $(READY)
 	$(BIN)/llm-pruner demo
 
+# One worker per core, each with one thread: most tests run Python, not kernels.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu"
