@@ -6,6 +6,7 @@ from typing import Literal
 
 DEFAULT_MODEL = "smollm2-135m"
 EMBEDDED_TEXT = "python-docs"
+ADAPTER_METHODS = ("lora", "dora")  # methods of recovery that train an adapter
 
 Kind = Literal["heads", "query_heads", "neurons", "experts", "hidden", "channels", "layers", "vocabulary"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -12,7 +12,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any
 
-ADAPTER_METHODS = ("lora", "dora")
+from .choices import ADAPTER_METHODS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,6 @@ from .config import auto_class
 FILE = "modeling_pruned.py"
 TAIL = '''
 
-install()
-
-
 class {name}(transformers.{name}):
     """The model of this checkpoint; reading it needs this file, and trust_remote_code=True."""
 '''

@@ -6,9 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
+from ..graph.units import CouplingGraph
+from ..importance.score import score
+from ..importance.scores import Scores
 from ..surgery.apply import Place, in_memory
 from .settings import PruneSettings
 
@@ -49,3 +54,23 @@ class Planning:
     clock: Stopwatch = field(default_factory=Stopwatch)
     place: Place = in_memory
     weights: Weights | None = None
+
+    def score_widths(
+        self, model: PreTrainedModel, graph: CouplingGraph, kinds: tuple[str, ...], cache: Path | None = None
+    ) -> Scores:
+        """Score the units of some kinds by the settings' criterion."""
+        scoring = self.settings.scoring
+        with self.clock("score"):
+            return score(
+                model,
+                graph,
+                self.ids,
+                criterion=scoring.criterion,
+                taylor=scoring.taylor,
+                aggregation=scoring.aggregation,
+                kinds=kinds,
+                seed=scoring.seed,
+                device=self.settings.model.device,
+                weights=self.weights,
+                cache=cache,
+            )

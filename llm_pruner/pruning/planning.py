@@ -18,7 +18,6 @@ from ..files import digest
 from ..graph.units import CouplingGraph, trace
 from ..importance.criteria import needs_calibration as criterion_needs_calibration
 from ..importance.layers import BY_POSITION
-from ..importance.score import score
 from ..importance.scores import Scores
 from ..logs import log
 from ..models.skeleton import parameter_count
@@ -215,21 +214,7 @@ def _score(
     plans: list[PruningPlan],
 ) -> Scores:
     """Score a model that ``plans`` left of the original; they tell its cache from others."""
-    scoring, device = planning.settings.scoring, planning.settings.model.device
-    with planning.clock("score"):
-        return score(
-            model,
-            graph,
-            planning.ids,
-            criterion=scoring.criterion,
-            taylor=scoring.taylor,
-            aggregation=scoring.aggregation,
-            kinds=kinds,
-            seed=scoring.seed,
-            device=device,
-            weights=planning.weights,
-            cache=_cache_file(planning, kinds, plans),
-        )
+    return planning.score_widths(model, graph, kinds, _cache_file(planning, kinds, plans))
 
 
 def _select(widths: WidthSettings, graph: CouplingGraph, scores: Scores, goal: WidthGoal, *, step: int) -> PruningPlan:

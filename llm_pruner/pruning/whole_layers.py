@@ -175,20 +175,7 @@ def _proportional_layers(
     shares = dict(settings.widths.proportions)
     kinds = tuple(kind for kind in shares if kind != "layers")
     layer_scores = _score_layers(planning, model, graph)
-    scoring, width_scores = settings.scoring, Scores({})
-    if kinds:
-        with planning.clock("score"):
-            width_scores = score(
-                model,
-                graph,
-                planning.ids,
-                criterion=scoring.criterion,
-                taylor=scoring.taylor,
-                aggregation=scoring.aggregation,
-                kinds=kinds,
-                seed=scoring.seed,
-                device=settings.model.device,
-            )
+    width_scores = planning.score_widths(model, graph, kinds) if kinds else Scores({})
     both = Scores(layer_scores.values | width_scores.values, width_scores.settings)
     if not all(shares.values()):
         with planning.clock("sensitivity"):

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-from ..choices import Dtype
+from ..choices import ADAPTER_METHODS, Dtype
 from ..errors import PrunerError
 from ..flags import Arguments, check_at_least, check_combinations, flag
 
 DEFAULT_DATA = "yahma/alpaca-cleaned"
-ADAPTER_METHODS = ("lora", "dora")
 COUNTS = (
     *("batch_size", "micro_batch_size", "lora_r", "lora_alpha", "teacher_top"),
     *("eval_steps", "save_steps", "save_total_limit", "logging_steps"),
