@@ -10,6 +10,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -49,6 +50,25 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # numbers of 5,000 digits, lists in lists without end
         raise PrunerError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
+
+
+def strict_json(document: Any) -> str:
+    """Format a document as JSON that every parser reads; numbers that are not finite become null.
+
+    >>> print(strict_json({"score": float("nan")}), end="")
+    {
+     "score": null
+    }
+    """
+    return json.dumps(_without_infinities(document), indent=1, default=str, allow_nan=False) + "\n"
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, content: str) -> None:

@@ -19,8 +19,9 @@ from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
 from llm_pruner.evaluation.evaluate import Measurements, count_parts, evaluate_model, evaluate_models
 from llm_pruner.evaluation.perplexity import byte_perplexity, perplexity, predicted_tokens, windows
-from llm_pruner.evaluation.table import strict_json, table
+from llm_pruner.evaluation.table import table
 from llm_pruner.evaluation.zero_shot import PAPER_TASKS, zero_shot
+from llm_pruner.files import strict_json
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])

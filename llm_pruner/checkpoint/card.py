@@ -90,9 +90,8 @@ def _refit_of(plan: PruningPlan) -> str:
     """Return the recorded refit of a plan's run in words, such as ``least_squares on wikitext2``."""
     refit = plan.settings.get("refit")
     refit = refit if isinstance(refit, dict) else {}
-    steps = [str(refit["compensation"])] * ("compensation" in refit) + ["rescaled norms"] * bool(
-        refit.get("rescale_norms")
-    )
+    compensation = str(refit.get("compensation", "none"))
+    steps = [compensation] * (compensation != "none") + ["rescaled norms"] * bool(refit.get("rescale_norms"))
     calibration = refit.get("calibration")
     text = calibration.get("dataset", "") if isinstance(calibration, dict) else ""
     return f"{' and '.join(steps)} on {Path(str(text)).name}"

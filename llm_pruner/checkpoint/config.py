@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
+from .gguf_reader import parsed_once
 from .locate import explain, locate
 
 
@@ -18,15 +22,21 @@ def load_config(name: str, trust_remote_code: bool = False, revision: str | None
         PrunerError: the model does not exist, or its config cannot be read.
     """
     path, gguf = locate(name)
-    extra = {"gguf_file": gguf} if gguf else {}
     try:
-        config = AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code, revision=revision or "main", **extra
-        )
+        if gguf:
+            status = (Path(path) / gguf).stat()
+            return deepcopy(_gguf_config(path, gguf, status.st_size, status.st_mtime_ns))
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision or "main")
     except Exception as error:
         raise PrunerError(explain(name, path, error)) from error
-    if gguf:
-        config.__dict__.pop("quantization_config", None)
+
+
+@lru_cache(maxsize=8)
+def _gguf_config(folder: str, file: str, size: int, modified: int) -> PreTrainedConfig:
+    """Return the config in a GGUF file; a file of the same size and time is parsed once."""
+    with parsed_once():
+        config = AutoConfig.from_pretrained(folder, gguf_file=file)
+    config.__dict__.pop("quantization_config", None)
     return config
 
 

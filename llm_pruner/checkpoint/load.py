@@ -17,9 +17,11 @@ from transformers import (
 
 from ..errors import PrunerError
 from ..logs import log
+from ..models.bars import without_bars
 from ..models.dispatch import check_device, spread
 from .adapters import merge_adapter
 from .config import auto_model_class
+from .gguf_reader import parsed_once
 from .integrity import check
 from .locate import PLAN_FILE, base_of, explain, is_adapter, locate
 from .shards import INDEX, shard_files
@@ -76,8 +78,9 @@ def load(
     if is_adapter(path):
         base = load(base_of(path), dtype, device, trust_remote_code, **options, device_map=device_map, verify=verify)
         return merge_adapter(*base, path)
-    model = load_model(name, dtype, device, trust_remote_code, **options, device_map=device_map, verify=verify)
-    return model, load_tokenizer(name, trust_remote_code, **options, config=model.config)
+    with parsed_once():
+        model = load_model(name, dtype, device, trust_remote_code, **options, device_map=device_map, verify=verify)
+        return model, load_tokenizer(name, trust_remote_code, **options, config=model.config)
 
 
 def load_with_tokenizer(name: str, *arguments: Any, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -110,14 +113,15 @@ def load_tokenizer(
     if Path(path).is_dir() and not any(any(Path(path).glob(p)) for p in TOKENIZERS) and not gguf:
         return None
     try:
-        return AutoTokenizer.from_pretrained(
-            path,
-            config=config,
-            trust_remote_code=trust_remote_code,
-            revision=revision or "main",
-            token=token,
-            **extra,
-        )
+        with parsed_once():
+            return AutoTokenizer.from_pretrained(
+                path,
+                config=config,
+                trust_remote_code=trust_remote_code,
+                revision=revision or "main",
+                token=token,
+                **extra,
+            )
     except Exception as error:  # transformers raises whatever its loaders raise; the user needs one line
         raise PrunerError(explain(name, path, error)) from error
 
@@ -149,24 +153,8 @@ def load_model(
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", "token": token}
     if gguf is not None:
         common["gguf_file"] = gguf
-    try:
-        config = AutoConfig.from_pretrained(path, **common)
-        if getattr(config, "quantization_config", None) is not None and gguf is None:
-            raise PrunerError(
-                f"{name} is quantized; structural pruning needs the original weights: load the unquantized checkpoint"
-            )
-        kwargs: dict[str, Any] = {"dtype": torch.float32 if gguf and dtype == "auto" else dtype}
-        if gguf is None:
-            kwargs["use_safetensors"] = True
-        else:
-            kwargs["quantization_config"] = GgufConfig(dequantize=True)
-        model, found = auto_model_class(config).from_pretrained(
-            path, config=config, output_loading_info=True, **common, **kwargs
-        )
-    except PrunerError:
-        raise
-    except Exception as error:
-        raise PrunerError(explain(name, path, error)) from error
+    with parsed_once(), without_bars():
+        model, found = _read_model(name, dtype, common)
     if found["missing_keys"]:
         raise PrunerError(
             f"{name} lacks {len(found['missing_keys'])} tensors of its architecture, such as "
@@ -175,6 +163,29 @@ def load_model(
     if gguf is not None:
         _forget_quantization(model)
     return (spread(model) if device_map else model.to(device)).eval()
+
+
+def _read_model(name: str, dtype: str | torch.dtype, common: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """Read a model with transformers; return it with what the loader reports."""
+    path, gguf = locate(name)
+    kwargs: dict[str, Any] = {"dtype": torch.float32 if gguf and dtype == "auto" else dtype}
+    try:
+        config = AutoConfig.from_pretrained(path, **common)
+        if getattr(config, "quantization_config", None) is not None and gguf is None:
+            raise PrunerError(
+                f"{name} is quantized; structural pruning needs the original weights: load the unquantized checkpoint"
+            )
+        if gguf is None:
+            kwargs["use_safetensors"] = True
+        else:
+            kwargs["quantization_config"] = GgufConfig(dequantize=True)
+        return auto_model_class(config).from_pretrained(
+            path, config=config, output_loading_info=True, **common, **kwargs
+        )
+    except PrunerError:
+        raise
+    except Exception as error:
+        raise PrunerError(explain(name, path, error)) from error
 
 
 def torch_dtype(value: str | torch.dtype) -> str | torch.dtype:

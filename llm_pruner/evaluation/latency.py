@@ -10,8 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..errors import PrunerError
 from ..graph.units import CouplingGraph, Unit
+from ..models.hooks import forward_hooks
 from ..models.layers import LayerLocator
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, model_inputs, random_tokens
@@ -194,12 +194,10 @@ def _average_alike(times: dict[Layer, float], signatures: dict[Layer, Any]) -> d
 
 def time_layers(model: PreTrainedModel, tokens: int, batch: int) -> tuple[float, dict[Layer, float]]:
     """Measure a forward pass and every layer in it: medians, in microseconds."""
-    clocks = {
-        (path, i): _ModuleClock(cuda=model.device.type == "cuda")
-        for path, stack in layer_lists(model).items()
-        for i in range(len(stack))
-    }
-    with _hooked(model, clocks):
+    layers = {(path, i): layer for path, stack in layer_lists(model).items() for i, layer in enumerate(stack)}
+    clocks = {place: _ModuleClock(cuda=model.device.type == "cuda") for place in layers}
+    stamps = [(module, clocks[place].stamp) for place, module in layers.items()]
+    with forward_hooks(stamps, before=stamps):
         whole = latency(model, tokens, batch)
     return whole, {layer: clock.median() for layer, clock in clocks.items() if clock.stamps}
 
@@ -225,18 +223,3 @@ class _ModuleClock:
             return statistics.median(end - start for start, end in pairs) * 1e6
         torch.cuda.synchronize()
         return float(statistics.median(start.elapsed_time(end) for start, end in pairs)) * 1e3
-
-
-@contextmanager
-def _hooked(model: nn.Module, clocks: dict[Layer, _ModuleClock]) -> Iterator[None]:
-    """Let clocks stamp the layers' passes within the block."""
-    handles = []
-    try:
-        for path, stack in layer_lists(model).items():
-            for i, module in enumerate(stack):
-                handles.append(module.register_forward_pre_hook(clocks[path, i].stamp))
-                handles.append(module.register_forward_hook(clocks[path, i].stamp))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

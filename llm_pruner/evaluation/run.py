@@ -11,13 +11,13 @@ from rich.console import Console
 from ..checkpoint.load import load_with_tokenizer
 from ..checkpoint.locate import locate
 from ..data import text
-from ..files import write_text
+from ..files import strict_json, write_text
 from ..models.dispatch import resolve_device
 from ..provenance import provenance
 from .arguments import EvaluateArguments, PerplexityArguments
 from .evaluate import PROMPTS, Evaluation, Measurements, evaluate_models
 from .perplexity import perplexity, windows
-from .table import Table, as_json, strict_json, table, terminal_table
+from .table import Table, as_json, table, terminal_table
 from .zero_shot import PAPER_TASKS
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table as TerminalTable
 
+from ..files import strict_json
 from .evaluate import Evaluation
 
 SPECIAL = str.maketrans({c: f"\\{c}" for c in "_%&#$"})
@@ -155,22 +154,3 @@ def terminal_table(cells: list[list[str]]) -> TerminalTable:
 def as_json(evaluations: list[Evaluation], about: dict[str, Any]) -> str:
     """Format all numbers as JSON, after the entries of ``about``."""
     return strict_json({**about, "models": [{**asdict(one), "results": None} for one in evaluations]})
-
-
-def strict_json(document: Any) -> str:
-    """Format a document as JSON that every parser reads: numbers that are not finite become null.
-
-    >>> print(strict_json({"score": float("nan")}), end="")
-    {
-     "score": null
-    }
-    """
-    return json.dumps(_without_infinities(document), indent=1, default=str, allow_nan=False) + "\n"
-
-
-def _without_infinities(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_infinities(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_infinities(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,53 +15,13 @@ from ..checkpoint.integrity import check
 from ..checkpoint.load import load_with_tokenizer
 from ..checkpoint.save import write_checkpoint
 from ..data import self_calibration
-from ..errors import PrunerError
 from ..files import complete_folder
 from ..logs import log
-from ..refit.compensate import METHODS
 from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
 from .mending import calibration_set, compensate_plan
-from .settings import CalibrationSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordedRefit:
-    """Refit of a run, as its plan records it.
-
-    Attributes:
-        calibration: calibration set.
-        compensation: method, or ``none``.
-        self_samples: samples that the model writes itself, in front of the others.
-        seed: seed of these.
-        rescale_norms: rescale norms before the compensation.
-    """
-
-    calibration: CalibrationSettings
-    compensation: str = "none"
-    self_samples: int = 0
-    seed: int = 0
-    rescale_norms: bool = False
-
-    @classmethod
-    def of(cls, record: Any) -> RecordedRefit:
-        """Read the record in a plan's settings.
-
-        Raises:
-            PrunerError: the record is missing or damaged.
-        """
-        if record is None:
-            raise PrunerError("the plan's run was not refitted: leave out --refit")
-        try:
-            calibration = CalibrationSettings(**record["calibration"])
-            refit = cls(**{**record, "calibration": calibration})
-            numbers = (refit.self_samples, refit.seed, calibration.samples, calibration.tokens)
-        except (TypeError, KeyError) as error:
-            raise PrunerError(f"the plan's record of its refit is damaged: {error}") from error
-        if not all(type(n) is int for n in numbers) or refit.compensation not in (*METHODS, "none"):
-            raise PrunerError(f"the plan's record of its refit is damaged: {record}")
-        return refit
+from .refit_record import RefitRecord
 
 
 def apply_plan(arguments: ApplyArguments) -> Path:
@@ -87,10 +45,10 @@ def apply_plan(arguments: ApplyArguments) -> Path:
 
 def _apply_and_refit(plan: PruningPlan, arguments: ApplyArguments) -> Path:
     """Load the model, apply the plan, repeat the recorded refit and save."""
-    refit = RecordedRefit.of(plan.settings.get("refit"))
+    refit = RefitRecord.of(plan.settings.get("refit"))
     if arguments.calib_dataset is not None:
         refit = replace(refit, calibration=replace(refit.calibration, dataset=arguments.calib_dataset))
-    settings = {"base_model": arguments.model, **plan.settings} | {"refit": _record(plan.settings["refit"], refit)}
+    settings = {"base_model": arguments.model, **plan.settings} | {"refit": asdict(refit)}
     settings.pop("without_refit", None)
     plan = replace(plan, settings=settings)
     target = Path(arguments.output).expanduser()
@@ -103,17 +61,13 @@ def _apply_and_refit(plan: PruningPlan, arguments: ApplyArguments) -> Path:
     return target
 
 
-def _record(record: Mapping[str, Any], refit: RecordedRefit) -> dict[str, Any]:
-    return {**record, "calibration": {**record["calibration"], "dataset": refit.calibration.dataset}}
-
-
 def repeat_refit(
     model: PreTrainedModel,
     pruned: PreTrainedModel,
     plan: PruningPlan,
     calibration: torch.Tensor,
     *,
-    refit: RecordedRefit,
+    refit: RefitRecord,
 ) -> PreTrainedModel:
     """Rescale norms and compensate as a run did; return the refitted model.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
 from .context import Planning
 from .planning import PlannedModel
+from .refit_record import RefitRecord
 from .settings import CalibrationSettings, PruneSettings
 
 
@@ -48,21 +49,21 @@ def mend(planning: Planning, model: PreTrainedModel, planned: PlannedModel) -> t
     """
     settings, pruned, plan, ids = planning.settings, planned.pruned, planned.plan, planning.ids
     record: dict[str, Any] = {}
-    refit: dict[str, Any] = {}
+    refit = RefitRecord(calibration=settings.calibration, seed=settings.seed)
     if ids is None:
         return pruned, record
     if settings.refit.rescale_norms:
         with planning.clock("rescale_norms"):
             record["norm_factors"] = rescale_norms(model, pruned, plan, ids)
-        refit["rescale_norms"] = True
+        refit = replace(refit, rescale_norms=True)
     if settings.refit.compensation != "none":
         with planning.clock("compensate"):
             pruned, record["compensation"] = _compensate(settings, model, planned, ids)
         if "none" not in record["compensation"]:
             own = record["compensation"]["self_samples"]
-            refit |= {"compensation": settings.refit.compensation, "self_samples": own, "seed": settings.seed}
-    if refit:
-        plan.settings["refit"] = refit | {"calibration": asdict(settings.calibration)}
+            refit = replace(refit, compensation=settings.refit.compensation, self_samples=own)
+    if refit.does_anything:
+        plan.settings["refit"] = asdict(refit)
     return pruned, record
 
 

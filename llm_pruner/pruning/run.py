@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import tempfile
@@ -15,7 +14,6 @@ from typing import Any
 import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.apply_files import cut_files
 from ..checkpoint.card import upload, write_card
@@ -29,9 +27,10 @@ from ..checkpoint.stored import weights_in
 from ..choices import DEFAULT_MODEL
 from ..errors import PrunerError
 from ..evaluation.latency import latency
-from ..files import complete_folder, same_folder
+from ..files import complete_folder, same_folder, strict_json
 from ..importance.scores import SCORES_FILE, Scores
 from ..logs import log, logging_to
+from ..models.bars import without_bars
 from ..models.running import context_length
 from ..models.skeleton import parameter_count
 from ..peak_memory import PeakMemory
@@ -90,24 +89,12 @@ def prune(model: str = DEFAULT_MODEL, *, progress: Progress | None = None, **fla
     """
     arguments = PruneArguments.of(model=model, **flags)
     settings, recorded = resolve_settings(arguments), filled_arguments(arguments)
-    with _without_bars() if progress else nullcontext():
+    with without_bars() if progress else nullcontext():
         if settings.output.save:
             return execute(settings, recorded, progress)
         with tempfile.TemporaryDirectory() as folder:
             set_seed(settings.seed)
             return replace(_run(settings, recorded, Path(folder), Stopwatch(progress)), folder=None)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Switch off the progress bars of transformers, and back on if they were."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def run_prune(arguments: PruneArguments) -> Path:
@@ -138,7 +125,7 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
         log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
         set_seed(settings.seed)
         run = _run(settings, arguments, temporary, Stopwatch(progress))
-        (temporary / METRICS_FILE).write_text(json.dumps(run.metrics, indent=1) + "\n", encoding="utf-8")
+        (temporary / METRICS_FILE).write_text(strict_json(run.metrics), encoding="utf-8")
         if output.save:
             config = load_config(str(temporary), settings.model.trust_remote_code)
             write_card(config, temporary, PruningPlan.load(temporary / PLAN_FILE), folder.name, metrics=run.metrics)

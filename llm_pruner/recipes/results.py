@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation.table import latex, markdown
-from ..files import write_bytes, write_text
+from ..files import strict_json, write_bytes, write_text
 
 Row = dict[str, Any]
 ORIGINAL = "original"
@@ -162,5 +162,5 @@ def write_points(rows: Sequence[Row], varied: Sequence[str], output: Path) -> No
 def _write_rows(rows: Sequence[Row], output: Path) -> pd.DataFrame:
     table = pd.DataFrame(rows).convert_dtypes()
     write_text(output / "results.csv", table.to_csv(index=False, lineterminator="\r\n"))
-    write_text(output / "results.json", json.dumps(rows, indent=1, default=str) + "\n")
+    write_text(output / "results.json", strict_json(rows))
     return table

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..errors import PrunerError
 from ..evaluation.table import terminal_table
-from ..files import folder_lock, lock_holder, write_text
+from ..files import folder_lock, lock_holder, strict_json, write_text
 from ..logs import log, logging_to
 from ..provenance import provenance
 from ..pruning.run import keeping_model
@@ -236,4 +236,4 @@ def _refuse_other_sweep(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
     if before != varied:
         raise PrunerError(f"{recipe.output} holds another sweep, over {', '.join(before)}: give another output")
     content = {"recipe": recipe.source.path, "varied": varied, **provenance()}
-    write_text(file, json.dumps(content, indent=1) + "\n")
+    write_text(file, strict_json(content))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import PrunerError
-from ..files import folder_lock, write_text
+from ..files import folder_lock, strict_json, write_text
 from ..logs import logging_to
 from ..provenance import provenance
 from .results import Row
@@ -70,7 +70,7 @@ def write_record(point: SweepPoint, record: Record) -> None:
     """Record how a point ended, with its values, its stages' folders and its provenance."""
     folders = [step.folder.name for step in point.steps]
     content = {"values": point.values, "stages": folders, **record, **provenance()}
-    write_text(point.file, json.dumps(content, indent=1, default=str) + "\n")
+    write_text(point.file, strict_json(content))
 
 
 def remove_unneeded_weights(point: SweepPoint, points: Sequence[SweepPoint]) -> None:

@@ -16,7 +16,7 @@ from ..commands import COMMANDS
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.run import measure
 from ..evaluation.table import as_json, metrics_of
-from ..files import digest, folder_lock, write_text
+from ..files import digest, folder_lock, strict_json, write_text
 from ..logs import log
 from ..provenance import provenance, versions
 from .recipe import Recipe, Stage
@@ -121,7 +121,7 @@ def run_step(steps: list[Step], index: int, launch: Launch, *, needs_weights: bo
         start = time.perf_counter()
         _run_command(step, launch)
         record = _record_of(step, time.perf_counter() - start)
-        write_text(step.folder / DONE, json.dumps(record, indent=1, default=str) + "\n")
+        write_text(step.folder / DONE, strict_json(record))
     gc.collect()
     return record
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from ..files import write_text
+from ..files import strict_json, write_text
 from ..report.figures import draw_recoveries
 from ..report.runs import Run
 
@@ -49,8 +48,7 @@ class CurveWriter(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            content = json.dumps(logged_curves(state.log_history), indent=1)
-            write_text(Path(args.output_dir) / f"{CURVES}.json", content + "\n")
+            write_text(Path(args.output_dir) / f"{CURVES}.json", strict_json(logged_curves(state.log_history)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

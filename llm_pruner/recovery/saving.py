@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.config import load_config
 from ..checkpoint.save import write_checkpoint
-from ..files import complete_folder, sync_folder
+from ..files import complete_folder, strict_json, sync_folder
 from ..selection.plan import PruningPlan
 from .settings import RecoverySettings
 
@@ -42,7 +42,7 @@ def save_recovered(
             write_checkpoint(student.to(dtype), tokenizer, temporary, plan, cut=True)
         else:
             _write_adapter(student, tokenizer, temporary)
-        (temporary / METRICS_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (temporary / METRICS_FILE).write_text(strict_json(record), encoding="utf-8")
         sync_folder(temporary)
         _move_files(temporary, folder)
     if settings.output.merge:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import PrunerError
 from ..files import digest
 from ..logs import log
+from ..provenance import versions
 from .objectives import Example, Vocabulary, denoise
 from .prompts import Prompt, plain_prompt, prompt_template
 from .rows import ANSWERS, QUESTIONS, TEXTS, Record, RowKind, read_messages, read_text, reading, row_columns, row_kind
@@ -256,4 +257,4 @@ def fingerprint(source: str, tokenizer: PreTrainedTokenizerBase, form: ExampleFo
     template = Path(form.template or "")
     content = template.read_text(encoding="utf-8") if template.suffix == ".json" and template.is_file() else ""
     vocabulary = sorted(tokenizer.get_vocab().items())
-    return digest([source, stamp, content, asdict(form), vocabulary, tokenizer.chat_template])
+    return digest([versions(), source, stamp, content, asdict(form), vocabulary, tokenizer.chat_template])

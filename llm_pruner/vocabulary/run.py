@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from ..checkpoint.locate import PLAN_FILE
 from ..checkpoint.save import write_checkpoint
 from ..data import text
 from ..errors import PrunerError
-from ..files import complete_folder, write_text
+from ..files import complete_folder, strict_json, write_text
 from ..graph.units import CouplingGraph, Unit, trace
 from ..logs import log, logging_to
 from ..models.dispatch import resolve_device
@@ -68,7 +67,7 @@ def prune_vocabulary(args: VocabArguments) -> Path:
             max_windows=args.max_windows or None,
         )
         metrics |= {"arguments": asdict(args), **provenance()}
-        write_text(folder / METRICS_FILE, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+        write_text(folder / METRICS_FILE, strict_json(metrics))
     print(args.output)
     return Path(args.output)
 

@@ -1,0 +1,53 @@
+"""Record of a run's refit, which lets ``llm-pruner apply --refit`` repeat it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import PrunerError
+from ..refit.compensate import METHODS
+from .settings import CalibrationSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitRecord:
+    """Refit of a run, as ``plan.settings["refit"]`` records it.
+
+    Attributes:
+        calibration: calibration set.
+        compensation: method, or ``none``.
+        self_samples: samples that the model writes itself, in front of the others.
+        seed: seed of these.
+        rescale_norms: rescale norms before the compensation.
+    """
+
+    calibration: CalibrationSettings
+    compensation: str = "none"
+    self_samples: int = 0
+    seed: int = 0
+    rescale_norms: bool = False
+
+    @property
+    def does_anything(self) -> bool:
+        """True if the run changed weights after the plan was applied."""
+        return self.rescale_norms or self.compensation != "none"
+
+    @classmethod
+    def of(cls, record: Any) -> RefitRecord:
+        """Read the record in a plan's settings.
+
+        Raises:
+            PrunerError: the record is missing or damaged.
+        """
+        if record is None:
+            raise PrunerError("the plan's run was not refitted: leave out --refit")
+        try:
+            calibration = CalibrationSettings(**record["calibration"])
+            refit = cls(**{**record, "calibration": calibration})
+            numbers = (refit.self_samples, refit.seed, calibration.samples, calibration.tokens)
+        except (TypeError, KeyError) as error:
+            raise PrunerError(f"the plan's record of its refit is damaged: {error}") from error
+        if not all(type(n) is int for n in numbers) or refit.compensation not in (*METHODS, "none"):
+            raise PrunerError(f"the plan's record of its refit is damaged: {record}")
+        return refit

@@ -1,0 +1,265 @@
+"""Removal of whole layers and of their attention or MLP blocks."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers.models import build, made, tokens
+from helpers.shapes import FAMILIES, planned
+
+import llm_pruner as lp
+from llm_pruner.models.running import relative_difference
+
+
+@pytest.mark.parametrize("strategy", ("last", "spaced_middle", "block_influence", "cosine", "loss", "contiguous"))
+@pytest.mark.parametrize("family", ("llama", "gpt2", "gemma3_text", "t5"))
+def test_depth(family, strategy, tmp_path):
+    """Layers go by every strategy, the result is the masked original, and says the same reloaded, with its cache."""
+    layers = {"num_hidden_layers": 6} if family != "gpt2" else {"n_layer": 6}
+    if family == "t5":
+        model = made("t5", seq2seq=True, **FAMILIES["t5"])
+        flags = {"num_layers": "3,2"}
+    else:
+        model, flags = build(family, **layers), {"num_layers": "4"}
+    found = planned(model, tokens(4, 16), depth=strategy, **flags)
+    assert found.scores is None and not found.pruned.config.to_dict().get("per_layer_config")
+    assert lp.verify(model, found.pruned, found.plan).equivalent
+    lengths = {path: len(kept) for path, kept in found.plan.layers.items()}
+    assert sorted(lengths.values()) == ([2, 3] if family == "t5" else [4])
+    if family == "t5":  # their first layers hold the position bias of all
+        assert all(kept[0] == 0 for kept in found.plan.layers.values())
+    if family == "gemma3_text":
+        (kept,) = found.plan.layers.values()
+        assert found.pruned.config.layer_types == [model.config.layer_types[i] for i in kept.tolist()]
+    lp.save(found.pruned, None, tmp_path / "out", plan=found.plan)
+    loaded, ids = type(model).from_pretrained(tmp_path / "out").eval(), tokens(1, 8)
+    with_cache, without = (
+        loaded.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+
+
+def test_strategies_choose_what_they_say():
+    model = build("llama", num_hidden_layers=8)
+    graph, ids = lp.trace(model), tokens(4, 16)
+
+    def goes(strategy, count):
+        scores = lp.score(model, graph, ids, strategy)
+        kept = lp.select(graph, scores, counts={"layers": 8 - count}).layers["model.layers"].tolist()
+        return [i for i in range(8) if i not in kept]
+
+    assert goes("last", 3) == [5, 6, 7]
+    assert goes("spaced_middle", 1) == [4] and goes("spaced_middle", 2) == [2, 5]
+    for count in range(2, 5):
+        chosen = goes("spaced_middle", count)
+        assert all(b - a >= 2 for a, b in pairwise(chosen))
+    block = goes("contiguous", 3)
+    assert block == list(range(block[0], block[0] + 3))
+    with torch.no_grad():  # by hand: the angle between what goes into a block and what comes out
+        states = [s.double() for s in model(ids, output_hidden_states=True).hidden_states[:-1]]
+        seen = []
+        handle = model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+        model(ids)
+        handle.remove()
+        states.append(seen[0])
+        angles = [torch.cosine_similarity(states[i], states[i + 3], dim=-1).mean().arccos() for i in range(6)]
+    assert block[0] == min(range(6), key=lambda i: angles[i])
+
+
+def test_greedy_loss_measures_each_removal_anew():
+    """The order of removal, checked against all that could have been removed, one model a time."""
+    model = build("llama", num_hidden_layers=5, seed=3)
+    graph, ids = lp.trace(model), tokens(6, 16)
+
+    def loss(kept):
+        values = torch.full((5,), torch.inf, dtype=torch.float64)
+        values[[i for i in range(5) if i not in kept]] = 0.0
+        named = lp.Scores({"model.layers.layers": values})
+        left = lp.apply(model, lp.select(graph, named, counts={"layers": len(kept)})) if len(kept) < 5 else model
+        return left(input_ids=ids, labels=ids).loss.item()
+
+    scores = lp.score(model, graph, ids, "loss").values["model.layers.layers"]
+    order, kept = scores.argsort().tolist(), list(range(5))
+    costs = {i: loss([j for j in kept if j != i]) for i in kept}
+    assert order[0] == min(costs, key=costs.get)
+    assert scores[order[0]].item() == pytest.approx(costs[order[0]] - loss(kept), abs=1e-5)
+    change = lp.score(model, graph, ids, "loss_change").values["model.layers.layers"]
+    assert change[2].item() == pytest.approx(costs[2] - loss(kept), abs=1e-5)
+    first = lp.score(model, graph, ids, "loss", most=1).values["model.layers.layers"]
+    assert first.argmin() == order[0] and first.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ("llama_grouped", "gpt2", "gemma3_text", "mixtral"))
+def test_blocks_of_layers_go(family, tmp_path):
+    """The attention of one layer and the MLP of another: the masked original, with caches, saved, padded back."""
+    model = build(family)
+    found = planned(model, drop_attention="1", drop_mlp="0,2")
+    assert len(found.plan.blocks) == 3 and not found.plan.units
+    assert lp.verify(model, found.pruned, found.plan).equivalent
+    fewer = sum(t.numel() for n, t in model.named_parameters() if n in found.plan.kept)
+    assert sum(p.numel() for p in found.pruned.parameters()) == sum(p.numel() for p in model.parameters()) - fewer
+    lp.save(found.pruned, None, tmp_path / "out", plan=found.plan, standalone=True)
+    again = lp.PruningPlan.load(tmp_path / "out" / "pruning_plan.json", verify=True)
+    assert again.blocks == found.plan.blocks
+    loaded, ids = type(model).from_pretrained(tmp_path / "out").eval(), tokens(2, 8)
+    assert relative_difference(loaded(ids).logits, found.pruned(ids).logits) < 1e-6
+    with_cache, without = (
+        loaded.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+    plan = lp.select(lp.trace(loaded), lp.score(loaded, lp.trace(loaded), criterion="random"), 0.5, kinds=["neurons"])
+    assert lp.verify(loaded, lp.apply(loaded, plan), plan).equivalent
+
+
+def test_a_block_that_is_gone_comes_back_as_zeros():
+    from llm_pruner.surgery.uniform import to_uniform
+
+    model = build("llama_grouped")
+    found = planned(model, drop_attention="1", drop_mlp="2")
+    ids = tokens()
+    assert relative_difference(to_uniform(found.pruned)(ids).logits, found.pruned(ids).logits) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"drop_layers": "9"}, "out of range"),
+        ({"drop_layers": "x"}, "is not valid: give numbers"),
+        ({"drop_layers": "0,1,2"}, "keep 0|at least one"),
+        ({"num_layers": "3"}, "give fewer"),
+        ({"num_layers": "0"}, "cannot keep 0"),
+        ({"num_layers": "2,2"}, "names 2 stacks"),
+        ({"num_layers": "2", "drop_layers": "1"}, "each says which layers go"),
+        ({"num_layers": "2", "depth": "best"}, "choose from"),
+        ({"drop_layers": "1", "depth": "loss"}, "give one"),
+        ({"drop_attention": "0"}, "caches are measured by it"),
+        ({"drop_mlp": "7"}, "out of range"),
+        ({"shares": "layers=1,neurons=1"}, "--shares needs --target_params or"),
+        ({"shares": "layers", "target_params": "0.5"}, "is not valid: give proportions"),
+        ({"shares": "vocabulary=1", "target_params": "0.5"}, "tokens are pruned by llm-pruner vocab"),
+        ({"shares": "measured:heds", "target_params": "0.5"}, "choose from heads"),
+        ({"num_layers": "2", "depth": "loss"}, "needs? a calibration set"),
+    ],
+)
+def test_bad_depth(flags, message):
+    with pytest.raises(lp.PrunerError, match=message):
+        planned(build("llama"), **flags)
+
+
+def test_depth_and_width_in_one_plan(tmp_path):
+    """One plan for all: applied at once it is the masked original, and what two steps give."""
+    model = build("llama_grouped", num_hidden_layers=5)
+    ids = tokens(8, 16)
+    whole = sum(p.numel() for p in model.parameters())
+    found = planned(
+        model,
+        ids,
+        pruner_type="taylor",
+        num_layers="4",
+        drop_mlp="3",
+        depth="block_influence",
+        block_wise=True,
+        block_attention_layer_start=0,
+        block_mlp_layer_start=0,
+        block_mlp_layer_end=3,
+        target_params="0.6",
+        compensate="none",
+    )
+    assert lp.verify(model, found.pruned, found.plan).equivalent
+    assert 0.55 * whole < sum(p.numel() for p in found.pruned.parameters()) <= 0.6 * whole
+    at_once = lp.apply(model, found.plan)
+    assert all(torch.equal(a, b) for a, b in zip(at_once.parameters(), found.pruned.parameters(), strict=True))
+    found.plan.save(tmp_path / "plan.json")
+    loaded = lp.PruningPlan.load(tmp_path / "plan.json")
+    assert loaded.layers["model.layers"].tolist() == found.plan.layers["model.layers"].tolist()
+    assert set(loaded.units) == set(found.plan.units)
+
+
+def test_vocabulary_depth_and_widths_in_one_plan():
+    model = build("llama_grouped", num_hidden_layers=4)
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, criterion="random")
+    plan = lp.select(
+        graph, scores, {"neurons": 0.5, "heads": 0.5}, counts={"layers": 3, "vocabulary": 40}, target_params=0.6
+    )
+    kinds = {choice.kind for choice in plan.units.values()}
+    assert kinds >= {"layers", "vocabulary", "neurons"}
+    pruned = lp.apply(model, plan)
+    config = pruned.config
+    assert config.num_hidden_layers == 3 and config.vocab_size == 40
+    kept = torch.tensor(plan.tokens)
+    # The same with all tokens: token ids move, the logits of those kept do not.
+    without = lp.select(graph, scores, counts={u: len(c.kept) for u, c in plan.units.items() if c.kind != "vocabulary"})
+    narrow = lp.apply(model, without)
+    new = torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_seed(0))
+    assert relative_difference(pruned(new).logits, narrow(kept[new]).logits[..., kept]) < 1e-6
+
+
+def test_layers_of_models_that_differ_by_layer_go():
+    """Per-layer widths, blocks and constants move with their layers."""
+    for name in ("llama_grouped", "gpt2"):
+        model = build(name)
+        graph = lp.trace(model)
+        scores = lp.score(model, graph, criterion="random")
+        narrow = lp.apply(model, lp.select(graph, scores, 0.5, kinds=["heads", "neurons"], layers=[0, 2]))
+        found = planned(narrow, drop_layers="1")
+        assert lp.verify(narrow, found.pruned, found.plan).equivalent
+    bloom = made("bloom", hidden_size=48, n_layer=3, n_head=6)
+    graph = lp.trace(bloom)
+    scores = lp.score(bloom, graph, criterion="random")
+    narrow = lp.apply(bloom, lp.select(graph, scores, 0.5, kinds=["heads"], layers=[1, 2]))
+    found = planned(narrow, drop_layers="0")
+    assert lp.verify(narrow, found.pruned, found.plan).equivalent
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "drop", "kept"),
+    [
+        (
+            "deepseek_v3",
+            {
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "num_hidden_layers": 5,
+                "intermediate_size": 48,
+                "moe_intermediate_size": 24,
+                "q_lora_rank": 12,
+                "kv_lora_rank": 10,
+                "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 4,
+                "v_head_dim": 8,
+                "n_routed_experts": 4,
+                "n_group": 1,
+                "topk_group": 1,
+                "num_experts_per_tok": 2,
+                "first_k_dense_replace": 2,
+            },
+            "1,3",
+            lambda c: c.first_k_dense_replace == 1 and c.num_hidden_layers == 3,
+        ),
+        (
+            "qwen2_moe",
+            {
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "num_hidden_layers": 5,
+                "intermediate_size": 48,
+                "moe_intermediate_size": 24,
+                "shared_expert_intermediate_size": 24,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "mlp_only_layers": [1, 4],
+            },
+            "0,3",
+            lambda c: c.mlp_only_layers == [0, 2],
+        ),
+    ],
+)
+def test_patterns_of_layers_move_along(family, fields, drop, kept):
+    model = made(family, **fields)
+    found = planned(model, drop_layers=drop)
+    assert kept(found.pruned.config)
+    assert lp.verify(model, found.pruned, found.plan).equivalent
