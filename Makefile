@@ -12,7 +12,7 @@ demo: $(READY)
 
 # One worker per core, each with one thread: most tests run Python, not kernels.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu"

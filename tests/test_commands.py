@@ -309,6 +309,7 @@ def test_out_of_memory_says_how_much_and_what_to_do(monkeypatch, capsys, error, 
     assert line.startswith("error: out of memory") and asked in line and "--stream" in line
 
 
+@pytest.mark.slow
 def test_the_demo(tmp_path, capsys):
     """What a newcomer runs first: both models in a table, and a checkpoint that is smaller."""
     assert main(["demo", "--output_root", str(tmp_path)]) == 0

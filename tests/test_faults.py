@@ -22,6 +22,11 @@ from llm_pruner.cli import main
 COMMANDS = ("prune", "apply", "to-uniform", "vocab", "recover", "run")
 
 
+def some(*quick):
+    """All commands, of which only some are tested by default: they write their folders by the same few functions."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
+
+
 @pytest.fixture(scope="module")
 def forks():
     server = Forks()
@@ -64,7 +69,7 @@ def kill(forks, case, folder, kills, seed):
     return done, finished
 
 
-@pytest.mark.parametrize("case", COMMANDS, indirect=True)
+@pytest.mark.parametrize("case", some("prune", "apply", "vocab", "recover"), indirect=True)
 def test_killed_at_some_moments(case, forks, tmp_path):
     kill(forks, case, tmp_path, 3, seed=1)
 
@@ -140,7 +145,7 @@ def test_too_little_memory(more, forks, large, home, home_text, tmp_path):
     refused(forks, case, tmp_path, {"RLIMIT_AS": more << 20}, "memory", home=large)
 
 
-@pytest.mark.parametrize("case", ["prune", "recover", "run"], indirect=True)
+@pytest.mark.parametrize("case", ["prune", "recover", pytest.param("run", marks=pytest.mark.slow)], indirect=True)
 def test_a_clock_that_jumps(case, forks, tmp_path):
     for name, limits in (("steady", {}), ("jumping", {"CLOCK": 3})):
         (tmp_path / name).mkdir()
@@ -149,7 +154,7 @@ def test_a_clock_that_jumps(case, forks, tmp_path):
     assert whole(tmp_path / "steady", case) == whole(tmp_path / "jumping", case)
 
 
-@pytest.mark.parametrize("case", COMMANDS, indirect=True)
+@pytest.mark.parametrize("case", some("prune", "apply", "recover"), indirect=True)
 def test_two_at_one_folder(case, forks, tmp_path):
     """Started at once, again and again: one waits or is refused, and what is there in the end is whole."""
     (tmp_path / "reference").mkdir()

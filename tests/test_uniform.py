@@ -1,6 +1,7 @@
 """Checkpoints whose layers differ, made to load where nothing knows of them."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,24 +16,27 @@ from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
 from llm_pruner.surgery.uniform import to_uniform
 
-# Reads a checkpoint in a process that has not heard of llm_pruner, and writes its logits and what it generates.
+# Reads checkpoints in a process that has not heard of llm_pruner, and writes their logits and what they generate.
 STRANGER = """
 import sys, json, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=len(sys.argv) > 2).eval()
 ids = torch.tensor([[5, 6, 7, 8]])
-out = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
-model.save_pretrained(sys.argv[1] + ".again")
+found = {}
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=sys.argv[1] == "trust").eval()
+    out = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    if not folder.endswith(".again"):
+        model.save_pretrained(folder + ".again")
+    found[folder] = [model(ids).logits[0, -1].tolist(), out.tolist()]
 assert not any(name == "llm_pruner" or name.startswith("llm_pruner.") for name in sys.modules)
-print(json.dumps([model(ids).logits[0, -1].tolist(), out.tolist()]))
+print(json.dumps(found))
 """
 
 
-def read_by_a_stranger(folder, tmp_path, *flags):
-    import os
-
+def read_by_a_stranger(tmp_path, *folders, trust=True):
+    """Return ``[logits, generated]`` by folder, as transformers alone reads them."""
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", STRANGER, str(folder), *flags]
+    command = [sys.executable, "-c", STRANGER, "trust" if trust else "", *map(str, folders)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -80,21 +84,23 @@ def test_a_uniform_checkpoint_loads_without_us(home, tmp_path, capsys):
     assert main(["to-uniform", str(home / "pruned"), str(tmp_path / "plain")]) == 0
     assert (tmp_path / "plain" / "tokenizer.json").is_file()
     model, _ = lp.load(str(home / "pruned"))
-    logits, written = read_by_a_stranger(tmp_path / "plain", tmp_path)
+    ((logits, written),) = read_by_a_stranger(tmp_path, tmp_path / "plain", trust=False).values()
     expected = expected_of(model)
     assert logits == pytest.approx(expected[0], abs=1e-5) and written == expected[1]
     assert main(["to-uniform"]) == 2
     assert "give a checkpoint and a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["llama_grouped", "gpt2", "opt", "mixtral"])
-def test_a_standalone_checkpoint_loads_without_us(name, tmp_path):
-    plan, pruned = pruned_by(build(name), layers=[1])
-    lp.save(pruned, None, tmp_path / "model", plan, standalone=True)
-    assert read_by_a_stranger(tmp_path / "model", tmp_path, "trust") == expected_of(pruned)
-    # What the stranger saved again is as good, and so is what we read of it.
-    assert read_by_a_stranger(tmp_path / "model.again", tmp_path, "trust") == expected_of(pruned)
-    assert expected_of(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()) == expected_of(pruned)
+def test_standalone_checkpoints_load_without_us(tmp_path):
+    """What the stranger saved again is as good, and so is what we read of it."""
+    expected, folders = {}, []
+    for name in ("llama_grouped", "gpt2", "opt", "mixtral"):
+        plan, pruned = pruned_by(build(name), layers=[1])
+        lp.save(pruned, None, tmp_path / name, plan, standalone=True)
+        folders += [tmp_path / name, tmp_path / f"{name}.again"]
+        expected |= dict.fromkeys(map(str, folders[-2:]), expected_of(pruned))
+        assert expected_of(AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()) == expected[str(folders[-1])]
+    assert read_by_a_stranger(tmp_path, *folders) == expected
 
 
 def test_the_modelling_file_is_written_on_request_only(home, tmp_path):
@@ -104,7 +110,7 @@ def test_the_modelling_file_is_written_on_request_only(home, tmp_path):
     for i, extra in enumerate([["--standalone"], ["--standalone", "--stream"]]):
         assert main(["prune", *flags, "--save_ckpt_log_name", f"run{i}", *extra]) == 0
         assert (tmp_path / f"run{i}" / FILE).is_file()
-        read_by_a_stranger(tmp_path / f"run{i}", tmp_path, "trust")
+    read_by_a_stranger(tmp_path, tmp_path / "run0", tmp_path / "run1")
     model, tokenizer = lp.load(str(tmp_path / "run0"))
     lp.save(model, tokenizer, tmp_path / "again")
     assert not (tmp_path / "again" / FILE).exists()

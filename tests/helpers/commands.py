@@ -21,7 +21,12 @@ class Forks:
     """Runs commands, kills them if wanted (:mod:`helpers.forks`)."""
 
     def __init__(self, seed="random"):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
         environment["PYTHONHASHSEED"] = str(seed)
         self.process = subprocess.Popen(
             [sys.executable, str(TESTS / "forks.py")],
