@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 DEFAULT_MODEL = "smollm2-135m"
-EMBEDDED_TEXT = "python-docs"
+GENERAL, PYTHON_DOCS = EMBEDDED_TEXTS = ("general", "python-docs")  # texts that the package brings
+SELF = "self"  # calibration text that the model writes itself
 ADAPTER_METHODS = ("lora", "dora")  # methods of recovery that train an adapter
 
 Kind = Literal["heads", "query_heads", "neurons", "experts", "hidden", "channels", "layers", "vocabulary"]

@@ -169,8 +169,8 @@ COMMANDS: dict[str, Command] = {
         ("model",),
     ),
     "demo": Command(
-        "Prune the embedded model and compare it with the original.",
-        "tools.demo:run_demo",
+        "Prune and recover the embedded model, and show both beside the original.",
+        "recipes.demo:run_demo",
         "tools.arguments:DemoArguments",
     ),
 }

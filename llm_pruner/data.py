@@ -1,7 +1,8 @@
 """Texts by name, and calibration sets made of them.
 
-A name is ``python-docs`` (in the standard library, so always there), a hub data set (``wikitext2``, ``ptb``,
-``c4``, ``bookcorpus``) or a local ``.txt``, ``.json`` or ``.jsonl`` file.
+A name is an embedded text (``general``, ``python-docs``), a hub data set (``wikitext2``, ``ptb``, ``c4``,
+``bookcorpus``) or a local ``.txt``, ``.json`` or ``.jsonl`` file; for calibration also ``self``, text that the model
+writes itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .choices import EMBEDDED_TEXT
+from .choices import EMBEDDED_TEXTS, GENERAL, PYTHON_DOCS, SELF
 from .errors import PrunerError
 from .files import read_json
 from .models.blockwise import computing, native_compute
@@ -55,10 +56,22 @@ HUB = {
     ),
     "bookcorpus": HubText("rojagtap/bookcorpus", None, "text", {"train": "train"}),
 }
+TEXTS = Path(__file__).with_name("texts")
+HELD_OUT = {GENERAL: 2, PYTHON_DOCS: 5}  # every n-th document is for measuring
 COLUMNS = ("text", "sentence", "content", "output")
 SOME = 20_000  # documents of a hub data set: calibration and evaluation need a few
 CHUNK = 2**20  # characters of a text file that are looked at together
 PROMPTS_PER_PASS = 64
+WHOLE_DISTRIBUTION = Sampling(repetition_penalty=1.0)
+# Beginnings of texts of many kinds, for text that a model writes itself.
+OPENINGS = (
+    *("The history of", "In this article", "Once upon a time", "The first step is", "According to the report"),
+    *("She looked at", "def ", "Question:", "The most important", "In 1", "There are many", "Dear", "The city of"),
+    *("Scientists have", "How to", "I think that", "import ", "What is", "He said", "The game", "For example,"),
+    *("The company", "Students will", "A recent study", "On Monday", "The river", "Let", "Our", "When you"),
+    *("Although the", "Chapter 1", '"We', "Ingredients:", "Welcome to", "Today,", "The law", "People often", "My"),
+    *("Water", "It was"),
+)
 
 
 def documents(name: str, split: str = "train", most: int | None = None) -> Iterator[str]:
@@ -72,14 +85,17 @@ def documents(name: str, split: str = "train", most: int | None = None) -> Itera
     Raises:
         PrunerError: no such data set, split or file, or a file without text.
     """
-    if name == EMBEDDED_TEXT:
-        return iter(_python_docs(split))
+    if name in EMBEDDED_TEXTS:
+        return iter(_embedded(name, split))
+    if name == SELF:
+        raise PrunerError(f"the text {SELF!r} is written by the model to be pruned: it is for --calib_dataset only")
     if name in HUB:
         return _from_hub(name, split, most)
     path = Path(name).expanduser()
     if not path.is_file():
         raise PrunerError(
-            f"no data set {name!r}: choose from {EMBEDDED_TEXT}, {', '.join(HUB)}, or give a .txt, .json or .jsonl file"
+            f"no data set {name!r}: choose from {', '.join((*EMBEDDED_TEXTS, *HUB))}, or give a .txt, .json or .jsonl "
+            "file"
         )
     if path.suffix not in (".txt", ".json", ".jsonl"):
         raise PrunerError(f"cannot read {name}: give a .txt, .json or .jsonl file")
@@ -144,6 +160,44 @@ def calibration(
     )
 
 
+def self_written(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: int, tokens: int, *, seed: int = 0
+) -> torch.Tensor:
+    """Let a model write a calibration set of its own, without any data: LongTensor ``[samples, tokens]``.
+
+    Every other sample begins with the beginning-of-sequence token alone (Williams et al., arXiv 2410.17170), the rest
+    with one of :data:`OPENINGS`, which stays in the sample. All tokens are drawn at temperature 1.
+
+    Args:
+        seed: of the draws; the global random state is restored.
+
+    Raises:
+        PrunerError: the model cannot generate.
+    """
+    if not continues_text(model):
+        raise PrunerError(f"{type(model).__name__} does not continue a text")
+    start = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
+    prompts = []
+    for i in range(samples):
+        opening = OPENINGS[i // 2 % len(OPENINGS)] if i % 2 or not start else ""
+        prompts.append([*start, *tokenizer(opening, add_special_tokens=False)["input_ids"]][: tokens - 1])
+    rows: dict[int, torch.Tensor] = {}
+    device = native_compute(model).device
+    with seeded(seed, device), computing(model):
+        for length in sorted({len(prompt) for prompt in prompts}):
+            alike = torch.tensor([i for i in range(samples) if len(prompts[i]) == length])
+            for places in alike.split(PROMPTS_PER_PASS):
+                batch = torch.tensor([prompts[i] for i in places], device=device)
+                written = generate(model, batch, new_tokens=tokens, exact=True, sampling=WHOLE_DISTRIBUTION)
+                rows |= zip(places.tolist(), torch.cat([batch[:, len(start) :], written], dim=1)[:, :tokens].cpu())
+    return torch.stack([rows[i] for i in range(samples)])
+
+
+def continues_text(model: PreTrainedModel) -> bool:
+    """Return True if a model can write text after a prompt."""
+    return bool(model.can_generate() and not model.config.is_encoder_decoder)
+
+
 def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, seed: int = 0) -> torch.Tensor:
     """Sample calibration text from the model itself: LongTensor ``[samples, tokens]``.
 
@@ -158,15 +212,14 @@ def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, se
     Raises:
         PrunerError: the model cannot generate.
     """
-    if not model.can_generate() or model.config.is_encoder_decoder:
+    if not continues_text(model):
         raise PrunerError(f"{type(model).__name__} does not continue a text")
     tokens = ids.shape[1]
     prompt_tokens = max(1, min(tokens // 4, (context_length(model) or 2**31) - tokens))
     prompts = ids.repeat(-(-samples // len(ids)), 1)[:samples, -prompt_tokens:].to(native_compute(model).device)
-    whole = Sampling(repetition_penalty=1.0)
     with seeded(seed, prompts.device), computing(model):
         rows = [
-            generate(model, batch, new_tokens=tokens, exact=True, sampling=whole).cpu()
+            generate(model, batch, new_tokens=tokens, exact=True, sampling=WHOLE_DISTRIBUTION).cpu()
             for batch in prompts.split(PROMPTS_PER_PASS)
         ]
     return torch.cat(rows)
@@ -183,12 +236,11 @@ def _take(rests: list[list[int]], i: int, rows: list[list[int]], tokens: int, rn
             rests.append(ids[:start])
 
 
-def _python_docs(split: str) -> list[str]:
-    """Return the language reference that Python carries for ``help()``; every fifth topic is held out."""
-    from pydoc_data.topics import topics
-
-    names = sorted(topics)
-    return [topics[name] for i, name in enumerate(names) if (i % 5 == 4) == (split == "test")]
+def _embedded(name: str, split: str) -> list[str]:
+    """Return the documents of an embedded text; every second or fifth is held out."""
+    every = HELD_OUT[name]
+    everything = (TEXTS / f"{name}.txt").read_text(encoding="utf-8").split("\n%%\n")
+    return [document for i, document in enumerate(everything) if (i % every == every - 1) == (split == "test")]
 
 
 def _from_hub(name: str, split: str, most: int | None) -> Iterator[str]:
@@ -212,7 +264,7 @@ def _from_hub(name: str, split: str, most: int | None) -> Iterator[str]:
         reason = " ".join(str(error).split())[:160]
         raise PrunerError(
             f"the data set {name} could not be fetched from the hub ({type(error).__name__}: {reason}); give a local "
-            f".txt, .json or .jsonl file instead, or {EMBEDDED_TEXT}, which needs no network"
+            f".txt, .json or .jsonl file instead, or {GENERAL}, which needs no network"
         ) from error
 
 

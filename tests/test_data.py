@@ -1,5 +1,6 @@
 """Texts and calibration sets."""
 
+import hashlib
 import json
 
 import pytest
@@ -9,9 +10,11 @@ from helpers.models import build, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llm_pruner.data import calibration, documents, self_calibration, text
+from llm_pruner.data import OPENINGS, calibration, documents, self_calibration, self_written, text
 from llm_pruner.errors import PrunerError
 from llm_pruner.evaluation.perplexity import perplexity
+from llm_pruner.pruning.calibration import available_text, warn_of_shared_texts
+from llm_pruner.pruning.settings import CalibrationSettings
 
 
 @pytest.fixture
@@ -144,3 +147,68 @@ def test_samples_that_the_model_writes_itself():
     assert perplexity(model, joined).loss < perplexity(model, other).loss
     with pytest.raises(PrunerError, match="does not continue a text"):
         self_calibration(tiny_model("t5:seq2seq"), ids, 4)
+
+
+def test_the_embedded_texts_are_fixed():
+    """The same characters on every machine: numbers measured on them compare."""
+    every = {name: [*documents(name, "train"), *documents(name, "test")] for name in ("general", "python-docs")}
+    found = {name: hashlib.sha256("\0".join(docs).encode()).hexdigest()[:16] for name, docs in every.items()}
+    assert found == {"general": "17f6ff27418aee44", "python-docs": "c693ff1b0889e2d0"}
+    assert not set(documents("general", "train")) & set(documents("general", "test"))
+
+
+def test_text_of_the_model_itself_is_for_calibration_only():
+    with pytest.raises(PrunerError, match="'self' is written by the model"):
+        documents("self")
+
+
+def test_a_model_writes_a_calibration_set(tokenizer):
+    model = build("llama", vocab_size=101)
+    a, b, c = (self_written(model, tokenizer, 10, 12, seed=seed) for seed in (1, 1, 2))
+    assert a.shape == (10, 12) and torch.equal(a, b) and not torch.equal(a, c)
+    openings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in OPENINGS[:5]]
+    tokenizer.bos_token = "0"
+    rows = self_written(model, tokenizer, 10, 12).tolist()
+    assert all(row[: len(opening)] == opening for row, opening in zip(rows[1::2], openings, strict=True))
+    with pytest.raises(PrunerError, match="does not continue a text"):
+        self_written(tiny_model("t5:seq2seq"), tokenizer, 4, 8)
+
+
+def settings(**changes):
+    return CalibrationSettings(**{"dataset": "c4", "samples": 4, "tokens": 8, "replaceable": True} | changes)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "offload", "used"),
+    [
+        ("c4", "llama", False, "self"),
+        ("self", "llama", False, "self"),
+        ("self", "llama", True, "general"),
+        ("self", "t5:seq2seq", False, "general"),
+        ("bookcorpus", "t5:seq2seq", False, "general"),
+    ],
+)
+def test_a_text_that_cannot_be_had_is_replaced_and_named(dataset, model, offload, used, caplog, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    model = build(model) if model == "llama" else tiny_model(model)
+    with caplog.at_level("INFO", "llm_pruner"):
+        chosen = available_text(settings(dataset=dataset), model, offload)
+    assert chosen.dataset == used and not chosen.replaceable
+    assert (f"calibration text: {dataset} cannot be reached" in caplog.text) == (dataset in ("c4", "bookcorpus"))
+    assert ("the embedded text general" in caplog.text) == (used == "general")
+
+
+def unreachable(*args, **kwargs):
+    raise ConnectionError("no network")
+
+
+def test_a_text_that_the_user_named_is_never_replaced():
+    named = settings(dataset="self", replaceable=False)
+    assert available_text(named, tiny_model("t5:seq2seq")) == named
+
+
+def test_measuring_on_the_source_of_the_calibration_text_is_told(caplog):
+    with caplog.at_level("INFO", "llm_pruner"):
+        warn_of_shared_texts("c4", ["wikitext2", "c4"])
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "perplexity on c4 flatters the pruned model" in caplog.text

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..choices import DEFAULT_MODEL, EMBEDDED_TEXT, Dtype
+from ..choices import DEFAULT_MODEL, GENERAL, Dtype
 from ..errors import PrunerError
 from ..flags import Arguments, check_at_least, flag
 
-TEXTS = "wikitext2, ptb, c4, python-docs, or a .txt, .json or .jsonl file"
+TEXTS = "general, wikitext2, ptb, c4, python-docs, or a .txt, .json or .jsonl file"
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,7 @@ class EvaluateArguments(MeasuringArguments):
         group="model",
         aliases=("models",),
     )
-    datasets: list[str] = flag([EMBEDDED_TEXT], f"texts for perplexity: {TEXTS} ('': none)", group="texts")
+    datasets: list[str] = flag([GENERAL], f"texts for perplexity: {TEXTS} ('': none)", group="texts")
     batch_size: int = flag(0, "windows or requests per forward pass (0: as many as fit)", group="texts")
     tasks: list[str] = flag([], "tasks of lm-eval; paper: the seven of LLM-Pruner's table 1", group="tasks")
     include_path: str | None = flag(None, "folder with task files of your own", group="tasks")
@@ -89,7 +89,7 @@ class PerplexityArguments(MeasuringArguments):
         group="model",
         aliases=("base_model",),
     )
-    dataset: str = flag(EMBEDDED_TEXT, TEXTS, group="texts")
+    dataset: str = flag(GENERAL, TEXTS, group="texts")
     batch_size: int = flag(0, "windows per forward pass (0: as many as fit)", group="texts")
     output: str | None = flag(None, "JSON file for the result", group="output")
 

@@ -20,7 +20,8 @@ from ..logs import log
 from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
-from .mending import calibration_set, compensate_plan
+from .calibration import calibration_set
+from .mending import compensate_plan
 from .refit_record import RefitRecord
 
 
@@ -54,7 +55,7 @@ def _apply_and_refit(plan: PruningPlan, arguments: ApplyArguments) -> Path:
     target = Path(arguments.output).expanduser()
     with complete_folder(target, owned_if="config.json", reads=arguments.model) as folder:
         model, tokenizer = load_with_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
-        calibration = calibration_set(refit.calibration, tokenizer)
+        calibration = calibration_set(refit.calibration, tokenizer, model, refit.seed)
         pruned = repeat_refit(model, apply(model, plan), plan, calibration, refit=refit)
         write_checkpoint(pruned, tokenizer, folder, plan, standalone=arguments.standalone)
         write_card(pruned.config, folder, plan, target.name)

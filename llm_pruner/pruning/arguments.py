@@ -8,7 +8,7 @@ from typing import Any
 
 from ..choices import (
     DEFAULT_MODEL,
-    EMBEDDED_TEXT,
+    GENERAL,
     SHAPE,
     Aggregation,
     Compensation,
@@ -151,9 +151,10 @@ class PruneArguments(Arguments):
         None, "keep widths in multiples that kernels are fast at (default: true, set by the preset)", group="budget"
     )
 
-    calib_dataset: str = flag(
-        EMBEDDED_TEXT,
-        "calibration text: python-docs, bookcorpus, c4, wikitext2, ptb, or a .txt, .json or .jsonl file",
+    calib_dataset: str | None = flag(
+        None,
+        "calibration text: self (the model writes it), general, python-docs, bookcorpus, c4, wikitext2, ptb, or a "
+        ".txt, .json or .jsonl file (default: self; paper: bookcorpus, or self where the hub cannot be reached)",
         group="calibration",
     )
     num_examples: int | None = flag(
@@ -183,7 +184,7 @@ class PruneArguments(Arguments):
         False, "save a modelling file too, so that per-layer checkpoints load without llm_pruner", group="output"
     )
     push_to_hub: str | None = flag(None, "push the run's folder to the hub as user/name", group="output")
-    eval_datasets: list[str] = flag([EMBEDDED_TEXT], "texts to measure perplexity on ('' for none)", group="output")
+    eval_datasets: list[str] = flag([GENERAL], "texts to measure perplexity on ('' for none)", group="output")
     max_windows: int = flag(0, "use only the first N windows of each text (0: all)", group="output")
     eval_device: str = flag("auto", "device to evaluate on", group="output")
     max_seq_len: int = flag(128, "tokens per perplexity window and test generation", group="output")

@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ..data import calibration, self_calibration
+from ..data import self_calibration
 from ..errors import PrunerError
 from ..logs import log
 from ..refit.biases import with_biases
@@ -18,28 +18,7 @@ from ..selection.plan import PruningPlan
 from .context import Planning
 from .planning import PlannedModel
 from .refit_record import RefitRecord
-from .settings import CalibrationSettings, PruneSettings
-
-
-def calibration_set(settings: CalibrationSettings, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Return the calibration set, LongTensor ``[samples, tokens]``.
-
-    Raises:
-        PrunerError: the text is too short for the samples that were asked for.
-    """
-    ids = calibration(
-        settings.dataset,
-        tokenizer,
-        settings.samples,
-        settings.tokens,
-        seed=settings.seed,
-        fewer=settings.fewer_samples,
-    )
-    if len(ids) < settings.samples:
-        log.info(
-            "the calibration text gives %d samples of %d tokens, not %d", len(ids), settings.tokens, settings.samples
-        )
-    return ids
+from .settings import PruneSettings
 
 
 def mend(planning: Planning, model: PreTrainedModel, planned: PlannedModel) -> tuple[PreTrainedModel, dict[str, Any]]:

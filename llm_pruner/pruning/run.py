@@ -31,7 +31,6 @@ from ..files import complete_folder, same_folder, strict_json
 from ..importance.scores import SCORES_FILE, Scores
 from ..logs import log, logging_to
 from ..models.bars import without_bars
-from ..models.running import context_length
 from ..models.skeleton import parameter_count
 from ..peak_memory import PeakMemory
 from ..provenance import provenance
@@ -40,9 +39,10 @@ from ..surgery.apply import in_memory
 from ..surgery.equivalence import verify
 from ..version import __version__
 from .arguments import PruneArguments
+from .calibration import available_text, calibration_set, warn_of_shared_texts
 from .context import Planning, Progress, Stopwatch
 from .evaluation import evaluate_model, evaluation_windows
-from .mending import calibration_set, mend
+from .mending import mend
 from .planning import PlannedModel, make_plan, needs_calibration
 from .settings import ModelSettings, PruneSettings, filled_arguments, resolve_settings
 
@@ -157,20 +157,23 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     if tokenizer is None:
         raise PrunerError(f"{settings.model.name} has no tokenizer: put the original's files there")
     log.info("loaded %s: %s parameters; preset %s", settings.model.name, f"{parameter_count(model):,}", settings.preset)
-    if settings.calibration.shorter_samples:
-        tokens = min(settings.calibration.tokens, context_length(model) or 2**31)
-        settings = replace(settings, calibration=replace(settings.calibration, tokens=tokens))
+    calibrates = needs_calibration(settings) or settings.refit.compensation != "none"
+    if calibrates:
+        settings = replace(settings, calibration=available_text(settings.calibration, model, settings.model.offload))
+        warn_of_shared_texts(settings.calibration.dataset, settings.evaluation.datasets)
     windows = evaluation_windows(settings.evaluation, model, tokenizer)
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
     metrics["before"] = evaluate_model(settings, model, tokenizer, windows, when="before pruning", clock=clock)
     _move_to(settings.model, model, settings.model.device)
     ids = None
-    if needs_calibration(settings) or settings.refit.compensation != "none":
+    if calibrates:
         with clock("calibration"):
-            ids = calibration_set(settings.calibration, tokenizer)
+            ids = calibration_set(settings.calibration, tokenizer, model, settings.seed)
     place = on_disk(folder) if settings.model.offload else in_memory
     planning = Planning(settings=settings, ids=ids, clock=clock, place=place)
     planned = make_plan(planning, model)
+    if calibrates:
+        planned.plan.settings["calibration"] = settings.calibration.dataset
     for line in planned.plan.summary().splitlines():
         log.info("%s", line)
     metrics |= _check_equivalence(planning, model, planned)

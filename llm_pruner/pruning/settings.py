@@ -49,6 +49,7 @@ class CalibrationSettings:
     """Calibration set: ``samples`` of ``tokens`` from a text.
 
     Attributes:
+        replaceable: use another text where this one cannot be had (:func:`available_text`).
         fewer_samples: accept fewer samples where the text is short.
         shorter_samples: accept samples cut to the model's context length.
     """
@@ -57,6 +58,7 @@ class CalibrationSettings:
     samples: int
     tokens: int
     seed: int | None = None
+    replaceable: bool = False
     fewer_samples: bool = False
     shorter_samples: bool = False
 
@@ -212,7 +214,8 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
             cache=Path(arguments.score_cache) if arguments.score_cache else None,
         ),
         calibration=CalibrationSettings(
-            dataset=arguments.calib_dataset,
+            dataset=value["calib_dataset"],
+            replaceable=arguments.calib_dataset is None,
             samples=value["num_examples"],
             tokens=value["calib_seq_len"],
             seed=arguments.calib_seed,

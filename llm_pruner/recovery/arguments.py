@@ -68,8 +68,8 @@ class RecoverArguments(Arguments):
 
     data_path: list[str] = flag(
         [],
-        "training data: hub data sets, python-docs, c4, or .json, .jsonl, .parquet, .csv or .txt files "
-        f"(default: {DEFAULT_DATA}, and python-docs where the hub cannot be reached)",
+        "training data: hub data sets, general, python-docs, c4, or .json, .jsonl, .parquet, .csv or .txt files "
+        f"(default: {DEFAULT_DATA}, and general,python-docs where the hub cannot be reached)",
         group="data",
     )
     extra_val_dataset: list[str] = flag([], "texts to validate on as well: wikitext2, ptb, or files", group="data")

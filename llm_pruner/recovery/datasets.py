@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import EMBEDDED_TEXT, text
+from ..choices import EMBEDDED_TEXTS
+from ..data import text
 from ..errors import PrunerError
 from ..evaluation.perplexity import check_length, windows
 from ..files import complete_folder, folder_lock
@@ -56,8 +57,8 @@ def _reachable_sources(data: DataSettings) -> tuple[str, ...]:
     try:
         read_rows(DEFAULT_DATA, data.streaming)
     except PrunerError:
-        log.info("%s cannot be reached: training on %s", DEFAULT_DATA, EMBEDDED_TEXT)
-        return (EMBEDDED_TEXT,)
+        log.info("%s cannot be reached: training on the embedded texts %s", DEFAULT_DATA, ", ".join(EMBEDDED_TEXTS))
+        return EMBEDDED_TEXTS
     return (DEFAULT_DATA,)
 
 

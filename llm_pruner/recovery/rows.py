@@ -14,7 +14,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data import EMBEDDED_TEXT, HUB, documents
+from ..choices import EMBEDDED_TEXTS
+from ..data import HUB, documents
 from ..errors import PrunerError
 from ..logs import log
 
@@ -35,8 +36,8 @@ def read_rows(source: str, streaming: bool = False) -> Any:
     """Read a data set's training rows as a ``datasets.Dataset`` (an ``IterableDataset`` when streaming).
 
     Args:
-        source: ``python-docs``, a text by name (``wikitext2``, ``ptb``, ``c4``, ``bookcorpus``), a local ``.json``,
-            ``.jsonl``, ``.parquet``, ``.csv`` or ``.txt`` file, or a data set on the hub.
+        source: a text by name (``general``, ``python-docs``, ``wikitext2``, ``ptb``, ``c4``, ``bookcorpus``), a local
+            ``.json``, ``.jsonl``, ``.parquet``, ``.csv`` or ``.txt`` file, or a data set on the hub.
 
     Raises:
         PrunerError: the data set cannot be read, or is empty.
@@ -44,7 +45,7 @@ def read_rows(source: str, streaming: bool = False) -> Any:
     import datasets
 
     path = Path(source).expanduser()
-    if source in HUB or source == EMBEDDED_TEXT or (path.suffix == ".txt" and path.is_file()):
+    if source in HUB or source in EMBEDDED_TEXTS or (path.suffix == ".txt" and path.is_file()):
         if streaming:
             return datasets.IterableDataset.from_generator(_iterate_texts, gen_kwargs={"source": source})
         texts = list(documents(source, "train", MAX_DOCUMENTS))

@@ -94,5 +94,8 @@ class DemoArguments(Arguments):
 
     output: str | None = flag(None, "folder of the run (default: OUTPUT_ROOT/demo)")
     output_root: str = flag("prune_log", "parent folder of the run")
-    kinds: list[Kind] = flag(["heads", "neurons"], "kinds of units to prune")
-    pruning_ratio: float = flag(0.25, "share of every unit's indices to remove")
+    keep_tokens: str = flag("16384", "tokens to keep, or a share of them")
+    kinds: list[Kind] = flag(["neurons"], "kinds of units to prune")
+    target_params: str = flag("0.92", "share of the parameters that stays when units are pruned")
+    pruning_ratio: float | None = flag(None, "share of every unit's indices to remove, instead of --target_params")
+    steps: int = flag(40, "training steps of the recovery")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..choices import DEFAULT_MODEL, EMBEDDED_TEXT, Dtype
+from ..choices import DEFAULT_MODEL, GENERAL, Dtype
 from ..errors import PrunerError
 from ..flags import Arguments, check_at_least, flag
 
@@ -30,10 +30,10 @@ class VocabArguments(Arguments):
     languages: list[str] = flag([], "keep tokens in the scripts of these languages: en,zh", group="tokens")
     scripts: list[str] = flag([], "keep tokens in these scripts: Han,Latin", group="tokens")
     keep_tokens: str | None = flag(None, "file of tokens to keep in any case, one per line", group="tokens")
-    corpus: list[str] = flag([], "texts to count tokens in: hub data sets, python-docs, or files", group="counting")
+    corpus: list[str] = flag([], "texts to count tokens in: hub data sets, embedded texts, or files", group="counting")
     max_documents: int = flag(200_000, "documents to count of a data set on the hub (0: all)", group="counting")
     save_counts: str | None = flag(None, "JSON file that keeps counts between runs", group="counting")
-    eval_dataset: str = flag(EMBEDDED_TEXT, "text to compare both models on; not one of --corpus", group="evaluation")
+    eval_dataset: str = flag(GENERAL, "text to compare both models on; not one of --corpus", group="evaluation")
     max_windows: int = flag(
         0, "measure perplexity on the text of the original's first N windows of 128 tokens (0: all)", group="evaluation"
     )

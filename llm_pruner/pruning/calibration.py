@@ -1,0 +1,80 @@
+"""Choose and draw the calibration set of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..choices import GENERAL, SELF
+from ..data import HUB, calibration, continues_text, documents, self_written
+from ..errors import PrunerError
+from ..logs import log
+from ..models.running import context_length
+from .settings import CalibrationSettings
+
+
+def available_text(settings: CalibrationSettings, model: PreTrainedModel, offload: bool = False) -> CalibrationSettings:
+    """Return settings whose text can be had, in samples that fit the model's context; log a replacement.
+
+    Only a text that the user did not name is replaced: a data set on a hub that cannot be reached by text that the
+    model writes itself, and that by the embedded text where the model cannot write or is offloaded, which would take
+    a pass through its files for every token.
+    """
+    if settings.shorter_samples:
+        settings = replace(settings, tokens=min(settings.tokens, context_length(model) or 2**31))
+    if not settings.replaceable:
+        return settings
+    dataset = settings.dataset
+    if dataset in HUB and not _is_reachable(dataset):
+        log.info("calibration text: %s cannot be reached; the model writes its own instead", dataset)
+        dataset = SELF
+    if dataset == SELF and (offload or not continues_text(model)):
+        log.info("calibration text: the embedded text %s, since %s", GENERAL, _why_not(model, offload))
+        dataset = GENERAL
+    return replace(settings, dataset=dataset, replaceable=False)
+
+
+def _is_reachable(dataset: str) -> bool:
+    try:
+        next(documents(dataset, most=1), None)
+    except PrunerError:
+        return False
+    return True
+
+
+def _why_not(model: PreTrainedModel, offload: bool) -> str:
+    return "an offloaded model writes too slowly" if offload else f"{type(model).__name__} does not continue a text"
+
+
+def calibration_set(
+    settings: CalibrationSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, seed: int = 0
+) -> torch.Tensor:
+    """Return the calibration set, LongTensor ``[samples, tokens]``.
+
+    Args:
+        model: writes the text if ``settings.dataset`` is ``self``.
+        seed: of that text, where the settings have none.
+
+    Raises:
+        PrunerError: the text is too short for the samples that were asked for, or the model cannot write.
+    """
+    samples, tokens = settings.samples, settings.tokens
+    if settings.dataset == SELF:
+        log.info("calibration: %d samples of %d tokens, written by the model itself", samples, tokens)
+        return self_written(model, tokenizer, samples, tokens, seed=seed if settings.seed is None else settings.seed)
+    ids = calibration(settings.dataset, tokenizer, samples, tokens, seed=settings.seed, fewer=settings.fewer_samples)
+    log.info("calibration: %d samples of %d tokens from %s", *ids.shape, settings.dataset)
+    return ids
+
+
+def warn_of_shared_texts(calibrated_on: str, measured_on: Iterable[str]) -> None:
+    """Warn where a model is measured on the source of its calibration text, which flatters it."""
+    for text in measured_on:
+        if text == calibrated_on:
+            log.warning(
+                "perplexity on %s flatters the pruned model, calibrated on the same source: measure on another text",
+                text,
+            )
