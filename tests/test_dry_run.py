@@ -3,12 +3,13 @@
 import json
 
 import pytest
-from helpers.recipes import FOUR_STAGES, PRUNE, RECIPES, printed_table, save_config, write_recipe
+from helpers.recipes import FOUR_STAGES, PRUNE, printed_table, save_config, write_recipe
 
 from llm_pruner.cli import main
 from llm_pruner.recipes.arguments import RunArguments
 from llm_pruner.recipes.recipe import read
 from llm_pruner.recipes.run import run_recipe
+from llm_pruner.recipes.source import LIBRARY
 
 LLAMA_13B = {
     "hidden_size": 5120,
@@ -98,19 +99,18 @@ LONG = {"openba_v2_5_stages", "pruning_llms_7b_to_3.4b"}
 def test_every_recipe_can_be_predicted_on_the_config_of_its_model(name, tmp_path, capsys):
     kind, fields = CONFIGS[name]
     model = save_config(tmp_path / "model", kind, **fields)
-    table = predict(RECIPES / f"{name}.yaml", capsys, "--model", str(model))
+    table = predict(f"recipes/{name}.yaml", capsys, "--model", str(model))
     for stage, parameters in PUBLISHED_SIZES.get(name, {}).items():
         assert int(table[stage][PARAMETERS].replace(",", "")) == parameters
 
 
 def test_every_recipe_has_a_config():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*CONFIGS, "smollm2_demo"}
-    read(RECIPES / "smollm2_demo.yaml")
+    assert {path.stem for path in LIBRARY.glob("*.yaml")} == {*CONFIGS, "smollm2_demo"}
+    read("smollm2_demo")
 
 
 @pytest.mark.slow
 def test_a_sweep_is_predicted_point_by_point(tmp_path, capsys):
     model = save_config(tmp_path / "model", "llama", vocab_size=32000, num_hidden_layers=32)
-    recipe = RECIPES / "paper" / "llama7b_20.yaml"
-    assert main(["run", str(recipe), "--model", str(model), "--dry_run"]) == 0
+    assert main(["run", "paper/llama7b_20", "--model", str(model), "--dry_run"]) == 0
     assert "3072" in capsys.readouterr().out  # hidden size of the point that prunes channels

@@ -3,13 +3,14 @@
 from dataclasses import fields
 
 import pytest
-from helpers.recipes import ADAPTER, FOUR_STAGES, PRUNE, RECIPES, write_recipe
+from helpers.recipes import ADAPTER, FOUR_STAGES, PRUNE, write_recipe
 
 import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.commands import COMMANDS
 from llm_pruner.recipes.recipe import read
 from llm_pruner.recipes.schema import arguments_model
+from llm_pruner.recipes.source import LIBRARY
 from llm_pruner.recipes.stages import STAGES, chaining, is_chained
 from llm_pruner.recipes.steps import steps_of
 from llm_pruner.recipes.sweep import points_of
@@ -141,6 +142,31 @@ def test_a_stage_that_cannot_read_an_adapter_is_refused_before_anything_runs(hom
     assert ":8: " in error and "cannot read the adapter of recover: give it merge: true" in error
 
 
-def test_all_recipes_of_the_repository_can_be_read():
-    for path in RECIPES.rglob("*.yaml"):
+@pytest.mark.parametrize("folder", ["", "recipes/"])
+@pytest.mark.parametrize("suffix", ["", ".yaml"])
+def test_a_recipe_of_the_library_goes_by_its_name_anywhere(folder, suffix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2_demo", "paper/llama7b_20"):
+        assert read(f"{folder}{name}{suffix}") == read(LIBRARY / f"{name}.yaml")
+
+
+def test_a_file_of_the_user_comes_before_the_library(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipes" / "smollm2_demo.yaml"
+    path.parent.mkdir()
+    path.write_bytes(write_recipe(tmp_path, home, PRUNE).read_bytes())
+    assert read("recipes/smollm2_demo.yaml").model == f"{home}/base"
+    assert read("smollm2_demo").model == "smollm2-135m"
+
+
+@pytest.mark.parametrize("name", ["smollm2", "../library/smollm2_demo", "paper", "recipes/none.yaml", "/smollm2_demo"])
+def test_an_unknown_recipe_lists_the_library(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", name]) == 2
+    error = capsys.readouterr().err
+    assert f"there is no recipe file {name}" in error and "paper/llama7b_20" in error and "smollm2_demo" in error
+
+
+def test_all_recipes_of_the_library_can_be_read():
+    for path in LIBRARY.rglob("*.yaml"):
         assert points_of(read(path))

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.recipes import ADAPTER, FOUR_STAGES, PRUNE, RECIPES, results, write_recipe
+from helpers.recipes import ADAPTER, FOUR_STAGES, PRUNE, results, write_recipe
 
 import llm_pruner as lp
 from llm_pruner.cli import main
@@ -14,6 +14,7 @@ from llm_pruner.recipes import steps
 from llm_pruner.recipes.arguments import RunArguments
 from llm_pruner.recipes.recipe import read
 from llm_pruner.recipes.run import run_recipe
+from llm_pruner.recipes.source import LIBRARY
 from llm_pruner.recipes.steps import remove_weights, steps_of
 from llm_pruner.recipes.sweep import points_of
 
@@ -159,14 +160,14 @@ def test_a_killed_run_continues_to_the_same_results(recipe, tmp_path):
 
 
 def test_published_numbers_stand_beside_measured_ones(tmp_path):
-    counts = {path.stem: len(points_of(read(path))) for path in (RECIPES / "paper").glob("*.yaml")}
+    counts = {path.stem: len(points_of(read(path))) for path in (LIBRARY / "paper").glob("*.yaml")}
     assert counts["smollm2"] == 96 and counts["llama7b_20"] == counts["vicuna7b_50_tuned"] == 6
     out = tmp_path / "llama7b_20"
     out.mkdir()
     rows = [{"point": 0, "perplexity wikitext2": 12.62, "piqa acc": 0.1, "piqa acc_norm": 0.78}]
     rows.append({"point": 5, "prune.taylor": "param_second", "perplexity wikitext2": 20.5})
     (out / "results.json").write_text(json.dumps(rows))
-    script = [sys.executable, str(RECIPES / "paper" / "beside.py")]
+    script = [sys.executable, "-m", "llm_pruner.recipes.published"]
     printed = subprocess.run([*script, str(out)], capture_output=True, text=True, check=True).stdout
     assert "| unpruned | 12.62 / 12.6 | - / 22.1 | - / 73.2 | 78 / 78.4 |" in printed
     assert "| param_second | 20.5 / 19.8 |" in printed

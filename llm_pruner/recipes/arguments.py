@@ -15,7 +15,7 @@ ExecutorKind = Literal["local", "slurm", "submitit"]
 class RunArguments(Arguments):
     """Flags of ``llm-pruner run``."""
 
-    recipe: str = flag("", "recipe to run, a YAML file")
+    recipe: str = flag("", "recipe to run: a YAML file, or the name of one that comes with llm-pruner (smollm2_demo)")
     model: str | None = flag(None, "model to use instead of the recipe's")
     output: str | None = flag(None, "folder to write to instead of the recipe's")
     dry_run: bool = flag(False, "predict the shapes and sizes that every stage leaves, without reading weights")
@@ -31,4 +31,4 @@ class RunArguments(Arguments):
             PrunerError: no recipe is named.
         """
         if not self.recipe:
-            raise PrunerError("name a recipe: llm-pruner run RECIPE.yaml")
+            raise PrunerError("name a recipe: llm-pruner run RECIPE.yaml, or llm-pruner run smollm2_demo")

@@ -17,7 +17,7 @@ from .schema import (
     validate,
     validate_arguments,
 )
-from .source import Location, Source, parse
+from .source import Location, Source, find_recipe, parse
 
 MODEL = "model"  # key of a sweep that varies the model
 
@@ -66,13 +66,13 @@ class Recipe:
         return next((stage for stage in self.stages if stage.name == name), None)
 
 
-def read(path: str | Path) -> Recipe:
-    """Read a recipe.
+def read(name: str | Path) -> Recipe:
+    """Read a recipe: a YAML file, or a recipe of the library by its name.
 
     Raises:
         PrunerError: the file is missing or not YAML, or an entry is not valid; with the line.
     """
-    document, source = parse(path)
+    document, source = parse(find_recipe(name))
     content = validate(RecipeFile, document, source)
     recipe = Recipe(
         model=content.model,

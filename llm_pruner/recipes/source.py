@@ -1,4 +1,4 @@
-"""The file of a recipe: YAML, with the line of every entry for error messages."""
+"""The file of a recipe: found by its name, YAML, with the line of every entry for error messages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 
 from ..errors import PrunerError
 
+LIBRARY = Path(__file__).with_name("library")  # recipes that come with the package
 Location = tuple[Any, ...]  # keys and indices from the top of a document to an entry
 
 
@@ -47,6 +48,30 @@ Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
     list("-+0123456789."),
 )
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Return the file of a recipe: a file of the user's, or a recipe of the library by its name.
+
+    A name of the library may carry the folder ``recipes/`` in front and the suffix of its file.
+
+    Raises:
+        PrunerError: there is neither; the message lists the library.
+
+    >>> find_recipe("recipes/smollm2_demo.yaml") == find_recipe("smollm2_demo")
+    True
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    library = {file.relative_to(LIBRARY).with_suffix("").as_posix(): file for file in LIBRARY.rglob("*.yaml")}
+    key = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
+    if key not in library:
+        raise PrunerError(
+            f"there is no recipe file {name}, and no recipe of this name comes with llm-pruner: choose from "
+            f"{', '.join(sorted(library))}"
+        )
+    return library[key]
 
 
 def parse(path: str | Path) -> tuple[Any, Source]:

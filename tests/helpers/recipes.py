@@ -7,7 +7,6 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FOUR_STAGES = """
 model: {home}/base
 output: {out}

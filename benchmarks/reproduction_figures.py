@@ -1,4 +1,7 @@
-"""Draw the ablations of smollm2.yaml: python recipes/paper/figures.py runs/paper/smollm2 docs/figures"""
+"""Draw the ablations of the recipe paper/smollm2, from the folder of its runs.
+
+python benchmarks/reproduction_figures.py runs/paper/smollm2 docs/figures
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Print the published numbers of LLM-Pruner's tables beside those of a sweep of this folder.
+"""Print the published numbers of LLM-Pruner's tables beside those of a sweep of a recipe ``paper/...``.
 
-    python recipes/paper/beside.py runs/paper/llama7b_20
+    python -m llm_pruner.recipes.published runs/paper/llama7b_20
 
 The sweep's folder is named after the table. Each cell is "measured / published"; accuracies are in percent, acc_norm if
 the harness has it, else acc.
@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llm_pruner.evaluation.table import markdown
+from ..evaluation.table import markdown
+from .source import LIBRARY
 
-PUBLISHED = Path(__file__).with_name("published.json")
+PUBLISHED = LIBRARY / "paper" / "published.json"
 
 
 def read_measured(row: dict[str, Any], name: str) -> float | None:
@@ -53,5 +54,5 @@ def compare(folder: Path) -> list[list[str]]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise SystemExit(f"usage: python {sys.argv[0]} FOLDER")
+        raise SystemExit("usage: python -m llm_pruner.recipes.published FOLDER")
     print(markdown(compare(Path(sys.argv[1]))), end="")
