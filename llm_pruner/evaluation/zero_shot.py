@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
+from ..optional import require
 
 # Tasks of LLM-Pruner's table 1.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -51,8 +52,9 @@ def zero_shot(
         batch_size: requests per forward pass, or ``auto``.
 
     Raises:
-        PrunerError: a task is unknown, or its data cannot be had.
+        PrunerError: lm-eval is not installed, a task is unknown, or its data cannot be had.
     """
+    require("lm_eval", "eval", "tasks need")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

@@ -19,6 +19,7 @@ import torch
 
 from ..errors import PrunerError
 from ..logs import log
+from ..optional import require
 from .schema import Executor
 
 POLL_SECONDS = 0.2
@@ -42,6 +43,16 @@ class Work:
     points: int
     output: Path
     replace_worker: Callable[[int], bool]
+
+
+def check_executor(settings: Executor) -> None:
+    """Refuse an executor whose package is missing.
+
+    Raises:
+        PrunerError: jobs are to go through submitit, which is not installed.
+    """
+    if settings.kind != "local":
+        require("submitit", "slurm", f"the executor {settings.kind} needs")
 
 
 def run_local_workers(work: Work, settings: Executor) -> None:
@@ -94,7 +105,7 @@ def submit_jobs(work: Work, settings: Executor) -> None:
     """Submit an array of jobs to a cluster through submitit, which requeues jobs that are pre-empted or time out.
 
     Raises:
-        PrunerError: submitit or Slurm is missing.
+        PrunerError: there is no Slurm on this machine.
     """
     executor = _submitit_executor(settings, work.output)
     jobs = min(settings.jobs or work.points, work.points)
@@ -127,10 +138,8 @@ class RequeuedCommand:
 
 
 def _submitit_executor(settings: Executor, output: Path) -> Any:
-    try:
-        import submitit
-    except ImportError as error:
-        raise PrunerError("this executor needs submitit: pip install submitit") from error
+    import submitit
+
     slurm = settings.kind == "slurm"
     try:
         executor = submitit.AutoExecutor(folder=str(output / LOG_FOLDER), cluster="slurm" if slurm else "local")

@@ -18,7 +18,7 @@ from ..provenance import provenance
 from ..pruning.run import keeping_model
 from .arguments import RunArguments
 from .dry_run import dry_run
-from .executors import EXECUTORS, Work, worker_command
+from .executors import EXECUTORS, Work, check_executor, worker_command
 from .recipe import Recipe, read
 from .results import TERMINAL, Row, stage_cells, summarize, write_points, write_stages
 from .run_point import read_record, run_points, write_record
@@ -81,6 +81,7 @@ def run_recipe(args: RunArguments) -> Path | None:
     if args.dry_run:
         _predict(recipe, points)
         return None
+    check_executor(recipe.executor)
     if len(points) > MANY and not args.yes:
         raise PrunerError(f"{args.recipe} makes {len(points)} runs: add --yes to start them")
     if not recipe.is_sweep and recipe.executor.kind != "local":

@@ -6,9 +6,6 @@ from collections import Counter
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +38,8 @@ def _add_adapter(model: PreTrainedModel, adapter: AdapterSettings) -> Any:
     if parameters and dropout:
         log.info("--lora_dropout is 0: peft has none for adapters of %s", _short_names(parameters))
         dropout = 0.0
+    from peft import LoraConfig, TaskType, get_peft_model
+
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -128,6 +127,10 @@ def _names_for_peft(model: PreTrainedModel, layers: list[str]) -> tuple[list[str
     mixtures it takes for the experts of an older transformers and renames them, unless they are named as parameters.
     This function alone uses private names of peft (checked with peft 0.21.2).
     """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
     accepted = []
     for path in layers:
         try:

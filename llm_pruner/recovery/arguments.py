@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Literal
 
 from ..choices import ADAPTER_METHODS, Dtype
 from ..errors import PrunerError
 from ..flags import Arguments, check_at_least, check_combinations, flag
+from ..optional import is_installed, require
 
 DEFAULT_DATA = "yahma/alpaca-cleaned"
 COUNTS = (
@@ -171,8 +171,10 @@ class RecoverArguments(Arguments):
             raise PrunerError(f"--seed {self.seed} is out of range: give 0 to 4294967295")
 
     def _check_packages(self) -> None:
+        if self.method in ADAPTER_METHODS:
+            require("peft", "recover", f"--method {self.method} needs")
         packages = [self.logger] if self.logger != "none" else []
         packages += ["bitsandbytes"] if "bnb" in self.optim or "8bit" in self.optim else []
         for package in packages:
-            if find_spec(package) is None:
+            if not is_installed(package):
                 raise PrunerError(f"{package} is not installed: pip install {package}")

@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from ..files import strict_json, write_text
+from ..logs import log
+from ..optional import is_installed
 from ..report.figures import draw_recoveries
 from ..report.runs import Run
 
@@ -71,7 +73,10 @@ def logged_curves(history: list[dict[str, Any]]) -> dict[str, list[tuple[float, 
 
 
 def draw_curves(history: list[dict[str, Any]], folder: Path) -> None:
-    """Write the report's figure of the losses to ``curves.png``; no file without losses."""
+    """Write the report's figure of the losses to ``curves.png``; no file without losses, or without matplotlib."""
+    if not is_installed("matplotlib"):
+        log.info('no %s.png: figures need matplotlib: pip install "llm_pruner[report]"', CURVES)
+        return
     for drawing in draw_recoveries([Run(folder.resolve().name, folder, curves=logged_curves(history))]):
         temporary = folder / f".{CURVES}.tmp.png"
         drawing.write(temporary, "png", dpi=150)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import PrunerError
 from ..flags import Arguments, flag
+from ..optional import require
 
 
 @dataclass(kw_only=True)
@@ -21,7 +22,8 @@ class ReportArguments(Arguments):
         """Refuse an empty list of runs.
 
         Raises:
-            PrunerError: no run is named.
+            PrunerError: no run is named, or matplotlib is not installed.
         """
         if not self.runs:
             raise PrunerError("name at least one run: llm-pruner report FOLDER [FOLDER ...]")
+        require("matplotlib", "report", "figures need")

@@ -6,19 +6,21 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from ..selection.plan import PruningPlan
 from .runs import MeasuredModel, Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, and shapes for print in grey.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -53,13 +55,13 @@ class Drawing:
     def write(self, to: Path | io.StringIO, form: str, **options: Any) -> None:
         """Write an image; the same figure gives the same bytes."""
         metadata = {"Title": self.title, **({"Date": None} if form == "svg" else {})}
-        with matplotlib.rc_context({"svg.hashsalt": self.name}):
+        with _drawing_settings({"svg.hashsalt": self.name}):
             self.figure.savefig(to, format=form, metadata=metadata, **options)
 
     def svg(self) -> str:
         """Return an ``<svg>`` element for a page with others: its ids are unique, its text is text."""
         buffer = io.StringIO()
-        with matplotlib.rc_context({"svg.fonttype": "none"}):
+        with _drawing_settings({"svg.fonttype": "none"}):
             self.write(buffer, "svg", transparent=True)
         svg = buffer.getvalue()
         svg = svg[svg.index("<svg") :]
@@ -74,6 +76,20 @@ class Drawing:
         label = f'role="img" tabindex="0" aria-label="{escape(self.alt)}" xmlns:xlink="http://www.w3.org/1999/xlink"'
         width = f'style="max-width: {self.figure.get_figwidth():.1f}in"'
         return f'<svg class="figure" {label} {width} {box[0]}>' + svg[svg.index(">") + 1 :]
+
+
+def _new_figure(**options: Any) -> Figure:
+    """Make an empty figure. Only the extra ``report`` brings matplotlib, so functions import it, not the module."""
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
+def _drawing_settings(values: Any) -> AbstractContextManager[None]:
+    """Return a block in which matplotlib draws with these settings."""
+    import matplotlib
+
+    return matplotlib.rc_context(values)
 
 
 Measure = Callable[[MeasuredModel], float | None]
@@ -120,7 +136,7 @@ def _points(models: list[MeasuredModel], size: Measure, quality: Measure) -> lis
 
 def _draw_tradeoff(quality: Quality, panels: dict[str, list[Point]], name: str) -> Drawing:
     """Draw one measure of quality, with a panel for each measure of size."""
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    figure = _new_figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     drawing = Drawing(name, f"{quality.name}, and its cost", "", figure)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (size, points) in zip(axes, panels.items(), strict=True):
@@ -174,7 +190,7 @@ def draw_recoveries(runs: list[Run]) -> list[Drawing]:
 
 
 def _draw_recovery(run: Run, losses: dict[str, list[tuple[float, float]]], name: str) -> Drawing:
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    figure = _new_figure(figsize=(6.4, 3.2), layout="constrained")
     ax = figure.subplots()
     descriptions = []
     for i, (loss, points) in enumerate(losses.items()):
@@ -203,7 +219,7 @@ def _draw_kind(run: Run, plan: PruningPlan, kind: str, name: str) -> Drawing:
     units = [n for n, choice in plan.units.items() if choice.kind == kind and choice.layer is not None]
     scores = {n: run.scores.values[n] for n in units if n in run.scores.values} if run.scores else {}
     # Placed by hand: constrained layout takes most of the time of a page with many runs.
-    figure = Figure(figsize=(11, 3.2) if scores else (5, 3.2))
+    figure = _new_figure(figsize=(11, 3.2) if scores else (5, 3.2))
     sides = {"left": 0.06, "right": 0.985, "wspace": 0.42} if scores else {"left": 0.14, "right": 0.97}
     figure.subplots_adjust(bottom=0.16, top=0.95, **sides)
     drawing = Drawing(name, f"{run.name}: {kind}", "", figure)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -20,6 +19,7 @@ from ..errors import PrunerError
 from ..models.dispatch import resolve_device
 from ..models.generate import Sampling, TokenClock, generate, pad_id
 from ..models.running import context_length
+from ..optional import require
 from .arguments import ChatArguments
 
 LONGEST_PROMPT = 20_000  # characters
@@ -151,8 +151,7 @@ def serve_chat(args: ChatArguments) -> None:
         PrunerError: bad arguments, or gradio is not installed.
     """
     names = args.models_to_serve()
-    if find_spec("gradio") is None:
-        raise PrunerError("the page needs gradio: pip install gradio")
+    require("gradio", "chat", "the page needs")
     for name in names:
         locate(name)
     device = resolve_device(args.device, "--device")

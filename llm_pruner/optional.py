@@ -1,0 +1,31 @@
+"""Packages that only some commands need: an extra of ``pip install llm_pruner`` brings each."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from .errors import PrunerError
+
+
+def is_installed(module: str) -> bool:
+    """Return True if a top-level module can be imported, without importing it."""
+    return find_spec(module) is not None
+
+
+def require(module: str, extra: str, need: str) -> None:
+    """Refuse work that needs a package which is not installed; call this before any work is done.
+
+    Args:
+        module: top-level module of the package.
+        extra: extra of ``llm_pruner`` that brings the package.
+        need: beginning of the message, before the package's name.
+
+    Raises:
+        PrunerError: the package is not installed; the message has the line that installs it.
+
+    >>> require("no_such_module", "eval", "tasks need")
+    Traceback (most recent call last):
+    llm_pruner.errors.PrunerError: tasks need no-such-module: pip install "llm_pruner[eval]"
+    """
+    if not is_installed(module):
+        raise PrunerError(f'{need} {module.replace("_", "-")}: pip install "llm_pruner[{extra}]"')
