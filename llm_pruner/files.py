@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ CARD = "README.md"
 # Suffixes and names of the files of checkpoints and runs.
 OURS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".log", ".scores", ".py"}
 OUR_NAMES = {CARD, "LICENSE", "NOTICE"}
+MODEL_CONFIGS = ("config.json", "adapter_config.json")  # a folder with one of them holds a model or an adapter
+# Flags that say where and how loudly a run takes place, not what it computes.
+PLACE_FLAGS = {"output", "output_root", "save_ckpt_log_name", "quiet", "resume_from_checkpoint"}
 LOCKS = ".locks"
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # file systems without locks
 # Messages of a full disk in the errors of torch and safetensors, which are no OSErrors.
@@ -105,6 +108,76 @@ def same_folder(folder: str | Path, other: str | Path) -> bool:
     """Return True if both paths exist and are the same folder."""
     one, two = Path(folder).expanduser(), Path(other).expanduser()
     return one.exists() and two.exists() and one.samefile(two)
+
+
+def place_for_run(place: Path, obstacle: Callable[[Path], str], *, flag: str, named: bool) -> Path:
+    """Return the folder or file that a run may write, so that no run silently replaces another's results.
+
+    Args:
+        place: folder or file that the flags name.
+        obstacle: returns what is in a place that the run must not replace, "" for a place that it may write.
+        flag: flag that names the place.
+        named: the user named the place. Otherwise ``NAME-2``, ``NAME-3``, ... are taken where the default is not free.
+
+    Raises:
+        PrunerError: the user named a place with such an obstacle.
+    """
+    what = obstacle(place)
+    if what and named:
+        raise PrunerError(f"{place} holds {what}, which this run would replace: remove it, or give another --{flag}")
+    number, free = 1, place
+    while obstacle(free):
+        number += 1
+        free = place.with_name(f"{place.stem}-{number}{place.suffix}" if place.is_file() else f"{place.name}-{number}")
+    return free
+
+
+def folder_for_run(
+    folder: str | Path, record: str, arguments: Mapping[str, Any], *, named: bool, beside_models: bool = False
+) -> Path:
+    """Return the folder that a run may write: :func:`place_for_run` for a run that leaves a record.
+
+    A run with the same arguments may replace its own earlier results.
+
+    Args:
+        record: JSON file with the ``arguments`` of the finished run that a folder holds.
+        arguments: those of the new run.
+        named: the user named the folder.
+        beside_models: the run replaces no model, so a model that another command wrote is no obstacle.
+
+    Raises:
+        PrunerError: the user named a folder that holds another run.
+    """
+
+    def obstacle(place: Path) -> str:
+        if (place / record).is_file():
+            same = same_arguments(_recorded_arguments(place / record), arguments)
+            return "" if same else "a run with other arguments"
+        holds_model = any((place / name).is_file() for name in MODEL_CONFIGS)
+        return "a model that another command wrote" if holds_model and not beside_models else ""
+
+    return place_for_run(Path(folder), obstacle, flag="output", named=named)
+
+
+def same_arguments(recorded: Any, arguments: Mapping[str, Any]) -> bool:
+    """Return True if two runs were asked for the same; where they are written does not count.
+
+    >>> same_arguments({"model": "m", "kinds": ["heads"], "output": "a"}, {"model": "m", "kinds": ("heads",)})
+    True
+    """
+    if not isinstance(recorded, dict):
+        return False
+    one, two = ({k: v for k, v in flags.items() if k not in PLACE_FLAGS} for flags in (recorded, arguments))
+    return digest(one) == digest(two)
+
+
+def _recorded_arguments(record: Path) -> Any:
+    """Return the arguments in a record; None where it cannot be read."""
+    try:
+        content = read_json(record)
+    except PrunerError:
+        return None
+    return content.get("arguments") if isinstance(content, dict) else None
 
 
 @contextmanager

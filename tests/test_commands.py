@@ -78,12 +78,17 @@ def test_the_documented_command(folder):
 
 def test_a_checkpoint_is_not_lost_to_a_run_without_one(folder, capsys):
     assert hf_prune(folder, "--save_model", "--save_ckpt_log_name", "a") == 0
-    assert hf_prune(folder, "--save_ckpt_log_name", "a") == 2
-    assert "add --save_model" in capsys.readouterr().err
-    again = ["--base_model", str(folder / "runs" / "a"), "--save_model", "--save_ckpt_log_name", "a"]
+    first = (folder / "runs" / "a" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert hf_prune(folder, "--save_ckpt_log_name", "a") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "a-2: " in lines[0] and "holds another run" in lines[0]
+    assert "no checkpoint will be kept: add --save_model, or --output FOLDER" in lines[2] and "loaded" in lines[3]
+    again = ["--base_model", str(folder / "runs" / "a"), "--output", str(folder / "runs" / "a")]
     assert hf_prune(folder, *again) == 2
     assert "is the model to be pruned" in capsys.readouterr().err
-    assert (folder / "runs" / "a" / "model.safetensors").exists()
+    assert (folder / "runs" / "a" / "model.safetensors").read_bytes() == first
+    assert not (folder / "runs" / "a-2" / "model.safetensors").exists()
 
 
 HALF_OF_LAYER_2 = {"2": {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}}

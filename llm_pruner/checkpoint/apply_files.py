@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..errors import PrunerError
-from ..files import complete_folder
+from ..files import complete_folder, write_text
 from ..logs import log
 from ..models.skeleton import canonical_names
 from ..selection.plan import PruningPlan, name_after
@@ -27,6 +27,8 @@ from .shards import SINGLE, Shards, ShardWriter, TensorType, write_index
 from .standalone import forget_modelling, write_modelling
 from .stored import OtherForm, stored_names
 
+APPLY_FILE = "apply.json"  # record of llm-pruner apply
+
 
 def apply_to_files(
     plan: PruningPlan,
@@ -35,6 +37,7 @@ def apply_to_files(
     trust_remote_code: bool = False,
     *,
     standalone: bool = False,
+    record: str = "",
 ) -> Path:
     """Write the checkpoint that a plan leaves of another, shard by shard; no shard is ever in memory.
 
@@ -47,6 +50,7 @@ def apply_to_files(
         source: folder of safetensors.
         target: new folder; it appears complete or not at all.
         standalone: as in :func:`llm_pruner.save`.
+        record: content of ``apply.json``, which tells a later run who wrote the folder; "": no such file.
 
     Raises:
         PrunerError: the plan is for another model, or a tensor is missing or damaged.
@@ -64,6 +68,8 @@ def apply_to_files(
         if standalone:
             write_modelling(pruned, folder)
         write_card(pruned.config, folder, plan, target.name)
+        if record:
+            write_text(folder / APPLY_FILE, record)
     return target
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from ..checkpoint.load import load_with_tokenizer
 from ..checkpoint.locate import locate
 from ..data import text
-from ..files import strict_json, write_text
+from ..files import folder_for_run, strict_json, write_text
 from ..models.dispatch import resolve_device
 from ..provenance import provenance
 from .arguments import EvaluateArguments, PerplexityArguments
@@ -19,6 +19,8 @@ from .evaluate import PROMPTS, Evaluation, Measurements, evaluate_models
 from .perplexity import perplexity, windows
 from .table import Table, as_json, table, terminal_table
 from .zero_shot import PAPER_TASKS
+
+EVALUATION_FILE = "evaluation.json"
 
 
 def measure(args: EvaluateArguments) -> list[Evaluation]:
@@ -63,6 +65,9 @@ def resolve(args: EvaluateArguments) -> Measurements:
 
 def run_evaluate(args: EvaluateArguments) -> None:
     """Run ``llm-pruner evaluate``: print one table, and write it in every format to ``--output``."""
+    args.check()
+    if args.output:
+        folder_for_run(args.output, EVALUATION_FILE, asdict(args), named=True, beside_models=True)
     evaluations = measure(args)
     combined = table(evaluations)
     console = Console()
@@ -70,7 +75,7 @@ def run_evaluate(args: EvaluateArguments) -> None:
     for note in combined.notes:
         console.print(note)
     if args.output:
-        write_evaluations(evaluations, combined, Path(args.output))
+        write_evaluations(evaluations, combined, Path(args.output), asdict(args))
 
 
 def run_perplexity(args: PerplexityArguments) -> None:
@@ -96,10 +101,10 @@ def run_perplexity(args: PerplexityArguments) -> None:
         write_text(Path(args.output), strict_json(record))
 
 
-def write_evaluations(evaluations: list[Evaluation], combined: Table, folder: Path) -> None:
-    """Write the table in every format, its numbers, and lm-eval's own records."""
+def write_evaluations(evaluations: list[Evaluation], combined: Table, folder: Path, arguments: dict[str, Any]) -> None:
+    """Write the table in every format, its numbers with the arguments of the run, and lm-eval's own records."""
     files = {"table.csv": combined.csv(), "table.md": combined.markdown(), "table.tex": combined.latex()}
-    files["evaluation.json"] = as_json(evaluations, provenance())
+    files[EVALUATION_FILE] = as_json(evaluations, {"arguments": arguments, **provenance()})
     for i, one in enumerate(evaluations):
         if one.results:
             files[f"lm_eval/{i}_{Path(one.model).name}.json"] = strict_json(one.results)

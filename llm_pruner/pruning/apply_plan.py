@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..checkpoint.apply_files import apply_to_files
+from ..checkpoint.apply_files import APPLY_FILE, apply_to_files
 from ..checkpoint.arguments import ApplyArguments
 from ..checkpoint.card import write_card
 from ..checkpoint.integrity import check
 from ..checkpoint.load import load_with_tokenizer
 from ..checkpoint.save import write_checkpoint
 from ..data import self_calibration
-from ..files import complete_folder
+from ..files import complete_folder, folder_for_run, same_folder, strict_json, write_text
 from ..logs import log
+from ..provenance import provenance
 from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
@@ -33,18 +34,22 @@ def apply_plan(arguments: ApplyArguments) -> Path:
     """
     arguments.check()
     plan = PruningPlan.load(arguments.plan, arguments.verify)
+    target = Path(arguments.output).expanduser()
+    if not same_folder(target, arguments.model):  # refused below, with that reason
+        target = folder_for_run(target, APPLY_FILE, asdict(arguments), named=True)
+    record = strict_json({"arguments": asdict(arguments), **provenance()})
     if arguments.refit:
-        folder = _apply_and_refit(plan, arguments)
+        folder = _apply_and_refit(plan, arguments, target, record)
     else:
         trust = arguments.trust_remote_code
-        folder = apply_to_files(plan, arguments.model, arguments.output, trust, standalone=arguments.standalone)
+        folder = apply_to_files(plan, arguments.model, target, trust, standalone=arguments.standalone, record=record)
     if arguments.verify:
         check(folder, arguments.trust_remote_code)
     print(folder)
     return folder
 
 
-def _apply_and_refit(plan: PruningPlan, arguments: ApplyArguments) -> Path:
+def _apply_and_refit(plan: PruningPlan, arguments: ApplyArguments, target: Path, record: str) -> Path:
     """Load the model, apply the plan, repeat the recorded refit and save."""
     refit = RefitRecord.of(plan.settings.get("refit"))
     if arguments.calib_dataset is not None:
@@ -52,13 +57,13 @@ def _apply_and_refit(plan: PruningPlan, arguments: ApplyArguments) -> Path:
     settings = {"base_model": arguments.model, **plan.settings} | {"refit": asdict(refit)}
     settings.pop("without_refit", None)
     plan = replace(plan, settings=settings)
-    target = Path(arguments.output).expanduser()
     with complete_folder(target, owned_if="config.json", reads=arguments.model) as folder:
         model, tokenizer = load_with_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
         calibration = calibration_set(refit.calibration, tokenizer, model, refit.seed)
         pruned = repeat_refit(model, apply(model, plan), plan, calibration, refit=refit)
         write_checkpoint(pruned, tokenizer, folder, plan, standalone=arguments.standalone)
         write_card(pruned.config, folder, plan, target.name)
+        write_text(folder / APPLY_FILE, record)
     return target
 
 

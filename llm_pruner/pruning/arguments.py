@@ -44,15 +44,16 @@ EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
         "it times layers on one device; use --target_macs",
     ),
     (("compensate",), ("channel_wise",), "compensation compares hidden states of one size"),
+    (("save_model", "standalone", "push_to_hub"), ("no_save",), "one needs the checkpoint, the other writes none"),
 )
 # Flags that need one of others.
 REQUIRES: tuple[tuple[str, Sequence[str]], ...] = (
-    ("standalone", ("save_model", "output")),
-    ("push_to_hub", ("save_model", "output")),
     ("layer", ("layer_wise",)),
     ("normalize", ("global_pruning",)),
     ("shares", TARGETS),
 )
+# The same, where a checkpoint is saved only if a flag asks for it.
+REQUIRES_SAVING = (("standalone", ("save_model", "output")), ("push_to_hub", ("save_model", "output")))
 
 
 @dataclass(kw_only=True)
@@ -175,11 +176,18 @@ class PruneArguments(Arguments):
     score_cache: str | None = flag(None, "folder that keeps scores for runs at other ratios", group="calibration")
 
     output: str | None = flag(
-        None, "folder of the run; saves the checkpoint (default: OUTPUT_ROOT/SAVE_CKPT_LOG_NAME)", group="output"
+        None, "folder of the run and its checkpoint (default: OUTPUT_ROOT/SAVE_CKPT_LOG_NAME)", group="output"
     )
     output_root: str = flag("prune_log", "parent folder of the runs", group="output")
-    save_ckpt_log_name: str = flag("llama_prune", "name of the run's folder in --output_root", group="output")
-    save_model: bool = flag(False, "save the checkpoint", group="output")
+    save_ckpt_log_name: str = flag(
+        "llama_prune",
+        "name of the run's folder in --output_root; NAME-2 and so on if another run is there",
+        group="output",
+    )
+    save_model: bool = flag(
+        False, "save the checkpoint (default: yes; hf_prune.py: only with this flag or --output)", group="output"
+    )
+    no_save: bool = flag(False, "write only plan, metrics and log, no checkpoint", group="output")
     standalone: bool = flag(
         False, "save a modelling file too, so that per-layer checkpoints load without llm_pruner", group="output"
     )
@@ -192,6 +200,11 @@ class PruneArguments(Arguments):
     test_after_train: bool = flag(False, "generate text after pruning", group="output")
     temperature: float = flag(1.0, "sampling temperature of test generations", group="output")
     top_p: float = flag(0.95, "nucleus size of test generations", group="output")
+
+    @property
+    def saves_checkpoint(self) -> bool:
+        """True if the run leaves a checkpoint."""
+        return not self.no_save
 
     def is_given(self, name: str) -> bool:
         """Return True if a flag has another value than its default."""
@@ -272,6 +285,16 @@ class HfPruneArguments(PruneArguments):
     """Flags of ``hf_prune.py``: those of ``llm-pruner prune``, with LLM-Pruner's defaults."""
 
     preset: Preset = flag("paper", "defaults of what is not given; paper: LLM-Pruner to the letter", group="method")
+
+    @property
+    def saves_checkpoint(self) -> bool:
+        """True if the run leaves a checkpoint: as in LLM-Pruner, only if a flag asks for it."""
+        return not self.no_save and (self.save_model or self.output is not None)
+
+    def check(self) -> None:
+        """Refuse what cannot work, as the base class does, and flags that need a checkpoint where none is saved."""
+        super().check()
+        check_combinations(self, (), REQUIRES_SAVING)
 
 
 def _proportion(entry: str) -> tuple[str, float]:

@@ -27,7 +27,8 @@ from ..checkpoint.stored import weights_in
 from ..choices import DEFAULT_MODEL
 from ..errors import PrunerError
 from ..evaluation.latency import latency
-from ..files import complete_folder, same_folder, strict_json
+from ..files import complete_folder, folder_for_run, same_folder, strict_json
+from ..flags import check_combinations
 from ..importance.scores import SCORES_FILE, Scores
 from ..logs import log, logging_to
 from ..models.bars import without_bars
@@ -38,7 +39,7 @@ from ..selection.plan import PruningPlan
 from ..surgery.apply import in_memory
 from ..surgery.equivalence import verify
 from ..version import __version__
-from .arguments import PruneArguments
+from .arguments import REQUIRES_SAVING, PruneArguments
 from .calibration import available_text, calibration_set, warn_of_shared_texts
 from .context import Planning, Progress, Stopwatch
 from .evaluation import evaluate_model, evaluation_windows
@@ -78,7 +79,7 @@ def prune(model: str = DEFAULT_MODEL, *, progress: Progress | None = None, **fla
             checkpoint included; without, nothing is.
 
     Raises:
-        PrunerError: a flag is unknown or not valid, or the run cannot do what is asked.
+        PrunerError: a flag is unknown or not valid, ``output`` holds another run, or the run cannot do what is asked.
 
     Example:
         >>> import llm_pruner as lp
@@ -88,9 +89,10 @@ def prune(model: str = DEFAULT_MODEL, *, progress: Progress | None = None, **fla
         ('model.layers.10.mlp.neurons', True)
     """
     arguments = PruneArguments.of(model=model, **flags)
+    check_combinations(arguments, (), REQUIRES_SAVING)
     settings, recorded = resolve_settings(arguments), filled_arguments(arguments)
     with without_bars() if progress else nullcontext():
-        if settings.output.save:
+        if arguments.output is not None or arguments.save_model:
             return execute(settings, recorded, progress)
         with tempfile.TemporaryDirectory() as folder:
             set_seed(settings.seed)
@@ -113,16 +115,16 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
     Raises:
         PrunerError: the folder holds something that the run would remove, or the run cannot do what is asked.
     """
-    folder, output = settings.output.folder, settings.output
-    if any(folder.glob("*.safetensors")):
-        if not output.save:
-            raise PrunerError(
-                f"{folder} holds a checkpoint, which this run would remove: add --save_model or rename the run"
-            )
-        if same_folder(folder, settings.model.name):
-            raise PrunerError(f"{folder} is the model to be pruned: give another --output")
+    output = settings.output
+    if output.named and same_folder(output.folder, settings.model.name):
+        raise PrunerError(f"{output.folder} is the model to be pruned: give another --output")
+    folder = folder_for_run(output.folder, METRICS_FILE, arguments, named=output.named)
     with complete_folder(folder, owned_if=METRICS_FILE) as temporary, logging_to(temporary / LOG_FILE):
+        if folder != output.folder:
+            log.info("writing to %s: %s holds another run", folder, output.folder)
         log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
+        if not output.save and not arguments["no_save"]:
+            log.info("no checkpoint will be kept: add --save_model, or --output FOLDER, to keep it")
         set_seed(settings.seed)
         run = _run(settings, arguments, temporary, Stopwatch(progress))
         (temporary / METRICS_FILE).write_text(strict_json(run.metrics), encoding="utf-8")

@@ -160,9 +160,10 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """Where a run is written, and whether its checkpoint is."""
+    """Where a run is written, and whether its checkpoint is; ``named``: the user named the folder."""
 
     folder: Path
+    named: bool = False
     save: bool = False
     standalone: bool = False
     push_to_hub: str | None = None
@@ -240,9 +241,10 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
 
 
 def filled_arguments(arguments: PruneArguments) -> dict[str, Any]:
-    """Return all flags by name, those that are not given as the preset has them."""
+    """Return all flags by name, those that are not given as the preset has them; ``save_model`` as it is resolved."""
     preset = PRESETS[arguments.preset]
-    return {name: preset.get(name) if value is None else value for name, value in asdict(arguments).items()}
+    flags = asdict(arguments) | {"save_model": arguments.saves_checkpoint}
+    return {name: preset.get(name) if value is None else value for name, value in flags.items()}
 
 
 def _model_settings(arguments: PruneArguments) -> ModelSettings:
@@ -271,8 +273,9 @@ def _evaluation_settings(arguments: PruneArguments) -> EvaluationSettings:
 
 def _output_settings(arguments: PruneArguments) -> OutputSettings:
     return OutputSettings(
-        folder=Path(arguments.output or Path(arguments.output_root) / arguments.save_ckpt_log_name),
-        save=arguments.save_model or arguments.output is not None,
+        folder=Path(arguments.output or Path(arguments.output_root) / arguments.save_ckpt_log_name).expanduser(),
+        named=arguments.output is not None,
+        save=arguments.saves_checkpoint,
         standalone=arguments.standalone,
         push_to_hub=arguments.push_to_hub,
     )

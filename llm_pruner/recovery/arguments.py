@@ -11,6 +11,7 @@ from ..flags import Arguments, check_at_least, check_combinations, flag
 from ..optional import is_installed, require
 
 DEFAULT_DATA = "yahma/alpaca-cleaned"
+DEFAULT_OUTPUT = "./lora-alpaca"
 COUNTS = (
     *("batch_size", "micro_batch_size", "lora_r", "lora_alpha", "teacher_top"),
     *("eval_steps", "save_steps", "save_total_limit", "logging_steps"),
@@ -106,7 +107,7 @@ class RecoverArguments(Arguments):
     seed: int = flag(42, "random seed", group="training")
 
     output: str = flag(
-        "./lora-alpaca",
+        DEFAULT_OUTPUT,
         "folder of the adapter or model, its curves and its checkpoints",
         group="output",
         aliases=("output_dir",),

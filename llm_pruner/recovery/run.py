@@ -21,18 +21,18 @@ from ..checkpoint.load import load, load_with_tokenizer
 from ..checkpoint.locate import PLAN_FILE, identity, is_adapter, locate
 from ..errors import PrunerError
 from ..evaluation.perplexity import check_length
-from ..files import digest, file_lock, same_folder
+from ..files import MODEL_CONFIGS, digest, file_lock, folder_for_run, same_folder
 from ..logs import log, logging_to
 from ..models.skeleton import parameter_count
 from ..provenance import provenance
 from ..selection.plan import PruningPlan
 from ..version import __version__
 from .adapters import make_trainable
-from .arguments import RecoverArguments
+from .arguments import DEFAULT_OUTPUT, RecoverArguments
 from .callbacks import CurveWriter, ThroughputBar
 from .datasets import WINDOW, padding_collator, predicted_tokens, training_data, validation_windows
 from .distill import DistillationCollator, Teacher, cache_teacher
-from .saving import CONFIGS, METRICS_FILE, TEMPORARY, save_recovered
+from .saving import METRICS_FILE, TEMPORARY, save_recovered
 from .settings import ModelSettings, OutputSettings, RecoverySettings, TeacherSettings, resolve_settings
 from .tokenize import ExampleFormat, fingerprint
 from .trainer import PARTIAL, RecoveryTrainer, newest_checkpoint
@@ -52,13 +52,15 @@ def recover(arguments: RecoverArguments) -> Path:
     """
     settings = resolve_settings(arguments)
     plan = _load_plan(settings.model.name)
-    folder = settings.output.folder
-    _check_folder(folder, settings.model.name)
+    folder = _folder_for(settings, arguments)
+    default, settings = settings.output.folder, replace(settings, output=replace(settings.output, folder=folder))
     try:
         with file_lock(folder / LOG_FILE, wait=False) if _is_main_process() else nullcontext(folder) as lock:
             if lock is None:
                 raise PrunerError(f"another process is training in {folder}: wait for it, or give another --output")
             with logging_to(folder / LOG_FILE, quiet=not _is_main_process()):
+                if folder != default:
+                    log.info("writing to %s: %s holds another run", folder, default)
                 log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
                 _run(settings, plan, asdict(arguments))
     except OSError as error:
@@ -70,11 +72,16 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate
 
 
-def _check_folder(folder: Path, model: str) -> None:
-    if same_folder(folder, model):
+def _folder_for(settings: RecoverySettings, arguments: RecoverArguments) -> Path:
+    """Return the folder that the run may write; a resumed run goes on in the folder that the flags name."""
+    folder, named = settings.output.folder, arguments.output != DEFAULT_OUTPUT
+    if same_folder(folder, settings.model.name):
         raise PrunerError(f"{folder} is the model to be trained: give another --output")
-    if any((folder / name).exists() for name in CONFIGS[:2]) and not (folder / METRICS_FILE).exists():
+    if settings.output.resume is None:
+        return folder_for_run(folder, METRICS_FILE, asdict(arguments), named=named)
+    if any((folder / name).exists() for name in MODEL_CONFIGS) and not (folder / METRICS_FILE).exists():
         raise PrunerError(f"{folder} holds a model that no run of recover wrote: give another --output")
+    return folder
 
 
 @dataclass(frozen=True, kw_only=True)

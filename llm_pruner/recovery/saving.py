@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.config import load_config
 from ..checkpoint.save import write_checkpoint
-from ..files import complete_folder, strict_json, sync_folder
+from ..files import MODEL_CONFIGS, complete_folder, strict_json, sync_folder
 from ..selection.plan import PruningPlan
 from .settings import RecoverySettings
 
 # Without one of these a folder holds no model.
-CONFIGS = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json")
+CONFIGS = (*MODEL_CONFIGS, "generation_config.json", "tokenizer_config.json")
 TEMPORARY = ".final-"  # prefix of the folder where the result is written first
 METRICS_FILE = "recovery.json"
 

@@ -187,7 +187,7 @@ def resolve_settings(arguments: RecoverArguments) -> RecoverySettings:
         teacher=_teacher_settings(arguments, device),
         training=_training_settings(arguments),
         output=OutputSettings(
-            folder=Path(arguments.output),
+            folder=Path(arguments.output).expanduser(),
             merge=arguments.merge,
             resume=arguments.resume_from_checkpoint,
             eval_steps=arguments.eval_steps,

@@ -8,13 +8,15 @@ from ..errors import PrunerError
 from ..flags import Arguments, flag
 from ..optional import require
 
+DEFAULT_OUTPUT = "report.html"
+
 
 @dataclass(kw_only=True)
 class ReportArguments(Arguments):
     """Flags of ``llm-pruner report``."""
 
     runs: list[str] = flag([], "folders of runs: of prune, recover, run, or evaluate --output")
-    output: str = flag("report.html", "page to write: one file that needs no network")
+    output: str = flag(DEFAULT_OUTPUT, "page to write: one file that needs no network")
     figures: str | None = flag(None, "folder to write every figure to as well, as SVG and PNG")
     title: str = flag("Pruning report", "title of the page")
 

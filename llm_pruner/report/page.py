@@ -9,14 +9,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..errors import PrunerError
-from ..files import write_text
+from ..files import digest, place_for_run, write_text
 from ..logs import log
 from ..version import __version__
-from .arguments import ReportArguments
+from .arguments import DEFAULT_OUTPUT, ReportArguments
 from .figures import Drawing, draw_pruning, draw_recoveries, draw_tradeoffs
 from .runs import MeasuredModel, Run, folders_of, read
 
 PRINT_DPI = 200
+MARK = '<meta name="llm-pruner-report" content="{}">'  # in page.html; tells a page of the same runs from others
 Cell = tuple[str, float | str]  # text to show, value to sort by
 
 
@@ -24,9 +25,16 @@ def write_report(args: ReportArguments) -> Path:
     """Run ``llm-pruner report``: write the page, print and return its path.
 
     Raises:
-        PrunerError: a folder holds no run, or the page cannot be written.
+        PrunerError: a folder holds no run, --output holds another page, or the page cannot be written.
     """
     args.check()
+    mark = digest([args.runs, args.title])
+    path = place_for_run(
+        Path(args.output).expanduser(),
+        lambda file: _other_content(file, mark),
+        flag="output",
+        named=args.output != DEFAULT_OUTPUT,
+    )
     runs = [read(folder) for path in args.runs for folder in folders_of(path)]
     _distinguish_names(runs)
     models = _distinct_models(runs)
@@ -39,6 +47,7 @@ def write_report(args: ReportArguments) -> Path:
     page = environment.get_template("page.html").render(
         title=args.title,
         version=__version__,
+        mark=mark,
         runs=runs,
         summary=_summarize(models),
         overall=tradeoffs,
@@ -47,11 +56,20 @@ def write_report(args: ReportArguments) -> Path:
         svg=lambda drawing: Markup(drawing.svg()),
         zip=zip,
     )
-    path = Path(args.output)
     write_text(path, page)
     log.info("report of %d run%s: %s", len(runs), "s" * (len(runs) > 1), path)
     print(path)
     return path
+
+
+def _other_content(file: Path, mark: str) -> str:
+    """Return what a page's place holds that it must not replace: anything but a page of the same runs and title."""
+    if not file.exists():
+        return ""
+    content = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    if MARK.format(mark) in content:
+        return ""
+    return "a report of other runs" if MARK.partition("{")[0] in content else "something that report did not write"
 
 
 def _distinguish_names(runs: list[Run]) -> None:

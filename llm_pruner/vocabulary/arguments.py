@@ -8,6 +8,8 @@ from ..choices import DEFAULT_MODEL, GENERAL, Dtype
 from ..errors import PrunerError
 from ..flags import Arguments, check_at_least, flag
 
+DEFAULT_OUTPUT = "vocab_log"
+
 
 @dataclass(kw_only=True)
 class VocabArguments(Arguments):
@@ -37,7 +39,7 @@ class VocabArguments(Arguments):
     max_windows: int = flag(
         0, "measure perplexity on the text of the original's first N windows of 128 tokens (0: all)", group="evaluation"
     )
-    output: str = flag("vocab_log", "folder of the new checkpoint", group="output", aliases=("output_dir",))
+    output: str = flag(DEFAULT_OUTPUT, "folder of the new checkpoint", group="output", aliases=("output_dir",))
 
     def check(self) -> None:
         """Refuse arguments that cannot work.

@@ -17,7 +17,7 @@ from ..checkpoint.locate import PLAN_FILE
 from ..checkpoint.save import write_checkpoint
 from ..data import text
 from ..errors import PrunerError
-from ..files import complete_folder, strict_json, write_text
+from ..files import complete_folder, folder_for_run, strict_json, write_text
 from ..graph.units import CouplingGraph, Unit, trace
 from ..logs import log, logging_to
 from ..models.dispatch import resolve_device
@@ -25,7 +25,7 @@ from ..models.skeleton import parameter_count
 from ..provenance import provenance
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
-from .arguments import VocabArguments
+from .arguments import DEFAULT_OUTPUT, VocabArguments
 from .choosing import scripts_of
 from .comparison import Comparison, compare_vocabularies
 from .counting import iterate_documents
@@ -47,29 +47,30 @@ def prune_vocabulary(args: VocabArguments) -> Path:
         raise PrunerError(f"--eval_dataset {args.eval_dataset} has no text to compare both models on")
     for source in settings.corpus:  # so that a missing text is found before the model is loaded
         next(iterate_documents(source, 1), None)
-    model, tokenizer = load_with_tokenizer(
-        args.model, args.dtype, resolve_device(args.device, "--device"), args.trust_remote_code
+    device = resolve_device(args.device, "--device")
+    target = folder_for_run(
+        Path(args.output).expanduser(), METRICS_FILE, asdict(args), named=args.output != DEFAULT_OUTPUT
     )
-    kept = kept_tokens(settings, model, tokenizer)
-    graph = trace(model)
-    plan = PruningPlan(settings={"base_model": args.model, "command": shlex.join(sys.argv)})
-    plan.keep(_vocabulary_of(model, graph), torch.tensor(kept), graph.shapes)
-    with (
-        complete_folder(args.output, owned_if="config.json", reads=args.model) as folder,
-        logging_to(folder / LOG_FILE),
-    ):
+    with complete_folder(target, owned_if="config.json", reads=args.model) as folder, logging_to(folder / LOG_FILE):
+        if target != Path(args.output).expanduser():
+            log.info("writing to %s: %s holds another run", target, args.output)
+        model, tokenizer = load_with_tokenizer(args.model, args.dtype, device, args.trust_remote_code)
+        kept = kept_tokens(settings, model, tokenizer)
+        graph = trace(model)
+        plan = PruningPlan(settings={"base_model": args.model, "command": shlex.join(sys.argv)})
+        plan.keep(_vocabulary_of(model, graph), torch.tensor(kept), graph.shapes)
         metrics = _cut(
             plan,
             (model, tokenizer),
             folder,
-            name=Path(args.output).name,
+            name=target.name,
             held_out=held_out,
             max_windows=args.max_windows or None,
         )
         metrics |= {"arguments": asdict(args), **provenance()}
         write_text(folder / METRICS_FILE, strict_json(metrics))
-    print(args.output)
-    return Path(args.output)
+    print(target)
+    return target
 
 
 def resolve(args: VocabArguments) -> Retention:
