@@ -6,25 +6,53 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
+from tqdm import tqdm
+
 log = logging.getLogger("llm_pruner")
-_open: list[Path] = []  # logs being written, outermost first
+_open: list[Path | None] = []  # logs being written, outermost first
+_quiet = ContextVar("quiet", default=False)
+
+
+class _TerminalHandler(logging.Handler):
+    """Write to stderr, above progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 @contextmanager
-def logging_to(path: Path, quiet: bool = False) -> Iterator[None]:
+def quiet_terminal(quiet: bool) -> Iterator[None]:
+    """Keep all but warnings of the logs that are opened in the block off the terminal."""
+    token = _quiet.set(quiet)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+def inside_another_run() -> bool:
+    """Return True if the run whose log is being written is part of another, as a stage of a recipe is."""
+    return len(_open) > 1
+
+
+@contextmanager
+def logging_to(path: Path | None, quiet: bool = False) -> Iterator[None]:
     """Send the log to the terminal and append it to a file; the logger is left as it was.
 
     Args:
+        path: the file; None for a command that keeps no log.
         quiet: send it nowhere, as all but the first of several processes do.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = []
     if not quiet:
-        handlers = [logging.FileHandler(path, encoding="utf-8")]
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(path, encoding="utf-8"))
         if not _open:  # a run inside another is on the terminal already
-            handlers.append(logging.StreamHandler(sys.stderr))
+            handlers.append(_TerminalHandler(logging.WARNING if _quiet.get() else logging.INFO))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import PrunerError
 from ..files import complete_folder, folder_for_run, same_folder, strict_json, write_text
+from ..logs import logging_to
 from ..provenance import provenance
 from ..selection.plan import PruningPlan
 from ..surgery.uniform import to_uniform
@@ -14,6 +15,7 @@ from .arguments import UniformArguments
 from .card import write_card
 from .load import load
 from .locate import PLAN_FILE
+from .next_steps import log_next_steps
 from .save import write_checkpoint
 
 UNIFORM_FILE = "uniform.json"  # record of llm-pruner to-uniform
@@ -39,5 +41,7 @@ def write_uniform(arguments: UniformArguments) -> Path:
         if plan is not None:
             write_card(padded.config, temporary, plan, folder.name)
         write_text(temporary / UNIFORM_FILE, strict_json({"arguments": asdict(arguments), **provenance()}))
+    with logging_to(None):
+        log_next_steps(folder, "to-uniform", original=arguments.model, trust_remote_code=arguments.trust_remote_code)
     print(folder)
     return folder

@@ -13,10 +13,11 @@ from ..checkpoint.arguments import ApplyArguments
 from ..checkpoint.card import write_card
 from ..checkpoint.integrity import check
 from ..checkpoint.load import load_with_tokenizer
+from ..checkpoint.next_steps import log_next_steps
 from ..checkpoint.save import write_checkpoint
 from ..data import self_calibration
 from ..files import complete_folder, folder_for_run, same_folder, strict_json, write_text
-from ..logs import log
+from ..logs import log, logging_to
 from ..provenance import provenance
 from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
@@ -45,6 +46,8 @@ def apply_plan(arguments: ApplyArguments) -> Path:
         folder = apply_to_files(plan, arguments.model, target, trust, standalone=arguments.standalone, record=record)
     if arguments.verify:
         check(folder, arguments.trust_remote_code)
+    with logging_to(None):
+        log_next_steps(folder, "apply", original=arguments.model, trust_remote_code=arguments.trust_remote_code)
     print(folder)
     return folder
 

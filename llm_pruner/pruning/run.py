@@ -20,6 +20,7 @@ from ..checkpoint.card import upload, write_card
 from ..checkpoint.config import load_config, meta_model
 from ..checkpoint.load import load, torch_dtype
 from ..checkpoint.locate import PLAN_FILE, locate
+from ..checkpoint.next_steps import log_next_steps
 from ..checkpoint.on_disk import on_disk
 from ..checkpoint.save import write_checkpoint
 from ..checkpoint.standalone import write_modelling
@@ -131,10 +132,14 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
         if output.save:
             config = load_config(str(temporary), settings.model.trust_remote_code)
             write_card(config, temporary, PruningPlan.load(temporary / PLAN_FILE), folder.name, metrics=run.metrics)
-        log.info("run folder: %s", folder)
-    if output.push_to_hub:
-        with logging_to(folder / LOG_FILE):
+    with logging_to(folder / LOG_FILE):
+        if output.push_to_hub:
             log.info("pushed to %s", upload(folder, output.push_to_hub))
+        log.info("run folder: %s", folder)
+        if output.save:
+            log_next_steps(
+                folder, "prune", original=settings.model.name, trust_remote_code=settings.model.trust_remote_code
+            )
     return replace(run, folder=folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..checkpoint.next_steps import log_next_steps
 from ..errors import PrunerError
 from ..evaluation.table import terminal_table
 from ..files import folder_lock, lock_holder, strict_json, write_text
@@ -158,6 +160,10 @@ def _run_stages(point: SweepPoint) -> None:
         rows.append(row)
         write_stages(rows, point.folder)
     Console(width=TABLE_WIDTH).print(terminal_table(stage_cells(rows)))
+    last = next((step for step in reversed(steps) if step.leaves is not None), None)
+    if last is not None:
+        log_next_steps(Path(str(last.leaves)), last.stage.command, original=recipe.model)
+    log.info("page:  %s", shlex.join(["llm-pruner", "report", recipe.output]))
 
 
 def _run_sweep(recipe: Recipe, points: Sequence[SweepPoint], arguments: list[str]) -> None:

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..checkpoint.load import load, load_with_tokenizer
 from ..checkpoint.locate import PLAN_FILE, identity, is_adapter, locate
+from ..checkpoint.next_steps import log_next_steps
 from ..errors import PrunerError
 from ..evaluation.perplexity import check_length
 from ..files import MODEL_CONFIGS, digest, file_lock, folder_for_run, same_folder
@@ -133,6 +134,14 @@ def _run(settings: RecoverySettings, plan: PruningPlan, flags: dict[str, Any]) -
         }
         save_recovered(trained, tokenizer, plan, settings=settings, record=record)
         _log_result(record, settings.output.folder)
+        name, folder = settings.model.name, settings.output.folder
+        log_next_steps(
+            folder / "merged" if settings.output.merge else folder,
+            "recover",
+            original=str(plan.settings.get("base_model", "")),
+            compare=[name],
+            trust_remote_code=settings.model.trust_remote_code,
+        )
     trainer.accelerator.wait_for_everyone()
 
 

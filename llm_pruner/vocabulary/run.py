@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..checkpoint.card import write_card
 from ..checkpoint.load import load_with_tokenizer
 from ..checkpoint.locate import PLAN_FILE
+from ..checkpoint.next_steps import log_next_steps
 from ..checkpoint.save import write_checkpoint
 from ..data import text
 from ..errors import PrunerError
@@ -69,6 +70,8 @@ def prune_vocabulary(args: VocabArguments) -> Path:
         )
         metrics |= {"arguments": asdict(args), **provenance()}
         write_text(folder / METRICS_FILE, strict_json(metrics))
+    with logging_to(target / LOG_FILE):
+        log_next_steps(target, "vocab", original=args.model, trust_remote_code=args.trust_remote_code)
     print(target)
     return target
 

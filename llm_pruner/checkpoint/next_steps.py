@@ -1,0 +1,119 @@
+"""Say at the end of a run where its model is, how large it is, and how to load, serve and improve it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from ..errors import PrunerError
+from ..logs import inside_another_run, log
+from ..models.per_layer import has_per_layer_widths
+from ..models.skeleton import parameter_count
+from ..surgery.uniform import uniform_config
+from .config import auto_class, load_config, meta_model
+from .locate import base_of, is_adapter
+from .standalone import FILE
+
+
+def log_next_steps(
+    folder: Path, command: str, *, original: str = "", compare: Sequence[str] = (), trust_remote_code: bool = False
+) -> None:
+    """Log the last lines of a run that wrote a model; nothing for a stage of another run.
+
+    Args:
+        folder: complete folder of the model or adapter.
+        command: name of the command that wrote it.
+        original: name of the unpruned model, "" if it is not known.
+        compare: further models to compare with.
+        trust_remote_code: run modelling code that comes with the checkpoint.
+    """
+    if inside_another_run():
+        return
+    try:
+        lines = next_steps(folder, command, original=original, compare=compare, trust_remote_code=trust_remote_code)
+    except PrunerError:  # a config that cannot be read without its code is no reason to fail after the work
+        lines = [f"model: {folder}"]
+    for line in lines:
+        log.info("%s", line)
+
+
+def next_steps(
+    folder: Path, command: str, *, original: str = "", compare: Sequence[str] = (), trust_remote_code: bool = False
+) -> list[str]:
+    """Return the lines of :func:`log_next_steps`: model, load, serve and next."""
+    model = base_of(folder) if is_adapter(folder) else str(folder)
+    config = load_config(model, trust_remote_code)
+    lines = [f"model: {folder}{_size(model, original, trust_remote_code)}", f"load:  {_loading(folder, config)}"]
+    lines.append(f"serve: {_serving(folder, config)}")
+    if command in ("prune", "apply"):
+        lines.append(f"next:  llm-pruner recover {_words(folder, _beside('tune_log', folder))} --merge")
+    else:
+        models = dict.fromkeys(str(one) for one in (original, *compare, folder) if one)
+        lines.append(f"next:  llm-pruner evaluate {_words(*models)}")
+    return lines
+
+
+def _size(model: str, original: str, trust_remote_code: bool) -> str:
+    """Return the parameters in words, and their share of the original's where that can be read."""
+    after, before = (_count_parameters(name, trust_remote_code) for name in (model, original))
+    if after is None:
+        return ""
+    share = f", {after / before:.3f} of the original's {before:,}" if before else ""
+    return f" ({after:,} parameters{share})"
+
+
+def _count_parameters(name: str, trust_remote_code: bool) -> int | None:
+    """Count parameters by a model's config; None for a model that is not at hand."""
+    try:
+        return parameter_count(meta_model(load_config(name, trust_remote_code), trust_remote_code)) if name else None
+    except PrunerError:
+        return None
+
+
+def _loading(folder: Path, config: PreTrainedConfig) -> str:
+    """Return the line of Python that loads the model."""
+    if is_adapter(folder):
+        return f"import llm_pruner; model, tokenizer = llm_pruner.load({_quoted(folder)})"
+    name, carries_code = auto_class(config), bool(getattr(config, "auto_map", None))
+    importing = "import llm_pruner; " if has_per_layer_widths(config) and not (folder / FILE).is_file() else ""
+    trust = ", trust_remote_code=True" if carries_code else ""
+    return f"{importing}from transformers import {name}; model = {name}.from_pretrained({_quoted(folder)}{trust})"
+
+
+def _serving(folder: Path, config: PreTrainedConfig) -> str:
+    """Return the command that serves the model: vLLM where it can, else the page of ``llm-pruner chat``."""
+    steps, served = [], folder
+    if config.is_encoder_decoder or not _can_be_uniform(config):
+        return f"llm-pruner chat {_words(folder)}"
+    if is_adapter(folder):
+        served = _beside(folder.parent, folder, "-merged")
+        merge = f"import llm_pruner as lp; lp.save(*lp.load({_quoted(folder)}), {_quoted(served)})"
+        steps.append(f"python -c {shlex.quote(merge)}")
+    if has_per_layer_widths(config):
+        source, served = served, _beside(served.parent, served, "-uniform")
+        steps.append(f"llm-pruner to-uniform {_words(source, served)}")
+    foreign = getattr(config, "auto_map", None) and not (folder / FILE).is_file()
+    return " && ".join([*steps, f"vllm serve {_words(served)}" + (" --trust-remote-code" if foreign else "")])
+
+
+def _can_be_uniform(config: PreTrainedConfig) -> bool:
+    try:
+        return not has_per_layer_widths(config) or uniform_config(config) is not None
+    except PrunerError:
+        return False
+
+
+def _beside(parent: str | Path, folder: Path, ending: str = "") -> Path:
+    return Path(parent) / f"{folder.name}{ending}"
+
+
+def _words(*parts: str | Path) -> str:
+    return shlex.join(map(str, parts))
+
+
+def _quoted(folder: Path) -> str:
+    return json.dumps(str(folder))
