@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from .errors import PrunerError
 
 T = TypeVar("T", bound="Arguments")
+Share = typing.Annotated[float, "share"]  # type of a flag that also takes 80% for 0.8
 
 
 def flag(default: Any, help: str, *, group: str = "options", aliases: Sequence[str] = ()) -> Any:
@@ -58,6 +59,8 @@ class Arguments:
             kind, value = value_type(type(self), one.name), getattr(self, one.name)
             if isinstance(value, os.PathLike):
                 setattr(self, one.name, os.fspath(value))
+            if kind.is_share and isinstance(value, str):
+                setattr(self, one.name, _share_of_flag(one.name, value))
             if kind.several and not isinstance(value, (list, tuple, type(None))):
                 setattr(self, one.name, split_list(str(value)))
             for item in getattr(self, one.name) or () if kind.several else (value,):
@@ -67,12 +70,19 @@ class Arguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ValueType:
-    """Type of a flag's value: ``convert`` reads one value, ``several`` says whether a flag takes a list of them."""
+    """Type of a flag's value.
+
+    Attributes:
+        convert: reads one value.
+        several: the flag takes a list of values.
+        is_share: the value may be written in percent.
+    """
 
     convert: type
     choices: tuple[str, ...] = ()
     several: bool = False
     optional: bool = False
+    is_share: bool = False
 
 
 def value_type(arguments_class: type, name: str) -> ValueType:
@@ -82,7 +92,9 @@ def value_type(arguments_class: type, name: str) -> ValueType:
 
 @functools.cache
 def _value_types(arguments_class: type) -> dict[str, ValueType]:
-    return {name: _value_type(hint) for name, hint in typing.get_type_hints(arguments_class).items()}
+    return {
+        name: _value_type(hint) for name, hint in typing.get_type_hints(arguments_class, include_extras=True).items()
+    }
 
 
 def _value_type(hint: Any) -> ValueType:
@@ -93,7 +105,28 @@ def _value_type(hint: Any) -> ValueType:
         return ValueType(convert=inner.convert, choices=inner.choices, several=True, optional=optional)
     if typing.get_origin(kind) is Literal:
         return ValueType(convert=str, choices=typing.get_args(kind), optional=optional)
+    if typing.get_origin(kind) is typing.Annotated:
+        return ValueType(convert=float, optional=optional, is_share=True)
     return ValueType(convert=kind, optional=optional)
+
+
+def read_share(text: str) -> float:
+    """Return the number that a text such as ``0.8`` or ``80%`` means.
+
+    Raises:
+        ValueError: the text is no number.
+
+    >>> read_share("0.8"), read_share("80%")
+    (0.8, 0.8)
+    """
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
+def _share_of_flag(name: str, text: str) -> float:
+    try:
+        return read_share(text.strip())
+    except ValueError as error:
+        raise PrunerError(f"--{name} {text!r} is not valid: give a share such as 0.8 or 80%") from error
 
 
 def split_list(text: str | None) -> list[str]:
@@ -224,7 +257,8 @@ def _add_flag(group: Any, one: Field[Any], kind: ValueType) -> None:
         return
     metavar = {int: "N", float: "X"}.get(kind.convert, "VALUE")
     extra: dict[str, Any] = {"nargs": "*", "action": "extend"} if kind.several else {}
-    group.add_argument(*names, dest=one.name, type=kind.convert, metavar=metavar, help=text, **extra)
+    convert = str if kind.is_share else kind.convert  # the arguments read a share themselves
+    group.add_argument(*names, dest=one.name, type=convert, metavar=metavar, help=text, **extra)
 
 
 def parse_flags(arguments_class: type[T], argv: Sequence[str], program: str = "", summary: str = "") -> T:

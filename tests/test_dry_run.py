@@ -1,11 +1,13 @@
 """Dry runs predict what the stages of a recipe leave, and show what cannot be predicted as unknown."""
 
 import json
+from collections import Counter
 
 import pytest
 from helpers.recipes import FOUR_STAGES, PRUNE, printed_table, save_config, write_recipe
 
 from llm_pruner.cli import main
+from llm_pruner.recipes import dry_run
 from llm_pruner.recipes.arguments import RunArguments
 from llm_pruner.recipes.recipe import read
 from llm_pruner.recipes.run import run_recipe
@@ -107,6 +109,50 @@ def test_every_recipe_can_be_predicted_on_the_config_of_its_model(name, tmp_path
 def test_every_recipe_has_a_config():
     assert {path.stem for path in LIBRARY.glob("*.yaml")} == {*CONFIGS, "smollm2_demo"}
     read("smollm2_demo")
+
+
+def predict_sweep(recipe, capsys, *flags, code=0):
+    """Return the head and the rows of a sweep's table, and the last line of the errors."""
+    assert main(["run", str(recipe), "--dry_run", *flags]) == code
+    captured = capsys.readouterr()
+    head = next(line for line in captured.out.splitlines() if line.startswith("┃"))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in captured.out.splitlines() if line[:1] == "│"]
+    return [cell.strip() for cell in head.split("┃")[1:-1]], rows, captured.err.strip()
+
+
+SWEEP = """sweep:
+  grid: {prune.pruner_type: [l1, taylor], prune.pruning_ratio: [0.25, 0.5]}
+seeds: [1, 2, 3]
+"""
+
+
+def test_a_sweep_has_a_row_per_point_and_folds_its_seeds(home, tmp_path, capsys, monkeypatch):
+    calls = Counter()
+    for name in ("load_config", "meta_model", "make_plan"):
+        original = getattr(dry_run, name)
+        monkeypatch.setattr(
+            dry_run, name, lambda *args, name=name, call=original: (calls.update([name]), call(*args))[1]
+        )
+    stages = "  - prune: {compensate: none, hardware_align: false}\n  - recover: {data_path: python-docs}\n"
+    head, rows, _ = predict_sweep(write_recipe(tmp_path, home, stages, SWEEP), capsys)
+    assert head[:4] == ["pruner_type", "pruning_ratio", "seeds", "layers"] and head[-2].startswith("MACs")
+    assert [row[:3] for row in rows] == [[c, r, "3"] for c in ("l1", "taylor") for r in ("0.25", "0.5")]
+    assert rows[0][3:] == rows[2][3:] != rows[1][3:] == rows[3][3:]
+    assert calls == {"load_config": 1, "meta_model": 1, "make_plan": 2}  # one for each ratio
+    single = predict(write_recipe(tmp_path, home, stages.replace("none", "none, pruning_ratio: 0.25")), capsys)
+    assert single["prune"] == rows[0][3:]
+
+
+def test_a_sweep_shows_why_points_cannot_run_and_ends_with_2(home, tmp_path, capsys):
+    stages = "  - prune: {pruner_type: l2, compensate: none, hardware_align: false}\n"
+    sweep = "sweep: {points: [{prune.num_layers: 2}, {prune.num_layers: 7}, {prune.pruning_ratio: 1.5}]}\n"
+    head, rows, error = predict_sweep(write_recipe(tmp_path, home, stages, sweep), capsys, code=2)
+    assert head[-1] == "cannot run" and head[:2] == ["num_layers", "pruning_ratio"]
+    starts = [row for row in rows if row[0] or row[1]]
+    assert [row[:2] for row in starts] == [["2", ""], ["7", ""], ["", "1.5"]]
+    assert [bool(row[2]) for row in starts] == [True, False, False] and not starts[0][-1]
+    assert "2 of 3 runs cannot work; the first is run 2: num_layers 7" in error and "recipe.yaml:5" in error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

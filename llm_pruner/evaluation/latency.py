@@ -25,11 +25,10 @@ from ..models.hooks import forward_hooks
 from ..models.layers import LayerLocator
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, model_inputs, random_tokens
-from ..selection.budgets import Budget
+from ..selection.budgets import MICROSECONDS, Budget
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
 
-MICROSECONDS = {"US": 1, "MS": 10**3, "S": 10**6}
 SHARES = (0.2, 0.4, 0.6, 0.8)  # of a kind's indices, timed besides all of them
 LEAST_SECONDS, MOST_SECONDS = 0.05, 3.0  # of one measurement
 Layer = tuple[str, int]  # path of its stack, index

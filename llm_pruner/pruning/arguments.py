@@ -20,7 +20,7 @@ from ..choices import (
     TaylorVariant,
 )
 from ..errors import PrunerError
-from ..flags import Arguments, check_at_least, check_combinations, default_of, flag, split_list
+from ..flags import Arguments, Share, check_at_least, check_combinations, default_of, flag, split_list
 
 TARGETS = ("target_params", "target_macs", "target_memory", "target_latency")
 SHAPES = ("target_config", *SHAPE)
@@ -124,9 +124,9 @@ class PruneArguments(Arguments):
     )
     num_decoder_layers: int | None = flag(None, "decoder layers of an encoder-decoder's result", group="shape")
 
-    pruning_ratio: float = flag(0.5, "share of every unit's indices to remove, between 0 and 1", group="budget")
+    pruning_ratio: Share = flag(0.5, "share of every unit's indices to remove, between 0 and 1", group="budget")
     target_params: str | None = flag(
-        None, "parameters that stay, instead of a ratio: a fraction (0.8) or an amount (5.4B)", group="budget"
+        None, "parameters that stay, instead of a ratio: a fraction (0.8, 80%) or an amount (5.4B)", group="budget"
     )
     target_macs: str | None = flag(
         None, "multiply-accumulates per forward pass that stay: a fraction (0.8) or an amount (10G)", group="budget"
@@ -145,7 +145,7 @@ class PruneArguments(Arguments):
         "each costs the loss",
         group="budget",
     )
-    floor: float = flag(0.0, "share of every unit's indices that always stays", group="budget")
+    floor: Share = flag(0.0, "share of every unit's indices that always stays", group="budget")
     round_to: int = flag(1, "keep multiples of N indices", group="budget")
     tensor_parallel: int = flag(1, "keep widths that N devices can share equally", group="budget")
     hardware_align: bool | None = flag(
@@ -199,7 +199,7 @@ class PruneArguments(Arguments):
     test_before_train: bool = flag(False, "generate text before pruning", group="output")
     test_after_train: bool = flag(False, "generate text after pruning", group="output")
     temperature: float = flag(1.0, "sampling temperature of test generations", group="output")
-    top_p: float = flag(0.95, "nucleus size of test generations", group="output")
+    top_p: Share = flag(0.95, "nucleus size of test generations", group="output")
 
     @property
     def saves_checkpoint(self) -> bool:

@@ -13,6 +13,7 @@ from ..files import read_json
 from ..importance.criteria import check_criterion
 from ..models.dispatch import resolve_device
 from ..refit.compensate import MIN_SAMPLES
+from ..selection.budgets import UNITS, read_target
 from .arguments import TARGETS, PruneArguments
 from .presets import PRESETS
 
@@ -326,6 +327,7 @@ def _width_settings(arguments: PruneArguments, align: bool) -> WidthSettings:
 def _budget_settings(arguments: PruneArguments) -> BudgetSettings | None:
     for kind in TARGETS:
         if (target := getattr(arguments, kind)) is not None:
+            read_target(kind, target, UNITS[kind])
             return BudgetSettings(
                 kind=kind, target=str(target), tokens=arguments.budget_tokens, batch=arguments.budget_batch
             )

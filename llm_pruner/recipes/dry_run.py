@@ -1,9 +1,12 @@
-"""Predict the shapes and sizes that every stage of a recipe leaves, without reading a weight."""
+"""Predict the shapes and sizes that the stages of a recipe or the points of a sweep leave, without reading a weight."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,12 +17,21 @@ from ..evaluation.cost import macs
 from ..graph.units import trace
 from ..importance.layers import BY_POSITION
 from ..models.per_layer import layer_lists
-from ..models.skeleton import parameter_count
+from ..models.skeleton import parameter_count, skeleton
 from ..pruning.arguments import PruneArguments
 from ..pruning.context import Planning
 from ..pruning.planning import make_plan
-from ..pruning.settings import PruneSettings, resolve_settings
-from ..selection.budgets import NotMet
+from ..pruning.settings import (
+    CalibrationSettings,
+    EvaluationSettings,
+    ModelSettings,
+    OutputSettings,
+    PruneSettings,
+    RefitSettings,
+    ScoringSettings,
+    resolve_settings,
+)
+from ..selection.budgets import UNITS, NotMet, read_target
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
 from ..surgery.uniform import uniform_config
@@ -27,10 +39,10 @@ from ..vocabulary.arguments import VocabArguments
 from ..vocabulary.choosing import token_budget
 from .recipe import Recipe
 from .steps import Step
+from .sweep import CALIBRATION_SEED, SEED, SweepPoint, check_point
 
 MACS_TOKENS = 128
-HEAD = [
-    "stage",
+SIZES = [
     "layers",
     "hidden",
     "heads",
@@ -41,10 +53,12 @@ HEAD = [
     f"MACs ({MACS_TOKENS} tokens)",
     "",
 ]
+KINDS = SIZES[1:5]
 UNKNOWN, ESTIMATED = "?", "~"
+NO_SIZES = [""] * len(SIZES)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Prediction:
     """Model that a stage leaves, on the meta device; None if it cannot be predicted.
 
@@ -55,105 +69,250 @@ class Prediction:
     model: PreTrainedModel | None
     estimated: bool = False
 
+    @cached_property
+    def sizes(self) -> tuple[int, int]:
+        """Parameters and multiply-accumulates."""
+        assert self.model is not None
+        return parameter_count(self.model), macs(self.model, MACS_TOKENS)
 
-def dry_run(recipe: Recipe, steps: list[Step]) -> list[list[str]]:
+    @cached_property
+    def shape_cells(self) -> list[str]:
+        """Cells of layers and widths."""
+        assert self.model is not None
+        units = trace(self.model)
+        by_kind = [sorted({u.size for u in [*units.units, *units.frozen] if u.kind == kind}) for kind in KINDS]
+        widths = ["-".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))) if sizes else "" for sizes in by_kind]
+        return ["+".join(str(len(stack)) for stack in layer_lists(self.model).values()), *widths]
+
+    def cells(self, original: Prediction) -> list[str]:
+        """Return the cells of :data:`SIZES`, with shares of the original."""
+        if self.model is None:
+            return [UNKNOWN] * len(SIZES)
+        mark = ESTIMATED if self.estimated else ""
+        shares = zip(self.sizes, original.sizes, strict=True)
+        costs = [cell for n, whole in shares for cell in (f"{n:,}", f"{n / whole:.3f}")]
+        return [*self.shape_cells, *(f"{mark}{cell}" for cell in costs)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What of a stage's arguments decides which shapes it leaves: equal changes of a model leave equal shapes.
+
+    Attributes:
+        decisive: settings of ``prune``, ``--keep`` of ``vocab``, the plan of ``apply``; None for ``to-uniform``.
+    """
+
+    command: str
+    decisive: PruneSettings | str | None = None
+
+
+class Predictor:
+    """Predict what stages leave. A model is built once, and what changes it alike is predicted once."""
+
+    def __init__(self) -> None:
+        self._originals: dict[tuple[str, bool], Prediction] = {}
+        self._after: dict[tuple[Prediction, str], Prediction | PrunerError] = {}
+
+    def stages(self, recipe: Recipe, steps: Sequence[Step]) -> list[Prediction | None]:
+        """Predict the original and what every stage leaves, None for a stage that changes no shape.
+
+        Raises:
+            PrunerError: the model cannot be read, or a stage cannot do what is asked; with file and line.
+        """
+        trust = any(getattr(step.arguments(), "trust_remote_code", False) for step in steps)
+        current = self._original(recipe.model, trust)
+        predictions: list[Prediction | None] = [current]
+        for i, step in enumerate(steps):
+            change = _change(step)
+            try:
+                predictions.append(None if change is None else self._predict(current, change))
+            except PrunerError as error:
+                raise recipe.source.fault(("stages", i), str(error)) from error
+            current = predictions[-1] or current
+        return predictions
+
+    def _original(self, name: str, trust: bool) -> Prediction:
+        if (name, trust) not in self._originals:
+            self._originals[name, trust] = Prediction(model=meta_model(load_config(name, trust), trust))
+        return self._originals[name, trust]
+
+    def _predict(self, before: Prediction, change: Change) -> Prediction:
+        key = before, repr(change)
+        if key not in self._after:
+            try:
+                self._after[key] = _predict(before, change)
+            except PrunerError as error:
+                self._after[key] = error
+        after = self._after[key]
+        if isinstance(after, PrunerError):
+            raise after
+        return after
+
+
+def predict_stages(recipe: Recipe, steps: Sequence[Step]) -> list[list[str]]:
     """Return a table of what every stage leaves, head first.
 
     Indices are chosen at random, since only their number counts. Where the number itself depends on scores (a global
     ranking, measured proportions) or on counts of tokens, a possible number is shown and marked with ``~``. A share of
     the latency is estimated as the same share of MACs. An absolute latency cannot be predicted without timing: that
     stage and all after it show ``?``.
+
+    Raises:
+        PrunerError: the model cannot be read, or a stage cannot do what is asked.
     """
-    trust = any(getattr(step.arguments(), "trust_remote_code", False) for step in steps)
-    original = meta_model(load_config(recipe.model, trust), trust)
-    sizes = parameter_count(original), macs(original, MACS_TOKENS)
-    current = Prediction(model=original)
-    rows = [HEAD, _row("original", current, sizes)]
-    for step in steps:
-        after = _predict(step, current, trust)
-        rows.append(_row(step.stage.name, after, sizes) if after else [step.stage.name, *[""] * (len(HEAD) - 1)])
-        current = after or current
+    original, *after = Predictor().stages(recipe, steps)
+    assert original is not None
+    rows = [["stage", *SIZES], ["original", *original.cells(original)]]
+    for step, prediction in zip(steps, after, strict=True):
+        rows.append([step.stage.name, *(prediction.cells(original) if prediction else NO_SIZES)])
     return rows
 
 
-def _row(name: str, prediction: Prediction, original: tuple[int, int]) -> list[str]:
-    model = prediction.model
-    if model is None:
-        return [name, *[UNKNOWN] * (len(HEAD) - 1)]
-    units = trace(model)
-    by_kind = {kind: sorted({u.size for u in [*units.units, *units.frozen] if u.kind == kind}) for kind in HEAD[2:6]}
-    widths = ["-".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))) if sizes else "" for sizes in by_kind.values()]
-    layers = "+".join(str(len(stack)) for stack in layer_lists(model).values())
-    mark = ESTIMATED if prediction.estimated else ""
-    sizes = parameter_count(model), macs(model, MACS_TOKENS)
-    cells = [cell for n, whole in zip(sizes, original, strict=True) for cell in (f"{n:,}", f"{n / whole:.3f}")]
-    return [name, layers, *widths, *(f"{mark}{cell}" for cell in cells)]
+@dataclass(frozen=True, kw_only=True)
+class PointRow:
+    """What the points of a sweep leave that differ in seeds alone.
+
+    Attributes:
+        values: varied arguments, without seeds.
+        point: first of the points, or the first that cannot run.
+        runs: number of the points.
+        cells: those of :data:`SIZES`.
+        problem: why ``point`` cannot run, empty if it can.
+    """
+
+    values: Mapping[str, Any]
+    point: SweepPoint
+    runs: int
+    cells: list[str]
+    problem: str = ""
 
 
-def _predict(step: Step, before: Prediction, trust: bool) -> Prediction | None:
-    """Return what a stage leaves, None for a stage that changes no shape."""
-    arguments, command, model = step.arguments(), step.stage.command, before.model
-    changes_shape = isinstance(arguments, (PruneArguments, VocabArguments)) or command in ("apply", "to-uniform")
-    if model is None or not changes_shape:
-        return before if changes_shape else None
+def predict_points(points: Sequence[SweepPoint]) -> list[PointRow]:
+    """Predict what the last stage of every point leaves, as :func:`predict_stages` does."""
+    predictor = Predictor()
+    return [_predict_alike(predictor, values, alike) for values, alike in _fold_seeds(points)]
+
+
+def _predict_alike(predictor: Predictor, values: Mapping[str, Any], alike: Sequence[SweepPoint]) -> PointRow:
+    """Check points that differ in seeds alone, and predict one of them."""
+    cells, problem, point = NO_SIZES, "", alike[0]
+    try:
+        for point in alike:
+            check_point(point)
+        original, *after = predictor.stages(point.recipe, point.steps)
+        assert original is not None
+        cells = next(filter(None, reversed([original, *after]))).cells(original)
+    except PrunerError as error:
+        problem = str(error).removesuffix(f" ({point.title})")
+    return PointRow(values=values, point=point, runs=len(alike), cells=cells, problem=problem)
+
+
+def sweep_cells(rows: Sequence[PointRow]) -> list[list[str]]:
+    """Return the cells of a table with a row per point, head first.
+
+    Seeds have a column where there are several, and problems one where there are any.
+    """
+    keys = list(dict.fromkeys(key for row in rows for key in row.values))
+    seeds, problems = any(row.runs > 1 for row in rows), any(row.problem for row in rows)
+    head = [*_short_names(keys), *["seeds"] * seeds, *SIZES, *["cannot run"] * problems]
+    body = []
+    for row in rows:
+        values = [str(row.values.get(key, "")) for key in keys]
+        body.append([*values, *[str(row.runs)] * seeds, *row.cells, *[row.problem] * problems])
+    return [head, *body]
+
+
+def _fold_seeds(points: Sequence[SweepPoint]) -> list[tuple[dict[str, Any], list[SweepPoint]]]:
+    """Group points by their values without seeds, in order."""
+    groups: dict[str, tuple[dict[str, Any], list[SweepPoint]]] = {}
+    for point in points:
+        seeds = (SEED, CALIBRATION_SEED)
+        values = {key: value for key, value in point.values.items() if key.rpartition(".")[2] not in seeds}
+        groups.setdefault(repr(values), (values, []))[1].append(point)
+    return list(groups.values())
+
+
+def _short_names(keys: Sequence[str]) -> list[str]:
+    """Return the arguments' names without their stages, where these differ.
+
+    >>> _short_names(["prune.taylor", "model"]), _short_names(["depth.seed", "width.seed"])
+    (['taylor', 'model'], ['depth.seed', 'width.seed'])
+    """
+    short = [key.rpartition(".")[2] for key in keys]
+    return short if len(set(short)) == len(short) else list(keys)
+
+
+def _change(step: Step) -> Change | None:
+    """Return how a stage changes shapes, None for a stage that changes none."""
+    arguments, command = step.arguments(), step.stage.command
     if isinstance(arguments, PruneArguments):
-        after = _prune(arguments, model)
-    elif isinstance(arguments, VocabArguments):
-        after = _cut_vocabulary(arguments, model)
-    elif command == "apply":
-        after = Prediction(model=apply(model, PruningPlan.load(arguments.plan)))
+        return Change(command=command, decisive=_unscored(resolve_settings(arguments)))
+    if isinstance(arguments, VocabArguments):
+        return Change(command=command, decisive=arguments.keep)
+    if command == "apply":
+        return Change(command=command, decisive=arguments.plan)
+    return Change(command=command) if command == "to-uniform" else None
+
+
+def _unscored(settings: PruneSettings) -> PruneSettings:
+    """Return settings that choose as many indices, at random, and layers by position; what else differs is left out."""
+    layers, widths = settings.layers, settings.widths
+    criterion = layers.criterion if layers.criterion in BY_POSITION else "spaced_middle"
+    return replace(
+        settings,
+        seed=0,
+        model=ModelSettings(name=""),
+        scoring=ScoringSettings(criterion="random", taylor="param_first", aggregation="sum", seed=0),
+        calibration=CalibrationSettings(dataset="", samples=0, tokens=0),
+        layers=replace(layers, criterion=criterion),
+        widths=replace(widths, iterative_steps=1),
+        refit=RefitSettings(),
+        evaluation=EvaluationSettings(),
+        output=OutputSettings(folder=Path()),
+    )
+
+
+def _predict(before: Prediction, change: Change) -> Prediction:
+    model, decisive = before.model, change.decisive
+    if model is None:
+        return before
+    if isinstance(decisive, PruneSettings):
+        after = _prune(decisive, model)
+    elif change.command == "vocab":
+        after = _cut_vocabulary(decisive, model)
+    elif change.command == "apply":
+        after = Prediction(model=apply(model, PruningPlan.load(str(decisive))))
     else:
-        after = Prediction(model=meta_model(uniform_config(model.config), trust))
+        after = Prediction(model=skeleton(type(model), uniform_config(model.config)).eval())
     return replace(after, estimated=before.estimated or after.estimated)
 
 
-def _prune(arguments: PruneArguments, model: PreTrainedModel) -> Prediction:
-    settings = resolve_settings(arguments)
+def _prune(settings: PruneSettings, model: PreTrainedModel) -> Prediction:
     widths, budget = settings.widths, settings.budget
     estimated = widths.scope == "global" or bool(widths.proportions)
     timed = budget is not None and budget.kind == "target_latency"
     if budget is not None and timed:
-        if not _is_share(budget.target):
+        if read_target(budget.kind, budget.target, UNITS[budget.kind])[1] is not None:
             return Prediction(model=None)
         settings, estimated = replace(settings, budget=replace(budget, kind="target_macs")), True
+    proportions = {kind: share or 1.0 for kind, share in widths.proportions.items()}
+    settings = replace(settings, widths=replace(widths, proportions=proportions))
     try:
-        return Prediction(model=make_plan(Planning(settings=_unscored(settings)), model).pruned, estimated=estimated)
+        return Prediction(model=make_plan(Planning(settings=settings), model).pruned, estimated=estimated)
     except NotMet:
         if not timed:
             raise
         return Prediction(model=None)  # latency may be reached where MACs are not
     except PrunerError as error:
-        if not timed:
+        if budget is None or not timed:
             raise
-        raise PrunerError(f"--target_latency {arguments.target_latency}, taken as a share of MACs: {error}") from error
+        raise PrunerError(f"--target_latency {budget.target}, taken as a share of MACs: {error}") from error
 
 
-def _unscored(settings: PruneSettings) -> PruneSettings:
-    """Return settings that choose as many indices, at random, and layers by position."""
-    layers, widths = settings.layers, settings.widths
-    criterion = layers.criterion if layers.criterion in BY_POSITION else "spaced_middle"
-    proportions = {kind: share or 1.0 for kind, share in widths.proportions.items()}
-    return replace(
-        settings,
-        scoring=replace(settings.scoring, criterion="random", cache=None),
-        layers=replace(layers, criterion=criterion),
-        widths=replace(widths, proportions=proportions, iterative_steps=1),
-    )
-
-
-def _is_share(target: str) -> bool:
-    """Return True for a fraction such as 0.8, False for an amount such as 30ms.
-
-    >>> _is_share("0.8"), _is_share("30ms"), _is_share("30")
-    (True, False, False)
-    """
-    return bool(re.fullmatch(r"\s*(\d+(\.\d*)?|\.\d+)\s*", target)) and float(target) <= 1
-
-
-def _cut_vocabulary(arguments: VocabArguments, model: PreTrainedModel) -> Prediction:
+def _cut_vocabulary(keep: str | None, model: PreTrainedModel) -> Prediction:
     graph = trace(model)
     (unit,) = graph.of_kind("vocabulary")
-    count = token_budget(arguments.keep, unit.size)[0] if arguments.keep else None
+    count = token_budget(keep, unit.size)[0] if keep else None
     if count is None:  # the texts would have to be read
         return Prediction(model=model, estimated=True)
     if count >= unit.size:

@@ -19,14 +19,14 @@ from ..logs import log, logging_to
 from ..provenance import provenance
 from ..pruning.run import keeping_model
 from .arguments import RunArguments
-from .dry_run import dry_run
+from .dry_run import predict_points, predict_stages, sweep_cells
 from .executors import EXECUTORS, Work, check_executor, worker_command
 from .recipe import Recipe, read
 from .results import TERMINAL, Row, stage_cells, summarize, write_points, write_stages
 from .run_point import read_record, run_points, write_record
 from .status import TABLE_WIDTH, show_status
-from .steps import check_steps, evaluation_arguments, measure_original, measure_step, run_step
-from .sweep import SweepPoint, points_of
+from .steps import measure_original, measure_step, run_step
+from .sweep import SweepPoint, check_point, points_of
 from .torchrun import Launch
 
 LOG_FILE, SWEEP_FILE = "run.log", "sweep.json"
@@ -78,11 +78,11 @@ def run_recipe(args: RunArguments) -> Path | None:
     if args.status:
         show_status(points, output, sweep=recipe.is_sweep)
         return None
-    for point in points:
-        _check_point(point)
     if args.dry_run:
         _predict(recipe, points)
         return None
+    for point in points:
+        check_point(point)
     check_executor(recipe.executor)
     if len(points) > MANY and not args.yes:
         raise PrunerError(f"{args.recipe} makes {len(points)} runs: add --yes to start them")
@@ -102,22 +102,25 @@ def _with_overrides(recipe: Recipe, args: RunArguments) -> Recipe:
     return replace(recipe, model=args.model or recipe.model, output=args.output or recipe.output, executor=executor)
 
 
-def _check_point(point: SweepPoint) -> None:
-    """Refuse a run that cannot work before the first stage of any runs."""
-    recipe = point.recipe
-    try:
-        evaluation_arguments(recipe, recipe.model).check()
-    except PrunerError as error:
-        raise recipe.source.fault(("evaluate",), str(error)) from error
-    check_steps(point.steps, recipe, f" (run {point.number}: {point.name})" if point.values else "")
-
-
 def _predict(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
+    """Print what the stages of a run or the points of a sweep leave.
+
+    Raises:
+        PrunerError: a run cannot work; of a sweep the first, after the table.
+    """
     console = Console(width=TABLE_WIDTH)
-    for point in points[:MANY]:
-        if recipe.is_sweep:
-            console.print(f"{point.number} of {len(points)}: {point.name}")
-        console.print(terminal_table(dry_run(point.recipe, point.steps)))
+    if not recipe.is_sweep:
+        check_point(points[0])
+        console.print(terminal_table(predict_stages(points[0].recipe, points[0].steps)))
+        return
+    rows = predict_points(points)
+    console.print(terminal_table(sweep_cells(rows)))
+    refused = [row for row in rows if row.problem]
+    if refused:
+        runs = sum(row.runs for row in refused)
+        raise PrunerError(
+            f"{runs} of {len(points)} runs cannot work; the first is {refused[0].point.title}: {refused[0].problem}"
+        )
 
 
 def _run_as_one_job(recipe: Recipe, args: RunArguments) -> None:

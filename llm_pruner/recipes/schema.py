@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from ..commands import COMMANDS
 from ..errors import PrunerError
-from ..flags import ValueType, canonical_flags, split_list
+from ..flags import ValueType, canonical_flags, read_share, split_list
 from .arguments import ExecutorKind
 from .source import Location, Source
 from .stages import STAGES, is_chained, stage_arguments
@@ -112,6 +112,13 @@ def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
+def _share(value: Any) -> Any:
+    try:
+        return read_share(value) if isinstance(value, str) and value.endswith("%") else value
+    except ValueError:
+        return value
+
+
 def _entries(value: Any) -> Any:
     value = _number_as_text(value)
     return split_list(value) if isinstance(value, str) else value
@@ -125,6 +132,8 @@ def value_annotation(kind: ValueType) -> Any:
         float: Annotated[float, Strict()],
         str: Annotated[str, BeforeValidator(_number_as_text)],
     }[kind.convert]
+    if kind.is_share:
+        scalar = Annotated[float, Strict(), BeforeValidator(_share)]
     if kind.choices:
         scalar = Literal[kind.choices]
     annotation = Annotated[list[scalar], BeforeValidator(_entries)] if kind.several else scalar

@@ -9,10 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..commands import COMMANDS
+from ..errors import PrunerError
 from .recipe import MODEL, Recipe, Stage
 from .schema import Sweep, convert_argument
 from .stages import stage_arguments
-from .steps import Step, steps_of
+from .steps import Step, check_steps, evaluation_arguments, steps_of
 
 SEED = "seed"
 CALIBRATION_SEED = "calib_seed"
@@ -31,6 +33,11 @@ class SweepPoint:
     @property
     def name(self) -> str:
         return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.values.items()) or "run"
+
+    @property
+    def title(self) -> str:
+        """Number and name, for error messages."""
+        return f"run {self.number}: {self.name}"
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -66,6 +73,20 @@ def points_of(recipe: Recipe) -> list[SweepPoint]:
     if recipe.seeds:
         combinations = [values | {SEED: seed} for values in combinations for seed in recipe.seeds]
     return [SweepPoint(i, values, with_values(recipe, values)) for i, values in enumerate(combinations, 1)]
+
+
+def check_point(point: SweepPoint) -> None:
+    """Refuse a run that cannot work, before its first stage.
+
+    Raises:
+        PrunerError: with file and line, and in a sweep with the run.
+    """
+    recipe, note = point.recipe, f" ({point.title})" if point.values else ""
+    try:
+        COMMANDS["evaluate"].check_arguments(evaluation_arguments(recipe, recipe.model))
+    except PrunerError as error:
+        raise recipe.source.fault(("evaluate",), f"{error}{note}") from error
+    check_steps(point.steps, recipe, note)
 
 
 def _combinations(recipe: Recipe) -> list[Values]:

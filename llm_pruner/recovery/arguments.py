@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..choices import ADAPTER_METHODS, Dtype
 from ..errors import PrunerError
-from ..flags import Arguments, check_at_least, check_combinations, flag
+from ..flags import Arguments, Share, check_at_least, check_combinations, flag
 from ..optional import is_installed, require
 
 DEFAULT_DATA = "yahma/alpaca-cleaned"
@@ -44,7 +44,7 @@ class RecoverArguments(Arguments):
     )
     lora_r: int = flag(8, "rank of LoRA", group="method")
     lora_alpha: int = flag(16, "LoRA's product is scaled by alpha / r", group="method")
-    lora_dropout: float = flag(0.05, "dropout of LoRA", group="method")
+    lora_dropout: Share = flag(0.05, "dropout of LoRA", group="method")
     lora_target_modules: list[str] = flag(
         [], "linear layers to adapt, such as q_proj,v_proj (default: all but the output head)", group="method"
     )
@@ -58,7 +58,7 @@ class RecoverArguments(Arguments):
         "model to distill from with any method; auto: the original (default of distill)",
         group="teacher",
     )
-    distill_weight: float = flag(0.5, "weight of the teacher's loss; the labels' is 1 minus that", group="teacher")
+    distill_weight: Share = flag(0.5, "weight of the teacher's loss; the labels' is 1 minus that", group="teacher")
     distill_temperature: float = flag(1.0, "temperature of the teacher's loss", group="teacher")
     distill_hidden: float = flag(0.0, "weight of the distance to the teacher's last hidden states", group="teacher")
     teacher_device: str = flag("auto", "device of the teacher (auto: the model's)", group="teacher")

@@ -13,6 +13,13 @@ from .plan import PruningPlan
 
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+MICROSECONDS = {"US": 1, "MS": 10**3, "S": 10**6}
+UNITS = {
+    "target_params": COUNTS,
+    "target_macs": COUNTS,
+    "target_memory": BYTES,
+    "target_latency": MICROSECONDS,
+}  # suffixes of a target with their factors, by its name
 STEPS = 30  # of bisection
 NEAR = 0.005  # how far below its target a plan may stay
 
@@ -25,7 +32,7 @@ class Budget:
         name: of the cost, as the user gave it: ``target_params``.
         target: as the user gave it: ``0.8``, ``5.4B``, ``6GiB``.
         measure: the cost of the model that a plan leaves.
-        units: suffixes that a target may have, with their factors.
+        units: suffixes that a target may have, with their factors; one of :data:`UNITS`.
         noun: what is counted.
         whole: the cost that a fraction is of, if not that of the model at hand.
     """
@@ -43,19 +50,10 @@ class Budget:
         Raises:
             PrunerError: the target is neither, or not below the model's own cost.
         """
+        number, factor = read_target(self.name, self.target, self.units)
         now = self.measure(PruningPlan())
         whole = now if self.whole is None else self.whole
-        parsed = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(self.target))
-        suffix = parsed[2].upper() if parsed else ""
-        number = float(parsed[1]) if parsed else 0.0
-        is_fraction = not suffix and number <= 1
-        if not parsed or not (is_fraction or suffix in self.units):
-            suffixes = ", ".join(unit for unit in self.units if unit)
-            raise PrunerError(
-                f"--{self.name} {self.target!r} is not valid: use a fraction (0.8) or an amount (5.4B; suffixes: "
-                f"{suffixes})"
-            )
-        amount = number * (whole if is_fraction else self.units[suffix])
+        amount = number * (whole if factor is None else factor)
         if not 0 < amount < now:
             raise PrunerError(
                 f"--{self.name} {self.target} is {amount:,.0f}; the model has {now:,.0f} {self.noun}: give less"
@@ -65,6 +63,33 @@ class Budget:
     def met_by(self, plan: PruningPlan) -> bool:
         """Return True if the model that a plan leaves costs no more than the target."""
         return self.measure(plan) <= self.limit()
+
+
+def read_target(name: str, target: float | str, units: dict[str, int]) -> tuple[float, int | None]:
+    """Return the number in a target and the factor of its suffix; the factor is None for a fraction.
+
+    >>> read_target("target_params", "5.4B", COUNTS), read_target("target_params", "80%", COUNTS)
+    ((5.4, 1000000000), (0.8, None))
+
+    Raises:
+        PrunerError: the target is neither a fraction nor an amount.
+    """
+    parsed = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[A-Za-z]*)\s*", str(target))
+    suffix = parsed[2].upper() if parsed else ""
+    number = float(parsed[1]) if parsed else 0.0
+    if suffix == "%":
+        number, suffix = number / 100, ""
+        is_fraction, is_amount = number <= 1, False
+    else:
+        is_fraction = not suffix and number <= 1
+        is_amount = suffix in units and (bool(suffix) or number.is_integer())
+    if number > 0 and (is_fraction or is_amount):
+        return number, None if is_fraction else units[suffix]
+    suffixes = ", ".join(unit for unit in units if unit)
+    raise PrunerError(
+        f"--{name} {str(target)!r} is not valid: use a fraction between 0 and 1 (0.8 or 80%) or an amount (suffixes: "
+        f"{suffixes})"
+    )
 
 
 def parameters(graph: CouplingGraph, plan: PruningPlan | None = None) -> int:

@@ -9,7 +9,7 @@ from ..checkpoint.locate import base_of, folder_of
 from ..choices import DEFAULT_MODEL, Dtype, Kind
 from ..errors import PrunerError
 from ..files import same_folder
-from ..flags import Arguments, flag
+from ..flags import Arguments, Share, flag
 
 
 @dataclass(kw_only=True)
@@ -97,5 +97,5 @@ class DemoArguments(Arguments):
     keep_tokens: str = flag("16384", "tokens to keep, or a share of them")
     kinds: list[Kind] = flag(["neurons"], "kinds of units to prune")
     target_params: str = flag("0.92", "share of the parameters that stays when units are pruned")
-    pruning_ratio: float | None = flag(None, "share of every unit's indices to remove, instead of --target_params")
+    pruning_ratio: Share | None = flag(None, "share of every unit's indices to remove, instead of --target_params")
     steps: int = flag(40, "training steps of the recovery")

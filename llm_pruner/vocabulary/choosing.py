@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PrunerError
+from ..flags import read_share
 from ..surgery.tokenizer import Subwords
 
 ROUNDS = 40  # in which tokens are chosen: each fills about 1/40 of the budget, then all are ranked anew
@@ -196,25 +197,24 @@ def _keep_best(coverage: Coverage, candidates: list[_Candidate], *, goal: int, m
 def token_budget(keep: str, size: int) -> tuple[int | None, float | None]:
     """Return the number of tokens that ``--keep`` allows, or the share of the counted text to cover.
 
-    >>> token_budget("0.5", 800), token_budget("coverage=0.999", 800)
+    >>> token_budget("50%", 800), token_budget("coverage=0.999", 800)
     ((400, None), (None, 0.999))
 
     Raises:
         PrunerError: ``keep`` is not valid.
     """
-    name, _, value = keep.partition("=")
+    name, _, value = keep.rpartition("=")
     try:
-        if name == "coverage" and 0 < float(value) <= 1:
-            return None, float(value)
-        if not value and float(keep) > 0:
-            number = float(keep)
-            if number > 1 and number == int(number):
-                return min(int(number), size), None
-            if number <= 1:
-                return int(number * size), None
-    except (ValueError, OverflowError):
-        pass
-    raise PrunerError(f"--keep {keep!r} is not valid: give 15000 (tokens), 0.5 (a share) or coverage=0.9999")
+        number = read_share(value) if value.endswith("%") else float(value)
+    except ValueError:
+        number = 0.0
+    if name == "coverage" and 0 < number <= 1:
+        return None, number
+    if not name and 0 < number <= 1:
+        return int(number * size), None
+    if not name and number.is_integer() and number > 1 and not value.endswith("%"):
+        return min(int(number), size), None
+    raise PrunerError(f"--keep {keep!r} is not valid: give 15000 (tokens), 0.5 or 50% (a share) or coverage=0.9999")
 
 
 def in_scripts(words: Subwords, tokenizer: PreTrainedTokenizerBase, scripts: Iterable[str]) -> set[int]:
