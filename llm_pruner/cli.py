@@ -14,6 +14,7 @@ from typing import Any
 from .commands import COMMANDS, SCRIPTS, Command
 from .errors import PrunerError
 from .flags import parse_flags
+from .inputs import InputCheck
 from .version import __version__
 
 USAGE = """usage: llm-pruner COMMAND [flags]
@@ -52,6 +53,8 @@ def run_command(command: Command, argv: Sequence[str], program: str) -> int:
         arguments: Any = parse_flags(
             command.arguments_class, _name_positionals(command, argv), program, command.summary
         )
+        command.check_arguments(arguments)
+        command.check_inputs(arguments, InputCheck())
         command.run(arguments)
     except PrunerError as error:
         return _fail(str(error))

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from .choices import ADAPTER_METHODS
+from .inputs import InputCheck
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class Command:
         chaining: how a recipe runs the command, None for a command that cannot be a stage.
         check: ``module:function`` that refuses arguments which cannot work, before anything is loaded; None for the
             arguments' own ``check``.
+        inputs: ``module:function`` that refuses models, texts, files and folders which the arguments name and the
+            command cannot use, by arguments and :class:`~llm_pruner.inputs.InputCheck`.
     """
 
     summary: str
@@ -57,6 +60,7 @@ class Command:
     positionals: tuple[str, ...] = ()
     chaining: Chaining | None = None
     check: str | None = None
+    inputs: str | None = None
 
     @cached_property
     def run(self) -> Callable[[Any], Any]:
@@ -76,6 +80,15 @@ class Command:
             arguments.check()
         else:
             _import(self.check)(arguments)
+
+    def check_inputs(self, arguments: Any, check: InputCheck) -> None:
+        """Refuse what the arguments name and the command cannot use, before any work; nothing is written.
+
+        Raises:
+            PrunerError: a model, text, file or folder is missing or not usable; the message names the flag.
+        """
+        if self.inputs is not None:
+            _import(self.inputs)(arguments, check)
 
 
 def _import(name: str) -> Any:
@@ -101,6 +114,7 @@ COMMANDS: dict[str, Command] = {
             defaults=lambda given: {"eval_datasets": []},
         ),
         check="pruning.settings:resolve_settings",
+        inputs="pruning.checking:check_prune_inputs",
     ),
     "recover": Command(
         "Train a pruned model to regain its quality.",
@@ -114,6 +128,8 @@ COMMANDS: dict[str, Command] = {
             leaves_adapter=lambda arguments: arguments.method in ADAPTER_METHODS and not arguments.merge,
             defaults=_recovery_defaults,
         ),
+        check="recovery.settings:resolve_settings",
+        inputs="recovery.checking:check_recovery_inputs",
     ),
     "evaluate": Command(
         "Compare models: perplexity, tasks, size and speed.",
@@ -121,6 +137,7 @@ COMMANDS: dict[str, Command] = {
         "evaluation.arguments:EvaluateArguments",
         ("model",),
         Chaining(writes=_TO_FOLDER, leaves=None),
+        inputs="evaluation.checking:check_evaluation_inputs",
     ),
     "vocab": Command(
         "Remove unneeded tokens from a model and its tokenizer.",
@@ -128,6 +145,7 @@ COMMANDS: dict[str, Command] = {
         "vocabulary.arguments:VocabArguments",
         ("model", "output"),
         Chaining(writes=_TO_FOLDER),
+        inputs="vocabulary.checking:check_vocabulary_inputs",
     ),
     "apply": Command(
         "Apply a plan to a checkpoint file by file, without loading it.",
@@ -135,6 +153,7 @@ COMMANDS: dict[str, Command] = {
         "checkpoint.arguments:ApplyArguments",
         ("plan", "model", "output"),
         Chaining(writes=_TO_FOLDER, reads_adapter=False),
+        inputs="pruning.checking:check_apply_inputs",
     ),
     "to-uniform": Command(
         "Pad layers of different widths with zeros, for a stock checkpoint.",
@@ -142,6 +161,7 @@ COMMANDS: dict[str, Command] = {
         "checkpoint.arguments:UniformArguments",
         ("model", "output"),
         Chaining(writes=_TO_FOLDER, reads_adapter=False),
+        inputs="checkpoint.checking:check_uniform_inputs",
     ),
     "run": Command(
         "Run a recipe stage by stage, skipping finished stages.",
@@ -155,12 +175,14 @@ COMMANDS: dict[str, Command] = {
         "report.arguments:ReportArguments",
         ("runs",),
         Chaining(reads=None, writes={"output": "{folder}/report.html"}, leaves=None),
+        inputs="report.checking:check_report_inputs",
     ),
     "chat": Command(
         "Serve a page that sends one prompt to up to three models.",
         "tools.chat:serve_chat",
         "tools.arguments:ChatArguments",
         ("model",),
+        inputs="tools.checking:check_chat_inputs",
     ),
     "inspect": Command(
         "Print the units of a model, or what a plan removes.",
@@ -172,6 +194,7 @@ COMMANDS: dict[str, Command] = {
         "Prune and recover the embedded model, and show both beside the original.",
         "recipes.demo:run_demo",
         "tools.arguments:DemoArguments",
+        inputs="tools.checking:check_demo_inputs",
     ),
 }
 # The scripts at the root and in evaluate/: the same functions with LLM-Pruner's flags and defaults.
@@ -183,20 +206,27 @@ SCRIPTS: dict[str, Command] = {
         "tools.chat:serve_chat",
         "tools.arguments:GenerateArguments",
         ("model",),
+        inputs="tools.checking:check_chat_inputs",
     ),
     "evaluate/cost.py": Command(
         "Measure size, compute, memory and speed.",
         "evaluation.run:run_evaluate",
         "evaluation.arguments:CostArguments",
         ("model",),
+        inputs="evaluation.checking:check_evaluation_inputs",
     ),
     "evaluate/perplexity.py": Command(
-        "Measure perplexity.", "evaluation.run:run_perplexity", "evaluation.arguments:PerplexityArguments", ("model",)
+        "Measure perplexity.",
+        "evaluation.run:run_perplexity",
+        "evaluation.arguments:PerplexityArguments",
+        ("model",),
+        inputs="evaluation.checking:check_perplexity_inputs",
     ),
     "evaluate/zero_shot.py": Command(
         "Measure accuracy on tasks of lm-eval.",
         "evaluation.run:run_evaluate",
         "evaluation.arguments:ZeroShotArguments",
         ("model",),
+        inputs="evaluation.checking:check_evaluation_inputs",
     ),
 }

@@ -7,10 +7,12 @@ writes itself.
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .choices import EMBEDDED_TEXTS, GENERAL, PYTHON_DOCS, SELF
-from .errors import PrunerError
+from .errors import HubUnreachable, PrunerError
 from .files import read_json
 from .models.blockwise import computing, native_compute
 from .models.generate import Sampling, generate, seeded
@@ -94,12 +96,34 @@ def documents(name: str, split: str = "train", most: int | None = None) -> Itera
     path = Path(name).expanduser()
     if not path.is_file():
         raise PrunerError(
-            f"no data set {name!r}: choose from {', '.join((*EMBEDDED_TEXTS, *HUB))}, or give a .txt, .json or .jsonl "
-            "file"
+            f"no data set {name!r}{_nearest(name)}: choose from {', '.join((*EMBEDDED_TEXTS, *HUB))}, or give a .txt, "
+            ".json or .jsonl file"
         )
     if path.suffix not in (".txt", ".json", ".jsonl"):
         raise PrunerError(f"cannot read {name}: give a .txt, .json or .jsonl file")
     return _from_file(path)
+
+
+def check_text(name: str, split: str = "train") -> None:
+    """Refuse a text that cannot be read or is empty, by its first document.
+
+    Raises:
+        PrunerError: as :func:`documents`, and :class:`~llm_pruner.errors.HubUnreachable`.
+    """
+    if name in HUB:
+        _check_hub(name, split)
+    elif not any(document.strip() for document in documents(name, split)):
+        raise PrunerError(f"{name} holds no text")
+
+
+@cache
+def _check_hub(name: str, split: str) -> None:
+    next(documents(name, split, 1))
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, [*EMBEDDED_TEXTS, *HUB, SELF], n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def text(name: str, split: str = "test") -> str:
@@ -262,7 +286,7 @@ def _from_hub(name: str, split: str, most: int | None) -> Iterator[str]:
             yield row[where.column]
     except Exception as error:  # the hub client raises many kinds; the user needs one line
         reason = " ".join(str(error).split())[:160]
-        raise PrunerError(
+        raise HubUnreachable(
             f"the data set {name} could not be fetched from the hub ({type(error).__name__}: {reason}); give a local "
             f".txt, .json or .jsonl file instead, or {GENERAL}, which needs no network"
         ) from error

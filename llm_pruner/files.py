@@ -180,6 +180,44 @@ def _recorded_arguments(record: Path) -> Any:
     return content.get("arguments") if isinstance(content, dict) else None
 
 
+def check_folder(folder: str | Path, owned_if: str, reads: str = "") -> None:
+    """Refuse a folder that :func:`complete_folder` would refuse to write, before the work.
+
+    Raises:
+        PrunerError: the folder cannot be written, holds foreign files, or is that of the model ``reads``.
+    """
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise PrunerError(f"{target} is a file; give a folder to write to")
+    if reads and same_folder(target, reads):
+        raise PrunerError(f"{target} is the model that is read: give another folder to write to")
+    _check_parent(target)
+    _check_ours(target, owned_if)
+
+
+def check_file(file: str | Path) -> None:
+    """Refuse a file that cannot be written, before the work.
+
+    Raises:
+        PrunerError: the file is a folder, or lies where nothing can be written.
+    """
+    target = Path(file).expanduser().resolve()
+    if target.is_dir():
+        raise PrunerError(f"cannot write {target}: it is a folder")
+    _check_parent(target)
+
+
+def _check_parent(target: Path) -> None:
+    """Refuse a path below a file or below a folder that cannot be written, which a hidden folder there tries."""
+    parent = next(path for path in target.parents if path.exists())
+    if not parent.is_dir():
+        raise PrunerError(f"cannot write {target}: {parent} is a file")
+    try:
+        tempfile.TemporaryDirectory(prefix=".", dir=parent).cleanup()
+    except OSError as error:
+        raise PrunerError(f"cannot write {target}: {parent}: {error.strerror or error}") from error
+
+
 @contextmanager
 def complete_folder(folder: str | Path, owned_if: str, reads: str = "") -> Iterator[Path]:
     """Yield a temporary folder that replaces ``folder`` when the block succeeds, and is removed when it fails.

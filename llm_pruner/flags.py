@@ -54,6 +54,13 @@ class Arguments:
                 raise PrunerError(f"unknown argument {name}{_did_you_mean(name, known)}")
         return cls(**{known[name]: value for name, value in flags.items()})
 
+    def check(self) -> None:
+        """Refuse arguments that cannot work, before anything is loaded; the base refuses none.
+
+        Raises:
+            PrunerError: a value is not valid; the message names the flag.
+        """
+
     def __post_init__(self) -> None:
         for one in fields(self):
             kind, value = value_type(type(self), one.name), getattr(self, one.name)

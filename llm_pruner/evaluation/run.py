@@ -52,7 +52,7 @@ def resolve(args: EvaluateArguments) -> Measurements:
         stride=args.stride or None,
         max_windows=args.max_windows or None,
         batch_size=args.batch_size or None,
-        tasks=PAPER_TASKS if args.tasks == ["paper"] else tuple(args.tasks),
+        tasks=task_names(args),
         include_path=args.include_path,
         limit=args.limit,
         num_fewshot=args.num_fewshot,
@@ -61,6 +61,11 @@ def resolve(args: EvaluateArguments) -> Measurements:
         new_tokens=args.new_tokens,
         prompts=PROMPTS if args.samples else (),
     )
+
+
+def task_names(args: EvaluateArguments) -> tuple[str, ...]:
+    """Return the tasks that ``--tasks`` names."""
+    return PAPER_TASKS if args.tasks == ["paper"] else tuple(args.tasks)
 
 
 def run_evaluate(args: EvaluateArguments) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import PrunerError
+from ..errors import HubUnreachable, PrunerError
 from ..optional import require
 
 # Tasks of LLM-Pruner's table 1.
@@ -59,9 +60,9 @@ def zero_shot(
     from lm_eval.models.huggingface import HFLM
 
     tasks = list(tasks)
+    check_tasks(tasks, include_path)
     with _errors_only("lm_eval"):
         manager = _task_manager(include_path)
-        _check_tasks(tasks, manager)
         backend = "seq2seq" if model.config.is_encoder_decoder else "causal"
         subject = HFLM(pretrained=model, tokenizer=tokenizer, backend=backend, batch_size=batch_size)  # type: ignore[arg-type]
         try:
@@ -105,12 +106,66 @@ def _errors_only(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _check_tasks(tasks: list[str], manager: Any) -> None:
-    """Refuse a task that lm-eval does not have; the message names the nearest."""
+def check_tasks(tasks: Iterable[str], include_path: str | None = None) -> None:
+    """Refuse a task that lm-eval's index does not have; the message names the nearest.
+
+    Raises:
+        PrunerError: a task is unknown, or ``include_path`` is no folder.
+    """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise PrunerError(f"--include_path {include_path} is not a folder: give one that holds task files")
+    with _errors_only("lm_eval"):
+        manager = _task_manager(include_path)
     for task in tasks:
         if not manager.match_tasks([task]):
             near = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.0)
             raise PrunerError(f"lm-eval has no task {task!r}; the nearest are {', '.join(near)}")
+
+
+def check_task_data(tasks: Iterable[str], include_path: str | None = None) -> None:
+    """Refuse tasks whose data can neither be reached nor are cached; each data set is looked up once, not loaded.
+
+    Raises:
+        HubUnreachable: the data of a task cannot be had.
+    """
+    import datasets
+
+    index = _task_manager(include_path).task_index
+    configs = {str(config.get("dataset_path")): (task, config) for task, config in _task_configs(tasks, index)}
+    for path, (task, config) in configs.items():
+        if path == "None":  # a task in Python brings its data
+            continue
+        try:
+            with _errors_only("datasets"):
+                datasets.load_dataset_builder(path, config.get("dataset_name"), **(config.get("dataset_kwargs") or {}))
+        except Exception as error:  # the loaders of a dozen formats, and the network
+            reason = " ".join(str(error).split())[:200]
+            raise HubUnreachable(
+                f"the data of {task} cannot be had ({type(error).__name__}: {reason}); with no network, describe a "
+                "local copy in a task file and give its folder as --include_path"
+            ) from error
+
+
+def _task_configs(names: Iterable[Any], index: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the tasks of lm-eval's index that names of tasks, groups and tags stand for, with their configs.
+
+    The index is that of lm-eval 0.4.13.
+    """
+    for name in names:
+        if isinstance(name, dict):  # a member of a group with values of its own
+            name = name.get("task")
+            if not isinstance(name, str):
+                yield from _task_configs(name or (), index)
+                continue
+        entry = index.get(name)
+        config = (entry and entry.cfg) or {}
+        if "group" in config:
+            members = config.get("task") or ()
+            yield from _task_configs([members] if isinstance(members, str) else members, index)
+        elif config:
+            yield name, config
+        else:  # a tag
+            yield from ((other, one.cfg) for other, one in index.items() if name in one.tags and one.cfg)
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:

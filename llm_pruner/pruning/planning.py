@@ -29,7 +29,17 @@ from ..selection.select import select
 from ..surgery.apply import apply
 from .context import Planning
 from .presets import default_layers
-from .settings import BudgetSettings, PruneSettings, WidthSettings
+from .settings import (
+    BudgetSettings,
+    CalibrationSettings,
+    EvaluationSettings,
+    ModelSettings,
+    OutputSettings,
+    PruneSettings,
+    RefitSettings,
+    ScoringSettings,
+    WidthSettings,
+)
 from .whole_layers import describe_dropped, measure_sensitivity, plan_layers, reachable_shape
 
 
@@ -103,6 +113,54 @@ def make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
             raise
         return only_layers
     return PlannedModel(plan=compose_plans(dropped, graph, planned.plan, left), pruned=planned.pruned, graph=graph)
+
+
+def without_scores(settings: PruneSettings) -> PruneSettings:
+    """Return settings that choose as many indices, at random, and layers by position; what else differs is left out."""
+    layers, widths = settings.layers, settings.widths
+    criterion = layers.criterion if layers.criterion in BY_POSITION else "spaced_middle"
+    proportions = {kind: share or 1.0 for kind, share in widths.proportions.items()}
+    return replace(
+        settings,
+        seed=0,
+        model=ModelSettings(name=""),
+        scoring=ScoringSettings(criterion="random", taylor="param_first", aggregation="sum", seed=0),
+        calibration=CalibrationSettings(dataset="", samples=0, tokens=0),
+        layers=replace(layers, criterion=criterion),
+        widths=replace(widths, proportions=proportions, iterative_steps=1),
+        refit=RefitSettings(),
+        evaluation=EvaluationSettings(),
+        output=OutputSettings(folder=Path()),
+    )
+
+
+def check_plan(planning: Planning, model: PreTrainedModel) -> None:
+    """Refuse layers, widths, shapes and targets that a model cannot have; the settings choose at random.
+
+    Raises:
+        PrunerError: as :func:`make_plan`, as far as no score decides.
+    """
+    settings, whole, graph = planning.settings, None, trace(model)
+    dropped = plan_layers(planning, model, graph)
+    if not settings.prunes_widths:
+        return
+    if dropped is not None:
+        if settings.widths.proportions and settings.budget is not None:
+            return  # widths go on from as many layers as scores leave
+        whole = Whole(model=model, graph=graph, dropped=dropped)
+        model = apply(model, dropped)
+        graph = trace(model)
+    try:
+        goal = _width_goal(planning, model, graph, whole)
+    except NothingRemoved:
+        if whole is None or not settings.shape:
+            raise
+        return
+    if goal.budget is None:
+        return
+    goal.budget.limit()
+    if goal.budget.name == "target_params" and settings.widths.scope == "local":
+        _select(settings.widths, graph, _score(planning, model, graph, goal.kinds, plans=[]), goal, step=1)
 
 
 def _plan_widths(

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
+from ..graph.tracer import TraceError
 from ..graph.units import CouplingGraph, Unit, block_of
 from ..importance.layers import BY_POSITION
 from ..importance.score import score
@@ -40,7 +41,7 @@ def plan_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph
     """
     settings, layers = planning.settings, planning.settings.layers
     blocks = [
-        block_of(model, graph, _stack_path(graph, where, flag), layer, kind=kind)
+        _block_path(model, graph, flag, layer, where=where, kind=kind)
         for flag, kind in (("drop_attention", "heads"), ("drop_mlp", "neurons"))
         for where, layer in getattr(layers, flag)
     ]
@@ -55,6 +56,13 @@ def plan_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph
         plan = plan or PruningPlan()
         plan.drop_block(path, graph.shapes)
     return plan
+
+
+def _block_path(model: PreTrainedModel, graph: CouplingGraph, flag: str, layer: int, *, where: str, kind: str) -> str:
+    try:
+        return block_of(model, graph, _stack_path(graph, where, flag), layer, kind=kind)
+    except TraceError as error:
+        raise PrunerError(f"--{flag} {layer}: {error}") from error
 
 
 def _named_layers(graph: CouplingGraph, drop: tuple[tuple[str, int], ...]) -> tuple[dict[str, int], Scores]:
@@ -76,7 +84,10 @@ def _counted_layers(planning: Planning, model: PreTrainedModel, graph: CouplingG
     counts = _layer_counts(settings, model, graph, units)
     for name, count in counts.items():
         if not 1 <= count <= units[name].size:
-            raise PrunerError(f"{name}: cannot keep {count} of {units[name].size}: give 1 to {units[name].size - 1}")
+            flag = "--layer: " if settings.layers.first else "--num_layers: " if settings.layers.keep else ""
+            raise PrunerError(
+                f"{flag}cannot keep {count} of {units[name].size} {name}: give 1 to {units[name].size - 1}"
+            )
     fewer = _only_fewer(units, counts)
     if counts and not fewer and not settings.shape:
         raise PrunerError("as many layers would stay as the model has: give fewer")

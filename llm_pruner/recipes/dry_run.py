@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,22 +14,12 @@ from ..checkpoint.config import load_config, meta_model
 from ..errors import PrunerError
 from ..evaluation.cost import macs
 from ..graph.units import trace
-from ..importance.layers import BY_POSITION
 from ..models.per_layer import layer_lists
 from ..models.skeleton import parameter_count, skeleton
 from ..pruning.arguments import PruneArguments
 from ..pruning.context import Planning
-from ..pruning.planning import make_plan
-from ..pruning.settings import (
-    CalibrationSettings,
-    EvaluationSettings,
-    ModelSettings,
-    OutputSettings,
-    PruneSettings,
-    RefitSettings,
-    ScoringSettings,
-    resolve_settings,
-)
+from ..pruning.planning import make_plan, without_scores
+from ..pruning.settings import PruneSettings, resolve_settings
 from ..selection.budgets import UNITS, NotMet, read_target
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
@@ -187,18 +176,24 @@ class PointRow:
     problem: str = ""
 
 
-def predict_points(points: Sequence[SweepPoint]) -> list[PointRow]:
-    """Predict what the last stage of every point leaves, as :func:`predict_stages` does."""
+def predict_points(points: Sequence[SweepPoint], unreachable: list[str]) -> list[PointRow]:
+    """Predict what the last stage of every point leaves, as :func:`predict_stages` does.
+
+    Args:
+        unreachable: collects what the hub did not give.
+    """
     predictor = Predictor()
-    return [_predict_alike(predictor, values, alike) for values, alike in _fold_seeds(points)]
+    return [_predict_alike(predictor, values, alike, unreachable) for values, alike in _fold_seeds(points)]
 
 
-def _predict_alike(predictor: Predictor, values: Mapping[str, Any], alike: Sequence[SweepPoint]) -> PointRow:
+def _predict_alike(
+    predictor: Predictor, values: Mapping[str, Any], alike: Sequence[SweepPoint], unreachable: list[str]
+) -> PointRow:
     """Check points that differ in seeds alone, and predict one of them."""
     cells, problem, point = NO_SIZES, "", alike[0]
     try:
         for point in alike:
-            check_point(point)
+            check_point(point, unreachable)
         original, *after = predictor.stages(point.recipe, point.steps)
         assert original is not None
         cells = next(filter(None, reversed([original, *after]))).cells(original)
@@ -246,30 +241,12 @@ def _change(step: Step) -> Change | None:
     """Return how a stage changes shapes, None for a stage that changes none."""
     arguments, command = step.arguments(), step.stage.command
     if isinstance(arguments, PruneArguments):
-        return Change(command=command, decisive=_unscored(resolve_settings(arguments)))
+        return Change(command=command, decisive=without_scores(resolve_settings(arguments)))
     if isinstance(arguments, VocabArguments):
         return Change(command=command, decisive=arguments.keep)
     if command == "apply":
         return Change(command=command, decisive=arguments.plan)
     return Change(command=command) if command == "to-uniform" else None
-
-
-def _unscored(settings: PruneSettings) -> PruneSettings:
-    """Return settings that choose as many indices, at random, and layers by position; what else differs is left out."""
-    layers, widths = settings.layers, settings.widths
-    criterion = layers.criterion if layers.criterion in BY_POSITION else "spaced_middle"
-    return replace(
-        settings,
-        seed=0,
-        model=ModelSettings(name=""),
-        scoring=ScoringSettings(criterion="random", taylor="param_first", aggregation="sum", seed=0),
-        calibration=CalibrationSettings(dataset="", samples=0, tokens=0),
-        layers=replace(layers, criterion=criterion),
-        widths=replace(widths, iterative_steps=1),
-        refit=RefitSettings(),
-        evaluation=EvaluationSettings(),
-        output=OutputSettings(folder=Path()),
-    )
 
 
 def _predict(before: Prediction, change: Change) -> Prediction:
@@ -295,8 +272,6 @@ def _prune(settings: PruneSettings, model: PreTrainedModel) -> Prediction:
         if read_target(budget.kind, budget.target, UNITS[budget.kind])[1] is not None:
             return Prediction(model=None)
         settings, estimated = replace(settings, budget=replace(budget, kind="target_macs")), True
-    proportions = {kind: share or 1.0 for kind, share in widths.proportions.items()}
-    settings = replace(settings, widths=replace(widths, proportions=proportions))
     try:
         return Prediction(model=make_plan(Planning(settings=settings), model).pruned, estimated=estimated)
     except NotMet:

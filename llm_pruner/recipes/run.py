@@ -26,10 +26,10 @@ from .results import TERMINAL, Row, stage_cells, summarize, write_points, write_
 from .run_point import read_record, run_points, write_record
 from .status import TABLE_WIDTH, show_status
 from .steps import measure_original, measure_step, run_step
-from .sweep import SweepPoint, check_point, points_of
+from .sweep import RUN_LOG, SweepPoint, check_point, points_of
 from .torchrun import Launch
 
-LOG_FILE, SWEEP_FILE = "run.log", "sweep.json"
+SWEEP_FILE = "sweep.json"
 MANY = 200  # points that need --yes
 KILLED = "the process was killed, perhaps for lack of memory"
 
@@ -89,7 +89,7 @@ def run_recipe(args: RunArguments) -> Path | None:
     if not recipe.is_sweep and recipe.executor.kind != "local":
         _run_as_one_job(recipe, args)
         return output
-    with _only_process_in(output), logging_to(output / LOG_FILE):
+    with _only_process_in(output), logging_to(output / RUN_LOG):
         if recipe.is_sweep:
             _run_sweep(recipe, points, _worker_arguments(args))
         else:
@@ -109,12 +109,15 @@ def _predict(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
         PrunerError: a run cannot work; of a sweep the first, after the table.
     """
     console = Console(width=TABLE_WIDTH)
+    unreachable: list[str] = []
     if not recipe.is_sweep:
-        check_point(points[0])
+        check_point(points[0], unreachable)
         console.print(terminal_table(predict_stages(points[0].recipe, points[0].steps)))
-        return
-    rows = predict_points(points)
-    console.print(terminal_table(sweep_cells(rows)))
+    rows = predict_points(points, unreachable) if recipe.is_sweep else []
+    if rows:
+        console.print(terminal_table(sweep_cells(rows)))
+    for message in dict.fromkeys(unreachable):
+        print(f"not reached from here, and refused when the recipe is run: {message}")
     refused = [row for row in rows if row.problem]
     if refused:
         runs = sum(row.runs for row in refused)
@@ -195,7 +198,7 @@ def _run_sweep(recipe: Recipe, points: Sequence[SweepPoint], arguments: list[str
     if outcome.failed or outcome.missing:
         count = len(outcome.failed) + len(outcome.missing)
         raise PrunerError(
-            f"{count} of {len(points)} runs failed (see {output / LOG_FILE}); the same command tries them again"
+            f"{count} of {len(points)} runs failed (see {output / RUN_LOG}); the same command tries them again"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -17,9 +18,12 @@ from ..evaluation.evaluate import Evaluation
 from ..evaluation.run import measure
 from ..evaluation.table import as_json, metrics_of
 from ..files import digest, folder_lock, strict_json, write_text
+from ..flags import canonical_flags
+from ..inputs import InputCheck
 from ..logs import log
 from ..provenance import provenance, versions
 from .recipe import Recipe, Stage
+from .source import Location, Source
 from .stages import DONE, build_arguments, chaining, read_record, resulting_checkpoint, with_defaults
 from .torchrun import Launch
 
@@ -66,14 +70,16 @@ def steps_of(recipe: Recipe) -> list[Step]:
     return steps
 
 
-def check_steps(steps: list[Step], recipe: Recipe, note: str = "") -> None:
+def check_steps(steps: list[Step], recipe: Recipe, check: InputCheck, note: str = "") -> None:
     """Refuse stages that cannot work, before the first one runs.
 
     Args:
+        check: how inputs are looked at.
         note: end of the message.
 
     Raises:
-        PrunerError: arguments are not valid, or a stage would have to read an adapter and cannot; with file and line.
+        PrunerError: arguments are not valid, what they name cannot be used, or a stage would have to read an adapter
+            and cannot; with file and line.
     """
     adapter: Step | None = None
     for i, step in enumerate(steps):
@@ -81,13 +87,23 @@ def check_steps(steps: list[Step], recipe: Recipe, note: str = "") -> None:
         try:
             arguments = step.arguments()
             COMMANDS[step.stage.command].check_arguments(_on_any_device(arguments, recipe))
+            COMMANDS[step.stage.command].check_inputs(arguments, check)
         except ValueError as error:
-            raise recipe.source.fault(location, f"{error}{note}") from error
+            entry = _entry_at_fault(step.stage.command, str(error), (*location, step.stage.command), recipe.source)
+            raise recipe.source.fault(entry, f"{error}{note}") from error
         if adapter is not None and rules.reads and not rules.reads_adapter:
             problem = f"{step.stage.name} cannot read the adapter of {adapter.stage.name}: give it merge: true{note}"
             raise recipe.source.fault(location, problem)
         if rules.leaves is not None:
             adapter = step if rules.leaves_adapter(arguments) else None
+
+
+def _entry_at_fault(command: str, message: str, location: Location, source: Source) -> Location:
+    """Return the location of the flag that an error begins with, however the recipe spells it; else of the stage."""
+    flag = re.match(r"--(\w+)", message)
+    canonical = canonical_flags(COMMANDS[command].arguments_class)
+    spellings = [one for one, name in canonical.items() if flag and name == canonical.get(flag[1])]
+    return next(((*location, one) for one in spellings if (*location, one) in source.lines), location)
 
 
 def _on_any_device(arguments: Any, recipe: Recipe) -> Any:

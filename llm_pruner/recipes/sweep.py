@@ -11,6 +11,8 @@ from typing import Any
 
 from ..commands import COMMANDS
 from ..errors import PrunerError
+from ..files import check_file
+from ..inputs import InputCheck
 from .recipe import MODEL, Recipe, Stage
 from .schema import Sweep, convert_argument
 from .stages import stage_arguments
@@ -18,6 +20,7 @@ from .steps import Step, check_steps, evaluation_arguments, steps_of
 
 SEED = "seed"
 CALIBRATION_SEED = "calib_seed"
+RUN_LOG = "run.log"  # log of a recipe, in its output folder
 
 Values = dict[str, Any]
 
@@ -75,18 +78,27 @@ def points_of(recipe: Recipe) -> list[SweepPoint]:
     return [SweepPoint(i, values, with_values(recipe, values)) for i, values in enumerate(combinations, 1)]
 
 
-def check_point(point: SweepPoint) -> None:
+def check_point(point: SweepPoint, unreachable: list[str] | None = None) -> None:
     """Refuse a run that cannot work, before its first stage.
+
+    Args:
+        unreachable: collects what the hub did not give; None where that is an error.
 
     Raises:
         PrunerError: with file and line, and in a sweep with the run.
     """
     recipe, note = point.recipe, f" ({point.title})" if point.values else ""
+    check = InputCheck(written_later=point.folder, unreachable=unreachable)
+    with check.flag("output", recipe.output):
+        check_file(point.folder / RUN_LOG)
     try:
-        COMMANDS["evaluate"].check_arguments(evaluation_arguments(recipe, recipe.model))
+        evaluation = evaluation_arguments(recipe, recipe.model)
+        evaluation.check()
+        if recipe.evaluate is not None:
+            COMMANDS["evaluate"].check_inputs(evaluation, check)
     except PrunerError as error:
         raise recipe.source.fault(("evaluate",), f"{error}{note}") from error
-    check_steps(point.steps, recipe, note)
+    check_steps(point.steps, recipe, check, note)
 
 
 def _combinations(recipe: Recipe) -> list[Values]:

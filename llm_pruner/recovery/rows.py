@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from ..choices import EMBEDDED_TEXTS
 from ..data import HUB, documents
-from ..errors import PrunerError
+from ..errors import HubUnreachable, PrunerError
 from ..logs import log
 
 Record = dict[str, Any]
@@ -68,7 +68,8 @@ def _load(source: str, path: Path, streaming: bool) -> Any:
         if LOADERS[path.suffix] == "json":
             _check_first_row(path)
         return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
-    if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
+    is_file_name = path.suffix in (*LOADERS, ".txt") or source.count("/") > 1 or source.startswith((".", "/", "~"))
+    if path.exists() or is_file_name:
         raise PrunerError(f"there is no data file {source}")
     return datasets.load_dataset(source, split="train", streaming=streaming)
 
@@ -104,7 +105,8 @@ def reading(source: str) -> Iterator[None]:
     except Exception as error:  # the loaders of a dozen formats, and the network
         cause = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing
         why = " ".join(str(cause).split())[:200]
-        raise PrunerError(f"cannot read the data set {source}: {type(cause).__name__}: {why}") from error
+        kind = PrunerError if Path(source).expanduser().exists() else HubUnreachable
+        raise kind(f"cannot read the data set {source}: {type(cause).__name__}: {why}") from error
 
 
 def _iterate_texts(source: str) -> Iterator[Record]:

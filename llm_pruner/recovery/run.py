@@ -52,7 +52,7 @@ def recover(arguments: RecoverArguments) -> Path:
         PrunerError: a flag is not valid, or a model, teacher, data set or folder cannot be used.
     """
     settings = resolve_settings(arguments)
-    plan = _load_plan(settings.model.name)
+    plan = load_plan(settings.model.name)
     folder = _folder_for(settings, arguments)
     default, settings = settings.output.folder, replace(settings, output=replace(settings.output, folder=folder))
     try:
@@ -73,11 +73,16 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate
 
 
+def check_output(folder: Path, model: str) -> None:
+    """Refuse a folder that holds the model to train."""
+    if same_folder(folder, model):
+        raise PrunerError(f"{folder} is the model to be trained: give another --output")
+
+
 def _folder_for(settings: RecoverySettings, arguments: RecoverArguments) -> Path:
     """Return the folder that the run may write; a resumed run goes on in the folder that the flags name."""
     folder, named = settings.output.folder, arguments.output != DEFAULT_OUTPUT
-    if same_folder(folder, settings.model.name):
-        raise PrunerError(f"{folder} is the model to be trained: give another --output")
+    check_output(folder, settings.model.name)
     if settings.output.resume is None:
         return folder_for_run(folder, METRICS_FILE, asdict(arguments), named=named)
     if any((folder / name).exists() for name in MODEL_CONFIGS) and not (folder / METRICS_FILE).exists():
@@ -96,7 +101,7 @@ class _Data:
 
 def _run(settings: RecoverySettings, plan: PruningPlan, flags: dict[str, Any]) -> None:
     set_seed(settings.seed)
-    checkpoint = _find_checkpoint(settings.output)
+    checkpoint = _resumed_checkpoint(settings.output)
     model, tokenizer = _load_model(settings.model)
     form = _example_format(settings, model)
     train, validation = training_data(settings.data, tokenizer, form)
@@ -225,7 +230,7 @@ def _log_result(record: dict[str, Any], folder: Path) -> None:
     log.info("recovered in %.0f s, %d steps: %s", record["seconds"], record["steps"], folder)
 
 
-def _load_plan(model: str) -> PruningPlan:
+def load_plan(model: str) -> PruningPlan:
     """Load the plan of a pruned model from its folder or its repository on the hub."""
     path, _ = locate(model)
     file = Path(path) / PLAN_FILE
@@ -245,28 +250,33 @@ def _load_plan(model: str) -> PruningPlan:
         ) from error
 
 
-def _find_checkpoint(output: OutputSettings) -> Path | None:
+def _resumed_checkpoint(output: OutputSettings) -> Path | None:
     """Return the checkpoint to resume from, and remove what an interrupted run left half-written."""
     if _is_main_process():
         for leftover in [*output.folder.glob(f"{PARTIAL}*"), *output.folder.glob(f"{TEMPORARY}*")]:
             shutil.rmtree(leftover, ignore_errors=True)
-    newest = newest_checkpoint(output.folder)
-    if output.resume is None:
-        if newest is not None:
-            raise PrunerError(
-                f"{output.folder} holds checkpoints of an earlier run: add --resume_from_checkpoint auto, or give "
-                "another --output"
-            )
-        return None
-    if output.resume == "auto":
-        if newest is not None:
-            log.info("resuming from %s", newest)
-        return newest
-    checkpoint = Path(output.resume)
-    if not (checkpoint / "trainer_state.json").is_file():
+    checkpoint = find_checkpoint(output.folder, output.resume)
+    if output.resume == "auto" and checkpoint is not None:
+        log.info("resuming from %s", checkpoint)
+    return checkpoint
+
+
+def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
+    """Return the checkpoint that ``--resume_from_checkpoint`` means, None to begin anew.
+
+    Raises:
+        PrunerError: no checkpoint has that name, or the folder holds some and none is to be resumed from.
+    """
+    newest = newest_checkpoint(folder)
+    if resume is None and newest is not None:
         raise PrunerError(
-            f"--resume_from_checkpoint {checkpoint} is not a checkpoint: give one of {output.folder}, or auto"
+            f"{folder} holds checkpoints of an earlier run: add --resume_from_checkpoint auto, or give another --output"
         )
+    if resume in (None, "auto"):
+        return newest
+    checkpoint = Path(str(resume))
+    if not (checkpoint / "trainer_state.json").is_file():
+        raise PrunerError(f"--resume_from_checkpoint {checkpoint} is not a checkpoint: give one of {folder}, or auto")
     return checkpoint
 
 

@@ -26,6 +26,10 @@ class ChatArguments(Arguments):
     port: int = flag(7860, "port to serve on")
     share_gradio: bool = flag(False, "also serve on a public address through gradio's servers")
 
+    def check(self) -> None:
+        """Refuse what :meth:`models_to_serve` refuses."""
+        self.models_to_serve()
+
     def models_to_serve(self) -> list[str]:
         """Return the models to load.
 
@@ -99,3 +103,12 @@ class DemoArguments(Arguments):
     target_params: str = flag("0.92", "share of the parameters that stays when units are pruned")
     pruning_ratio: Share | None = flag(None, "share of every unit's indices to remove, instead of --target_params")
     steps: int = flag(40, "training steps of the recovery")
+
+    def check(self) -> None:
+        """Refuse a ratio that leaves nothing to compare.
+
+        Raises:
+            PrunerError: the ratio is not between 0 and 1.
+        """
+        if self.pruning_ratio is not None and not 0 < self.pruning_ratio < 1:
+            raise PrunerError(f"--pruning_ratio {self.pruning_ratio} is out of range: give a share between 0 and 1")

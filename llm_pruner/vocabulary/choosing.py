@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -217,24 +217,32 @@ def token_budget(keep: str, size: int) -> tuple[int | None, float | None]:
     raise PrunerError(f"--keep {keep!r} is not valid: give 15000 (tokens), 0.5 or 50% (a share) or coverage=0.9999")
 
 
-def in_scripts(words: Subwords, tokenizer: PreTrainedTokenizerBase, scripts: Iterable[str]) -> set[int]:
+def in_scripts(words: Subwords, tokenizer: PreTrainedTokenizerBase, scripts: Sequence[str]) -> set[int]:
     """Return the ids of tokens whose letters all belong to these scripts; parts of characters are left out.
 
     Raises:
         PrunerError: a script is unknown.
     """
-    names = {name.lower(): name for name in SCRIPTS}
-    prefixes: tuple[str, ...] = ()
-    for script in scripts:
-        if script.lower() not in names:
-            raise PrunerError(f"--scripts {script!r} is unknown: choose from {', '.join(SCRIPTS)}")
-        prefixes += SCRIPTS[names[script.lower()]]
+    prefixes = tuple(prefix for name in check_scripts(scripts) for prefix in SCRIPTS[name])
 
     def fits(text: str) -> bool:
         letters = [c for c in text if c.isalpha()]
         return "\ufffd" not in text and all(unicodedata.name(c, "").startswith(prefixes) for c in letters)
 
     return {i for i in words.tokens if fits(str(tokenizer.decode([i])))}
+
+
+def check_scripts(scripts: Sequence[str]) -> list[str]:
+    """Return scripts as they are spelt in :data:`SCRIPTS`.
+
+    Raises:
+        PrunerError: a script is unknown.
+    """
+    names = {name.lower(): name for name in SCRIPTS}
+    for script in scripts:
+        if script.lower() not in names:
+            raise PrunerError(f"--scripts {script!r} is unknown: choose from {', '.join(SCRIPTS)}")
+    return [names[script.lower()] for script in scripts]
 
 
 def scripts_of(languages: Iterable[str]) -> list[str]:

@@ -98,12 +98,20 @@ def _template_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def _listed_ids(file: Path, words: Subwords, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the tokens that a file lists, one per line, in the tokenizer's own writing or as text."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PrunerError(f"cannot read {file}: {error}") from error
     ids: set[int] = set()
-    for line in filter(None, lines):
+    for line in read_list(file):
         in_text = [words.ids[line]] if line in words.ids else tokenizer(line, add_special_tokens=False)["input_ids"]
         ids.update(cast(list[int], in_text))
     return ids
+
+
+def read_list(file: Path) -> list[str]:
+    """Return the lines of a file of tokens that are not empty.
+
+    Raises:
+        PrunerError: the file cannot be read.
+    """
+    try:
+        return list(filter(None, file.read_text(encoding="utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrunerError(f"cannot read {file}: {error}") from error

@@ -1,0 +1,56 @@
+"""Refuse models that do not exist or are incomplete, by their configs and the names of their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from ..errors import HubUnreachable, PrunerError
+from ..files import check_folder
+from ..inputs import InputCheck
+from .arguments import UniformArguments
+from .config import load_config
+from .load import TOKENIZERS
+from .locate import base_of, is_adapter, locate
+from .shards import INDEX, shard_files
+
+
+def check_model(name: str, trust_remote_code: bool = False, *, tokenizer: bool = False) -> PreTrainedConfig:
+    """Refuse a model that cannot be loaded, without reading a weight; return its config.
+
+    Args:
+        tokenizer: refuse a folder without one.
+
+    Raises:
+        PrunerError: the model does not exist, or its folder lacks weights or a tokenizer.
+    """
+    path, gguf = locate(name)
+    if is_adapter(path):
+        return check_model(base_of(path), trust_remote_code, tokenizer=tokenizer)
+    on_hub = not Path(path).exists()
+    try:
+        config = load_config(name, trust_remote_code)
+    except PrunerError as error:
+        raise (HubUnreachable if on_hub else PrunerError)(str(error)) from error
+    if on_hub or gguf:
+        return config
+    if not any(Path(path).glob("*.safetensors")):
+        raise PrunerError(
+            f"{name} holds no safetensors weights; pickles are never read: convert it to safetensors first"
+        )
+    if (Path(path) / INDEX).is_file():
+        shard_files(Path(path))
+    if tokenizer and not any(any(Path(path).glob(pattern)) for pattern in TOKENIZERS):
+        raise PrunerError(f"{name} has no tokenizer: put the original's files there ({TOKENIZERS[0]} and others)")
+    return config
+
+
+def check_uniform_inputs(arguments: UniformArguments, check: InputCheck) -> None:
+    """Refuse models and folders that ``llm-pruner to-uniform`` cannot use."""
+    if not check.skips(arguments.model):
+        with check.flag("model", arguments.model):
+            check_model(arguments.model, arguments.trust_remote_code)
+    with check.flag("output", arguments.output):
+        if not check.skips(arguments.output):
+            check_folder(arguments.output, "config.json", arguments.model)

@@ -1,0 +1,43 @@
+"""Refuse models, texts, tasks and outputs that an evaluation cannot use, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.checking import check_model
+from ..data import check_text
+from ..files import check_file
+from ..inputs import InputCheck
+from .arguments import EvaluateArguments, PerplexityArguments
+from .run import task_names
+from .zero_shot import check_task_data, check_tasks
+
+
+def check_evaluation_inputs(arguments: EvaluateArguments, check: InputCheck) -> None:
+    """Refuse what ``llm-pruner evaluate`` cannot use."""
+    for name in arguments.model:
+        if not check.skips(name):
+            with check.flag("model", name):
+                check_model(name, arguments.trust_remote_code, tokenizer=True)
+    for name in arguments.datasets:
+        with check.flag("datasets", name):
+            check_text(name, "test")
+    if arguments.tasks:
+        tasks = task_names(arguments)
+        with check.flag("tasks", ",".join(arguments.tasks)):
+            check_tasks(tasks, arguments.include_path)
+            check_task_data(tasks, arguments.include_path)
+    if arguments.output and not check.skips(arguments.output):
+        with check.flag("output", arguments.output):
+            check_file(Path(arguments.output) / "evaluation.json")
+
+
+def check_perplexity_inputs(arguments: PerplexityArguments, check: InputCheck) -> None:
+    """Refuse what ``evaluate/perplexity.py`` cannot use."""
+    with check.flag("model", arguments.model):
+        check_model(arguments.model, arguments.trust_remote_code, tokenizer=True)
+    with check.flag("dataset", arguments.dataset):
+        check_text(arguments.dataset, "test")
+    if arguments.output:
+        with check.flag("output", arguments.output):
+            check_file(arguments.output)

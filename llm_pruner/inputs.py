@@ -1,0 +1,44 @@
+"""How commands look at what their flags name before any work: models, texts, files and folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import HubUnreachable, PrunerError
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputCheck:
+    """What a check of inputs may take for granted.
+
+    Attributes:
+        written_later: folder that earlier stages of a recipe write; what it will hold is not looked for.
+        unreachable: collects what the hub did not give; None where that is an error.
+    """
+
+    written_later: Path | None = None
+    unreachable: list[str] | None = None
+
+    def skips(self, path: str | Path) -> bool:
+        """Return True for a path inside the folder that is written later."""
+        if self.written_later is None:
+            return False
+        return Path(path).expanduser().resolve().is_relative_to(self.written_later.expanduser().resolve())
+
+    @contextmanager
+    def flag(self, name: str, value: object) -> Iterator[None]:
+        """Put a flag and its value before the errors of the block.
+
+        Raises:
+            PrunerError: as the block does, with the flag.
+        """
+        try:
+            yield
+        except PrunerError as error:
+            message = str(error) if str(error).startswith("--") else f"--{name} {value}: {error}"
+            if self.unreachable is None or not isinstance(error, HubUnreachable):
+                raise type(error)(message) from error
+            self.unreachable.append(message)

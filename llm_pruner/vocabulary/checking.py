@@ -1,0 +1,47 @@
+"""Refuse models, texts and files that ``llm-pruner vocab`` cannot use, before anything is loaded."""
+
+from __future__ import annotations
+
+from ..checkpoint.checking import check_model
+from ..checkpoint.load import load_tokenizer
+from ..data import check_text
+from ..errors import PrunerError
+from ..files import check_file, check_folder, read_json
+from ..inputs import InputCheck
+from .arguments import VocabArguments
+from .choosing import check_scripts, token_budget
+from .retention import read_list
+from .run import resolve
+
+ANY_SIZE = 2**31  # of a vocabulary
+
+
+def check_vocabulary_inputs(arguments: VocabArguments, check: InputCheck) -> None:
+    """Refuse what ``llm-pruner vocab`` cannot use."""
+    if arguments.keep:
+        token_budget(arguments.keep, ANY_SIZE)
+    settings = resolve(arguments)
+    check_scripts(settings.scripts)
+    if not check.skips(arguments.model):
+        with check.flag("model", arguments.model):
+            check_model(arguments.model, arguments.trust_remote_code, tokenizer=True)
+    for source in arguments.corpus:
+        with check.flag("corpus", source):
+            check_text(source)
+    with check.flag("eval_dataset", arguments.eval_dataset):
+        check_text(arguments.eval_dataset, "test")
+    if settings.listed is not None:
+        with check.flag("keep_tokens", settings.listed):
+            read_list(settings.listed)
+    if arguments.to_tokenizer and not check.skips(arguments.to_tokenizer):
+        with check.flag("to_tokenizer", arguments.to_tokenizer):
+            if load_tokenizer(arguments.to_tokenizer, arguments.trust_remote_code) is None:
+                raise PrunerError("the folder has no tokenizer: give one with a tokenizer")
+    if settings.counts_file is not None:
+        with check.flag("save_counts", settings.counts_file):
+            check_file(settings.counts_file)
+            if settings.counts_file.exists():
+                read_json(settings.counts_file)
+    if not check.skips(arguments.output):
+        with check.flag("output", arguments.output):
+            check_folder(arguments.output, "config.json", arguments.model)
