@@ -11,6 +11,7 @@ from ..checkpoint.arguments import ApplyArguments
 from ..checkpoint.checking import check_model
 from ..checkpoint.config import meta_model
 from ..checkpoint.locate import locate
+from ..choices import SELF
 from ..data import check_text
 from ..errors import PrunerError
 from ..files import check_file, check_folder
@@ -36,7 +37,8 @@ def check_prune_inputs(arguments: PruneArguments, check: InputCheck) -> None:
                 settings.model.name, settings.model.trust_remote_code, tokenizer=not settings.model.offload
             )
         _check_against_config(config, settings)
-    if needs_calibration(settings) or settings.refit.compensation != "none":
+    calibrates = needs_calibration(settings) or settings.refit.compensation != "none"
+    if calibrates and not settings.calibration.replaceable and settings.calibration.dataset != SELF:
         with check.flag("calib_dataset", settings.calibration.dataset):
             check_text(settings.calibration.dataset)
     for name in settings.evaluation.datasets:
@@ -73,8 +75,9 @@ def check_apply_inputs(arguments: ApplyArguments, check: InputCheck) -> None:
             plan = PruningPlan.load(arguments.plan, arguments.verify)
     if plan is not None and arguments.refit:
         text = arguments.calib_dataset or RefitRecord.of(plan.settings.get("refit")).calibration.dataset
-        with check.flag("calib_dataset", text):
-            check_text(text)
+        if text != SELF:
+            with check.flag("calib_dataset", text):
+                check_text(text)
     if not check.skips(arguments.model):
         with check.flag("model", arguments.model):
             config = check_model(arguments.model, arguments.trust_remote_code, tokenizer=arguments.refit)
