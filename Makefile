@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on
+# Most modules of large packages are never imported: the others are compiled to bytecode at their first import, which
+# halves the time of the installation, and that bytecode is kept.
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --no-compile
+export PYTHONDONTWRITEBYTECODE =
 READY_FOR_DEMO = $(VENV)/.ready-for-demo
 READY = $(VENV)/.ready
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
