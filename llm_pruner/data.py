@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .choices import EMBEDDED_TEXTS, GENERAL, PYTHON_DOCS, SELF
-from .errors import HubUnreachable, PrunerError
+from .errors import PrunerError, Unavailable
 from .files import read_json
 from .models.blockwise import computing, native_compute
 from .models.generate import Sampling, generate, seeded
@@ -108,7 +108,7 @@ def check_text(name: str, split: str = "train") -> None:
     """Refuse a text that cannot be read or is empty, by its first document.
 
     Raises:
-        PrunerError: as :func:`documents`, and :class:`~llm_pruner.errors.HubUnreachable`.
+        PrunerError: as :func:`documents`, and :class:`~llm_pruner.errors.Unavailable`.
     """
     if name in HUB:
         _check_hub(name, split)
@@ -286,7 +286,7 @@ def _from_hub(name: str, split: str, most: int | None) -> Iterator[str]:
             yield row[where.column]
     except Exception as error:  # the hub client raises many kinds; the user needs one line
         reason = " ".join(str(error).split())[:160]
-        raise HubUnreachable(
+        raise Unavailable(
             f"the data set {name} could not be fetched from the hub ({type(error).__name__}: {reason}); give a local "
             f".txt, .json or .jsonl file instead, or {GENERAL}, which needs no network"
         ) from error

@@ -5,5 +5,5 @@ class PrunerError(ValueError):
     """Bad input or an unsupported combination; the message says what is wrong and what to do."""
 
 
-class HubUnreachable(PrunerError):
-    """The hub does not give a model or data set: there is no network, or no such name."""
+class Unavailable(PrunerError):
+    """A model or data set is not here: the hub does not give it, or a folder holds a config alone."""

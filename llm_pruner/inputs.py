@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import HubUnreachable, PrunerError
+from .errors import PrunerError, Unavailable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +16,12 @@ class InputCheck:
 
     Attributes:
         written_later: folder that earlier stages of a recipe write; what it will hold is not looked for.
-        unreachable: collects what the hub did not give; None where that is an error.
+        unavailable: collects what is not on this machine (see :class:`~llm_pruner.errors.Unavailable`); None where that
+            is an error.
     """
 
     written_later: Path | None = None
-    unreachable: list[str] | None = None
+    unavailable: list[str] | None = None
 
     def skips(self, path: str | Path) -> bool:
         """Return True for a path inside the folder that is written later."""
@@ -39,6 +40,6 @@ class InputCheck:
             yield
         except PrunerError as error:
             message = str(error) if str(error).startswith("--") else f"--{name} {value}: {error}"
-            if self.unreachable is None or not isinstance(error, HubUnreachable):
+            if self.unavailable is None or not isinstance(error, Unavailable):
                 raise type(error)(message) from error
-            self.unreachable.append(message)
+            self.unavailable.append(message)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from ..errors import HubUnreachable, PrunerError
+from ..errors import PrunerError, Unavailable
 from ..files import check_folder
 from ..inputs import InputCheck
 from .arguments import UniformArguments
@@ -26,23 +26,25 @@ def check_model(name: str, trust_remote_code: bool = False, *, tokenizer: bool =
         PrunerError: the model does not exist, or its folder lacks weights or a tokenizer.
     """
     path, gguf = locate(name)
+    if Path(path).is_file():
+        raise Unavailable(f"{name} is a config alone: give a model with weights")
     if is_adapter(path):
         return check_model(base_of(path), trust_remote_code, tokenizer=tokenizer)
     on_hub = not Path(path).exists()
     try:
         config = load_config(name, trust_remote_code)
     except PrunerError as error:
-        raise (HubUnreachable if on_hub else PrunerError)(str(error)) from error
+        raise (Unavailable if on_hub else PrunerError)(str(error)) from error
     if on_hub or gguf:
         return config
     if not any(Path(path).glob("*.safetensors")):
-        raise PrunerError(
+        raise Unavailable(
             f"{name} holds no safetensors weights; pickles are never read: convert it to safetensors first"
         )
     if (Path(path) / INDEX).is_file():
         shard_files(Path(path))
     if tokenizer and not any(any(Path(path).glob(pattern)) for pattern in TOKENIZERS):
-        raise PrunerError(f"{name} has no tokenizer: put the original's files there ({TOKENIZERS[0]} and others)")
+        raise Unavailable(f"{name} has no tokenizer: put the original's files there ({TOKENIZERS[0]} and others)")
     return config
 
 

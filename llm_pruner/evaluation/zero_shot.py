@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import HubUnreachable, PrunerError
+from ..errors import PrunerError, Unavailable
 from ..optional import require
 
 # Tasks of LLM-Pruner's table 1.
@@ -126,7 +126,7 @@ def check_task_data(tasks: Iterable[str], include_path: str | None = None) -> No
     """Refuse tasks whose data can neither be reached nor are cached; each data set is looked up once, not loaded.
 
     Raises:
-        HubUnreachable: the data of a task cannot be had.
+        Unavailable: the data of a task cannot be had.
     """
     import datasets
 
@@ -140,7 +140,7 @@ def check_task_data(tasks: Iterable[str], include_path: str | None = None) -> No
                 datasets.load_dataset_builder(path, config.get("dataset_name"), **(config.get("dataset_kwargs") or {}))
         except Exception as error:  # the loaders of a dozen formats, and the network
             reason = " ".join(str(error).split())[:200]
-            raise HubUnreachable(
+            raise Unavailable(
                 f"the data of {task} cannot be had ({type(error).__name__}: {reason}); with no network, describe a "
                 "local copy in a task file and give its folder as --include_path"
             ) from error

@@ -31,11 +31,13 @@ from .settings import PruneSettings, resolve_settings
 def check_prune_inputs(arguments: PruneArguments, check: InputCheck) -> None:
     """Refuse what ``llm-pruner prune`` cannot use; its own first step refuses folders that it cannot write."""
     settings = resolve_settings(arguments)
+    config = None
     if not check.skips(settings.model.name):
         with check.flag("model", settings.model.name):
             config = check_model(
                 settings.model.name, settings.model.trust_remote_code, tokenizer=not settings.model.offload
             )
+    if config is not None:
         _check_against_config(config, settings)
     calibrates = needs_calibration(settings) or settings.refit.compensation != "none"
     if calibrates and not settings.calibration.replaceable and settings.calibration.dataset != SELF:

@@ -176,24 +176,24 @@ class PointRow:
     problem: str = ""
 
 
-def predict_points(points: Sequence[SweepPoint], unreachable: list[str]) -> list[PointRow]:
+def predict_points(points: Sequence[SweepPoint], unavailable: list[str]) -> list[PointRow]:
     """Predict what the last stage of every point leaves, as :func:`predict_stages` does.
 
     Args:
-        unreachable: collects what the hub did not give.
+        unavailable: collects what is not on this machine.
     """
     predictor = Predictor()
-    return [_predict_alike(predictor, values, alike, unreachable) for values, alike in _fold_seeds(points)]
+    return [_predict_alike(predictor, values, alike, unavailable) for values, alike in _fold_seeds(points)]
 
 
 def _predict_alike(
-    predictor: Predictor, values: Mapping[str, Any], alike: Sequence[SweepPoint], unreachable: list[str]
+    predictor: Predictor, values: Mapping[str, Any], alike: Sequence[SweepPoint], unavailable: list[str]
 ) -> PointRow:
     """Check points that differ in seeds alone, and predict one of them."""
     cells, problem, point = NO_SIZES, "", alike[0]
     try:
         for point in alike:
-            check_point(point, unreachable)
+            check_point(point, unavailable)
         original, *after = predictor.stages(point.recipe, point.steps)
         assert original is not None
         cells = next(filter(None, reversed([original, *after]))).cells(original)

@@ -109,15 +109,15 @@ def _predict(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
         PrunerError: a run cannot work; of a sweep the first, after the table.
     """
     console = Console(width=TABLE_WIDTH)
-    unreachable: list[str] = []
+    unavailable: list[str] = []
     if not recipe.is_sweep:
-        check_point(points[0], unreachable)
+        check_point(points[0], unavailable)
         console.print(terminal_table(predict_stages(points[0].recipe, points[0].steps)))
-    rows = predict_points(points, unreachable) if recipe.is_sweep else []
+    rows = predict_points(points, unavailable) if recipe.is_sweep else []
     if rows:
         console.print(terminal_table(sweep_cells(rows)))
-    for message in dict.fromkeys(unreachable):
-        print(f"not reached from here, and refused when the recipe is run: {message}")
+    for message in dict.fromkeys(unavailable):
+        print(f"not on this machine, and refused when the recipe is run here: {message}")
     refused = [row for row in rows if row.problem]
     if refused:
         runs = sum(row.runs for row in refused)

@@ -78,17 +78,17 @@ def points_of(recipe: Recipe) -> list[SweepPoint]:
     return [SweepPoint(i, values, with_values(recipe, values)) for i, values in enumerate(combinations, 1)]
 
 
-def check_point(point: SweepPoint, unreachable: list[str] | None = None) -> None:
+def check_point(point: SweepPoint, unavailable: list[str] | None = None) -> None:
     """Refuse a run that cannot work, before its first stage.
 
     Args:
-        unreachable: collects what the hub did not give; None where that is an error.
+        unavailable: collects what is not on this machine; None where that is an error.
 
     Raises:
         PrunerError: with file and line, and in a sweep with the run.
     """
     recipe, note = point.recipe, f" ({point.title})" if point.values else ""
-    check = InputCheck(written_later=point.folder, unreachable=unreachable)
+    check = InputCheck(written_later=point.folder, unavailable=unavailable)
     with check.flag("output", recipe.output):
         check_file(point.folder / RUN_LOG)
     try:

@@ -16,7 +16,7 @@ from ..files import check_file
 from ..inputs import InputCheck
 from .arguments import RecoverArguments
 from .prompts import prompt_template
-from .rows import read_rows, row_columns, row_kind
+from .rows import check_rows
 from .run import LOG_FILE, check_output, find_checkpoint, load_plan
 
 
@@ -30,7 +30,7 @@ def check_recovery_inputs(arguments: RecoverArguments, check: InputCheck) -> Non
     _check_teacher(arguments, original, check)
     for source in arguments.data_path:
         with check.flag("data_path", source):
-            row_kind(row_columns(read_rows(source, streaming=True), source), source)
+            check_rows(source, arguments.streaming)
     for name in arguments.extra_val_dataset:
         with check.flag("extra_val_dataset", name):
             check_text(name, "test")

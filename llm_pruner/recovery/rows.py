@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from ..choices import EMBEDDED_TEXTS
 from ..data import HUB, documents
-from ..errors import HubUnreachable, PrunerError
+from ..errors import PrunerError, Unavailable
 from ..logs import log
 
 Record = dict[str, Any]
@@ -74,6 +74,24 @@ def _load(source: str, path: Path, streaming: bool) -> Any:
     return datasets.load_dataset(source, split="train", streaming=streaming)
 
 
+def check_rows(source: str, streaming: bool = False) -> None:
+    """Refuse a data set that cannot be read or whose rows are of no known kind, by its columns or its first row.
+
+    Raises:
+        PrunerError: as :func:`read_rows` and :func:`row_kind`.
+    """
+    import datasets
+
+    path = Path(source).expanduser()
+    if streaming or source in HUB or source == EMBEDDED_TEXT or path.suffix or path.exists():
+        row_kind(row_columns(read_rows(source, streaming=True), source), source)
+        return
+    with reading(source), _quiet_loader():  # finds a cached data set without network, which a stream does not
+        features = datasets.load_dataset_builder(source).info.features
+    if features:
+        row_kind(features, source)
+
+
 def _check_first_row(path: Path) -> None:
     """Refuse a JSON file whose first row is null, on which pyarrow 26 crashes the process."""
     with path.open("rb") as file:
@@ -105,7 +123,7 @@ def reading(source: str) -> Iterator[None]:
     except Exception as error:  # the loaders of a dozen formats, and the network
         cause = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing
         why = " ".join(str(cause).split())[:200]
-        kind = PrunerError if Path(source).expanduser().exists() else HubUnreachable
+        kind = PrunerError if Path(source).expanduser().exists() else Unavailable
         raise kind(f"cannot read the data set {source}: {type(cause).__name__}: {why}") from error
 
 

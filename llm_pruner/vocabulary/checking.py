@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..checkpoint.checking import check_model
 from ..checkpoint.load import load_tokenizer
+from ..checkpoint.locate import locate
 from ..data import check_text
-from ..errors import PrunerError
+from ..errors import PrunerError, Unavailable
 from ..files import check_file, check_folder, read_json
 from ..inputs import InputCheck
 from .arguments import VocabArguments
@@ -35,8 +38,7 @@ def check_vocabulary_inputs(arguments: VocabArguments, check: InputCheck) -> Non
             read_list(settings.listed)
     if arguments.to_tokenizer and not check.skips(arguments.to_tokenizer):
         with check.flag("to_tokenizer", arguments.to_tokenizer):
-            if load_tokenizer(arguments.to_tokenizer, arguments.trust_remote_code) is None:
-                raise PrunerError("the folder has no tokenizer: give one with a tokenizer")
+            _check_tokenizer(arguments.to_tokenizer, arguments.trust_remote_code)
     if settings.counts_file is not None:
         with check.flag("save_counts", settings.counts_file):
             check_file(settings.counts_file)
@@ -45,3 +47,13 @@ def check_vocabulary_inputs(arguments: VocabArguments, check: InputCheck) -> Non
     if not check.skips(arguments.output):
         with check.flag("output", arguments.output):
             check_folder(arguments.output, "config.json", arguments.model)
+
+
+def _check_tokenizer(name: str, trust_remote_code: bool) -> None:
+    path, _ = locate(name)
+    try:
+        tokenizer = load_tokenizer(name, trust_remote_code)
+    except PrunerError as error:
+        raise (PrunerError if Path(path).exists() else Unavailable)(str(error)) from error
+    if tokenizer is None:
+        raise PrunerError("the folder has no tokenizer: give one with a tokenizer")
