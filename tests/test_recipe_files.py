@@ -58,7 +58,7 @@ def test_every_command_is_a_stage_with_all_its_flags():
         ("stages:", "stages: {", ".yaml:"),
         ("stages:", "executor: {jobs: 0}\nstages:", ":5: jobs 0 is not valid"),
         ("keep: 400", "keep: 400\n      keep: 5", ":35: the key 'keep' is given twice"),
-        ("target_params: 0.9", "target_params: 0.9\n      target_macs: 0.5", ":13: --target_params and --target_macs"),
+        ("target_params: 0.9", "target_params: 0.9\n      target_macs: 0.5", ":15: --target_params and --target_macs"),
         ("device: cpu", "prune_model: x", ":31: unknown key 'prune_model': the recipe sets it"),
         ("name: depth", "base_model: x", ":7: unknown key 'base_model': the recipe sets it"),
         ("name: width", "name: depth", ":13: two stages are called 'depth'"),

@@ -7,7 +7,8 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,19 +84,29 @@ def check_steps(steps: list[Step], recipe: Recipe, check: InputCheck, note: str 
     """
     adapter: Step | None = None
     for i, step in enumerate(steps):
-        rules, location = chaining(step.stage.command), ("stages", i)
-        try:
+        command, location = COMMANDS[step.stage.command], ("stages", i)
+        rules = chaining(step.stage.command)
+        with _naming_entry(step, i, recipe, note):
             arguments = step.arguments()
-            COMMANDS[step.stage.command].check_arguments(_on_any_device(arguments, recipe))
-            COMMANDS[step.stage.command].check_inputs(arguments, check)
-        except ValueError as error:
-            entry = _entry_at_fault(step.stage.command, str(error), (*location, step.stage.command), recipe.source)
-            raise recipe.source.fault(entry, f"{error}{note}") from error
+            command.check_arguments(_on_any_device(arguments, recipe))
         if adapter is not None and rules.reads and not rules.reads_adapter:
             problem = f"{step.stage.name} cannot read the adapter of {adapter.stage.name}: give it merge: true{note}"
             raise recipe.source.fault(location, problem)
+        with _naming_entry(step, i, recipe, note):
+            command.check_inputs(arguments, check)
         if rules.leaves is not None:
             adapter = step if rules.leaves_adapter(arguments) else None
+
+
+@contextmanager
+def _naming_entry(step: Step, index: int, recipe: Recipe, note: str) -> Iterator[None]:
+    """Put file and line before the errors of the block, and a note behind them."""
+    try:
+        yield
+    except ValueError as error:
+        command = step.stage.command
+        entry = _entry_at_fault(command, str(error), ("stages", index, command), recipe.source)
+        raise recipe.source.fault(entry, f"{error}{note}") from error
 
 
 def _entry_at_fault(command: str, message: str, location: Location, source: Source) -> Location:
