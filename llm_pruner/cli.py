@@ -15,6 +15,7 @@ from .commands import COMMANDS, SCRIPTS, Command
 from .errors import PrunerError
 from .flags import parse_flags
 from .inputs import InputCheck
+from .progress import showing
 from .version import __version__
 
 USAGE = """usage: llm-pruner COMMAND [flags]
@@ -53,9 +54,10 @@ def run_command(command: Command, argv: Sequence[str], program: str) -> int:
         arguments: Any = parse_flags(
             command.arguments_class, _name_positionals(command, argv), program, command.summary
         )
-        command.check_arguments(arguments)
-        command.check_inputs(arguments, InputCheck())
-        command.run(arguments)
+        with showing(quiet=getattr(arguments, "quiet", False)):
+            command.check_arguments(arguments)
+            command.check_inputs(arguments, InputCheck())
+            command.run(arguments)
     except PrunerError as error:
         return _fail(str(error))
     except MemoryError as error:

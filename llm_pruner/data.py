@@ -23,8 +23,9 @@ from .choices import EMBEDDED_TEXTS, GENERAL, PYTHON_DOCS, SELF
 from .errors import PrunerError, Unavailable
 from .files import read_json
 from .models.blockwise import computing, native_compute
-from .models.generate import Sampling, generate, seeded
+from .models.generate import Sampling, TokenClock, generate, seeded
 from .models.running import context_length
+from .progress import Step
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ COLUMNS = ("text", "sentence", "content", "output")
 SOME = 20_000  # documents of a hub data set: calibration and evaluation need a few
 CHUNK = 2**20  # characters of a text file that are looked at together
 PROMPTS_PER_PASS = 64
+WRITING = "writing calibration text with the model, tokens"
 WHOLE_DISTRIBUTION = Sampling(repetition_penalty=1.0)
 # Beginnings of texts of many kinds, for text that a model writes itself.
 OPENINGS = (
@@ -207,13 +209,15 @@ def self_written(
         prompts.append([*start, *tokenizer(opening, add_special_tokens=False)["input_ids"]][: tokens - 1])
     rows: dict[int, torch.Tensor] = {}
     device = native_compute(model).device
-    with seeded(seed, device), computing(model):
-        for length in sorted({len(prompt) for prompt in prompts}):
-            alike = torch.tensor([i for i in range(samples) if len(prompts[i]) == length])
-            for places in alike.split(PROMPTS_PER_PASS):
-                batch = torch.tensor([prompts[i] for i in places], device=device)
-                written = generate(model, batch, new_tokens=tokens, exact=True, sampling=WHOLE_DISTRIBUTION)
-                rows |= zip(places.tolist(), torch.cat([batch[:, len(start) :], written], dim=1)[:, :tokens].cpu())
+    alike = [torch.tensor([i for i in range(samples) if len(prompts[i]) == n]) for n in sorted(set(map(len, prompts)))]
+    batches = [places for group in alike for places in group.split(PROMPTS_PER_PASS)]
+    step = Step(WRITING, tokens * len(batches))
+    with seeded(seed, device), computing(model), step:
+        clock = TokenClock(step.advance)
+        for places in batches:
+            batch = torch.tensor([prompts[i] for i in places], device=device)
+            written = generate(model, batch, new_tokens=tokens, exact=True, sampling=WHOLE_DISTRIBUTION, clock=clock)
+            rows |= zip(places.tolist(), torch.cat([batch[:, len(start) :], written], dim=1)[:, :tokens].cpu())
     return torch.stack([rows[i] for i in range(samples)])
 
 
@@ -241,10 +245,13 @@ def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, se
     tokens = ids.shape[1]
     prompt_tokens = max(1, min(tokens // 4, (context_length(model) or 2**31) - tokens))
     prompts = ids.repeat(-(-samples // len(ids)), 1)[:samples, -prompt_tokens:].to(native_compute(model).device)
-    with seeded(seed, prompts.device), computing(model):
+    batches = prompts.split(PROMPTS_PER_PASS)
+    step = Step(WRITING, tokens * len(batches))
+    with seeded(seed, prompts.device), computing(model), step:
+        sampling, clock = WHOLE_DISTRIBUTION, TokenClock(step.advance)
         rows = [
-            generate(model, batch, new_tokens=tokens, exact=True, sampling=WHOLE_DISTRIBUTION).cpu()
-            for batch in prompts.split(PROMPTS_PER_PASS)
+            generate(model, batch, new_tokens=tokens, exact=True, sampling=sampling, clock=clock).cpu()
+            for batch in batches
         ]
     return torch.cat(rows)
 

@@ -33,6 +33,11 @@ def quiet_terminal(quiet: bool) -> Iterator[None]:
         _quiet.reset(token)
 
 
+def is_quiet() -> bool:
+    """Return True within :func:`quiet_terminal`."""
+    return _quiet.get()
+
+
 def inside_another_run() -> bool:
     """Return True if the run whose log is being written is part of another, as a stage of a recipe is."""
     return len(_open) > 1

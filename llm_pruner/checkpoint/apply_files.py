@@ -12,6 +12,7 @@ from ..errors import PrunerError
 from ..files import complete_folder, write_text
 from ..logs import log
 from ..models.skeleton import canonical_names
+from ..progress import Step
 from ..selection.plan import PruningPlan, name_after
 from ..surgery.apply import apply
 from ..surgery.slicing import cut
@@ -126,21 +127,23 @@ def _cut_shards(
     contents: dict[str, list[str]] = {}
     hashes: dict[str, str] = {}
     size = 0
-    for file in shards.files:
-        types: dict[str, TensorType] = {}  # by new name, as stored
-        origins: dict[str, str] = {}
-        for stored in shards.of(file):
-            new = name_after(names[stored], plan) if stored in names else None
-            if new is not None:
-                types[new] = _type_after(plan, shards, stored, canonical[names[stored]], shapes[new])
-                origins[new] = stored
-        if not types:  # all of its layers went
-            continue
-        with ShardWriter(folder / file.name, types) as writer:
-            for new, stored in origins.items():
-                writer.save_tensor(new, cut(canonical[names[stored]], shards.read(stored, again=True), plan))
-        hashes[file.name], contents[file.name] = writer.sha256, list(types)
-        size += sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in types.values())
+    with Step("cutting tensors", len(shards.tensors)) as step:
+        for file in shards.files:
+            types: dict[str, TensorType] = {}  # by new name, as stored
+            origins: dict[str, str] = {}
+            for stored in shards.of(file):
+                new = name_after(names[stored], plan) if stored in names else None
+                if new is not None:
+                    types[new] = _type_after(plan, shards, stored, canonical[names[stored]], shapes[new])
+                    origins[new] = stored
+            if not types:  # all of its layers went
+                continue
+            with ShardWriter(folder / file.name, types) as writer:
+                for new, stored in origins.items():
+                    writer.save_tensor(new, cut(canonical[names[stored]], shards.read(stored, again=True), plan))
+                    step.advance()
+            hashes[file.name], contents[file.name] = writer.sha256, list(types)
+            size += sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in types.values())
     if list(contents) != [SINGLE]:
         write_index(folder, contents, size)
     return hashes

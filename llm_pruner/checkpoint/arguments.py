@@ -18,6 +18,7 @@ class ApplyArguments(Arguments):
     verify: bool = flag(False, "refuse a plan that was changed after it was written, and check the written files")
     standalone: bool = flag(False, "write a modelling file too, so that per-layer checkpoints load without llm_pruner")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+    quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors")
     refit: bool = flag(False, "load the model and repeat the refit of the plan's run (compensation, rescaled norms)")
     calib_dataset: str | None = flag(
         None,

@@ -17,8 +17,8 @@ from transformers import (
 
 from ..errors import PrunerError
 from ..logs import log
-from ..models.bars import without_bars
 from ..models.dispatch import check_device, spread
+from ..progress import Step, without_bars
 from .adapters import merge_adapter
 from .config import auto_model_class
 from .gguf_reader import parsed_once
@@ -153,7 +153,7 @@ def load_model(
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", "token": token}
     if gguf is not None:
         common["gguf_file"] = gguf
-    with parsed_once(), without_bars():
+    with parsed_once(), without_bars(), Step(f"loading {name}"):
         model, found = _read_model(name, dtype, common)
     if found["missing_keys"]:
         raise PrunerError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import complete_folder
+from ..progress import Step, without_bars
 from ..selection.plan import PruningPlan
 from ..surgery.tokenizer import cut_tokenizer
 from .card import upload, write_card
@@ -17,6 +18,7 @@ from .shards import sha256
 from .standalone import forget_modelling, write_modelling
 
 SHARD = "4GB"
+MEGABYTE = 10**6
 
 
 def save(
@@ -89,7 +91,9 @@ def write_checkpoint(
         cut: the tokenizer is the pruned model's already.
     """
     forget_modelling(model)
-    model.save_pretrained(folder, max_shard_size=SHARD)
+    megabytes = sum(tensor.nbytes for tensor in model.parameters()) // MEGABYTE
+    with without_bars(), Step("writing weights, MB", megabytes, count=lambda: _written_bytes(folder) // MEGABYTE):
+        model.save_pretrained(folder, max_shard_size=SHARD)
     copy_code(Path(model.config.name_or_path or "."), folder)  # save_pretrained leaves it out of models it knows
     if standalone:
         write_modelling(model, folder)
@@ -104,6 +108,10 @@ def write_checkpoint(
         replace(plan, weights=weights).save(folder / PLAN_FILE)
     for file in folder.iterdir():  # safetensors writes for its owner alone
         file.chmod(0o644)
+
+
+def _written_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _is_cut(tokenizer: PreTrainedTokenizerBase, kept: list[int]) -> bool:

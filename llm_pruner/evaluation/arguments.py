@@ -50,6 +50,7 @@ class EvaluateArguments(MeasuringArguments):
     output: str | None = flag(
         None, "folder for table.csv, table.md, table.tex, evaluation.json and lm_eval/", group="output"
     )
+    quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors", group="output")
 
     def check(self) -> None:
         """Refuse arguments that cannot work.
@@ -95,6 +96,7 @@ class PerplexityArguments(MeasuringArguments):
     dataset: str = flag(GENERAL, TEXTS, group="texts")
     batch_size: int = flag(0, "windows per forward pass (0: as many as fit)", group="texts")
     output: str | None = flag(None, "JSON file for the result", group="output")
+    quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors", group="output")
 
     def check(self) -> None:
         """Refuse numbers out of range.

@@ -25,6 +25,7 @@ from ..models.hooks import forward_hooks
 from ..models.layers import LayerLocator
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, model_inputs, random_tokens
+from ..progress import track
 from ..selection.budgets import MICROSECONDS, Budget
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
@@ -108,7 +109,7 @@ class LatencyTable:
             units[self._owner(unit.name)].append(unit)
         curves: dict[Layer, Curve] = {layer: [] for layer in units}
         timed: list[dict[Layer, float]] = []
-        for share in SHARES if units else ():
+        for share in track(SHARES if units else (), f"timing layers with fewer {kind}"):
             plan, kept = PruningPlan(), {}
             for layer, members in units.items():
                 counts = [_count_kept(unit, share) for unit in members]

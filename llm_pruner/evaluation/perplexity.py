@@ -15,6 +15,7 @@ from ..errors import PrunerError
 from ..models.blockwise import Compute, computing
 from ..models.loss import total_loss
 from ..models.running import context_length, evaluating
+from ..progress import track
 
 WINDOWS_PER_PASS = 32  # to try first where no batch size is given; halved as long as memory runs out
 LARGEST_LOSS = 700.0  # nats per token; exp overflows soon after
@@ -112,14 +113,15 @@ def perplexity(
     """
     check_length(model, ids.shape[1])
     stride = ids.shape[1] if stride is None else stride
+    step = f"perplexity on {text_name}"
 
     def measure_loss(batch_size: int) -> tuple[float, int]:
         with evaluating(model), computing(model, compute) as used:
             rows = ids.to(used.device)
             if stride == ids.shape[1]:
-                return total_loss(model, rows.split(batch_size))
+                return total_loss(model, track(rows.split(batch_size), step))
             first, tokens = total_loss(model, [rows[:1]])
-            others, more = total_loss(model, rows[1:].split(batch_size), stride)
+            others, more = total_loss(model, track(rows[1:].split(batch_size), step), stride)
             return first + others, tokens + more
 
     if batch_size is None:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import PrunerError
 from ..models.blockwise import Compute, StandIns, native_compute
 from ..models.running import evaluating, model_inputs, target_ids
+from ..progress import Step, track
 
 Visit = Callable[[str, torch.Tensor, torch.Tensor], None]
 TOKENS_PER_PASS = 1024  # in a forward pass
@@ -83,7 +84,7 @@ def visit_gradients(
         losses = _Sweep(model, names - outside, compute, visitor).run(batches, shares)
     if outside:
         sweep = _Sweep(model, outside, compute, GradientVisitor(visit=visit, per_sample=per_sample))
-        losses = [sweep.run([batch], [1.0])[0] for batch in batches]
+        losses = [sweep.run([batch], [1.0])[0] for batch in track(batches, "scoring outside the layers, by samples")]
         parameters = dict(model.named_parameters())
         for name in outside:
             done(name, compute.convert(parameters[name]).float())
@@ -151,7 +152,8 @@ class _Sweep:
         self.tapes = []
         with evaluating(self.model), self.stand_ins.placed() as rest:
             with self.stand_ins.forwards(self._record), torch.enable_grad():
-                losses = [self._forward(*pair) for pair in zip(batches, shares, strict=True)]
+                pairs = list(zip(batches, shares, strict=True))
+                losses = [self._forward(*pair) for pair in track(pairs, "scoring, forward passes")]
             outside = {name: tensor for name, tensor in rest.items() if name in self.names}
             self._backward(everywhere=bool(outside))
             self._finish(outside)
@@ -188,17 +190,21 @@ class _Sweep:
         paths = [call.path for call in self.tapes[0]]
         if any([call.path for call in tape] != paths for tape in self.tapes):
             raise PrunerError("the model runs other blocks for other samples: Taylor does not know how to add up")
-        while paths and (everywhere or any(self.names & self.stand_ins.names(path) for path in paths)):
-            self._backward_block(paths.pop())
+        first = next((i for i, path in enumerate(paths) if everywhere or self.names & self.stand_ins.names(path)), None)
+        visited = [] if first is None else paths[first:]
+        with Step("scoring, backward passes of layers", len(visited) * len(self.tapes)) as step:
+            for path in reversed(visited):
+                self._backward_block(path, step)
         self.tapes = []
 
-    def _backward_block(self, path: str) -> None:
+    def _backward_block(self, path: str, step: Step) -> None:
         with self.stand_ins.placed(path) as tensors:
             named = {name: tensor for name, tensor in tensors.items() if name in self.names}
             for tape in self.tapes:
                 tape.pop().backward(self.forwards[path])
                 if self.visitor.per_sample:
                     self._visit(named)
+                step.advance()
             self._finish(named, visit=not self.visitor.per_sample)
 
     def _finish(self, tensors: dict[str, torch.Tensor], *, visit: bool = True) -> None:

@@ -35,6 +35,7 @@ from ..models.layers import hidden_in, hidden_out
 from ..models.loss import total_loss
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, model_inputs
+from ..progress import track
 
 TOKENS_PER_PASS = 2048  # in a forward pass
 Forward = Callable[..., Any]
@@ -160,7 +161,7 @@ def replaced_forwards(layers: list[nn.Module], replace: Callable[[int, Forward],
 
 def _block_influence(stack: LayerStack) -> torch.Tensor:
     similarity, tokens = torch.zeros(len(stack.layers), dtype=torch.float64), 0
-    for ids in stack.batches:
+    for ids in track(stack.batches, "scoring layers"):
         states = [state.double() for state in CachedPass(stack, ids).states]
         tokens += states[0][..., 0].numel()
         for i, (before, after) in enumerate(pairwise(states)):
@@ -170,7 +171,7 @@ def _block_influence(stack: LayerStack) -> torch.Tensor:
 
 def _cosine(stack: LayerStack) -> torch.Tensor:
     similarity, tokens = dict.fromkeys(stack.free, 0.0), 0
-    for ids in stack.batches:
+    for ids in track(stack.batches, "scoring layers"):
         cached = CachedPass(stack, ids)
         output = cached.states[-1].double()
         tokens += output[..., 0].numel()
@@ -183,7 +184,7 @@ def _cosine(stack: LayerStack) -> torch.Tensor:
 
 def _loss_change(stack: LayerStack) -> torch.Tensor:
     change, tokens = dict.fromkeys(stack.free, 0.0), 0
-    for ids in stack.batches:
+    for ids in track(stack.batches, "scoring layers"):
         cached = CachedPass(stack, ids)
         tokens += cached.tokens
         for i in stack.free:
@@ -195,7 +196,7 @@ def _greedy_loss(stack: LayerStack) -> torch.Tensor:
     """Remove the layer whose removal costs least, again and again; scores ascend in the order of removal."""
     removal = _GreedyRemoval(stack)
     ordered: list[tuple[int, float]] = []
-    while removal.costs and len(ordered) < stack.most:
+    for _ in track(range(min(stack.most, len(removal.costs))), "choosing layers"):
         ordered.append(removal.remove_cheapest())
     # What stays costs more than what goes, whatever was measured when.
     ordered += sorted(removal.costs.items(), key=lambda pair: pair[1])
@@ -219,7 +220,7 @@ class _GreedyRemoval:
         self.passes = [CachedPass(stack, ids) for ids in stack.batches]
         self.tokens = sum(cached.tokens for cached in self.passes)
         self.gone: set[int] = set()
-        self.costs = {index: self._measure(index) for index in stack.free}
+        self.costs = {index: self._measure(index) for index in track(stack.free, "measuring the loss without layers")}
 
     def _measure(self, index: int) -> float:
         gone = self.gone | {index}
@@ -245,7 +246,7 @@ def _above(least: float, value: float) -> float:
 def _contiguous(stack: LayerStack) -> torch.Tensor:
     size = len(stack.layers)
     similarity, tokens = torch.zeros(size + 1, size + 1, dtype=torch.float64), 0
-    for ids in stack.batches:
+    for ids in track(stack.batches, "scoring layers"):
         states = [nn.functional.normalize(s.double(), dim=-1).flatten(0, -2) for s in CachedPass(stack, ids).states]
         tokens += len(states[0])
         for i, before in enumerate(states):

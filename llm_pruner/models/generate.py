@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -45,10 +45,14 @@ class TokenClock(StoppingCriteria):
         tokens: tokens per sequence so far.
         seconds: from the first token to the latest, the time of ``tokens - 1`` decoding steps.
         stopped: set it to stop after the next token.
+
+    Args:
+        on_token: called after every token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_token: Callable[[], None] | None = None) -> None:
         self.tokens, self.seconds, self.stopped = 0, 0.0, False
+        self._on_token = on_token
         self._first = 0.0
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -57,6 +61,8 @@ class TokenClock(StoppingCriteria):
         now = time.perf_counter()
         self._first = self._first or now
         self.tokens, self.seconds = self.tokens + 1, now - self._first
+        if self._on_token is not None:
+            self._on_token()
         return input_ids.new_full((input_ids.shape[0],), self.stopped, dtype=torch.bool)
 
 

@@ -188,6 +188,7 @@ class PruneArguments(Arguments):
         False, "save the checkpoint (default: yes; hf_prune.py: only with this flag or --output)", group="output"
     )
     no_save: bool = flag(False, "write only plan, metrics and log, no checkpoint", group="output")
+    quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors", group="output")
     standalone: bool = flag(
         False, "save a modelling file too, so that per-layer checkpoints load without llm_pruner", group="output"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +14,22 @@ from transformers import PreTrainedModel
 from ..graph.units import CouplingGraph
 from ..importance.score import score
 from ..importance.scores import Scores
+from ..progress import Step
 from ..surgery.apply import Place, in_memory
 from .settings import PruneSettings
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 Progress = Callable[[str, int, int], None]
+# Stages that are one step, in words; the steps of other stages say themselves how far they are.
+WHOLE_STAGES = {
+    "calibration": "reading calibration text",
+    "trace": "tracing",
+    "select": "selecting",
+    "apply": "slicing weights",
+    "verify": "comparing with the masked original",
+    "latency": "timing both models",
+    "generate": "generating samples",
+}
 
 
 class Stopwatch:
@@ -33,7 +44,8 @@ class Stopwatch:
         start = time.perf_counter()
         if self.progress:
             self.progress(stage, 0, 1)
-        yield
+        with Step(WHOLE_STAGES[stage]) if stage in WHOLE_STAGES else nullcontext():
+            yield
         if self.progress:
             self.progress(stage, 1, 1)
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)

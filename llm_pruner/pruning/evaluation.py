@@ -52,7 +52,7 @@ def evaluate_model(
             log.info("%s: %s", when, sample)
     for name, ids in texts.items():
         with clock("perplexity"):
-            result = perplexity(model, ids, compute=compute)
+            result = perplexity(model, ids, compute=compute, text_name=name)
         metrics["perplexity"][name] = asdict(result)
         log.info("perplexity %s on %s: %.4f (%d tokens)", when, name, result.perplexity, result.tokens)
     return metrics

@@ -6,7 +6,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ from ..files import complete_folder, folder_for_run, same_folder, strict_json
 from ..flags import check_combinations
 from ..importance.scores import SCORES_FILE, Scores
 from ..logs import log, logging_to
-from ..models.bars import without_bars
 from ..models.skeleton import parameter_count
 from ..peak_memory import PeakMemory
+from ..progress import showing, without_bars
 from ..provenance import provenance
 from ..selection.plan import PruningPlan
 from ..surgery.apply import in_memory
@@ -92,7 +92,7 @@ def prune(model: str = DEFAULT_MODEL, *, progress: Progress | None = None, **fla
     arguments = PruneArguments.of(model=model, **flags)
     check_combinations(arguments, (), REQUIRES_SAVING)
     settings, recorded = resolve_settings(arguments), filled_arguments(arguments)
-    with without_bars() if progress else nullcontext():
+    with without_bars() if progress else showing():
         if arguments.output is not None or arguments.save_model:
             return execute(settings, recorded, progress)
         with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ from ..models.blockwise import computing
 from ..models.loss import total_loss
 from ..models.running import evaluating
 from ..models.skeleton import parameter_count
+from ..progress import track
 from ..selection.budgets import NothingRemoved, NotMet, parameter_budget, parameters
 from ..selection.plan import PruningPlan
 from ..selection.ranking import removable_count
@@ -221,7 +222,7 @@ def measure_sensitivity(
         raise PrunerError("measured proportions need a calibration set: give --pruner_type taylor, say")
     loss, total = _loss(model, ids), parameter_count(model)
     out = {}
-    for kind in kinds:
+    for kind in track(kinds, "measuring what each kind of unit costs"):
         freed = total - parameters(graph, select(graph, scores, ratio=1 - 1e-6, kinds=[kind]))
         plan = _probe(graph, scores, kind, PROBE * total / freed)
         removed = total - parameters(graph, plan)

@@ -22,6 +22,7 @@ class RunArguments(Arguments):
     status: bool = flag(False, "show the progress of a run or a sweep")
     executor: ExecutorKind | None = flag(None, "where the runs of a sweep take place")
     yes: bool = flag(False, "start a sweep of more than 200 runs without asking")
+    quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors")
     worker: bool = flag(False, "internal: process unclaimed sweep points")
 
     def check(self) -> None:

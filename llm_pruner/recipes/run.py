@@ -140,7 +140,8 @@ def _run_as_one_job(recipe: Recipe, args: RunArguments) -> None:
 def _worker_arguments(args: RunArguments) -> list[str]:
     """Return the arguments that a worker shares with this process."""
     given = {name: getattr(args, name) for name in ("model", "output")}
-    return [args.recipe, *(part for name, value in given.items() if value for part in (f"--{name}", value))]
+    named = (part for name, value in given.items() if value for part in (f"--{name}", value))
+    return [args.recipe, *named, *["--quiet"] * args.quiet]
 
 
 @contextmanager

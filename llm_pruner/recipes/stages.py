@@ -35,7 +35,7 @@ def stage_arguments(command: str) -> dict[str, ValueType]:
     """
     arguments_class, rules = COMMANDS[command].arguments_class, chaining(command)
     kinds = {one.name: value_type(arguments_class, one.name) for one in fields(arguments_class)}
-    closed = {*rules.writes, *([rules.reads] if rules.reads and not kinds[rules.reads].several else [])}
+    closed = {*rules.writes, "quiet", *([rules.reads] if rules.reads and not kinds[rules.reads].several else [])}
     return {spelling: kinds[name] for spelling, name in canonical_flags(arguments_class).items() if name not in closed}
 
 

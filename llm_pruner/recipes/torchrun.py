@@ -6,12 +6,12 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 from ..errors import PrunerError
 from ..flags import default_of
-from ..logs import log
+from ..logs import is_quiet, log
 from .schema import Executor
 
 FIRST_PORT, PORTS = 29500, 1000
@@ -52,7 +52,8 @@ class Launch:
         """
         log.info("training on %d processes of %d machines each", self.processes, self.nodes)
         try:
-            process = subprocess.Popen(self.command(arguments), stderr=subprocess.PIPE)
+            command = self.command(replace(arguments, quiet=is_quiet()))
+            process = subprocess.Popen(command, stderr=subprocess.PIPE)
         except FileNotFoundError as error:
             raise PrunerError(f"training on {self.nodes} machines needs Slurm's srun: {error}") from error
         tail = _pass_on(process)

@@ -112,6 +112,7 @@ class RecoverArguments(Arguments):
         group="output",
         aliases=("output_dir",),
     )
+    quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors", group="output")
     eval_steps: int = flag(100, "steps between validations", group="output")
     save_steps: int = flag(200, "steps between checkpoints", group="output")
     save_total_limit: int = flag(3, "checkpoints to keep", group="output")

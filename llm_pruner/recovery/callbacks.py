@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: a progress bar, and the loss curves as JSON and PNG."""
+"""Callbacks of the Trainer: its progress, and the loss curves as JSON and PNG."""
 
 from __future__ import annotations
 
@@ -7,42 +7,71 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
 
 from ..files import strict_json, write_text
 from ..logs import log
 from ..optional import is_installed
+from ..progress import Step
 from ..report.figures import draw_recoveries
 from ..report.runs import Run
 
 CURVES = "curves"
 
 
-class ThroughputBar(ProgressCallback):
-    """The Trainer's progress bar with losses and tokens per second on it, instead of log lines between."""
+class TrainingProgress(TrainerCallback):
+    """Progress of training with losses and tokens per second, and of a validation outside it."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._postfix: dict[str, str] = {}
-        self._start = (time.perf_counter(), 0)
+        self._notes: dict[str, str] = {}
+        self._step: Step | None = None
+        self._training = False
+        self._start = (time.perf_counter(), 0, 0)  # seconds, tokens and steps when training began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        self._start = time.perf_counter(), state.num_input_tokens_seen
+        self._start = time.perf_counter(), state.num_input_tokens_seen, state.global_step
+        self._training = True
+        self._begin(state, "training, steps", state.max_steps - state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._step is not None:
+            self._step.done = state.global_step - self._start[2]
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._step is None:
+            self._begin(state, "validating, batches")
+        if self._step is not None and not self._training:
+            self._step.advance()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._training:
+            self._end()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training = False
+        self._end()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or self.training_bar is None:
+        if self._step is None:
             return
         for name, value in (logs or {}).items():
             if name == "loss":
-                self._postfix["loss"] = f"{float(value):.3f}"
+                self._notes["loss"] = f"{float(value):.3f}"
             elif name.startswith("eval_") and name.endswith("_loss"):
-                self._postfix[name[5:-5][-20:]] = f"{float(value):.3f}"
-        start, tokens = self._start
+                self._notes[name[5:-5][-20:]] = f"{float(value):.3f}"
+        start, tokens, _ = self._start
         tokens, seconds = state.num_input_tokens_seen - tokens, time.perf_counter() - start
         if tokens and seconds:
-            self._postfix["tokens/s"] = f"{tokens / seconds:.0f}"
-        self.training_bar.set_postfix(self._postfix, refresh=True)
+            self._notes["tokens/s"] = f"{tokens / seconds:.0f}"
+        self._step.note = ", ".join(f"{name}={value}" for name, value in self._notes.items())
+
+    def _begin(self, state: Any, what: str, total: int | None = None) -> None:
+        if state.is_world_process_zero:
+            self._step = Step(what, total).__enter__()
+
+    def _end(self) -> None:
+        if self._step is not None:
+            self._step.end()
+        self._step = None
 
 
 class CurveWriter(TrainerCallback):

@@ -30,7 +30,7 @@ from ..selection.plan import PruningPlan
 from ..version import __version__
 from .adapters import make_trainable
 from .arguments import DEFAULT_OUTPUT, RecoverArguments
-from .callbacks import CurveWriter, ThroughputBar
+from .callbacks import CurveWriter, TrainingProgress
 from .datasets import WINDOW, padding_collator, predicted_tokens, training_data, validation_windows
 from .distill import DistillationCollator, Teacher, cache_teacher
 from .saving import METRICS_FILE, TEMPORARY, save_recovered
@@ -184,7 +184,7 @@ def _make_trainer(
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(ThroughputBar())
+    trainer.add_callback(TrainingProgress())
     return trainer
 
 

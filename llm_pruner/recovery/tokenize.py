@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import PrunerError
 from ..files import digest
 from ..logs import log
+from ..progress import track
 from ..provenance import versions
 from .objectives import Example, Vocabulary, denoise
 from .prompts import Prompt, plain_prompt, prompt_template
@@ -77,7 +78,7 @@ def tokenize(data: Any, tokenizer: PreTrainedTokenizerBase, form: ExampleFormat,
         inputs = {"data": data, "kind": kind, "tokenizer": tokenizer, "form": form, "source": source}
         if streaming:
             return datasets.IterableDataset.from_generator(_windows, gen_kwargs=inputs)
-        windows = list(_windows(**inputs))
+        windows = list(_windows(**inputs | {"data": track(data, f"tokenizing {source}")}))
         if not windows:
             raise PrunerError(f"{source} does not fill one window of {form.cutoff_len} tokens: lower --cutoff_len")
         return datasets.Dataset.from_list(windows)

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import PrunerError
 from ..models.blockwise import computing
 from ..models.running import check_calibration, evaluating
+from ..progress import track
 from .regression import RegressionSums
 from .stream import ResidualStream, added_projections, single_stack
 from .temperature import scale_logits
@@ -136,7 +137,7 @@ def compensate(
             raise PrunerError("compensation compares hidden states, and the pruned model's are narrower")
         for dropped in range(kept[0]):
             before.advance(dropped, [])
-        for i, names in enumerate(projections):
+        for i, names in enumerate(track(projections, "compensating layers")):
             dropped_next = range(kept[i] + 1, [*kept, len(original)][i + 1])
             targets = _targets(before, kept[i], names, dropped_next)
             for refit in _refit_layer(after, i, targets, before.hidden, only_bias=method == "bias"):

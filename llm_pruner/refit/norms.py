@@ -23,6 +23,7 @@ from ..graph.units import trace
 from ..models.blockwise import computing
 from ..models.hooks import forward_hooks
 from ..models.running import check_calibration, evaluating, model_inputs
+from ..progress import track
 from ..selection.plan import PruningPlan, name_after
 
 SAMPLES_PER_PASS = 8  # samples in a forward pass
@@ -61,7 +62,7 @@ def rescale_norms(
         evaluating(model),
         computing(model) as compute,
     ):
-        for ids in calibration.to(compute.device).split(SAMPLES_PER_PASS):
+        for ids in track(calibration.to(compute.device).split(SAMPLES_PER_PASS), "rescaling norms"):
             model(**model_inputs(model, ids), use_cache=False)
     factors: dict[str, float] = {}
     for path, (_, narrow) in norms.items():

@@ -15,6 +15,7 @@ from ..models.hooks import forward_hooks
 from ..models.layers import hidden_in, hidden_out
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, model_inputs
+from ..progress import track
 
 PROBE_TOKENS = 16  # tokens on which projections are probed
 
@@ -34,7 +35,7 @@ class ResidualStream:
         self.layers = layers
         self.hidden: list[torch.Tensor] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # by batch and layer
-        for ids in batches:
+        for ids in track(batches, "recording the residual stream"):
             first, last = self._record(model, ids.to(native_compute(model).device))
             self.hidden.append(first)
         hidden = self.hidden[-1]
@@ -131,7 +132,7 @@ def added_projections(model: PreTrainedModel, calibration: torch.Tensor) -> list
     with evaluating(model), computing(model):
         stream = ResidualStream(model, layers, [calibration[:1, :PROBE_TOKENS]])  # short: it is run many times
         projections: list[list[str]] = []
-        for i in range(len(layers)):
+        for i in track(range(len(layers)), "finding projections to compensate"):
             projections.append(_added_in_layer(stream, i))
             stream.advance(i, [])
     return projections

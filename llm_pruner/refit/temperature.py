@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..models.blockwise import computing, native_compute, standing_in
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, logits, model_inputs
+from ..progress import track
 
 TEMPERATURES = [round(0.7 + 0.02 * i, 2) for i in range(21)]
 
@@ -33,7 +34,7 @@ def scale_logits(model: PreTrainedModel, pruned: PreTrainedModel, ids: torch.Ten
         return None
     losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
     with evaluating(model), evaluating(pruned), computing(model) as compute, computing(pruned):
-        for row in ids.to(compute.device).split(1):
+        for row in track(ids.to(compute.device).split(1), "scaling logits"):
             expected, present = (
                 m(**model_inputs(m, row), use_cache=False).logits[0, :-1].float() for m in (model, pruned)
             )

@@ -40,6 +40,7 @@ class VocabArguments(Arguments):
         0, "measure perplexity on the text of the original's first N windows of 128 tokens (0: all)", group="evaluation"
     )
     output: str = flag(DEFAULT_OUTPUT, "folder of the new checkpoint", group="output", aliases=("output_dir",))
+    quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors", group="output")
 
     def check(self) -> None:
         """Refuse arguments that cannot work.

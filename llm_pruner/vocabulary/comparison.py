@@ -13,6 +13,7 @@ from ..errors import PrunerError
 from ..evaluation.perplexity import byte_perplexity
 from ..models.generate import generate
 from ..models.running import context_length, evaluating
+from ..progress import track
 
 PIECE = 200  # characters of a piece of text
 PIECES = 5000  # most pieces to tokenize
@@ -97,7 +98,7 @@ def _compare_models(
     kept = torch.tensor(list(new_id), device=model.device)
     differences: list[float] = []
     generations = equal = 0
-    for row in rows:
+    for row in track(rows, "comparing logits and continuations"):
         ids = torch.tensor([row], device=model.device)
         new_ids = torch.tensor([[new_id[i] for i in row]], device=pruned.device)
         differences.append((_logits(model, ids)[..., kept] - _logits(pruned, new_ids)).abs().max().item())

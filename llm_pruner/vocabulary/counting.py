@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data import documents
 from ..errors import PrunerError
 from ..files import digest, read_json, write_text
+from ..progress import Step
 from ..surgery.tokenizer import Subwords
 
 DOCUMENTS_PER_BATCH = 256  # tokenized at once, on all cores
@@ -153,13 +154,15 @@ def count(
     for name in names:
         source = counts.source(name)
         unread = itertools.islice(iterate_documents(name, most), source.read, None)
-        for number, batch in enumerate(_batches(unread), 1):
-            encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
-            ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype=np.int64)
-            source.add(ids, marked is not None)
-            source.read += len(batch)
-            if file is not None and number % KEEP_EVERY == 0:
-                counts.save(file, tokenizer_hash)
+        with Step(f"counting tokens of {name}, documents") as step:
+            for number, batch in enumerate(_batches(unread), 1):
+                encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
+                ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype=np.int64)
+                source.add(ids, marked is not None)
+                source.read += len(batch)
+                step.advance(len(batch))
+                if file is not None and number % KEEP_EVERY == 0:
+                    counts.save(file, tokenizer_hash)
     requested = Counts(counts.size, {name: counts.sources[name] for name in names})
     if not requested.values.any():
         raise PrunerError("the corpus is empty: give --corpus texts to count tokens in")
