@@ -83,7 +83,7 @@ def check_rows(source: str, streaming: bool = False) -> None:
     import datasets
 
     path = Path(source).expanduser()
-    if streaming or source in HUB or source == EMBEDDED_TEXT or path.suffix or path.exists():
+    if streaming or source in HUB or source in EMBEDDED_TEXTS or path.suffix or path.exists():
         row_kind(row_columns(read_rows(source, streaming=True), source), source)
         return
     with reading(source), _quiet_loader():  # finds a cached data set without network, which a stream does not
