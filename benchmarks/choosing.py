@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 import llm_pruner as lp
-from llm_pruner.data import EMBEDDED_TEXT, calibration, self_calibration, text
+from llm_pruner.choices import PYTHON_DOCS
+from llm_pruner.data import calibration, self_calibration, text
 from llm_pruner.evaluation.perplexity import perplexity, windows
 from llm_pruner.models.skeleton import parameter_count
 from llm_pruner.pruning.presets import BEST, default_layers
@@ -56,8 +57,8 @@ def rows() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--calibration", default=EMBEDDED_TEXT)
-    parser.add_argument("--evaluation", default=EMBEDDED_TEXT)
+    parser.add_argument("--calibration", default=PYTHON_DOCS)
+    parser.add_argument("--evaluation", default=PYTHON_DOCS)
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
@@ -69,7 +70,7 @@ def main() -> None:
     ids = calibration(args.calibration, tokenizer, SAMPLES, TOKENS)
     texts = {
         Path(args.evaluation).stem: windows(tokenizer, text(args.evaluation), 128, args.windows),
-        "python-docs": windows(tokenizer, text(EMBEDDED_TEXT, "test"), 128, 128),
+        "python-docs": windows(tokenizer, text(PYTHON_DOCS, "test"), 128, 128),
     }
     graph = lp.trace(model)
     layers = default_layers("best", model.config.num_hidden_layers)
