@@ -162,7 +162,7 @@ def load_model(
         )
     if gguf is not None:
         _forget_quantization(model)
-    return (spread(model) if device_map else model.to(device)).eval()
+    return (spread(model) if device_map else model.to(device)).eval()  # type: ignore[arg-type]
 
 
 def _read_model(name: str, dtype: str | torch.dtype, common: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
