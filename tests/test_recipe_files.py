@@ -156,6 +156,7 @@ def test_a_file_of_the_user_comes_before_the_library(home, tmp_path, monkeypatch
     path.parent.mkdir()
     path.write_bytes(write_recipe(tmp_path, home, PRUNE).read_bytes())
     assert read("recipes/smollm2_demo.yaml").model == f"{home}/base"
+    (tmp_path / "smollm2_demo").mkdir()  # a folder, such as one that a run wrote, is no recipe
     assert read("smollm2_demo").model == "smollm2-135m"
 
 

@@ -62,7 +62,7 @@ def find_recipe(name: str | Path) -> Path:
     True
     """
     path = Path(name)
-    if path.exists():
+    if path.exists() and not path.is_dir():
         return path
     library = {file.relative_to(LIBRARY).with_suffix("").as_posix(): file for file in LIBRARY.rglob("*.yaml")}
     key = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
