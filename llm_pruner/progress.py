@@ -7,6 +7,7 @@ count, so that a step whose single parts take minutes is shown, too.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -196,8 +197,11 @@ def _foreign_bars(display: type[Bar] | type[Lines] | None) -> Iterator[None]:
     """Show the bars of other libraries as our own: on a terminal after a second, elsewhere as lines, or not at all."""
     bar: Any = tqdm
     initialise, draw = bar.__init__, bar.display
-    delay = FIRST_BAR if display is Bar else 0.0  # lines have a clock of their own
-    forced = {"disable": True} if display is None else {"leave": False, "delay": delay}
+    forced: dict[str, Any] = {"leave": False, "delay": FIRST_BAR}
+    if display is Lines:
+        forced = {"leave": False, "file": io.StringIO()}  # print_line writes instead, by a clock of its own
+    elif display is None:
+        forced = {"disable": True}
 
     def initialise_otherwise(self: Any, *args: Any, **options: Any) -> None:
         self._next_line = time.monotonic() + FIRST_LINE

@@ -117,6 +117,7 @@ def commands(home, text):
     few = ["--datasets", text, "--seq_len", "16", "--max_windows", "4", "--tokens", "0"]
     data = ["--data_path", str(home / "data.jsonl"), "--extra_val_dataset", text, "--max_windows", "2", "--merge"]
     train = ["--max_steps", "2", "--batch_size", "2", "--micro_batch_size", "2", "--cutoff_len", "64"]
+    train += ["--resume_from_checkpoint", "auto"]
     base, pruned = str(home / "base"), str(home / "pruned")
     return {
         "prune": ["prune", base, "out", *PRUNE, "--calib_dataset", text, "--eval_datasets", text],
