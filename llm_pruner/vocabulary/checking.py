@@ -13,6 +13,7 @@ from ..files import check_file, check_folder, read_json
 from ..inputs import InputCheck
 from .arguments import VocabArguments
 from .choosing import check_scripts, token_budget
+from .counting import iterate_documents
 from .retention import read_list
 from .run import resolve
 
@@ -28,9 +29,7 @@ def check_vocabulary_inputs(arguments: VocabArguments, check: InputCheck) -> Non
     if not check.skips(arguments.model):
         with check.flag("model", arguments.model):
             check_model(arguments.model, arguments.trust_remote_code, tokenizer=True)
-    for source in arguments.corpus:
-        with check.flag("corpus", source):
-            check_text(source)
+    _check_corpus(arguments.corpus, check)
     with check.flag("eval_dataset", arguments.eval_dataset):
         check_text(arguments.eval_dataset, "test")
     if settings.listed is not None:
@@ -57,3 +56,16 @@ def _check_tokenizer(name: str, trust_remote_code: bool) -> None:
         raise (PrunerError if Path(path).exists() else Unavailable)(str(error)) from error
     if tokenizer is None:
         raise PrunerError("the folder has no tokenizer: give one with a tokenizer")
+
+
+def _check_corpus(sources: list[str], check: InputCheck) -> None:
+    """Refuse texts that cannot be read, and a corpus without any text; some of its texts may be empty."""
+    has_text = not sources
+    for source in sources:
+        readable = False
+        with check.flag("corpus", source):
+            has_text |= any(document.strip() for document in iterate_documents(source, 1))
+            readable = True
+        has_text |= not readable
+    if not has_text:
+        raise PrunerError(f"--corpus {','.join(sources)}: the corpus is empty: give texts to count tokens in")
