@@ -64,7 +64,11 @@ REFUSED = [
     (RECOVER + "--data_path {tmp}/empty.jsonl", "--data_path"),
     (RECOVER + "--data_path some/where", "--data_path some/where: cannot read the data set"),
     (RECOVER + "--extra_val_dataset ptbb", "--extra_val_dataset ptbb: no data set"),
-    (VOCAB + "--corpus {tmp}/empty.txt", "--corpus {tmp}/empty.txt"),
+    (VOCAB + "--corpus nothing.txt", "--corpus nothing.txt: no data set"),
+    (
+        "vocab {home}/base --keep 400 --corpus {tmp}/empty.txt --output out",
+        "--corpus {tmp}/empty.txt: the corpus is empty",
+    ),
     (VOCAB + "--eval_dataset {tmp}/empty.txt", "--eval_dataset {tmp}/empty.txt"),
     ("apply {tmp}/refitted.json {home}/base out --refit --calib_dataset nothing.txt", "--calib_dataset nothing.txt"),
     (RECOVER + "--cutoff_len 4096", "--cutoff_len 4096: windows of 4096 tokens are too long"),
