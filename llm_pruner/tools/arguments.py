@@ -9,7 +9,7 @@ from ..checkpoint.locate import base_of, folder_of
 from ..choices import DEFAULT_MODEL, Dtype, Kind
 from ..errors import PrunerError
 from ..files import same_folder
-from ..flags import Arguments, Share, flag
+from ..flags import Arguments, Share, check_at_least, flag
 
 
 @dataclass(kw_only=True)
@@ -98,17 +98,17 @@ class DemoArguments(Arguments):
 
     output: str | None = flag(None, "folder of the run (default: OUTPUT_ROOT/demo)")
     output_root: str = flag("prune_log", "parent folder of the run")
-    keep_tokens: str = flag("16384", "tokens to keep, or a share of them")
     kinds: list[Kind] = flag(["neurons"], "kinds of units to prune")
-    target_params: str = flag("0.92", "share of the parameters that stays when units are pruned")
+    target_params: str = flag("0.9", "share of the parameters that stays")
     pruning_ratio: Share | None = flag(None, "share of every unit's indices to remove, instead of --target_params")
-    steps: int = flag(40, "training steps of the recovery")
+    steps: int = flag(16, "training steps of the recovery")
 
     def check(self) -> None:
         """Refuse a ratio that leaves nothing to compare.
 
         Raises:
-            PrunerError: the ratio is not between 0 and 1.
+            PrunerError: the ratio is not between 0 and 1, or there are no training steps.
         """
+        check_at_least(self, 1, "steps")
         if self.pruning_ratio is not None and not 0 < self.pruning_ratio < 1:
             raise PrunerError(f"--pruning_ratio {self.pruning_ratio} is out of range: give a share between 0 and 1")
