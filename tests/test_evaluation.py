@@ -324,3 +324,8 @@ def test_evaluate_is_a_function_too(home):
     model, tokenizer = lp.load(str(home / "base"))
     found = evaluate_model("base", model, tokenizer, Measurements(tokens=0))
     assert found.speed is None and found.non_embedding == found.parameters - found.parts["embeddings"]
+
+
+def test_a_text_of_one_overlapping_window_is_measured():
+    model, ids = build("llama"), tokens(1, 16)
+    assert perplexity(model, ids, stride=8).loss == pytest.approx(perplexity(model, ids).loss)

@@ -121,6 +121,8 @@ def perplexity(
             if stride == ids.shape[1]:
                 return total_loss(model, track(rows.split(batch_size), step))
             first, tokens = total_loss(model, [rows[:1]])
+            if len(rows) == 1:
+                return first, tokens
             others, more = total_loss(model, track(rows[1:].split(batch_size), step), stride)
             return first + others, tokens + more
 
