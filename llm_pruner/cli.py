@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -54,7 +55,9 @@ def run_command(command: Command, argv: Sequence[str], program: str) -> int:
         arguments: Any = parse_flags(
             command.arguments_class, _name_positionals(command, argv), program, command.summary
         )
-        with showing(quiet=getattr(arguments, "quiet", False)):
+        with showing(quiet=getattr(arguments, "quiet", False)), warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")  # of libraries, which a user of a command cannot mend
             command.check_arguments(arguments)
             command.check_inputs(arguments, InputCheck())
             command.run(arguments)
