@@ -6,7 +6,7 @@ import io
 import math
 import shlex
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,9 @@ def run_demo(args: DemoArguments) -> None:
     names = [DEFAULT_MODEL, str(folder / "pruned"), str(folder / "recovered" / "merged")]
     evaluate = f"$ llm-pruner evaluate {' '.join(names)} --datasets {GENERAL} --max_windows {WINDOWS}"
     console.print(f"\n[bold]Measure all three[/]\n{evaluate}\n", highlight=False)
-    evaluations = measure_models(names)
-    write_evaluations(evaluations, table(evaluations), folder / "evaluation")
+    arguments = EvaluateArguments(model=names, datasets=[GENERAL], max_windows=WINDOWS, new_tokens=NEW_TOKENS)
+    evaluations = measure_models(arguments)
+    write_evaluations(evaluations, table(evaluations), folder / "evaluation", asdict(arguments))
     page = str(folder / "report.html")
     runs = [str(folder / "pruned"), str(folder / "recovered"), str(folder / "evaluation")]
     DemoStep(command="report", flags={"runs": runs, "output": page}, purpose="Write a report").run()
@@ -110,22 +111,21 @@ def run_demo(args: DemoArguments) -> None:
     console.print(f"Report: [bold]{page}[/]\nModel:  [bold]{names[-1]}[/]", highlight=False)
 
 
-def measure_models(names: list[str]) -> list[Evaluation]:
-    """Measure models on held-out general text, their speed, and what they say after two prompts."""
-    arguments = EvaluateArguments(model=names, datasets=[GENERAL], max_windows=WINDOWS, new_tokens=NEW_TOKENS)
-    return evaluate_models(names, load_with_tokenizer, replace(resolve(arguments), prompts=PROMPTS))
+def measure_models(arguments: EvaluateArguments) -> list[Evaluation]:
+    """Measure the models of the demo, and let them continue two prompts."""
+    return evaluate_models(arguments.model, load_with_tokenizer, replace(resolve(arguments), prompts=PROMPTS))
 
 
 def comparison(evaluations: list[Evaluation]) -> Table:
     """Return the table of the demo: size, speed, perplexity and completions, side by side."""
     shown = Table("", *COLUMNS)
-    rows = {
-        "parameters": ([one.parameters for one in evaluations], "{:,}"),
-        "weights, MiB": ([one.weight_bytes / 2**20 for one in evaluations], "{:.0f}"),
-        "tokens/s, decoding": ([one.speed.decode if one.speed else math.nan for one in evaluations], "{:.1f}"),
-        "perplexity": ([one.perplexity[GENERAL].perplexity for one in evaluations], "{:.2f}"),
-    }
-    for name, (values, form) in rows.items():
+    rows: list[tuple[str, str, list[float]]] = [
+        ("parameters", "{:,}", [one.parameters for one in evaluations]),
+        ("weights, MiB", "{:.0f}", [one.weight_bytes / 2**20 for one in evaluations]),
+        ("tokens/s, decoding", "{:.1f}", [one.speed.decode if one.speed else math.nan for one in evaluations]),
+        ("perplexity", "{:.2f}", [one.perplexity[GENERAL].perplexity for one in evaluations]),
+    ]
+    for name, form, values in rows:
         ratios = ["", *(f" ({value / values[0]:.2f}x)" for value in values[1:])]
         shown.add_row(name, *(form.format(value) + ratio for value, ratio in zip(values, ratios, strict=True)))
     for prompt in PROMPTS:
