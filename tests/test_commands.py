@@ -312,14 +312,3 @@ def test_out_of_memory_says_how_much_and_what_to_do(monkeypatch, capsys, error, 
     assert run_command(replace(SCRIPTS["hf_prune.py"]), [], "hf_prune.py") == 2
     line = capsys.readouterr().err.strip()
     assert line.startswith("error: out of memory") and asked in line and "--stream" in line
-
-
-@pytest.mark.slow
-def test_the_demo(tmp_path, capsys):
-    """What a newcomer runs first: both models in a table, and a checkpoint that is smaller."""
-    assert main(["demo", "--output_root", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert all(row in said for row in ("parameters", "perplexity", "tokens/s, decode", "The capital of France is"))
-    assert "zeroed: True" in said
-    model, _ = lp.load(str(tmp_path / "demo"))
-    assert sum(p.numel() for p in model.parameters()) < 134_515_008

@@ -122,7 +122,7 @@ def comparison(evaluations: list[Evaluation]) -> Table:
     rows: list[tuple[str, str, list[float]]] = [
         ("parameters", "{:,}", [one.parameters for one in evaluations]),
         ("weights, MiB", "{:.0f}", [one.weight_bytes / 2**20 for one in evaluations]),
-        ("tokens/s, decoding", "{:.1f}", [one.speed.decode if one.speed else math.nan for one in evaluations]),
+        ("tokens/s, decoding", "{:.1f}", [decode_speed(one) for one in evaluations]),
         ("perplexity", "{:.2f}", [one.perplexity[GENERAL].perplexity for one in evaluations]),
     ]
     for name, form, values in rows:
@@ -131,3 +131,9 @@ def comparison(evaluations: list[Evaluation]) -> Table:
     for prompt in PROMPTS:
         shown.add_row(f"{prompt} ...", *(" ".join(one.samples[prompt].split()) for one in evaluations))
     return shown
+
+
+def decode_speed(evaluation: Evaluation) -> float:
+    """Return decoded tokens per second; not a number where they could not be measured."""
+    decode = evaluation.speed.decode if evaluation.speed else None
+    return math.nan if decode is None else decode
