@@ -66,7 +66,7 @@ def test_folders_of_other_runs_are_left_alone(home, tmp_path):
     before = {p.name: p.read_bytes() for p in (tmp_path / "pruned").iterdir()}
     with pytest.raises(lp.PrunerError, match="is the model to be trained"):
         recover(arguments(home, tmp_path / "pruned", prune_model=str(tmp_path / "pruned")))
-    with pytest.raises(lp.PrunerError, match="holds a model that no run of recover wrote"):
+    with pytest.raises(lp.PrunerError, match="holds a model that another command wrote"):
         recover(arguments(home, tmp_path / "pruned"))
     assert {p.name: p.read_bytes() for p in (tmp_path / "pruned").iterdir()} == before
     (tmp_path / "out").mkdir()

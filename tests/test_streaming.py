@@ -98,7 +98,8 @@ def test_the_command_streams(smollm2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lp.save(model, tokenizer, tmp_path / "m")
     flags = ["--base_model", str(tmp_path / "m"), "--pruning_ratio", "0.25", "--eval_datasets", "", "--save_model"]
-    flags += ["--preset", "paper", "--num_examples", "2", "--calib_seq_len", "16", "--device", "cpu"]
+    flags += ["--preset", "paper", "--calib_dataset", "general", "--num_examples", "2", "--calib_seq_len", "16"]
+    flags += ["--device", "cpu"]
     assert main(["prune", *flags, "--save_ckpt_log_name", "plain"]) == 0
     assert main(["prune", *flags, "--save_ckpt_log_name", "streamed", "--stream"]) == 0
     plain, streamed = (lp.load(str(tmp_path / "prune_log" / n))[0].state_dict() for n in ("plain", "streamed"))

@@ -138,9 +138,13 @@ def test_values_of_any_type_can_be_varied():
     assert [row[0] for row in cells] == ["prune.a", "[16, 20]", "0.9", "1", ""]
 
 
-def test_a_run_that_fails_stops_no_other(sweep, capsys):
-    """Layers that are not there: noted with the error, the others done; the same command tries again."""
-    sweep.write_text(sweep.read_text().replace("pruning_ratio: [0.25, 0.5]", "block_mlp_layer_end: [3, 9]"))
+def test_a_run_that_fails_stops_no_other(sweep, capsys, monkeypatch):
+    """A criterion that cannot score: noted with the error, the others done; the same command tries again."""
+    (sweep.parent / "failing_criterion.py").write_text(
+        "from llm_pruner import PrunerError\n\n\ndef fail(request):\n    raise PrunerError('nothing to score by')\n"
+    )
+    monkeypatch.syspath_prepend(sweep.parent)
+    sweep.write_text(sweep.read_text().replace("[taylor, random]", "['failing_criterion:fail', random]"))
     assert main(["run", str(sweep)]) == 2
     error = capsys.readouterr().err
     assert "4 of 8 runs failed" in error
@@ -148,7 +152,7 @@ def test_a_run_that_fails_stops_no_other(sweep, capsys):
     out = sweep.parent / "out"
     records = [read_record(point) for point in points_of(recipe)]
     errors = [record["error"] for record in records if "error" in record]
-    assert len(errors) == 4 and all("out of range" in error for error in errors)
+    assert len(errors) == 4 and all("nothing to score by" in error for error in errors)
     assert len(results(out)) == 4
     assert main(["run", str(sweep), "--status"]) == 0
     shown = capsys.readouterr().out
