@@ -34,7 +34,9 @@ def test_prune_is_the_command_as_one_call(home, home_text, tmp_path):
     assert torch.equal(run.model(ids).logits, reloaded(ids).logits)
     assert len(run.tokenizer) == run.model.config.vocab_size
     assert stages[0] == ("load", 0.0) and ("save", 1.0) in stages
-    assert "run folder" in (run.folder / "prune.log").read_text().splitlines()[-1]
+    assert [line.split()[1] for line in (run.folder / "prune.log").read_text().splitlines()[-5:]] == [
+        *("run", "model:", "load:", "serve:", "next:"),
+    ]
 
 
 def test_prune_without_output_writes_nothing(home, tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def test_both_models_are_measured_on_the_same_text(model_folder, tmp_path, monke
         return measure(model, tokenizer, held_out, *window)
 
     monkeypatch.setattr(comparison, "byte_perplexity", noted)
-    flags = ["--corpus", "python-docs", "--keep", "0.6", "--max_windows", "3"]
+    flags = ["--corpus", "python-docs", "--keep", "0.6", "--eval_dataset", "python-docs", "--max_windows", "3"]
     assert main(["vocab", str(model_folder), *flags, "--output_dir", str(tmp_path / "out")]) == 0
     before, after = texts
     assert before == after and before in text("python-docs", "test")
