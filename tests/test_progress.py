@@ -1,9 +1,11 @@
 """Progress: bars on a terminal, lines in a file, nothing where nothing was asked for."""
 
 import io
+import shutil
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from tqdm.auto import tqdm
@@ -104,23 +106,15 @@ def test_bars_of_other_libraries_become_lines(monkeypatch, capsys):
     assert "as before: 100%" in capsys.readouterr().err
 
 
-def test_the_overhead_is_small():
-    """A step of 100 microseconds is not seen to be longer by what counts it."""
-    with showing():
-        start = time.perf_counter()
-        for _ in track(range(100_000), "counting"):
-            pass
-        assert time.perf_counter() - start < 1
-
-
 def commands(home, text):
     few = ["--datasets", text, "--seq_len", "16", "--max_windows", "4", "--tokens", "0"]
     data = ["--data_path", str(home / "data.jsonl"), "--extra_val_dataset", text, "--max_windows", "2", "--merge"]
     train = ["--max_steps", "2", "--batch_size", "2", "--micro_batch_size", "2", "--cutoff_len", "64"]
     train += ["--resume_from_checkpoint", "auto"]
     base, pruned = str(home / "base"), str(home / "pruned")
+    held_out = str(shutil.copy(text, Path(text).with_name("held_out.txt")))
     return {
-        "prune": ["prune", base, "out", *PRUNE, "--calib_dataset", text, "--eval_datasets", text],
+        "prune": ["prune", base, "out", *PRUNE, "--calib_dataset", text, "--eval_datasets", held_out],
         "recover": ["recover", pruned, "out", *data, *train, "--device", "cpu"],
         "evaluate": ["evaluate", base, pruned, *few],
         "vocab": [
