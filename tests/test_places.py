@@ -70,7 +70,7 @@ def test_a_named_folder_with_another_run_is_refused(home, home_text, here, capsy
     plan, base, text = here / "out" / "pruning_plan.json", home / "base", str(home_text)
     for argv in (
         ["prune", base, "out", *METHOD, "--pruning_ratio", 0.25],
-        ["recover", home / "pruned", "out"],
+        ["recover", home / "pruned", "out", "--data_path", home / "data.jsonl", "--cutoff_len", 64],
         ["vocab", base, "out", "--keep", 0.8, "--corpus", text, "--eval_dataset", text],
         ["apply", plan, base, "out"],
         ["to-uniform", home / "pruned", "out"],

@@ -14,7 +14,7 @@ from ..errors import PrunerError
 from ..evaluation.perplexity import check_length
 from ..files import check_file
 from ..inputs import InputCheck
-from .arguments import RecoverArguments
+from .arguments import DEFAULT_OUTPUT, RecoverArguments
 from .prompts import prompt_template
 from .rows import check_rows
 from .run import LOG_FILE, check_output, find_checkpoint, load_plan
@@ -37,7 +37,8 @@ def check_recovery_inputs(arguments: RecoverArguments, check: InputCheck) -> Non
     if not arguments.no_instruction:
         with check.flag("prompt_template_name", arguments.prompt_template_name):
             prompt_template(arguments.prompt_template_name)
-    if not check.skips(arguments.output):
+    finds_a_free_folder = arguments.output == DEFAULT_OUTPUT and arguments.resume_from_checkpoint is None
+    if not check.skips(arguments.output) and not finds_a_free_folder:
         find_checkpoint(Path(arguments.output), arguments.resume_from_checkpoint)
     with check.flag("output", arguments.output):
         check_output(Path(arguments.output), model)
