@@ -67,6 +67,8 @@ def calibration_set(
         return self_written(model, tokenizer, samples, tokens, seed=seed if settings.seed is None else settings.seed)
     ids = calibration(settings.dataset, tokenizer, samples, tokens, seed=settings.seed, fewer=settings.fewer_samples)
     log.info("calibration: %d samples of %d tokens from %s", *ids.shape, settings.dataset)
+    if len(ids) < samples:
+        log.info("the calibration text gives %d samples of %d tokens, not %d", len(ids), tokens, samples)
     return ids
 
 
