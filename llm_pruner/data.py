@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -200,25 +200,39 @@ def self_written(
     Raises:
         PrunerError: the model cannot generate.
     """
-    if not continues_text(model):
-        raise PrunerError(f"{type(model).__name__} does not continue a text")
     start = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
     prompts = []
     for i in range(samples):
         opening = OPENINGS[i // 2 % len(OPENINGS)] if i % 2 or not start else ""
         prompts.append([*start, *tokenizer(opening, add_special_tokens=False)["input_ids"]][: tokens - 1])
     rows: dict[int, torch.Tensor] = {}
-    device = native_compute(model).device
     alike = [torch.tensor([i for i in range(samples) if len(prompts[i]) == n]) for n in sorted(set(map(len, prompts)))]
     batches = [places for group in alike for places in group.split(PROMPTS_PER_PASS)]
+    prompt_batches = [torch.tensor([prompts[i] for i in places]) for places in batches]
+    written = _continue_prompts(model, prompt_batches, tokens, seed)
+    for places, batch, continued in zip(batches, prompt_batches, written, strict=True):
+        rows |= zip(places.tolist(), torch.cat([batch[:, len(start) :], continued], dim=1)[:, :tokens], strict=True)
+    return torch.stack([rows[i] for i in range(samples)])
+
+
+def _continue_prompts(
+    model: PreTrainedModel, batches: Sequence[torch.Tensor], tokens: int, seed: int
+) -> list[torch.Tensor]:
+    """Let a model write ``tokens`` tokens after every prompt of every batch, at temperature 1; on the CPU.
+
+    Raises:
+        PrunerError: the model cannot generate.
+    """
+    if not continues_text(model):
+        raise PrunerError(f"{type(model).__name__} does not continue a text")
+    device = native_compute(model).device
     step = Step(WRITING, tokens * len(batches))
     with seeded(seed, device), computing(model), step:
-        clock = TokenClock(step.advance)
-        for places in batches:
-            batch = torch.tensor([prompts[i] for i in places], device=device)
-            written = generate(model, batch, new_tokens=tokens, exact=True, sampling=WHOLE_DISTRIBUTION, clock=clock)
-            rows |= zip(places.tolist(), torch.cat([batch[:, len(start) :], written], dim=1)[:, :tokens].cpu())
-    return torch.stack([rows[i] for i in range(samples)])
+        sampling, clock = WHOLE_DISTRIBUTION, TokenClock(step.advance)
+        return [
+            generate(model, batch.to(device), new_tokens=tokens, exact=True, sampling=sampling, clock=clock).cpu()
+            for batch in batches
+        ]
 
 
 def continues_text(model: PreTrainedModel) -> bool:
@@ -240,20 +254,10 @@ def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, se
     Raises:
         PrunerError: the model cannot generate.
     """
-    if not continues_text(model):
-        raise PrunerError(f"{type(model).__name__} does not continue a text")
     tokens = ids.shape[1]
     prompt_tokens = max(1, min(tokens // 4, (context_length(model) or 2**31) - tokens))
-    prompts = ids.repeat(-(-samples // len(ids)), 1)[:samples, -prompt_tokens:].to(native_compute(model).device)
-    batches = prompts.split(PROMPTS_PER_PASS)
-    step = Step(WRITING, tokens * len(batches))
-    with seeded(seed, prompts.device), computing(model), step:
-        sampling, clock = WHOLE_DISTRIBUTION, TokenClock(step.advance)
-        rows = [
-            generate(model, batch, new_tokens=tokens, exact=True, sampling=sampling, clock=clock).cpu()
-            for batch in batches
-        ]
-    return torch.cat(rows)
+    prompts = ids.repeat(-(-samples // len(ids)), 1)[:samples, -prompt_tokens:]
+    return torch.cat(_continue_prompts(model, prompts.split(PROMPTS_PER_PASS), tokens, seed))
 
 
 def _take(rests: list[list[int]], i: int, rows: list[list[int]], tokens: int, rng: random.Random | None) -> None:
