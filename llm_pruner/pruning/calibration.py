@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..choices import GENERAL, SELF
-from ..data import HUB, calibration, continues_text, documents, self_written
+from ..data import HUB, calibration, documents, self_calibration, self_written
 from ..errors import PrunerError
 from ..logs import log
 from ..models.running import context_length
@@ -31,8 +31,8 @@ def available_text(settings: CalibrationSettings, model: PreTrainedModel, offloa
     if dataset in HUB and not _is_reachable(dataset):
         log.info("calibration text: %s cannot be reached; the model writes its own instead", dataset)
         dataset = SELF
-    if dataset == SELF and (offload or not continues_text(model)):
-        log.info("calibration text: the embedded text %s, since %s", GENERAL, _why_not(model, offload))
+    if dataset == SELF and (reason := _why_not_self(model, offload)):
+        log.info("calibration text: the embedded text %s, since %s", GENERAL, reason)
         dataset = GENERAL
     return replace(settings, dataset=dataset, replaceable=False)
 
@@ -45,8 +45,15 @@ def _is_reachable(dataset: str) -> bool:
     return True
 
 
-def _why_not(model: PreTrainedModel, offload: bool) -> str:
-    return "an offloaded model writes too slowly" if offload else f"{type(model).__name__} does not continue a text"
+def _why_not_self(model: PreTrainedModel, offload: bool) -> str:
+    """Return why a model cannot write its calibration text, "" if two tokens on trial show that it can."""
+    if offload:
+        return "an offloaded model writes too slowly"
+    try:
+        self_calibration(model, torch.zeros(1, 2, dtype=torch.long), samples=1)
+    except PrunerError as error:
+        return str(error)
+    return ""
 
 
 def calibration_set(
