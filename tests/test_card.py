@@ -84,5 +84,5 @@ def test_pushing_fails_in_one_line_and_keeps_the_folder(tmp_path, capsys):
     with pytest.raises(PrunerError, match=r"cannot push to not a name .*the checkpoint is in"):
         lp.save(pruned, None, tmp_path / "a", plan, push_to_hub="not a name")
     assert (tmp_path / "a" / "config.json").is_file()
-    assert main(["prune", "--push_to_hub", "me/x"]) == 2
-    assert "--push_to_hub needs --save_model" in capsys.readouterr().err
+    assert main(["prune", "--push_to_hub", "me/x", "--no_save"]) == 2
+    assert "--push_to_hub and --no_save" in capsys.readouterr().err

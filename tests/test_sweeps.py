@@ -143,7 +143,7 @@ def test_a_run_that_fails_stops_no_other(sweep, capsys, monkeypatch):
     (sweep.parent / "failing_criterion.py").write_text(
         "from llm_pruner import PrunerError\n\n\ndef fail(request):\n    raise PrunerError('nothing to score by')\n"
     )
-    monkeypatch.syspath_prepend(sweep.parent)
+    monkeypatch.chdir(sweep.parent)
     sweep.write_text(sweep.read_text().replace("[taylor, random]", "['failing_criterion:fail', random]"))
     assert main(["run", str(sweep)]) == 2
     error = capsys.readouterr().err
