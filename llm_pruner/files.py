@@ -159,6 +159,16 @@ def folder_for_run(
     return place_for_run(Path(folder), obstacle, flag="output", named=named)
 
 
+def file_for_run(file: str | Path, arguments: Mapping[str, Any]) -> Path:
+    """Return the JSON file that a run may write: :func:`folder_for_run` for a record that is a file of its own."""
+
+    def obstacle(place: Path) -> str:
+        free = not place.exists() or same_arguments(_recorded_arguments(place), arguments)
+        return "" if free else "something else"
+
+    return place_for_run(Path(file), obstacle, flag="output", named=True)
+
+
 def same_arguments(recorded: Any, arguments: Mapping[str, Any]) -> bool:
     """Return True if two runs were asked for the same; where they are written does not count.
 

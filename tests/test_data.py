@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from llm_pruner.data import OPENINGS, calibration, documents, self_calibration, self_written, text
 from llm_pruner.errors import PrunerError
 from llm_pruner.evaluation.perplexity import perplexity
-from llm_pruner.pruning.calibration import available_text, warn_of_shared_texts
+from llm_pruner.pruning.calibration import available_text
 from llm_pruner.pruning.settings import CalibrationSettings
 
 
@@ -205,10 +205,3 @@ def unreachable(*args, **kwargs):
 def test_a_text_that_the_user_named_is_never_replaced():
     named = settings(dataset="self", replaceable=False)
     assert available_text(named, tiny_model("t5:seq2seq")) == named
-
-
-def test_measuring_on_the_source_of_the_calibration_text_is_told(caplog):
-    with caplog.at_level("INFO", "llm_pruner"):
-        warn_of_shared_texts("c4", ["wikitext2", "c4"])
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "perplexity on c4 flatters the pruned model" in caplog.text

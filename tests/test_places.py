@@ -7,6 +7,8 @@ import pytest
 import llm_pruner as lp
 from llm_pruner.cli import main, run_command
 from llm_pruner.commands import SCRIPTS
+from llm_pruner.evaluation.arguments import PerplexityArguments
+from llm_pruner.evaluation.run import run_perplexity
 
 METHOD = ["--pruner_type", "l2", "--compensate", "none", "--eval_datasets", "", "--device", "cpu"]
 
@@ -108,6 +110,16 @@ def test_evaluations_and_reports_are_not_replaced(home, home_text, here, capsys)
     assert main(["report", "more", "--output", str(here / "report.html")]) == 2
     assert "report.html holds a report of other runs" in capsys.readouterr().err
     assert (here / "report.html").read_bytes() == page
+
+
+def test_a_record_of_perplexity_is_not_replaced(home, home_text, here):
+    measure = {"model": str(home / "base"), "dataset": str(home_text), "seq_len": 16, "output": "one.json"}
+    for _ in range(2):
+        run_perplexity(PerplexityArguments(**measure, max_windows=2))
+    record = (here / "one.json").read_bytes()
+    with pytest.raises(lp.PrunerError, match=r"one\.json holds something else, which this run would replace"):
+        run_perplexity(PerplexityArguments(**measure, max_windows=3))
+    assert (here / "one.json").read_bytes() == record
 
 
 def test_a_default_recovery_is_not_replaced(home, here, capsys):

@@ -118,7 +118,9 @@ REFUSED = [
     ("evaluate/perplexity.py --model {home}/base --dataset nothing.txt", "--dataset nothing.txt: no data set"),
     ("evaluate/perplexity.py --model {home}/base --output {tmp}", "--output {tmp}: cannot write"),
     # tasks
-    (EVALUATE + "--tasks piqua --include_path {tmp}/tasks", "lm-eval has no task 'piqua'"),
+    pytest.param(
+        (EVALUATE + "--tasks piqua --include_path {tmp}/tasks", "lm-eval has no task 'piqua'"), marks=pytest.mark.slow
+    ),
     (EVALUATE + "--tasks piqa --include_path nowhere", "--include_path nowhere is not a folder"),
     (EVALUATE + "--tasks piqa --include_path {tmp}/tasks", "--tasks piqa: the data of piqa cannot be had"),
 ]

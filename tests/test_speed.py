@@ -1,5 +1,6 @@
 """Speed and latency: they follow the model's size, and decoding is timed by itself."""
 
+import threading
 import time
 
 import pytest
@@ -51,11 +52,22 @@ def test_peak_memory_is_that_of_the_measurement(monkeypatch):
     model, size = build("llama"), 256 * 2**20
     forward = model.forward
 
+    sampled, samples, resident = threading.Condition(), [], PeakMemory._resident
+
+    def noted(memory):
+        with sampled:
+            samples.append(resident(memory))
+            sampled.notify_all()
+        return samples[-1]
+
     def hungry(*args, **kwargs):
         block = torch.ones(size // 4)
-        sums = [block.sum() for _ in range(5)]  # long enough to be sampled on a busy machine
-        return forward(*args, **kwargs) if all(sums) else None
+        with sampled:  # until both have seen the block, however busy the machine is
+            samples.clear()
+            sampled.wait_for(lambda: len(samples) >= 8)
+        return forward(*args, **kwargs) if block.numel() else None
 
+    monkeypatch.setattr(PeakMemory, "_resident", noted)
     monkeypatch.setattr(model, "forward", hungry)
     with PeakMemory() as outer:
         peak = speed(model, 8, new_tokens=2).peak_bytes

@@ -11,12 +11,14 @@ from rich.console import Console
 from ..checkpoint.load import load_with_tokenizer
 from ..checkpoint.locate import locate
 from ..data import text
-from ..files import folder_for_run, strict_json, write_text
+from ..files import file_for_run, folder_for_run, strict_json, write_text
+from ..logs import logging_to
 from ..models.dispatch import resolve_device
 from ..provenance import provenance
 from .arguments import EvaluateArguments, PerplexityArguments
 from .evaluate import PROMPTS, Evaluation, Measurements, evaluate_models
 from .perplexity import perplexity, windows
+from .shared_texts import warn_for_models
 from .table import Table, as_json, table, terminal_table
 from .zero_shot import PAPER_TASKS
 
@@ -33,6 +35,7 @@ def measure(args: EvaluateArguments) -> list[Evaluation]:
     device = resolve_device(args.device, "--device")
     for model in args.model:
         locate(model)
+    warn_for_models(args.model, args.datasets)
 
     def load_model(name: str) -> Any:
         return load_with_tokenizer(name, args.dtype, device, args.trust_remote_code, verify=args.verify)
@@ -73,7 +76,8 @@ def run_evaluate(args: EvaluateArguments) -> None:
     args.check()
     if args.output:
         folder_for_run(args.output, EVALUATION_FILE, asdict(args), named=True, beside_models=True)
-    evaluations = measure(args)
+    with logging_to(None):
+        evaluations = measure(args)
     combined = table(evaluations)
     console = Console()
     console.print(terminal_table(combined.cells()))
@@ -86,6 +90,10 @@ def run_evaluate(args: EvaluateArguments) -> None:
 def run_perplexity(args: PerplexityArguments) -> None:
     """Run ``evaluate/perplexity.py``: print the perplexity, and write it to ``--output``."""
     args.check()
+    if args.output:
+        file_for_run(args.output, asdict(args))
+    with logging_to(None):
+        warn_for_models([args.model], [args.dataset])
     content = text(args.dataset, "test")
     device = resolve_device(args.device, "--device")
     model, tokenizer = load_with_tokenizer(args.model, args.dtype, device, args.trust_remote_code, verify=args.verify)
@@ -100,7 +108,7 @@ def run_perplexity(args: PerplexityArguments) -> None:
         model_name=args.model,
         text_name=args.dataset,
     )
-    record = {"model": args.model, "dataset": args.dataset, **asdict(result)}
+    record = {"model": args.model, "dataset": args.dataset, **asdict(result), "arguments": asdict(args)}
     print(f"{args.model} on {args.dataset}: perplexity {result.perplexity:.4f} ({result.tokens} tokens)")
     if args.output:
         write_text(Path(args.output), strict_json(record))

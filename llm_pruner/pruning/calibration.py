@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -77,13 +76,3 @@ def calibration_set(
     if len(ids) < samples:
         log.info("the calibration text gives %d samples of %d tokens, not %d", len(ids), tokens, samples)
     return ids
-
-
-def warn_of_shared_texts(calibrated_on: str, measured_on: Iterable[str]) -> None:
-    """Warn where a model is measured on the source of its calibration text, which flatters it."""
-    for text in measured_on:
-        if text == calibrated_on:
-            log.warning(
-                "perplexity on %s flatters the pruned model, calibrated on the same source: measure on another text",
-                text,
-            )

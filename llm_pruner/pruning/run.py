@@ -28,6 +28,7 @@ from ..checkpoint.stored import weights_in
 from ..choices import DEFAULT_MODEL
 from ..errors import PrunerError
 from ..evaluation.latency import latency
+from ..evaluation.shared_texts import CALIBRATED_ON, warn_of_shared_texts
 from ..files import complete_folder, folder_for_run, same_folder, strict_json
 from ..flags import check_combinations
 from ..importance.scores import SCORES_FILE, Scores
@@ -41,7 +42,7 @@ from ..surgery.apply import in_memory
 from ..surgery.equivalence import verify
 from ..version import __version__
 from .arguments import REQUIRES_SAVING, PruneArguments
-from .calibration import available_text, calibration_set, warn_of_shared_texts
+from .calibration import available_text, calibration_set
 from .context import Planning, Progress, Stopwatch
 from .evaluation import evaluate_model, evaluation_windows
 from .mending import mend
@@ -167,7 +168,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     calibrates = needs_calibration(settings) or settings.refit.compensation != "none"
     if calibrates:
         settings = replace(settings, calibration=available_text(settings.calibration, model, settings.model.offload))
-        warn_of_shared_texts(settings.calibration.dataset, settings.evaluation.datasets)
+        warn_of_shared_texts([settings.calibration.dataset], settings.evaluation.datasets)
     windows = evaluation_windows(settings.evaluation, model, tokenizer)
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
     metrics["before"] = evaluate_model(settings, model, tokenizer, windows, when="before pruning", clock=clock)
@@ -180,7 +181,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     planning = Planning(settings=settings, ids=ids, clock=clock, place=place)
     planned = make_plan(planning, model)
     if calibrates:
-        planned.plan.settings["calibration"] = settings.calibration.dataset
+        planned.plan.settings[CALIBRATED_ON] = settings.calibration.dataset
     for line in planned.plan.summary().splitlines():
         log.info("%s", line)
     metrics |= _check_equivalence(planning, model, planned)

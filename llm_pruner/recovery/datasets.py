@@ -32,7 +32,7 @@ def training_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, form: 
     """
     import datasets
 
-    parts = [_tokenize_source(source, data, tokenizer, form) for source in _reachable_sources(data)]
+    parts = [_tokenize_source(source, data, tokenizer, form) for source in data.sources]
     if data.streaming:
         stream = datasets.interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
         size = 100 if data.validation_size is None else data.validation_size
@@ -51,7 +51,8 @@ def training_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, form: 
     return split["train"], split["test"]
 
 
-def _reachable_sources(data: DataSettings) -> tuple[str, ...]:
+def reachable_sources(data: DataSettings) -> tuple[str, ...]:
+    """Return the data sets to train on: by default Alpaca, or the embedded texts where the hub cannot be reached."""
     if data.sources:
         return data.sources
     try:

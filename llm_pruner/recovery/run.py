@@ -22,6 +22,7 @@ from ..checkpoint.locate import PLAN_FILE, identity, is_adapter, locate
 from ..checkpoint.next_steps import log_next_steps
 from ..errors import PrunerError
 from ..evaluation.perplexity import check_length
+from ..evaluation.shared_texts import TRAINED_ON, sources_of, warn_of_shared_texts
 from ..files import MODEL_CONFIGS, digest, file_lock, folder_for_run, same_folder
 from ..logs import log, logging_to
 from ..models.skeleton import parameter_count
@@ -31,7 +32,7 @@ from ..version import __version__
 from .adapters import make_trainable
 from .arguments import DEFAULT_OUTPUT, RecoverArguments
 from .callbacks import CurveWriter, TrainingProgress
-from .datasets import WINDOW, padding_collator, predicted_tokens, training_data, validation_windows
+from .datasets import WINDOW, padding_collator, predicted_tokens, reachable_sources, training_data, validation_windows
 from .distill import DistillationCollator, Teacher, cache_teacher
 from .saving import METRICS_FILE, TEMPORARY, save_recovered
 from .settings import ModelSettings, OutputSettings, RecoverySettings, TeacherSettings, resolve_settings
@@ -104,7 +105,10 @@ def _run(settings: RecoverySettings, plan: PruningPlan, flags: dict[str, Any]) -
     checkpoint = _resumed_checkpoint(settings.output)
     model, tokenizer = _load_model(settings.model)
     form = _example_format(settings, model)
+    settings = replace(settings, data=replace(settings.data, sources=reachable_sources(settings.data)))
     train, validation = training_data(settings.data, tokenizer, form)
+    plan.settings[TRAINED_ON] = sorted({*plan.settings.get(TRAINED_ON, ()), *settings.data.sources})
+    warn_of_shared_texts(sources_of(plan), settings.data.validation_texts, settings.model.name)
     collate = DistillationCollator(padding_collator(tokenizer, model))
     teacher = None
     if settings.teacher is not None:
@@ -300,7 +304,11 @@ def _prepare_teacher(
 
     assert teacher.model is not None
     form = _example_format(settings, model)
-    key: list[Any] = [fingerprint(settings.data.name, tokenizer, form), _content_hash(train), identity(name)]
+    key: list[Any] = [
+        fingerprint(",".join(settings.data.sources), tokenizer, form),
+        _content_hash(train),
+        identity(name),
+    ]
     key += [settings.teacher.top, settings.teacher.temperature]
     file = settings.teacher.cache / f"{digest(key)}.arrow"
     with PartialState().main_process_first():

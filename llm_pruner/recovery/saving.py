@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.config import load_config
+from ..checkpoint.locate import PLAN_FILE
 from ..checkpoint.save import write_checkpoint
 from ..files import MODEL_CONFIGS, complete_folder, strict_json, sync_folder
 from ..selection.plan import PruningPlan
@@ -41,7 +43,7 @@ def save_recovered(
         if settings.adapter is None:
             write_checkpoint(student.to(dtype), tokenizer, temporary, plan, cut=True)
         else:
-            _write_adapter(student, tokenizer, temporary)
+            _write_adapter(student, tokenizer, plan, temporary)
         (temporary / METRICS_FILE).write_text(strict_json(record), encoding="utf-8")
         sync_folder(temporary)
         _move_files(temporary, folder)
@@ -51,11 +53,12 @@ def save_recovered(
             write_checkpoint(merged.to(dtype), tokenizer, temporary, plan, cut=True)
 
 
-def _write_adapter(student: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _write_adapter(student: Any, tokenizer: PreTrainedTokenizerBase, plan: PruningPlan, folder: Path) -> None:
     student.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's, an empty form
     _sort_targets(folder / "adapter_config.json")
     tokenizer.save_pretrained(folder)
+    replace(plan, weights={}).save(folder / PLAN_FILE)  # what the model under the adapter is
 
 
 def _sort_targets(file: Path) -> None:

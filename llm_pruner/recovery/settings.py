@@ -17,7 +17,7 @@ from ..checkpoint.locate import folder_of
 from ..choices import Dtype
 from ..errors import PrunerError
 from ..models.dispatch import resolve_device
-from .arguments import ADAPTER_METHODS, DEFAULT_DATA, RecoverArguments
+from .arguments import ADAPTER_METHODS, RecoverArguments
 from .tokenize import ExampleFormat
 
 
@@ -61,7 +61,7 @@ class DataSettings:
     """Data to train and validate on.
 
     Attributes:
-        sources: data sets; empty for the default one, or the embedded text where the hub cannot be reached.
+        sources: data sets; empty for what :func:`~.datasets.reachable_sources` gives.
         form: how rows become examples; whether for an encoder-decoder, the model decides.
         validation_size: examples held out; None for the default.
         validation_texts: texts to validate on as well.
@@ -79,10 +79,6 @@ class DataSettings:
     seed: int = 42
     streaming: bool = False
     cache: bool = False
-
-    @property
-    def name(self) -> str:
-        return ",".join(self.sources) or DEFAULT_DATA
 
 
 @dataclass(frozen=True, kw_only=True)

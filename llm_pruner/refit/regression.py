@@ -46,7 +46,11 @@ class RegressionSums:
         """Return the change of the weight that minimises the penalised error, ``[inputs, hidden]``."""
         power = self.inputs.diagonal()
         prior = power.clamp_min(power.mean().item() * 1e-3 + 1e-20)
-        return torch.linalg.solve(self.inputs + torch.diag(ridge * prior), self.cross)
+        penalized = self.inputs + torch.diag(ridge * prior)
+        factor, failed = torch.linalg.cholesky_ex(penalized)
+        if failed.any():  # not positive definite, as rounded
+            return torch.linalg.solve(penalized, self.cross)
+        return torch.cholesky_solve(self.cross, factor)
 
     def gain(self, change: torch.Tensor) -> float:
         """Return how much of the squared error a change of the weight removes."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..models.blockwise import computing, native_compute, standing_in
@@ -38,9 +37,10 @@ def scale_logits(model: PreTrainedModel, pruned: PreTrainedModel, ids: torch.Ten
             expected, present = (
                 m(**model_inputs(m, row), use_cache=False).logits[0, :-1].float() for m in (model, pruned)
             )
-            expected = expected.softmax(-1)
+            # The cross-entropy against p of logits f z is log sum exp(f z) - f <p, z>.
+            agreement = (expected.softmax(-1) * present).sum().double().cpu()
             for i, factor in enumerate(TEMPERATURES):
-                losses[i] += cross_entropy(present * factor, expected, reduction="sum").double().cpu()
+                losses[i] += (present * factor).logsumexp(-1).sum().double().cpu() - factor * agreement
     best = TEMPERATURES[int(losses.argmin())]
     for weight in weights:
         weight.mul_(best)
