@@ -1,10 +1,10 @@
-"""Which text to calibrate on: perplexity after `llm-pruner prune` by calibration text, without any training.
+"""Compare calibration texts: perplexity after `llm-pruner prune`, without any training.
 
     python benchmarks/calibration.py --models smollm2-135m --c4 c4.jsonl --wikitext2 wikitext2_test.txt
 
 Every text is used as the command uses it: for scores, and for the refit besides as many samples that the model writes
 itself. The models are measured on WikiText-2 and on the last third of the C4
-documents, in at most 256 windows of 128 tokens; the first two thirds are the calibration text `c4`.
+documents, in windows of 128 tokens; the first two thirds are the calibration text `c4`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["smollm2-135m"])
     parser.add_argument("--texts", nargs="+", default=list(TEXTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
+    parser.add_argument("--num_examples", type=int, default=128, help="samples of the text, and as many self-written")
+    parser.add_argument("--max_windows", type=int, default=256)
     parser.add_argument("--target_params", default="0.786")
     parser.add_argument("--c4", required=True, help="file of documents")
     parser.add_argument("--wikitext2", required=True, help="file of text")
@@ -50,13 +52,15 @@ def main() -> None:
                 for seed in options.seeds:
                     row = {"model": model, "text": text, "seed": seed}
                     flags = {"calib_dataset": c4["calibration"] if text == "c4" else text, "seed": seed}
+                    samples = {"num_examples": options.num_examples, "self_examples": options.num_examples}
                     run = lp.prune(
                         model,
                         target_params=options.target_params,
                         eval_datasets=list(measured.values()),
-                        max_windows=256,
+                        max_windows=options.max_windows,
                         progress=lambda *_: None,
                         **flags,
+                        **samples,
                     )
                     for name, file in measured.items():
                         row[f"{name} before"] = round(run.metrics["before"]["perplexity"][file]["perplexity"], 2)

@@ -1,4 +1,4 @@
-"""What each choice of method is worth on the embedded model, without any training: the table of docs/choosing.md.
+"""Compare choices of method on the embedded model, without any training: the table of docs/choosing.md.
 
     python benchmarks/choosing.py --calibration C4.jsonl --evaluation wikitext2_test.txt [--device cuda]
 

@@ -1,4 +1,4 @@
-"""What measuring costs: perplexity beside bare batched forward passes, and a report of 50 runs.
+"""Cost of measuring: perplexity against bare batched forward passes, and a report of 50 runs.
 
 python benchmarks/evaluation.py --output results/evaluation.json
 """

@@ -1,4 +1,4 @@
-"""What each method of recovery reaches in equal time, and what a step costs beside a bare peft and Trainer loop.
+"""Compare methods of recovery in equal time, and the cost of a step with a bare loop of peft and Trainer.
 
     python benchmarks/recovery.py --pruned FOLDER --data alpaca.json,c4.jsonl --evaluation wikitext2_test.txt \
         --minutes 20 [--methods lora,full,distill] [--output results/recovery.json]

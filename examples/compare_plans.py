@@ -1,4 +1,4 @@
-"""How much two criteria agree: the share of neurons that both keep, layer by layer."""
+"""Compare two criteria: the share of neurons that both keep, layer by layer."""
 
 import llm_pruner as lp
 from llm_pruner.data import calibration

@@ -18,7 +18,7 @@ from .inputs import InputCheck
 
 @dataclass(frozen=True, kw_only=True)
 class Chaining:
-    """How a command becomes a stage of a recipe.
+    """Description of a command as a stage of a recipe.
 
     Attributes:
         reads: flag that names the model to read, None for a command that reads none.

@@ -30,7 +30,7 @@ from .progress import Step
 
 @dataclass(frozen=True)
 class HubText:
-    """Where a data set is on the hub. All are plain files there: none needs a loading script."""
+    """Location of a data set on the hub; all are plain files, without a loading script."""
 
     loader: str
     config: str | None

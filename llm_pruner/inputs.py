@@ -1,4 +1,4 @@
-"""How commands look at what their flags name before any work: models, texts, files and folders."""
+"""Checks of the models, texts, files and folders that flags name, before any work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .errors import PrunerError, Unavailable
 
 @dataclass(frozen=True, kw_only=True)
 class InputCheck:
-    """What a check of inputs may take for granted.
+    """Context of an input check.
 
     Attributes:
         written_later: folder that earlier stages of a recipe write; what it will hold is not looked for.

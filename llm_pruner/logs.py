@@ -1,4 +1,4 @@
-"""Where the log of a run goes."""
+"""Logs of runs: terminal and file."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Lines:
 
 @dataclass
 class Shown:
-    """How steps are shown within :func:`showing`, and the step that is."""
+    """Display of steps within :func:`showing`, and the step in progress."""
 
     display: type[Bar] | type[Lines] | None
     step: Step | None = None

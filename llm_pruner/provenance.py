@@ -1,4 +1,4 @@
-"""What made a result: command, versions, machine, seed."""
+"""Provenance of a result: command, versions, machine, seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to an architecture: ALiBi, two stacks, latent attention, remote code, half precision, meta."""
+"""Special cases of architectures: ALiBi, two stacks, latent attention, remote code, half precision, meta."""
 
 import json
 import shutil

@@ -95,7 +95,7 @@ def test_a_size_one_dim_is_the_empty_product():
 
 @given(st.lists(st.integers(2, 4), min_size=1, max_size=4), st.data())
 def test_labels_say_the_row_major_index_of_every_position(sizes, data):
-    """However a dim is refined, the label of a leaf at a position is that leaf's index there."""
+    """After any refinement of a dim, the label of a leaf at a position is that leaf's index there."""
     dim = tuple(atom for n in sizes for atom in fresh(n))
     grid = torch.arange(size_of(dim)).view(sizes)
     for axis, atom in enumerate(dim):

@@ -88,7 +88,7 @@ def test_batches_that_do_not_fit_are_made_smaller(monkeypatch):
 
 
 def test_perplexity_per_byte_has_one_definition(home):
-    """Of windows side by side and of windows that overlap: the loss of all predicted tokens over their bytes."""
+    """For adjacent and overlapping windows: the loss of all predicted tokens divided by their bytes."""
     model, tokenizer = lp.load(str(home / "base"))
     text = "for, while and if: the words of a language " * 20
     for seq_len, stride in ((16, None), (16, 15), (16, 4)):

@@ -1,4 +1,4 @@
-"""What goes wrong outside: processes killed, disks full, memory short, two at one folder. Nothing half stays."""
+"""Faults of the environment: killed processes, full disks, little memory, two writers. No half checkpoint stays."""
 
 import gc
 import hashlib
@@ -138,7 +138,7 @@ def large(home, tmp_path_factory):
 
 @pytest.mark.parametrize("more", [20, 60, 120, 180])
 def test_too_little_memory(more, forks, large, home, home_text, tmp_path):
-    """Wherever memory ends: a line that says so and what to do, or enough of it."""
+    """With any memory limit, the run finishes or ends in one line that says what to do."""
     argv = ["prune", "--base_model", large / "base", "--pruning_ratio", 0.5, "--num_examples", 16, "--save_model"]
     argv += ["--calib_dataset", home_text, "--eval_datasets", "", "--output_root", "out", "--compensate", "none"]
     case = Case([*argv, "--save_ckpt_log_name", "run", "--calib_seq_len", 64], ["out/run"])
@@ -224,7 +224,7 @@ HARMS = {
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "pruning_plan.json"])
 @pytest.mark.parametrize("harm", HARMS)
 def test_damaged_input(file, harm, home, tmp_path, capsys):
-    """What is read is damaged: one line, nothing written."""
+    """Damaged input is refused in one line, and nothing is written."""
     shutil.copytree(home / "pruned", tmp_path / "model")
     HARMS[harm](tmp_path / "model" / file)
     before = hashes(tmp_path / "model")

@@ -72,7 +72,7 @@ def harmed(draw, document, most=3):
 
 
 def refused_or_done(action):
-    """What a user may see of bad input."""
+    """Check the message for bad input."""
     try:
         action()
     except lp.PrunerError as error:
@@ -97,7 +97,7 @@ def tree(path: Path):
 @SOME
 @given(data=st.data())
 def test_plans(folder, home, tmp_path_factory, data):
-    """Whatever a plan says: it is read and carried out, or refused; nothing is written beside."""
+    """Any plan is read and applied, or refused; nothing else is written."""
     document = data.draw(harmed(json.loads((folder / "pruned/pruning_plan.json").read_text())))
     place = tmp_path_factory.mktemp("plan")
     (place / "plan.json").write_text(json.dumps(document))

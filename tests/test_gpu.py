@@ -1,4 +1,4 @@
-"""What a CUDA device adds: the same numbers, weights of 16 bits, models brought there block by block."""
+"""CUDA: the same numbers as on the CPU, 16-bit weights, models moved to the device block by block."""
 
 import pytest
 import torch

@@ -150,3 +150,17 @@ def test_rooms_export_nothing():
     packages = [name for name in TREES if name.endswith("/__init__.py") and name != "llm_pruner/__init__.py"]
     busy = [name for name in packages if len(TREES[name].body) > 1 and "rules" not in name]
     assert not busy
+
+
+def test_docstrings_say_what_is_done_first():
+    """Begin with an imperative verb or a noun phrase, not with a question word or a pronoun."""
+    files = [
+        file for folder in ("llm_pruner", "tests", "benchmarks", "examples") for file in (ROOT / folder).rglob("*.py")
+    ]
+    openings = ("What", "Whether", "How", "Where", "Which", "Whatever", "Of", "That", "It")
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [
+        (file, node) for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, documented)
+    ]
+    docstrings = [(file.relative_to(ROOT), ast.get_docstring(node) or "") for file, node in nodes]
+    assert not [(str(file), text.splitlines()[0]) for file, text in docstrings if text.split(" ", 1)[0] in openings]

@@ -73,7 +73,7 @@ def test_taylor_is_the_papers_formula(variant, aggregation):
 @pytest.mark.parametrize("kind", ["hidden", "vocabulary"])
 @pytest.mark.parametrize("variant", ["param_first", "param_second", "param_mix"])
 def test_units_of_the_whole_model_too(variant, kind):
-    """What lies outside the layers counts once, with whatever is scored beside it."""
+    """Parameters outside the layers are counted once, whichever units are scored with them."""
     model, ids = build("llama"), tokens(3, 10)
     graph = lp.trace(model)
     (unit,) = graph.of_kind(kind)
@@ -237,7 +237,7 @@ def test_unknown_names_list_the_known(bad):
 
 
 def inputs_of(model, module, ids):
-    """What a module reads, by a hook of its own: [tokens, features]."""
+    """Record the input of a module by a hook: [tokens, features]."""
     seen = []
     handle = model.get_submodule(module).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What importing the package changes in transformers, and for how long."""
+"""Changes that importing the package makes in transformers, and their lifetime."""
 
 import gc
 import subprocess

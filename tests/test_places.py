@@ -1,4 +1,4 @@
-"""Where runs are written: checkpoints kept by default, no run replaced by another."""
+"""Output folders: checkpoints are kept by default, no run replaces another."""
 
 import json
 

@@ -132,3 +132,17 @@ def test_experts_are_a_kind(home, tmp_path):
 def test_kinds_that_cannot_be_cut_are_refused(home, flags, message):
     with pytest.raises(lp.PrunerError, match=message):
         lp.prune(str(home / "base"), **QUICK, **flags)
+
+
+def test_a_call_refuses_its_inputs_before_the_model_is_read(home, monkeypatch):
+    def read_weights(*_: object, **__: object):
+        pytest.fail("weights were read")
+
+    monkeypatch.setattr("llm_pruner.checkpoint.load._read_model", read_weights)
+    for flags, words in (
+        ({"calib_dataset": "nothing.txt"}, "--calib_dataset nothing.txt"),
+        ({"eval_datasets": "nothing.txt"}, "--eval_datasets nothing.txt"),
+        ({"intermediate_size": 4096}, "4096"),
+    ):
+        with pytest.raises(lp.PrunerError, match=words):
+            lp.prune(str(home / "base"), **flags)

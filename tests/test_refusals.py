@@ -1,4 +1,4 @@
-"""What cannot work is refused before any work: one line, exit code 2, nothing written, no weight read."""
+"""Bad input is refused before any work: one line, exit code 2, nothing written, no weight read."""
 
 import json
 import os

@@ -212,7 +212,7 @@ def test_targets_that_cannot_be(target, message):
 
 
 def test_global_scores_are_per_parameter():
-    """Of two layers' neurons that score alike, those that free more parameters go first."""
+    """Among neurons of equal score, those that free more parameters are removed first."""
     model = build("llama")
     graph = lp.trace(model)
     one, two, *_ = graph.of_kind("neurons")

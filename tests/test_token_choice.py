@@ -91,7 +91,7 @@ def test_ways_to_choose(family):
 
 
 def closure(words, kept, counts, least):
-    """What is kept only because others are merged from it."""
+    """Return tokens that are kept only because others are merged from them."""
     out = set()
     for i in kept:
         if counts[i] >= least:

@@ -32,7 +32,7 @@ def test_tokens_keep_their_order_and_names(family):
 
 
 def test_every_token_is_still_reached(family):
-    """What the old tokenizer makes of a token's own text, the new one does, if all of it stayed."""
+    """The new tokenizer splits the text of a token as the old one did, if all pieces were kept."""
     old = Tokenizer.from_str(bare(family.words.document))
     new = Tokenizer.from_str(bare(Subwords(family.small).document))
     unreached = 0

@@ -92,7 +92,7 @@ def test_a_uniform_checkpoint_loads_without_us(home, tmp_path, capsys):
 
 
 def test_standalone_checkpoints_load_without_us(tmp_path):
-    """What the stranger saved again is as good, and so is what we read of it."""
+    """A checkpoint that stock transformers saved again still computes the same, and loads here."""
     expected, folders = {}, []
     for name in ("llama_grouped", "gpt2", "opt", "mixtral"):
         plan, pruned = pruned_by(build(name), layers=[1])

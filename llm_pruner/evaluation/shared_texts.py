@@ -32,7 +32,7 @@ def warn_of_shared_texts(sources: Iterable[str], measured_on: Iterable[str], mod
 
 
 def warn_for_models(models: Iterable[str], measured_on: Iterable[str]) -> None:
-    """The same for models in folders, as their plans tell."""
+    """Warn as :func:`warn_of_shared_texts` for every model whose folder holds a plan."""
     for model in models:
         file = Path(model) / PLAN_FILE
         if file.is_file():

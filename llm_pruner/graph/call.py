@@ -13,7 +13,7 @@ from .axes import Dim
 
 @dataclass
 class Traced:
-    """What the tracer knows of one tensor.
+    """State of one tensor during the trace.
 
     ``role`` is ``constant`` (depends on neither weights nor tokens), ``weight`` or ``activation``.
     ``index_of`` is set for integer tensors whose values are positions along a known dim.
@@ -26,7 +26,7 @@ class Traced:
 
 
 class Recorder(Protocol):
-    """What a rule needs of the tracer: what is known of a tensor, and a place to note what it becomes."""
+    """Interface of the tracer to rules: look up the state of a tensor, and record the state of an output."""
 
     def lookup(self, tensor: torch.Tensor) -> Traced: ...
 

@@ -1,4 +1,4 @@
-"""Runs a model once and follows its axes through every operator.
+"""Run a model once and follow its axes through every operator.
 
 Read :mod:`llm_pruner.graph.axes` first. The model runs eagerly, on the meta device, so no weight is read
 and a 70B model traces in the memory of its shapes. Each parameter dim starts as one fresh atom; the rules
@@ -31,11 +31,11 @@ TRACE_ROWS, TRACE_TOKENS = 2, 16  # long enough for every branch of a decoder to
 
 
 class TraceError(PrunerError):
-    """The model could not be run for tracing."""
+    """Error: the model could not be run for tracing."""
 
 
 class Tracer(TorchDispatchMode):
-    """Follows axes through the operators that run while it is active."""
+    """Dispatch mode that follows axes through the operators that run while it is active."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
 
 
 @contextmanager
-def _quiet(model: nn.Module, tracer: Tracer) -> Iterator[None]:
+def _prepare(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Prepare a model for tracing, and restore it afterwards."""
     with ExitStack() as stack:
         stack.callback(_snapshot(model))
@@ -215,14 +215,14 @@ def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
     Raises :class:`TraceError` when neither works.
     """
     try:
-        return _run(model, torch.device("meta"))
+        return _trace_on(model, torch.device("meta"))
     except TraceError as on_meta:
         if any(tensor.device.type == "meta" for tensor in stored_tensors(model).values()):
             raise TraceError(f"{on_meta}; a model with its weights may do better") from on_meta
-        return _run(model, next(iter(stored_tensors(model).values())).device)
+        return _trace_on(model, next(iter(stored_tensors(model).values())).device)
 
 
-def _run(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str, list[Dim]]]:
+def _trace_on(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str, list[Dim]]]:
     tracer = Tracer(device)
     named = stored_tensors(model)
     state: dict[str, torch.Tensor] = {}
@@ -252,7 +252,7 @@ def _run(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str, list
         tracer.record(Traced(inputs[name], [fresh(n) for n in ids.shape], "activation", vocabulary))
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
-        with _quiet(model, tracer), tracer:
+        with _prepare(model, tracer), tracer:
             output = torch.func.functional_call(model, state, args=(), kwargs={**inputs, **extra}, tie_weights=False)
     except TraceError:
         raise

@@ -34,7 +34,7 @@ def _ignore(name: str, weight: torch.Tensor) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientVisitor:
-    """Where gradients go, as they come.
+    """Receiver of gradients, called as soon as each is computed.
 
     Attributes:
         visit: called with the name, weight and gradient of a parameter, in fp32.
@@ -93,7 +93,7 @@ def visit_gradients(
 
 @dataclass
 class _Call:
-    """What a block was called with, and its outputs as leaves of the graph that follows."""
+    """Arguments of a block, and its outputs as leaves of the autograd graph behind it."""
 
     path: str
     args: Any

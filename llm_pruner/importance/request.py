@@ -1,4 +1,4 @@
-"""What a criterion is given and what it returns."""
+"""Input and output of criteria."""
 
 from __future__ import annotations
 

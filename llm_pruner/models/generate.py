@@ -23,7 +23,7 @@ from .running import evaluating
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to draw the next token; the defaults draw from the model's whole distribution.
+    """Settings of sampling; the defaults sample from the model's full distribution.
 
     Attributes:
         temperature: divides the logits.

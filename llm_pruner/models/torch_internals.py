@@ -1,4 +1,4 @@
-"""What the package uses of torch that is not public, in one place; checked on torch 2.13."""
+"""Private parts of torch that the package uses, in one place; checked on torch 2.13."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the steps of a pruning run share: settings, calibration set, clock."""
+"""State shared by the steps of a pruning run: settings, calibration set, clock."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Planning:
-    """What a plan is made from.
+    """Inputs of planning.
 
     Attributes:
         ids: calibration set, LongTensor ``[samples, tokens]``, None where the settings need none.

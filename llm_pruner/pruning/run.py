@@ -32,6 +32,7 @@ from ..evaluation.shared_texts import CALIBRATED_ON, warn_of_shared_texts
 from ..files import complete_folder, folder_for_run, same_folder, strict_json
 from ..flags import check_combinations
 from ..importance.scores import SCORES_FILE, Scores
+from ..inputs import InputCheck
 from ..logs import log, logging_to
 from ..models.skeleton import parameter_count
 from ..peak_memory import PeakMemory
@@ -43,6 +44,7 @@ from ..surgery.equivalence import verify
 from ..version import __version__
 from .arguments import REQUIRES_SAVING, PruneArguments
 from .calibration import available_text, calibration_set
+from .checking import check_prune_inputs
 from .context import Planning, Progress, Stopwatch
 from .evaluation import evaluate_model, evaluation_windows
 from .mending import mend
@@ -92,6 +94,7 @@ def prune(model: str = DEFAULT_MODEL, *, progress: Progress | None = None, **fla
     """
     arguments = PruneArguments.of(model=model, **flags)
     check_combinations(arguments, (), REQUIRES_SAVING)
+    check_prune_inputs(arguments, InputCheck())
     settings, recorded = resolve_settings(arguments), filled_arguments(arguments)
     with without_bars() if progress else showing():
         if arguments.output is not None or arguments.save_model:

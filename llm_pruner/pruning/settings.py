@@ -36,7 +36,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringSettings:
-    """How units are scored (:func:`llm_pruner.score`)."""
+    """Settings of scoring (:func:`llm_pruner.score`)."""
 
     criterion: str
     taylor: str
@@ -93,7 +93,7 @@ class LayerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class WidthSettings:
-    """Which widths go, and how they are chosen (:func:`llm_pruner.select`).
+    """Settings of width pruning: units, amount and ranking (:func:`llm_pruner.select`).
 
     Attributes:
         kinds: kinds of units; empty: the preset's.
@@ -118,7 +118,7 @@ class WidthSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetSettings:
-    """What the pruned model may cost: ``kind`` is a flag of ``--target_*``."""
+    """Budget of the pruned model; ``kind`` is the name of a ``--target_*`` flag."""
 
     kind: str
     target: str
@@ -128,7 +128,7 @@ class BudgetSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RefitSettings:
-    """What is mended after pruning.
+    """Settings of the refit after pruning.
 
     Attributes:
         compensation: method, or ``none``.
@@ -147,7 +147,7 @@ class RefitSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """What is measured before and after pruning."""
+    """Measurements before and after pruning."""
 
     datasets: tuple[str, ...] = ()
     tokens: int = 128
@@ -161,7 +161,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """Where a run is written, and whether its checkpoint is; ``named``: the user named the folder."""
+    """Output of a run: folder, and whether to save a checkpoint; ``named``: the user named the folder."""
 
     folder: Path
     named: bool = False

@@ -85,7 +85,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What of a stage's arguments decides which shapes it leaves: equal changes of a model leave equal shapes.
+    """Arguments of a stage that decide the shapes of its result: equal changes of a model give equal shapes.
 
     Attributes:
         decisive: settings of ``prune``, ``--keep`` of ``vocab``, the plan of ``apply``; None for ``to-uniform``.
@@ -159,7 +159,7 @@ def predict_stages(recipe: Recipe, steps: Sequence[Step]) -> list[list[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class PointRow:
-    """What the points of a sweep leave that differ in seeds alone.
+    """Predicted result of the points of a sweep that differ only in their seeds.
 
     Attributes:
         values: varied arguments, without seeds.

@@ -1,4 +1,4 @@
-"""Where the runs of a sweep take place: processes of this machine, or jobs of a cluster.
+"""Executors of sweeps: processes of this machine, or jobs of a cluster.
 
 An executor only starts workers and waits for them. A worker takes points that no other worker holds until none is left.
 The output folder alone says what is done and by whom, so any number of workers on any machines share it.
@@ -29,7 +29,7 @@ MAX_JOBS = 256  # of a Slurm array, unless the recipe says otherwise
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What an executor starts.
+    """Processes or jobs that an executor starts.
 
     Attributes:
         command: command line of a worker.

@@ -36,7 +36,7 @@ KILLED = "the process was killed, perhaps for lack of memory"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How the points of a sweep ended.
+    """Outcome of the points of a sweep.
 
     Attributes:
         rows: results of finished points.

@@ -57,7 +57,7 @@ class Sweep(Section):
 
 
 class Executor(Section):
-    """Where the runs of a sweep take place; None stands for the executor's default.
+    """Executor of a sweep and its resources; None stands for the executor's default.
 
     Attributes:
         jobs: jobs at a time.

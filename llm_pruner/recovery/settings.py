@@ -131,7 +131,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """Where a run is written, and how often.
+    """Output of a run: folder, checkpoints, intervals.
 
     Attributes:
         merge: also write the model with the adapter merged into it.

@@ -28,7 +28,7 @@ IGNORED = -100  # label of tokens that are not learnt; the losses of torch and t
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleFormat:
-    """How rows become examples.
+    """Format of training examples.
 
     Attributes:
         cutoff_len: tokens of an example at most, and of a packed window exactly.

@@ -1,4 +1,4 @@
-"""Which indices go: the least important of each unit, or of all units of a kind together."""
+"""Ranking: find the least important indices of each unit, or of all units of a kind together."""
 
 from __future__ import annotations
 

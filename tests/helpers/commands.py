@@ -114,7 +114,7 @@ stages:
 
 
 def digest(folder: Path, pattern: str) -> str | None:
-    """Of the weights, configs and tokenizer of a folder; None where there is none. A half one fails an assertion."""
+    """Hash the weights, configs and tokenizer of a folder, None if absent; assert that the checkpoint is whole."""
     found = list(folder.glob(pattern))
     assert len(found) <= 1, found
     if not found or not any(found[0].glob("*config.json")):
@@ -145,7 +145,7 @@ def without_places(content):
 
 
 def rubbish(folder: Path) -> list[str]:
-    """What only a killed process would leave."""
+    """Return files that only a killed process leaves behind."""
     signs = (".tmp", ".old", ".lock")
     found = [p for p in folder.rglob(".*") if p.name.endswith(signs) or p.name.startswith((".partial-", ".final-"))]
     return sorted(str(p.relative_to(folder)) for p in found)

@@ -1,4 +1,4 @@
-"""What works on a model: both oracles, live, reloaded and generating with its cache, for every kind of unit.
+"""Survey of a model: both oracles, live, reloaded and generating with its cache, for every kind of unit.
 
 ``python tests/survey.py`` asks this of every architecture that transformers registers and writes
 ``docs/supported-models.md``; ``tests/test_registry.py`` asks the same as a test.

@@ -1,4 +1,6 @@
-"""What each ATen operator does to axes: one file a family of operators, one function a rule.
+"""Rules for ATen operators: how each operator maps the axes of its inputs to those of its outputs.
+
+Each family of operators has a file, each rule is a function.
 
 A rule takes a :class:`llm_pruner.graph.call.Call` and sets the dims of its outputs. An operator with neither a
 rule nor the ``pointwise`` tag freezes every axis that enters it, so a missing rule costs prunable axes, never

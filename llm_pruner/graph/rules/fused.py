@@ -40,7 +40,10 @@ def group_norm(call: Call) -> None:
 
 @rule("convolution", "conv1d", "_convolution", "mkldnn_convolution")
 def convolution(call: Call) -> None:
-    """Depthwise: one axis of channels. Full: inputs and outputs, as in a projection. Grouped, transposed: frozen."""
+    """Map the channels of a convolution: depthwise couples them, full ones act as projections.
+
+    Grouped and transposed convolutions are frozen.
+    """
     dims, weight, groups = call.dims("input"), call.dims("weight"), call["groups"] or 1
     channels = size_of(dims[1])
     for dim in weight[2:]:

@@ -14,7 +14,7 @@ from .pointwise import broadcast
 
 
 def point(dim: Dim, index: Traced) -> None:
-    """``dim`` is read at the values of ``index``."""
+    """Record that ``dim`` is read at the values of ``index``."""
     if index.index_of is None or size_of(index.index_of) != size_of(dim):
         freeze(dim, "read at positions that no axis gives")
     else:
@@ -42,7 +42,7 @@ def index_select(call: Call) -> None:
 
 @rule("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
 def index(call: Call) -> None:
-    """``x[i, :, j]`` and ``x[i, :, j] = v``: indexed dims are replaced by the common shape of the indices."""
+    """Replace the indexed dims of ``x[i, :, j]`` and ``x[i, :, j] = v`` by the common shape of the indices."""
     dims = call.dims("self")
     indices = [None if t is None else call.tracer.lookup(t) for t in call["indices"]]
     indices += [None] * (len(dims) - len(indices))
@@ -114,7 +114,7 @@ def scatter(call: Call) -> None:
 
 
 def _along(dim: Dim, index: Dim) -> None:
-    """A dim that an index goes along: together where it goes to the end, else only its first positions are meant."""
+    """Unify a dim with the index that runs along it; an index that ends early covers only the first positions."""
     if size_of(dim) == size_of(index):
         unify(dim, index)
     else:

@@ -39,8 +39,10 @@ def reshape(dims: list[Dim], shape: tuple[int, ...]) -> list[Dim]:
 
 
 def _reshape_empty(dims: list[Dim], shape: tuple[int, ...]) -> list[Dim]:
-    """No size says which dims are which where one is 0 (an expert without tokens): the last ones that agree are the
-    same, and the others are frozen."""
+    """Reshape a tensor with a dim of size 0, such as the input of an expert without tokens.
+
+    Its sizes do not tell dims apart, so the last dims of equal size are taken as the same, and the others are frozen.
+    """
     reason = "viewed while empty"
     out = [fresh(n, reason) for n in shape]
     agreeing = 0
@@ -67,7 +69,7 @@ def view(call: Call) -> None:
 
 @rule("view_as_real", "view_as_complex")
 def reinterpret(call: Call) -> None:
-    """Pairs of reals and complex numbers: the pair is an axis that must stay whole."""
+    """View pairs of reals as complex numbers or back: the pair is an axis that must stay whole."""
     dims = call.dims("self")
     if call.out.ndim < len(dims):
         freeze(dims[-1], "half of a complex number")
@@ -97,14 +99,14 @@ def transpose(call: Call) -> None:
 
 @rule("unsqueeze", "squeeze", "unsqueeze_", "squeeze_")
 def squeeze(call: Call) -> None:
-    """Dims of size 1 carry nothing, so placing the others by their size is exact."""
+    """Drop dims of size 1 and place the others by their size, which is exact."""
     source = call.get("self")
     call.set(reshape(source.dims, tuple(call.out.shape)), index_of=source.index_of)
 
 
 @rule("expand", "expand_copy")
 def expand(call: Call) -> None:
-    """A size-1 dim becomes a new axis on which every index holds the same: free to be any axis."""
+    """Make a new axis of a dim of size 1; all its indices hold the same values, so it may be unified with any axis."""
     source = call.get("self")
     offset = call.out.ndim - len(source.dims)
     dims = [
@@ -152,7 +154,7 @@ def split(call: Call) -> None:
 
 @rule("select", "select_copy")
 def select(call: Call) -> None:
-    """One index of a dim. The dim itself can lose nothing; what lies beside it is untouched."""
+    """Select one index of a dim: the dim is frozen, the other dims pass."""
     source, axis = call.get("self"), call.dim()
     freeze(source.dims[axis], "one fixed index of it is read")
     call.set([*source.dims[:axis], *source.dims[axis + 1 :]], index_of=source.index_of)

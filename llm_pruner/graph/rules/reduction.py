@@ -42,7 +42,7 @@ def reduce(call: Call) -> None:
 
 @rule("topk", "sort", "argsort")
 def top_k(call: Call) -> None:
-    """The chosen slots are a new axis; the chosen indices point into the old one."""
+    """Make the chosen slots a new axis, and let the chosen indices point into the old axis."""
     dims = list(call.dims("self"))
     if not dims:
         call.set([], call.out[0])
@@ -71,7 +71,7 @@ def scan(call: Call) -> None:
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
 def softmax(call: Call) -> None:
-    """Softmax over positions is attention, and what it is repeated over are its heads."""
+    """Find attention heads: the axes that a softmax over positions is repeated over."""
     dims = call.dims("self")
     axis = call.dim()
     flag(dims[axis], "norm")

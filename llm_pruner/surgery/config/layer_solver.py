@@ -35,7 +35,7 @@ MAX_FIELDS, MAX_CANDIDATES, MAX_RECIPES = 4, 16, 6
 
 @dataclass
 class Solution:
-    """How one layer gets its shapes.
+    """Config values that give one layer its shapes.
 
     ``pins`` are derived values written down (the same for all layers), ``fields`` what changes in its config,
     ``blocks`` the recipes of the blocks in it that no config of the layer expresses.

@@ -173,7 +173,7 @@ def _solved(equations: list[Equation], known: dict[str, int], units: dict[str, U
 
 
 def _tried(equations: list[Equation], known: dict[str, int], units: dict[str, Unit]) -> dict[str, int]:
-    """Two counts that only occur together (a fused projection of queries, keys and values): every value of one."""
+    """Try the values of one of two counts that only occur together, as in fused projections of q, k and v."""
     names = sorted(
         {n for e in equations for _, ns in e.terms for n in ns if n not in known}, key=lambda n: units[n].size
     )
@@ -225,8 +225,9 @@ def shapes_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
 
 
 def target_config(model: PreTrainedModel, wanted: Mapping[str, Any]) -> PreTrainedConfig:
-    """The model's config with some fields changed: those of :data:`SHAPE` by these names whatever the architecture
-    calls them, others by their own.
+    """Return the model's config with some fields changed.
+
+    The fields of :data:`SHAPE` have these names for every architecture, other fields the names that its config uses.
 
     Raises:
         PrunerError: the architecture has no such field.
