@@ -346,7 +346,7 @@ def _json(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise PrunerError(f"{path} is no valid jsonl: line {number}: {str(error)[:200]}") from error
+        raise PrunerError(f"{path} is not valid jsonl: line {number}: {str(error)[:200]}") from error
 
 
 def _row_text(path: Path, row: object) -> str:

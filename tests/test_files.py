@@ -141,7 +141,7 @@ def slip_in(folder):
     save_file({"extra": torch.zeros(1)}, folder / "zz.safetensors")
     index["weight_map"]["extra"] = "zz.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return "zz.safetensors is no part of the checkpoint"
+    return "zz.safetensors is not part of the checkpoint"
 
 
 @pytest.mark.parametrize("harm", [flip, cut_short, lose, alter_plan, alter_config, slip_in])

@@ -24,7 +24,7 @@ def check(folder: str | Path, trust_remote_code: bool = False) -> None:
         raise PrunerError(f"{folder / PLAN_FILE} has no hashes of weights: the folder was not written by this program")
     for name, expected in plan.weights.items():
         if Path(name).name != name:
-            raise PrunerError(f"{folder / PLAN_FILE} names {name}, which is no file of its folder")
+            raise PrunerError(f"{folder / PLAN_FILE} names {name}, which is not a file of its folder")
         if not (folder / name).is_file():
             raise PrunerError(f"{folder} lacks {name}, which its plan names: the checkpoint is incomplete")
         actual = sha256(folder / name)
@@ -36,7 +36,7 @@ def check(folder: str | Path, trust_remote_code: bool = False) -> None:
     shards = Shards(folder)
     strangers = [file.name for file in shards.files if file.name not in plan.weights]
     if strangers:
-        raise PrunerError(f"{folder / strangers[0]} is no part of the checkpoint that the plan describes")
+        raise PrunerError(f"{folder / strangers[0]} is not part of the checkpoint that the plan describes")
     model = meta_model(load_config(str(folder), trust_remote_code), trust_remote_code)
     own = model.state_dict()
     try:

@@ -67,7 +67,7 @@ def locate(name: str) -> tuple[str, str | None]:
         )
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():
-            raise PrunerError(f"the folder {name} holds no config.json: it is no model")
+            raise PrunerError(f"the folder {name} holds no config.json: it is not a model")
         if is_adapter(path):
             require("peft", "recover", "adapters need")
         return str(path), None
@@ -87,8 +87,8 @@ def explain(name: str, path: str, error: Exception) -> str:
         return f"{name} holds no safetensors weights; pickles are never read: convert it to safetensors first"
     if path == name and not Path(path).exists():
         return (
-            f"cannot load {name!r}: it is no alias ({', '.join(EMBEDDED)}), no folder and no .gguf file here, and the "
-            f"hub did not give it ({type(error).__name__}: {text[:200]})"
+            f"cannot load {name!r}: it is not an alias ({', '.join(EMBEDDED)}), there is no such folder or .gguf file, "
+            f"and the hub did not give it ({type(error).__name__}: {text[:200]})"
         )
     return f"cannot load {name}: {type(error).__name__}: {text[:300]}"
 

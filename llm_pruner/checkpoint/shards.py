@@ -120,7 +120,7 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         raise PrunerError(f"{index} is damaged: {type(error).__name__} {error}") from error
     for name in names:
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise PrunerError(f"{index} names {name!r}, which is no safetensors file of the folder")
+            raise PrunerError(f"{index} names {name!r}, which is not a safetensors file of the folder")
         if not (folder / name).is_file():
             raise PrunerError(f"{folder} lacks the shard {name} that its index names: the checkpoint is incomplete")
     if not names:

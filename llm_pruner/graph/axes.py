@@ -165,7 +165,7 @@ def split_concat(dim: Dim, sizes: list[int]) -> list[Dim]:
     atoms = flatten(dim)
     stride = size_of(atoms[1:])
     if any(s % stride for s in sizes):
-        reason = f"cut into {sizes}, which is no multiple of its inner {stride}"
+        reason = f"cut into {sizes}, which is not a multiple of its inner {stride}"
         freeze(dim, reason)
         return [fresh(s, reason) for s in sizes]
     cuts = [s // stride for s in sizes if s]

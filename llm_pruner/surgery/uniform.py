@@ -70,7 +70,7 @@ def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
         elif all(isinstance(value, int) and not isinstance(value, bool) for value in values):
             setattr(out, field, max(values))
         else:
-            raise PrunerError(f"the layers differ in {field}, which is no width")
+            raise PrunerError(f"the layers differ in {field}, which is not a width")
     return out
 
 
