@@ -27,6 +27,7 @@ from .save import write_checkpoint
 from .shards import SINGLE, Shards, ShardWriter, TensorType, write_index
 from .standalone import forget_modelling, write_modelling
 from .stored import OtherForm, stored_names
+from .unread import UNREAD, check_unquantized, forget_unread
 
 APPLY_FILE = "apply.json"  # record of llm-pruner apply
 
@@ -87,6 +88,7 @@ def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: b
     if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     shards = Shards(path)
+    check_unquantized(source, path, config)
     try:
         names = stored_names(model, shards)
     except OtherForm:
@@ -97,6 +99,8 @@ def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: b
         write_checkpoint(pruned, None, folder, plan)
     else:
         pruned = apply(model, plan)
+        if left_out := forget_unread(pruned.config, source, shards.tensors.keys() - names.keys()):
+            plan.settings[UNREAD] = left_out
         plan = replace(plan, weights=_cut_shards(plan, shards, names, model, pruned, folder))
         pruned.config.dtype = config.dtype
         pruned.config.save_pretrained(folder)

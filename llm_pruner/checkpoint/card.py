@@ -18,6 +18,7 @@ from ..version import __version__
 from .config import auto_class
 from .locate import EMBEDDED, HUB_IDS, locate
 from .standalone import FILE
+from .unread import UNREAD
 
 PLAIN = """```python
 from transformers import AUTO_CLASS, AutoTokenizer
@@ -36,6 +37,7 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER_OR_ID)
 ```"""
 WITHOUT_REFIT = """**Without the refit of the original run** ({refit}): its quality differs from that run's.
 `llm-pruner apply --refit` does it again. The plan was made by this command:"""
+LEFT_OUT = "**Left out**: {count} tensors of the original's files that its class does not read, such as `{first}`."
 STANDALONE = "Without llm_pruner, `trust_remote_code=True` reads it by the `{file}` that it carries."
 
 
@@ -70,6 +72,8 @@ def write_card(
     lines += [f"{base_id or base or type(config).__name__}, structurally pruned by llm-pruner {__version__}:", ""]
     lines += [f"* {line}" for line in plan.summary().splitlines()]
     lines += _table(metrics, perplexities)
+    if left_out := plan.settings.get(UNREAD):
+        lines += ["", LEFT_OUT.format(count=len(left_out), first=left_out[0])]
     if plan.settings.get("without_refit"):
         lines += ["", WITHOUT_REFIT.format(refit=_refit_of(plan))]
     if "command" in plan.settings:

@@ -14,6 +14,7 @@ from .config import load_config
 from .load import TOKENIZERS
 from .locate import base_of, is_adapter, locate
 from .shards import INDEX, shard_files
+from .unread import check_unquantized
 
 
 def check_model(name: str, trust_remote_code: bool = False, *, tokenizer: bool = False) -> PreTrainedConfig:
@@ -43,6 +44,7 @@ def check_model(name: str, trust_remote_code: bool = False, *, tokenizer: bool =
         )
     if (Path(path) / INDEX).is_file():
         shard_files(Path(path))
+    check_unquantized(name, Path(path), config)
     if tokenizer and not any(any(Path(path).glob(pattern)) for pattern in TOKENIZERS):
         raise Unavailable(f"{name} has no tokenizer: put the original's files there ({TOKENIZERS[0]} and others)")
     return config

@@ -25,6 +25,7 @@ from .gguf_reader import parsed_once
 from .integrity import check
 from .locate import PLAN_FILE, base_of, explain, is_adapter, locate
 from .shards import INDEX, shard_files
+from .unread import check_unquantized, note_unread
 
 # Files that a tokenizer is read from, one at least.
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "*.spm", "tekken.json")
@@ -160,7 +161,9 @@ def load_model(
             f"{name} lacks {len(found['missing_keys'])} tensors of its architecture, such as "
             f"{min(found['missing_keys'])}: the checkpoint is incomplete"
         )
-    if gguf is not None:
+    if gguf is None:
+        note_unread(model, name, Path(path), found["unexpected_keys"])
+    else:
         _forget_quantization(model)
     return (spread(model) if device_map else model.to(device)).eval()  # type: ignore[arg-type]
 
@@ -171,11 +174,8 @@ def _read_model(name: str, dtype: str | torch.dtype, common: dict[str, Any]) -> 
     kwargs: dict[str, Any] = {"dtype": torch.float32 if gguf and dtype == "auto" else dtype}
     try:
         config = AutoConfig.from_pretrained(path, **common)
-        if getattr(config, "quantization_config", None) is not None and gguf is None:
-            raise PrunerError(
-                f"{name} is quantized; structural pruning needs the original weights: load the unquantized checkpoint"
-            )
         if gguf is None:
+            check_unquantized(name, Path(path), config)
             kwargs["use_safetensors"] = True
         else:
             kwargs["quantization_config"] = GgufConfig(dequantize=True)

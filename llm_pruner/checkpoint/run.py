@@ -34,7 +34,7 @@ def write_uniform(arguments: UniformArguments) -> Path:
     folder = folder_for_run(folder, UNIFORM_FILE, asdict(arguments), named=True)
     file = Path(arguments.model) / PLAN_FILE
     plan = PruningPlan.load(file) if file.is_file() else None
-    with complete_folder(folder, owned_if="config.json") as temporary:
+    with complete_folder(folder, owned_if="config.json") as temporary, logging_to(None):
         model, tokenizer = load(arguments.model, trust_remote_code=arguments.trust_remote_code)
         padded = to_uniform(model)
         write_checkpoint(padded, tokenizer, temporary, plan)

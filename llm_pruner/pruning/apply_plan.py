@@ -15,6 +15,7 @@ from ..checkpoint.integrity import check
 from ..checkpoint.load import load_with_tokenizer
 from ..checkpoint.next_steps import log_next_steps
 from ..checkpoint.save import write_checkpoint
+from ..checkpoint.unread import UNREAD, unread_tensors
 from ..data import self_calibration
 from ..files import complete_folder, folder_for_run, same_folder, strict_json, write_text
 from ..logs import log, logging_to
@@ -39,15 +40,17 @@ def apply_plan(arguments: ApplyArguments) -> Path:
     if not same_folder(target, arguments.model):  # refused below, with that reason
         target = folder_for_run(target, APPLY_FILE, asdict(arguments), named=True)
     record = strict_json({"arguments": asdict(arguments), **provenance()})
-    if arguments.refit:
-        folder = _apply_and_refit(plan, arguments, target, record)
-    else:
-        trust = arguments.trust_remote_code
-        folder = apply_to_files(plan, arguments.model, target, trust, standalone=arguments.standalone, record=record)
-    if arguments.verify:
-        check(folder, arguments.trust_remote_code)
+    trust = arguments.trust_remote_code
     with logging_to(None):
-        log_next_steps(folder, "apply", original=arguments.model, trust_remote_code=arguments.trust_remote_code)
+        if arguments.refit:
+            folder = _apply_and_refit(plan, arguments, target, record)
+        else:
+            folder = apply_to_files(
+                plan, arguments.model, target, trust, standalone=arguments.standalone, record=record
+            )
+        if arguments.verify:
+            check(folder, trust)
+        log_next_steps(folder, "apply", original=arguments.model, trust_remote_code=trust)
     print(folder)
     return folder
 
@@ -62,6 +65,8 @@ def _apply_and_refit(plan: PruningPlan, arguments: ApplyArguments, target: Path,
     plan = replace(plan, settings=settings)
     with complete_folder(target, owned_if="config.json", reads=arguments.model) as folder:
         model, tokenizer = load_with_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        if left_out := unread_tensors(model):
+            plan.settings[UNREAD] = left_out
         calibration = calibration_set(refit.calibration, tokenizer, model, refit.seed)
         pruned = repeat_refit(model, apply(model, plan), plan, calibration, refit=refit)
         write_checkpoint(pruned, tokenizer, folder, plan, standalone=arguments.standalone)

@@ -25,6 +25,7 @@ from ..checkpoint.on_disk import on_disk
 from ..checkpoint.save import write_checkpoint
 from ..checkpoint.standalone import write_modelling
 from ..checkpoint.stored import weights_in
+from ..checkpoint.unread import UNREAD, unread_tensors
 from ..choices import DEFAULT_MODEL
 from ..errors import PrunerError
 from ..evaluation.latency import latency
@@ -159,6 +160,8 @@ def _run(settings: PruneSettings, arguments: dict[str, Any], folder: Path, clock
         "arguments": arguments,
         **provenance(settings.seed),
     }
+    if UNREAD in run.plan.settings:
+        record[UNREAD] = run.plan.settings[UNREAD]
     return replace(run, metrics=run.metrics | record)
 
 
@@ -185,6 +188,8 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     planned = make_plan(planning, model)
     if calibrates:
         planned.plan.settings[CALIBRATED_ON] = settings.calibration.dataset
+    if left_out := unread_tensors(model):
+        planned.plan.settings[UNREAD] = left_out
     for line in planned.plan.summary().splitlines():
         log.info("%s", line)
     metrics |= _check_equivalence(planning, model, planned)
