@@ -31,6 +31,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -43,6 +44,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.pytorch_utils import Conv1D
 
+CONFIG_LOGGER = "transformers.integrations.heterogeneity.configuration_utils"
 SUBMODULES = "submodule_overrides"
 CONSTANTS = "constant_slices"
 Overrides = dict[str, Any]
@@ -144,9 +146,16 @@ def recording_constructors(*classes: type) -> Iterator[None]:
             _recorders[module_class] = [0, original]
             module_class.__init__ = _recording(original)  # type: ignore[misc]
         _recorders[module_class][0] += 1
+
+    def drop_warning(_: logging.LogRecord) -> bool:
+        """Drop the warning that a global value is read: layers are built from it first, then anew from their own."""
+        return False
+
+    logging.getLogger(CONFIG_LOGGER).addFilter(drop_warning)
     try:
         yield
     finally:
+        logging.getLogger(CONFIG_LOGGER).removeFilter(drop_warning)
         for module_class in recorded:
             _recorders[module_class][0] -= 1
             if not _recorders[module_class][0]:
