@@ -4,9 +4,10 @@
     python benchmarks/readme.py --list          # what would be run
 
 Every ``llm-pruner`` and ``make demo`` line of a bash block is run, in order, in one temporary folder; lines with a
-comment ``# needs the network`` or that serve a page are not. Then every table of the README whose rows are all in a
-table that a command wrote (``table.md``), for as many models, is compared with it: sizes to the digit, perplexities to
-2%, speeds as ratios to the first column, to 15%. The exit code is 1 if a number differs or a command fails.
+comment ``# needs the network`` or that serve a page are not. Then every table of the README whose rows and columns are
+all in a table that a command wrote (``table.md``), by name and head, is compared with it: sizes to the digit,
+perplexities to 2%, speeds as ratios to the first row, to 15%. The exit code is 1 if a number differs or a command
+fails.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_RUN = ("llm-pruner chat", "# needs the network")
-TOLERANCES = (("tokens/s", 0.15), ("perplexity", 0.02))  # the rest is exact
+TOLERANCES = (("tok/s", 0.15), ("ppl", 0.02))  # by a part of the column's head; the rest is exact
+PREFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 
 
 def commands(readme: str) -> list[str]:
@@ -36,40 +38,56 @@ def commands(readme: str) -> list[str]:
     ]
 
 
-def tables(markdown: str) -> list[dict[str, list[str]]]:
-    """Return the cells of every row of every table, by the row's first cell."""
-    found = re.findall(r"((?:^\|.*\n)+)", markdown, re.MULTILINE)
-    return [
-        {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in map(_cells, lines.splitlines()[2:])}
-        for lines in found
-    ]
+Rows = dict[str, dict[str, str]]  # cells by the name of their row, then by the head of their column
+
+
+def tables(markdown: str) -> list[Rows]:
+    """Return the rows of every table by their first cell, without the marks of the best numbers."""
+    blocks = re.findall(r"((?:^\|.*\n)+)", markdown.replace("**", ""), re.MULTILINE)
+    return [_rows_of(*(_cells(line) for line in block.splitlines())) for block in blocks]
+
+
+def _rows_of(head: list[str], _line: list[str], *body: list[str]) -> Rows:
+    return {cells[0]: dict(zip(head[1:], cells[1:], strict=True)) for cells in body}
 
 
 def _cells(line: str) -> list[str]:
-    return re.split(r"(?<!\\)\|", line.strip().strip("|"))
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().removeprefix("|").removesuffix("|"))]
 
 
-def number(cell: str, ratio: bool) -> float | None:
-    """Return the number in a cell, or the ratio in its parentheses."""
-    found = re.search(r"\((\d[\d.]*)" if ratio else r"^([\d,.]+)", cell)
-    return float(found[1].replace(",", "")) if found else None
+def number(cell: str) -> float | None:
+    """Return the number that a cell begins with, prefix included.
+
+    >>> number("17.8 G"), number("3,420"), number("70.0 ± 1.1"), number("-")
+    (17800000000.0, 3420.0, 70.0, None)
+    """
+    found = re.match(r"([\d,]*\.?\d+)(?: ([kMGBT])\b)?", cell)
+    return float(found[1].replace(",", "")) * PREFIXES.get(found[2], 1) if found else None
 
 
-def differences(stated: dict[str, list[str]], measured: dict[str, list[str]]) -> list[str]:
-    """Compare two tables; return a line for each cell that differs."""
+def differences(stated: Rows, measured: Rows) -> list[str]:
+    """Compare two tables; return a line for each cell that differs. Speeds are compared relative to the first row's."""
     lines = []
     for name, cells in stated.items():
-        tolerance = next((value for part, value in TOLERANCES if part in name), 0.0)
-        for said, here in zip(cells, measured[name], strict=True):
-            one, two = (number(cell, ratio="tokens/s" in name) for cell in (said, here))
+        for head, cell in cells.items():
+            tolerance = next((value for part, value in TOLERANCES if part in head), 0.0)
+            one, two = (_relative(rows, next(iter(stated)), name, head) for rows in (stated, measured))
             if one is not None and (two is None or abs(one - two) > tolerance * abs(one)):
-                lines.append(f"{name}: README {said}, here {here}")
+                lines.append(f"{name}, {head}: README {cell}, here {measured[name][head]}")
     return lines
 
 
-def is_of(stated: dict[str, list[str]], measured: dict[str, list[str]]) -> bool:
-    """Return True if a table of the README shows rows of a measured one, for as many models."""
-    return all(name in measured and len(measured[name]) == len(cells) for name, cells in stated.items())
+def _relative(rows: Rows, first: str, name: str, head: str) -> float | None:
+    """Return the number of a cell, a speed as its ratio to that of the first row."""
+    value, base = (number(rows[row][head]) for row in (name, first))
+    if "tok/s" not in head or value is None:
+        return value
+    return value / base if base else None
+
+
+def is_of(stated: Rows, measured: Rows) -> bool:
+    """Return True if a table of the README shows rows and columns of a measured one."""
+    return all(name in measured and set(cells) <= set(measured[name]) for name, cells in stated.items())
 
 
 def run(command: str, folder: str) -> bool:

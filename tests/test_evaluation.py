@@ -1,25 +1,31 @@
 """Perplexity against a straight computation."""
 
 import csv
+import importlib
+import io
 import json
 import logging
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.models import build, tokens
+from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
-from llm_pruner.evaluation.evaluate import Measurements, count_parts, evaluate_model, evaluate_models
-from llm_pruner.evaluation.perplexity import byte_perplexity, perplexity, predicted_tokens, windows
+from llm_pruner.evaluation.evaluate import Evaluation, Measurements, count_parts, evaluate_model, evaluate_models
+from llm_pruner.evaluation.perplexity import Perplexity, byte_perplexity, perplexity, predicted_tokens, windows
+from llm_pruner.evaluation.speed import Speed
 from llm_pruner.evaluation.table import table
+from llm_pruner.evaluation.tabular import TERMINAL, short_number, terminal_tables
 from llm_pruner.evaluation.zero_shot import PAPER_TASKS, zero_shot
 from llm_pruner.files import strict_json
 
@@ -244,21 +250,92 @@ def test_a_table_of_models(home):
     shown = table(found)
     base, uniform = found
     assert base.parameters - uniform.parameters == 3 * 3 * 32 * 32 == base.parts["mlp"] - uniform.parts["mlp"]
-    cells = {row[0]: row[1:] for row in shown.cells()}
-    assert cells["parameters"] == [
-        f"{base.parameters:,}",
-        f"{uniform.parameters:,} ({uniform.parameters / base.parameters:.3f})",
+    head, *rows = shown.cells()
+    assert head[:5] == ["model", "params", "ratio", "MACs", "weights"] and [row[0] for row in rows] == [
+        "base",
+        "uniform",
     ]
+    assert rows[1][1:3] == [short_number(uniform.parameters), f"{uniform.parameters / base.parameters:.3f}"]
     assert not [note for note in shown.notes if "tokenizers" in note]
-    rows = list(csv.reader(shown.csv().splitlines()))
-    assert rows[1] == ["parameters", str(base.parameters), str(uniform.parameters)]
-    assert shown.markdown().startswith("|  | ") and "| parameters |" in shown.markdown()
-    head = shown.latex().splitlines()[2]
-    assert (
-        shown.latex().startswith("\\begin{tabular}{lrr}")
-        and head.count("&") == 2
-        and "_" not in head.replace("\\_", "")
+    written = list(csv.DictReader(shown.csv().splitlines()))
+    assert [row["parameters"] for row in written] == [str(base.parameters), str(uniform.parameters)]
+    assert float(written[1]["perplexity_docs"]) == uniform.perplexity["docs"].perplexity
+    assert int(written[1]["parameters_mlp"]) == uniform.parts["mlp"]
+    assert shown.markdown().startswith("| model | params |") and "| uniform |" in shown.markdown()
+
+
+def made_up(model: str, parameters: int, accuracy: float, decode: float = 20.0) -> Evaluation:
+    quality = Perplexity(
+        perplexity=20 + accuracy, loss=3.0, tokens=100, windows=1, seq_len=100, stride=100, byte_perplexity=2.0
     )
+    return Evaluation(
+        model=model,
+        parameters=parameters,
+        parts={},
+        macs=17_779_654_656,
+        weight_bytes=4 * parameters,
+        cache_bytes=2**20,
+        perplexity={"wikitext2": quality},
+        tasks={"piqa": {"acc": accuracy, "acc_stderr": 0.011}, "arc_easy": {"acc_norm": accuracy}},
+        speed=Speed(tokens=128, batch=1, new_tokens=32, prefill=497.0, decode=decode, peak_bytes=None),
+        tokenizer="",
+    )
+
+
+def test_tables_go_into_papers_as_they_are():
+    models = [
+        made_up("smollm2-135m", 134_515_008, 0.7),
+        made_up("prune_log/a_b", 117_262_656, 0.6),
+        made_up("tune_log/a_b/merged", 117_262_656, 0.65, decode=25.0),
+    ]
+    shown = table(models)
+    assert shown.models == ["smollm2-135m", "prune_log/a_b", "tune_log/a_b"]
+    lines = shown.markdown().splitlines()
+    assert lines[0] == (
+        "| model | params | ratio | MACs | weights | ppl wikitext2 | piqa acc % | arc_easy acc_norm % "
+        "| read tok/s | write tok/s |"
+    )
+    assert lines[2].startswith("| smollm2-135m | 135 M | 1.000 | 17.8 G | 513 MiB |")
+    assert lines[2].endswith("| 20.70 | 70.0 ± 1.1 | 70.0 | 497.0 | 20.00 |"), "the original is no candidate for bold"
+    assert lines[3].endswith("| **20.60** | 60.0 ± 1.1 | 60.0 | 497.0 | 20.00 |")
+    assert lines[4].endswith("| 20.65 | **65.0 ± 1.1** | **65.0** | 497.0 | **25.00** |")
+    latex = shown.latex().splitlines()
+    assert latex[0] == "\\begin{tabular}{lrrrrrrrrr}" and latex[1:4:2] == ["\\toprule", "\\midrule"]
+    assert latex[6].startswith("tune\\_log/a\\_b & ") and "\\textbf{65.0 $\\pm$ 1.1}" in latex[6]
+    (first, *_) = csv.DictReader(shown.csv().splitlines())
+    assert first["macs"] == "17779654656" and first["piqa_acc"] == "0.7" and first["piqa_acc_stderr"] == "0.011"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_tables_fit_a_terminal_without_breaking_words(width):
+    shown = table([made_up(f"runs/{'a_long_name_of_a_run_' * 2}{i}", 10**9 - i, 0.5 + i / 100) for i in range(4)])
+    console = Console(width=width, record=True, file=io.StringIO())
+    for part in terminal_tables(shown.cells(TERMINAL), width):
+        console.print(part)
+    text = console.export_text()
+    words = {word for row in shown.cells() for cell in row for word in cell.split() if "long_name" not in word}
+    assert all(word in text for word in words) and "…" not in text.replace("a_long_name_of_…", "")
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_numbers_of_the_readme_are_compared_by_row_and_head(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    readme = importlib.import_module("readme")
+    written = table([made_up("base", 1000, 0.7), made_up("smaller", 800, 0.6, decode=30.0)]).markdown()
+    (measured,) = readme.tables(written)
+    (same,) = readme.tables(
+        "| | ppl wikitext2 | write tok/s |\n|---|---|---|\n| base | 20.7 | 40 |\n| smaller | 20.5 | 63 |\n"
+    )
+    assert readme.is_of(same, measured) and readme.differences(same, measured) == []
+    (other,) = readme.tables(
+        "| | params | ppl wikitext2 |\n|---|---|---|\n| base | 1.01 k | 20.7 |\n| smaller | 800 | 30 |\n"
+    )
+    assert [line.partition(":")[0] for line in readme.differences(other, measured)] == [
+        "base, params",
+        "smaller, ppl wikitext2",
+    ]
+    (foreign,) = readme.tables("| | speedup |\n|---|---|\n| base | 1 |\n")
+    assert not readme.is_of(foreign, measured)
 
 
 def test_other_tokenizers_are_told(home, smollm2):
@@ -284,7 +361,8 @@ def test_the_command_writes_everything(home, tasks, tmp_path, capsys):
     ]
     flags += ["--tokens", "16", "--new_tokens", "2", "--output", str(tmp_path / "out")]
     assert main(["evaluate", *models, *flags]) == 0
-    assert "perplexity, general" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "ppl general" in said and "ours" in said
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]
     assert [one["model"] for one in found] == models and found[0]["tasks"]["ours"]["acc"] >= 0
     names = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*"))

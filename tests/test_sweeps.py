@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 import llm_pruner as lp
 from llm_pruner.cli import main
-from llm_pruner.evaluation.table import latex
+from llm_pruner.evaluation.tabular import latex
 from llm_pruner.flags import parse_flags
 from llm_pruner.recipes import run as run_module
 from llm_pruner.recipes.arguments import RunArguments
@@ -115,16 +115,16 @@ def test_means_and_deviations_over_seeds_are_those_by_hand():
     assert list(summary.mean["perplexity x"]) == [12.0, 9.0]
     assert list(summary.deviation["perplexity x"]) == [pytest.approx(8**0.5), 0.0]
     head, one, two = summary.cells(("<", ">"))
-    assert head == ["prune.a", "seeds", "parameters", "perplexity x", "y acc"]
+    assert head == ["a", "seeds", "params", "ppl x", "y acc"]
     assert one[3] == "12 ± 2.828" and two[3] == "<9 ± 0>" and one[4].startswith("<0.6")
-    assert r"prune.a & seeds" in latex([head, one]) and r"$\pm$" in latex([head, one])
+    assert r"a & seeds & params" in latex([head, one]) and r"$\pm$" in latex([head, one])
 
 
 def test_the_original_is_not_one_of_the_seeds():
     rows = [{"point": 0, "perplexity x": 50.0}]
     rows += [{"point": i + 1, "seed": i, "perplexity x": p} for i, p in enumerate((80.0, 82.0, 84.0))]
     assert summarize(rows, ["seed"]).cells(("", "")) == [
-        ["run", "seeds", "perplexity x"],
+        ["run", "seeds", "ppl x"],
         ["original", "", "50"],
         ["", "3", "82 ± 2"],
     ]
@@ -135,7 +135,7 @@ def test_values_of_any_type_can_be_varied():
         {"point": i, "prune.a": value, "perplexity x": 1.0 + i} for i, value in enumerate(([16, 20], "0.9", 1, None), 1)
     ]
     cells = summarize(rows, ["prune.a"]).cells(("<", ">"))
-    assert [row[0] for row in cells] == ["prune.a", "[16, 20]", "0.9", "1", ""]
+    assert [row[0] for row in cells] == ["a", "[16, 20]", "0.9", "1", ""]
 
 
 def test_a_run_that_fails_stops_no_other(sweep, capsys, monkeypatch):

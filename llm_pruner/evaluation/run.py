@@ -19,7 +19,8 @@ from .arguments import EvaluateArguments, PerplexityArguments
 from .evaluate import PROMPTS, Evaluation, Measurements, evaluate_models
 from .perplexity import perplexity, windows
 from .shared_texts import warn_for_models
-from .table import Table, as_json, table, terminal_table
+from .table import Table, as_json, table
+from .tabular import TERMINAL, terminal_tables
 from .zero_shot import PAPER_TASKS
 
 EVALUATION_FILE = "evaluation.json"
@@ -80,7 +81,8 @@ def run_evaluate(args: EvaluateArguments) -> None:
         evaluations = measure(args)
     combined = table(evaluations)
     console = Console()
-    console.print(terminal_table(combined.cells()))
+    for part in terminal_tables(combined.cells(TERMINAL), console.width):
+        console.print(part)
     for note in combined.notes:
         console.print(note)
     if args.output:

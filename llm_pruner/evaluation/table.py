@@ -1,76 +1,127 @@
-"""Tabulate the measurements of several models: for the terminal, CSV, Markdown, LaTeX and JSON."""
+"""Tabulate models by their measurements: for papers (Markdown, LaTeX), CSV, JSON and the terminal."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from rich.table import Table as TerminalTable
+from rich.markup import escape
 
 from ..files import strict_json
 from .evaluate import Evaluation
+from .tabular import LATEX, MARKDOWN, TERMINAL, Marks, latex, markdown, short_bytes, short_number, short_score
 
-SPECIAL = str.maketrans({c: f"\\{c}" for c in "_%&#$"})
+Values = list[float | None]
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of numbers, one column per model.
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One measurement of all models.
 
     Attributes:
-        models: heads of the columns.
-        rows: name, format and one value per model.
+        key: name in CSV, where the numbers are complete and in base units.
+        head: short name where people read.
+        show: formats a number for people.
+        errors: standard errors; empty where none are known.
+        lower_is_better: None for a number that is neither better nor worse.
+        only_csv: too much detail for the other formats.
+    """
+
+    key: str
+    head: str
+    show: Callable[[float], str]
+    values: Values
+    errors: Values
+    lower_is_better: bool | None = None
+    only_csv: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Models as rows, measurements as columns.
+
+    Attributes:
+        models: short names.
+        reference: the first model is the original: it is larger than all others, and never the best.
         notes: sentences below the table.
     """
 
     models: list[str]
-    rows: list[tuple[str, str, list[float | None]]]
+    columns: list[Column]
     notes: list[str]
+    reference: bool = False
 
-    def cells(self) -> list[list[str]]:
-        """Return the table as text, head first; every model after the first also shows its ratio to the first."""
-        return [["", *self.models], *([name, *_format(values, form)] for name, form, values in self.rows)]
+    def cells(self, marks: Marks = ("", "")) -> list[list[str]]:
+        """Return the table as text, head first; ``marks`` go around the best number of a column."""
+        models = [escape(name) for name in self.models] if marks == TERMINAL else self.models
+        columns = [["model", *models]]
+        for column in self.columns:
+            if not column.only_csv:
+                columns.append([column.head, *self._column_cells(column, marks)])
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _column_cells(self, column: Column, marks: Marks) -> list[str]:
+        texts = ["" if value is None else column.show(value) for value in column.values]
+        best = self._best(column, texts)
+        errors = [None if error is None else column.show(error) for error in column.errors or [None] * len(texts)]
+        shown = [text if error is None else f"{text} ± {error}" for text, error in zip(texts, errors, strict=True)]
+        return [cell.join(marks) if text and text == best else cell for text, cell in zip(texts, shown, strict=True)]
+
+    def _best(self, column: Column, texts: list[str]) -> str:
+        """Return the best number as shown, so that equal ones are marked alike; "" where nothing competes."""
+        start = int(self.reference)
+        entries = [(v, t) for v, t in zip(column.values[start:], texts[start:], strict=True) if v is not None]
+        if column.lower_is_better is None or len(entries) < 2 or len({text for _, text in entries}) == 1:
+            return ""
+        return (min if column.lower_is_better else max)(entries)[1]
 
     def csv(self) -> str:
+        """Format the table as CSV with complete numbers, errors in columns of their own."""
+        heads, columns = ["model"], [list[Any](self.models)]
+        for column in self.columns:
+            heads.append(column.key)
+            columns.append(column.values)
+            if column.errors:
+                heads.append(f"{column.key}_stderr")
+                columns.append(column.errors)
         buffer = io.StringIO()
         writer = csv.writer(buffer)
-        writer.writerow(["", *self.models])
-        for name, _, values in self.rows:
-            writer.writerow([name, *("" if value is None else value for value in values)])
+        writer.writerow(heads)
+        for row in zip(*columns, strict=True):
+            writer.writerow(["" if value is None else value for value in row])
         return buffer.getvalue()
 
     def markdown(self) -> str:
-        return "\n".join([markdown(self.cells()), *(f"{note}\n" for note in self.notes)])
+        return "\n".join([markdown(self.cells(MARKDOWN)), *(f"{note}\n" for note in self.notes)])
 
     def latex(self) -> str:
-        return latex(self.cells())
+        return latex(self.cells(LATEX)) + "".join(f"% {note}\n" for note in self.notes)
 
 
-def _format(values: list[float | None], form: str) -> list[str]:
-    first, *others = values
-    texts = ["" if value is None else form.format(value) for value in values]
-    ratios = [f" ({value / first:.3f})" if value is not None and first else "" for value in others]
-    return [texts[0], *(text + ratio for text, ratio in zip(texts[1:], ratios, strict=True))]
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Return each model's or text's shortest name: the last parts of its path that tell it from the others.
 
-
-def markdown(cells: list[list[str]]) -> str:
-    """Format cells as a Markdown table; the first row is its head."""
-    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
-
-
-def latex(cells: list[list[str]]) -> str:
-    """Format cells as a LaTeX table with booktabs; LaTeX commands in cells are kept."""
-
-    def line(row: list[str]) -> str:
-        return " & ".join(cell.translate(SPECIAL).replace("±", r"$\pm$") for cell in row) + r" \\"
-
-    head, *body = map(line, cells)
-    lines = [f"\\begin{{tabular}}{{l{'r' * (len(cells[0]) - 1)}}}", "\\toprule", head, "\\midrule", *body]
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+    >>> short_names(["smollm2-135m", "prune_log/a", "tune_log/a/merged"])
+    {'smollm2-135m': 'smollm2-135m', 'prune_log/a': 'prune_log/a', 'tune_log/a/merged': 'tune_log/a'}
+    >>> short_names(["/data/news.txt", "wikitext2"])
+    {'/data/news.txt': 'news', 'wikitext2': 'wikitext2'}
+    """
+    parts = {}
+    for name in names:
+        path = Path(name)
+        path = path.parent if path.name == "merged" and path.parent.name else path
+        parts[name] = (*path.parts[:-1], path.stem if path.suffix in (".txt", ".json", ".jsonl") else path.name)
+    shorts = {name: path[-1] if path else name for name, path in parts.items()}
+    for count in range(2, 1 + max(map(len, parts.values()), default=1)):
+        taken = list(shorts.values())
+        shorts = {n: "/".join(parts[n][-count:]) if taken.count(short) > 1 else short for n, short in shorts.items()}
+    if len(set(shorts.values())) == len(shorts):
+        return shorts
+    return {name: name for name in parts}
 
 
 def metrics_of(evaluations: list[Evaluation], task: str) -> list[str]:
@@ -79,76 +130,133 @@ def metrics_of(evaluations: list[Evaluation], task: str) -> list[str]:
     return sorted(names, key=lambda name: name not in ("acc", "acc_norm"))
 
 
-class _Rows:
-    """Rows of a table of evaluations; a row without any value is left out."""
+class _Columns:
+    """Columns of a table of evaluations; a column without any value is left out."""
 
     def __init__(self, evaluations: list[Evaluation]):
         self.evaluations = evaluations
-        self.rows: list[tuple[str, str, list[float | None]]] = []
+        self.columns: list[Column] = []
 
-    def add(self, name: str, form: str, value_of: Callable[[Evaluation], float | None]) -> None:
-        values = [value_of(one) for one in self.evaluations]
+    def add(
+        self,
+        key: str,
+        head: str,
+        show: Callable[[float], str],
+        value_of: Callable[[Evaluation], float | None],
+        *,
+        error_of: Callable[[Evaluation], float | None] = lambda evaluation: None,
+        lower_is_better: bool | None = None,
+        only_csv: bool = False,
+    ) -> None:
+        values, errors = ([of(one) for one in self.evaluations] for of in (value_of, error_of))
         if any(value is not None for value in values):
-            self.rows.append((name, form, values))
+            self.columns.append(
+                Column(
+                    key=key,
+                    head=head,
+                    show=show,
+                    values=values,
+                    errors=errors if any(error is not None for error in errors) else [],
+                    lower_is_better=lower_is_better,
+                    only_csv=only_csv,
+                )
+            )
 
     def add_size(self) -> None:
-        speed = self.evaluations[0].speed
-        size = f" ({speed.batch} x {speed.tokens})" if speed else ""
-        self.add("parameters", "{:,}", lambda e: e.parameters)
-        self.add("not in embeddings", "{:,}", lambda e: e.non_embedding)
-        for part in self.titles(lambda e: e.parts):
-            self.add(f"... {part}", "{:,}", lambda e, part=part: e.parts.get(part))  # type: ignore[misc]
-        self.add(f"multiply-accumulates{size}", "{:,}", lambda e: e.macs)
-        self.add("weights, MiB", "{:.1f}", lambda e: e.weight_bytes / 2**20)
-        self.add(f"cache, MiB{size}", "{:.2f}", lambda e: e.cache_bytes / 2**20)
+        first = self.evaluations[0].parameters
+        self.add("parameters", "params", lambda n: short_number(n, giga="B"), lambda e: e.parameters)
+        if len(self.evaluations) > 1:
+            self.add("parameters_ratio", "ratio", "{:.3f}".format, lambda e: e.parameters / first)
+        self.add("parameters_not_in_embeddings", "", short_number, lambda e: e.non_embedding, only_csv=True)
+        for part in self.names(lambda e: e.parts):
+            self.add(f"parameters_{part}", "", short_number, lambda e, p=part: e.parts.get(p), only_csv=True)  # type: ignore[misc]
+        self.add("macs", "MACs", short_number, lambda e: e.macs)
+        self.add("weight_bytes", "weights", short_bytes, lambda e: e.weight_bytes)
+        self.add("cache_bytes", "cache", short_bytes, lambda e: e.cache_bytes, only_csv=True)
 
     def add_quality(self, per_byte: bool) -> None:
-        texts = self.titles(lambda e: e.perplexity)
-        for text in texts:
-            self.add(f"perplexity, {text}", "{:.2f}", lambda e, t=text: e.perplexity[t].perplexity)  # type: ignore[misc]
-        for text in texts if per_byte else ():
-            self.add(f"perplexity per byte, {text}", "{:.4f}", lambda e, t=text: e.perplexity[t].byte_perplexity)  # type: ignore[misc]
-        for task in self.titles(lambda e: e.tasks):
+        texts = short_names(self.names(lambda e: e.perplexity))
+        quantities = {"perplexity": "ppl"} | ({"byte_perplexity": "ppl/byte"} if per_byte else {})
+        for field, short in quantities.items():
+            for text, title in texts.items():
+                self.add(
+                    f"{field}_{title}",
+                    f"{short} {title}",
+                    short_score,
+                    lambda e, t=text, f=field: getattr(e.perplexity[t], f) if t in e.perplexity else None,  # type: ignore[misc]
+                    lower_is_better=True,
+                )
+        for task in self.names(lambda e: e.tasks):
             for metric in metrics_of(self.evaluations, task):
-                self.add(f"{task}, {metric}", "{:.4f}", lambda e, t=task, m=metric: e.tasks.get(t, {}).get(m))  # type: ignore[misc]
+                self.add_metric(task, metric)
+
+    def add_metric(self, task: str, metric: str) -> None:
+        accuracy = metric in ("acc", "acc_norm")
+        self.add(
+            f"{task}_{metric}",
+            f"{task} {metric}{' %' if accuracy else ''}",
+            (lambda value: f"{100 * value:.1f}") if accuracy else short_score,
+            lambda e: e.tasks.get(task, {}).get(metric),
+            error_of=lambda e: e.tasks.get(task, {}).get(f"{metric}_stderr"),
+            lower_is_better=False if accuracy else None,
+        )
 
     def add_speed(self) -> None:
-        self.add("tokens/s, prefill", "{:.0f}", lambda e: e.speed.prefill if e.speed else None)
-        self.add("tokens/s, decode", "{:.1f}", lambda e: e.speed.decode if e.speed else None)
-        self.add("peak memory, MiB", "{:.0f}", _peak_mib)
+        for field, head in (("prefill", "read tok/s"), ("decode", "write tok/s")):
+            self.add(
+                f"{field}_tokens_per_second",
+                head,
+                short_score,
+                lambda e, f=field: getattr(e.speed, f) if e.speed else None,  # type: ignore[misc]
+                lower_is_better=False,
+            )
+        self.add("peak_bytes", "peak", short_bytes, lambda e: e.speed.peak_bytes if e.speed else None)
 
-    def titles(self, names_of: Callable[[Evaluation], Iterable[str]]) -> list[str]:
+    def names(self, names_of: Callable[[Evaluation], Iterable[str]]) -> list[str]:
         """Return the names that any evaluation has, in order."""
         return list(dict.fromkeys(name for one in self.evaluations for name in names_of(one)))
 
 
-def _peak_mib(evaluation: Evaluation) -> float | None:
-    peak = evaluation.speed.peak_bytes if evaluation.speed else None
-    return None if peak is None else peak / 2**20
-
-
 def table(evaluations: list[Evaluation]) -> Table:
-    """Build one table of all measurements."""
-    rows = _Rows(evaluations)
+    """Build one table of all measurements, a row for each model."""
+    columns = _Columns(evaluations)
     tokenizers_differ = len({one.tokenizer for one in evaluations}) > 1
-    rows.add_size()
-    rows.add_quality(per_byte=tokenizers_differ)
-    rows.add_speed()
+    columns.add_size()
+    columns.add_quality(per_byte=tokenizers_differ)
+    columns.add_speed()
+    first, *others = (one.parameters for one in evaluations)
+    return Table(
+        models=_row_names([one.model for one in evaluations]),
+        columns=columns.columns,
+        notes=_notes(evaluations, tokenizers_differ),
+        reference=bool(others) and first > max(others),
+    )
+
+
+def _row_names(models: Sequence[str]) -> list[str]:
+    """Return short names of models; a model that is measured twice keeps its name twice."""
+    shorts = short_names(models)
+    return [shorts[model] for model in models]
+
+
+def _notes(evaluations: list[Evaluation], tokenizers_differ: bool) -> list[str]:
     notes = []
     if tokenizers_differ and evaluations[0].perplexity:
         notes.append("The models have different tokenizers: compare their perplexities per byte, not per token.")
-    for title, p in {title: p for one in evaluations for title, p in one.perplexity.items()}.items():
-        notes.append(f"{title}: {p.tokens:,} tokens in {p.windows} windows of {p.seq_len}, stride {p.stride}.")
-    return Table([one.model for one in evaluations], rows.rows, notes)
-
-
-def terminal_table(cells: list[list[str]]) -> TerminalTable:
-    """Format cells as a table for the terminal; the first row is its head."""
-    head, *body = cells
-    shown = TerminalTable(*head)
-    for row in body:
-        shown.add_row(*row)
-    return shown
+    perplexities = {title: p for one in evaluations for title, p in one.perplexity.items()}
+    titles = short_names(perplexities)
+    for title, p in perplexities.items():
+        notes.append(
+            f"ppl {titles[title]}: perplexity of {p.tokens:,} tokens in {p.windows} windows of {p.seq_len}, stride "
+            f"{p.stride}."
+        )
+    speed = evaluations[0].speed
+    if speed:
+        size = f"{speed.batch} x {speed.tokens} tokens"
+        notes.append(f"MACs and reading: {size}. Writing: {speed.batch} x {speed.new_tokens} tokens.")
+    if any("_stderr" in name for one in evaluations for task in one.tasks.values() for name in task):
+        notes.append("±: standard error of the task's mean.")
+    return notes
 
 
 def as_json(evaluations: list[Evaluation], about: dict[str, Any]) -> str:

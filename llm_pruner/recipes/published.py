@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.table import markdown
+from ..evaluation.tabular import markdown
 from .source import LIBRARY
 
 PUBLISHED = LIBRARY / "paper" / "published.json"

@@ -12,13 +12,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..evaluation.table import latex, markdown
+from ..evaluation.tabular import LATEX, MARKDOWN, Marks, latex, markdown, short_number
 from ..files import strict_json, write_bytes, write_text
 
 Row = dict[str, Any]
+ABBREVIATIONS = {
+    "parameters": "params",
+    "macs": "MACs",
+    "perplexity": "ppl",
+    "per byte": "ppl/byte",
+    "prefill": "read",
+    "decode": "write",
+}
 ORIGINAL = "original"
+LARGE = 10_000  # from here counts have a prefix
 NOT_MEASURED = ("point", "seed", "seconds")  # numbers that do not measure a model
-MARKDOWN, LATEX, TERMINAL = ("**", "**"), (r"\textbf{", "}"), ("[bold]", "[/bold]")  # marks around the best number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +49,21 @@ class Summary:
     def is_original(self) -> pd.Series:
         return (self.points == ORIGINAL).any(axis=1)
 
-    def cells(self, bold: tuple[str, str]) -> list[list[str]]:
+    @property
+    def labels(self) -> int:
+        """Number of leading columns that name the row."""
+        return self.points.shape[1] + bool((self.seeds > 1).any())
+
+    def cells(self, bold: Marks) -> list[list[str]]:
         """Return the table as text, head first; ``bold`` marks the best number of each measurement."""
         repeated = self.seeds > 1
         seeds = {"seeds": [str(n) if n > 1 else "" for n in self.seeds]} if repeated.any() else {}
-        columns: dict[str, list[str]] = {key: [format_value(v) for v in self.points[key]] for key in self.points}
+        heads = short_heads([*self.points, *self.mean])
+        columns: dict[str, list[str]] = {heads[key]: [format_value(v) for v in self.points[key]] for key in self.points}
         columns |= seeds
         for key in self.mean:
             best = self._best(str(key))
-            columns[str(key)] = [
+            columns[heads[key]] = [
                 _format_mean(mean, deviation if several else None, bold if i in best else ("", ""))
                 for i, mean, deviation, several in zip(
                     self.mean.index, self.mean[key], self.deviation[key], repeated, strict=True
@@ -96,21 +110,21 @@ def _with_label(row: Row, keys: Sequence[str]) -> Row:
 
 
 def format_value(value: Any) -> str:
-    """Return a value as a table shows it: four digits, thousands separated.
+    """Return a value as a table shows it: four digits, thousands separated, large counts with a prefix.
 
-    >>> [format_value(value) for value in (None, 0.123456, 1234567, 1234.5, "l2")]
-    ['', '0.1235', '1,234,567', '1,234', 'l2']
+    >>> [format_value(value) for value in (None, 0.123456, 1234, 17779654656, 1234.5, "l2")]
+    ['', '0.1235', '1,234', '17.8 G', '1,234', 'l2']
     """
     if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if abs(value) >= LARGE and float(value).is_integer():
+        return short_number(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _format_mean(mean: float, deviation: float | None, bold: tuple[str, str]) -> str:
+def _format_mean(mean: float, deviation: float | None, bold: Marks) -> str:
     text = format_value(mean)
     return text and f"{bold[0]}{text}{'' if deviation is None else f' ± {format_value(deviation)}'}{bold[1]}"
 
@@ -120,7 +134,23 @@ def stage_cells(rows: Sequence[Row]) -> list[list[str]]:
     heads = list(dict.fromkeys(key for row in rows for key in row if key != "folder"))
     first = {key: next((row[key] for row in rows if row.get(key) is not None), None) for key in heads}
     body = [[_cell(row, key, None if row is rows[0] else first[key]) for key in heads] for row in rows]
-    return [heads, *body]
+    names = short_heads(heads)
+    return [[names[key] for key in heads], *body]
+
+
+def short_heads(keys: Sequence[Any]) -> dict[Any, str]:
+    """Return the head of each column: arguments without the name of their stage, measurements abbreviated.
+
+    >>> list(short_heads(["prune.taylor", "parameters", "perplexity wikitext2", "decode tokens/s"]).values())
+    ['taylor', 'params', 'ppl wikitext2', 'write tok/s']
+    """
+    short = {key: str(key).rpartition(".")[2] if " " not in str(key) else str(key) for key in keys}
+    heads = {key: name if list(short.values()).count(name) == 1 else str(key) for key, name in short.items()}
+    for key, head in heads.items():
+        for word, abbreviation in ABBREVIATIONS.items():
+            head = abbreviation if head == word else head.replace(f"{word} ", f"{abbreviation} ")
+        heads[key] = head.replace("tokens/s", "tok/s")
+    return heads
 
 
 def _cell(row: Mapping[str, Any], key: str, base: Any) -> str:

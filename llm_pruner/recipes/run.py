@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..checkpoint.next_steps import log_next_steps
 from ..errors import PrunerError
-from ..evaluation.table import terminal_table
+from ..evaluation.tabular import TERMINAL, terminal_table, terminal_tables
 from ..files import folder_lock, lock_holder, strict_json, write_text
 from ..logs import log, logging_to
 from ..provenance import provenance
@@ -22,7 +22,7 @@ from .arguments import RunArguments
 from .dry_run import predict_points, predict_stages, sweep_cells
 from .executors import EXECUTORS, Work, check_executor, worker_command
 from .recipe import Recipe, read
-from .results import TERMINAL, Row, stage_cells, summarize, write_points, write_stages
+from .results import Row, stage_cells, summarize, write_points, write_stages
 from .run_point import read_record, run_points, write_record
 from .status import TABLE_WIDTH, show_status
 from .steps import measure_original, measure_step, run_step
@@ -166,7 +166,7 @@ def _run_stages(point: SweepPoint) -> None:
             row |= measure_step(recipe, steps, i, launch)
         rows.append(row)
         write_stages(rows, point.folder)
-    Console(width=TABLE_WIDTH).print(terminal_table(stage_cells(rows)))
+    _print_table(stage_cells(rows))
     last = next((step for step in reversed(steps) if step.leaves is not None), None)
     if last is not None:
         log_next_steps(Path(str(last.leaves)), last.stage.command, original=recipe.model)
@@ -236,7 +236,15 @@ def _write_table(points: Sequence[SweepPoint], rows: list[Row]) -> None:
         rows = [{"point": 0} | measure_original(recipe), *rows]
     varied = list(dict.fromkeys(key for point in points for key in point.values))
     write_points(rows, varied, points[0].folder)
-    Console(width=TABLE_WIDTH).print(terminal_table(summarize(rows, varied).cells(TERMINAL)))
+    summary = summarize(rows, varied)
+    _print_table(summary.cells(TERMINAL), summary.labels)
+
+
+def _print_table(cells: list[list[str]], labels: int = 1) -> None:
+    """Print results in as many tables as the terminal's width needs; the first ``labels`` columns name the row."""
+    console = Console()
+    for part in terminal_tables(cells, console.width, labels):
+        console.print(part)
 
 
 def _refuse_other_sweep(recipe: Recipe, points: Sequence[SweepPoint]) -> None:

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ..errors import PrunerError
-from ..evaluation.table import terminal_table
+from ..evaluation.tabular import terminal_table
 from ..files import lock_holder
 from . import run_point, stages
 from .sweep import SweepPoint

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..checkpoint.locate import base_of, is_adapter
 from ..commands import COMMANDS
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.run import measure
-from ..evaluation.table import as_json, metrics_of
+from ..evaluation.table import as_json, metrics_of, short_names
 from ..files import digest, folder_lock, strict_json, write_text
 from ..flags import canonical_flags
 from ..inputs import InputCheck
@@ -242,7 +242,7 @@ def _measure(recipe: Recipe, model: str, model_key: str, prepare: Callable[[], N
 def _row_of(evaluations: list[Evaluation]) -> dict[str, Any]:
     evaluation = evaluations[0]
     row: dict[str, Any] = {"parameters": evaluation.parameters, "macs": evaluation.macs}
-    titles = _short_titles(evaluation.perplexity)
+    titles = short_names(evaluation.perplexity)
     for name, result in evaluation.perplexity.items():
         row |= {f"perplexity {titles[name]}": result.perplexity, f"per byte {titles[name]}": result.byte_perplexity}
     for task, metrics in evaluation.tasks.items():
@@ -250,9 +250,3 @@ def _row_of(evaluations: list[Evaluation]) -> dict[str, Any]:
     if evaluation.speed:
         row |= {"prefill tokens/s": evaluation.speed.prefill, "decode tokens/s": evaluation.speed.decode}
     return row
-
-
-def _short_titles(names: Mapping[str, Any]) -> dict[str, str]:
-    """Return texts by their files' names without folder and suffix, where these differ."""
-    stems = {name: Path(name).stem for name in names}
-    return stems if len(set(stems.values())) == len(stems) else {name: name for name in names}
