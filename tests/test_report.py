@@ -1,20 +1,28 @@
 """The report, read as data and looked at in a browser."""
 
+import io
+import itertools
 import json
 import re
 import shutil
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 import torch
 from helpers.browser import browser_page
+from matplotlib.text import Text
 
 from llm_pruner.cli import main
 from llm_pruner.importance.scores import Scores
 from llm_pruner.report.arguments import ReportArguments
-from llm_pruner.report.figures import draw_pruning, draw_tradeoffs, frontier
+from llm_pruner.report.drawing import Drawing
+from llm_pruner.report.figures import draw_pruning, draw_recoveries
+from llm_pruner.report.models import merge_models
 from llm_pruner.report.page import write_report
 from llm_pruner.report.runs import MeasuredModel, Run, read
+from llm_pruner.report.sweeps import Sweep, draw_sweep, tabulate_sweep
+from llm_pruner.report.tradeoffs import draw_tradeoffs
 from llm_pruner.selection.plan import Choice, PruningPlan
 
 
@@ -47,7 +55,10 @@ def runs(home, tmp_path_factory):
 
 def test_runs_are_read_as_data(runs):
     pruned, healed, measured = map(read, runs)
-    assert [(m.model, m.stage) for m in pruned.models] == [("base", "original"), ("pruned", "pruned")]
+    assert [(m.model.rpartition("/")[2], m.stage) for m in pruned.models] == [
+        ("base", "original"),
+        ("pruned", "pruned"),
+    ]
     assert pruned.models[1].parameters < pruned.models[0].parameters
     assert pruned.plan is not None and pruned.scores is not None and pruned.about["seed"] == 7
     for name, choice in pruned.plan.units.items():  # the scores are those that the cut was made by
@@ -57,9 +68,34 @@ def test_runs_are_read_as_data(runs):
     assert point.parameters == pruned.models[1].parameters and "loss" in healed.curves
     (text,) = point.perplexity
     assert text == "python-docs, 254 tokens in 128s"
-    assert [p.model for p in measured.models] == ["base", "pruned", "healed"]
-    assert all(p.macs and p.latency and p.perplexity for p in measured.models)
+    assert [p.model.rpartition("/")[2] for p in measured.models] == ["base", "pruned", "healed"]
+    assert all(p.macs and len(p.speeds) == 2 and p.weight_bytes and p.perplexity for p in measured.models)
     assert all(len(said) == 3 for said in measured.samples.values()) and len(measured.samples) == 3
+
+
+def test_every_model_is_reported_once_with_its_method(runs):
+    models = merge_models(map(read, runs))
+    assert [(m.name, m.stage, m.method, m.size) for m in models] == [
+        ("base", "original", "original", ""),
+        ("pruned", "pruned", "param_second", "0.4"),
+        ("healed", "recovered", "param_second + lora", "0.4"),
+    ]
+    assert models[2].seed == 7 and models[2].speeds and len(models[2].perplexity) == 2, "measurements of all its runs"
+    assert merge_models(map(read, reversed(runs))) == models, "whatever the order of the folders"
+
+
+def test_a_reduced_vocabulary_is_a_run(tmp_path):
+    record = {
+        "tokens_before": 500,
+        "tokens_after": 300,
+        "parameters_before": 900,
+        "parameters_after": 700,
+        "arguments": {"model": "smollm2-135m"},
+    }
+    (tmp_path / "fewer").mkdir()
+    (tmp_path / "fewer" / "vocabulary.json").write_text(json.dumps(record))
+    original, fewer = merge_models([read(tmp_path / "fewer")])
+    assert (original.name, fewer.name, fewer.stage, fewer.parameters) == ("smollm2-135m", "fewer", "vocabulary", 700)
 
 
 def test_runs_of_older_versions_are_read(runs, tmp_path):
@@ -67,20 +103,13 @@ def test_runs_of_older_versions_are_read(runs, tmp_path):
     metrics = json.loads((runs[0] / "metrics.json").read_text())
     metrics["arguments"]["base_model"] = metrics["arguments"].pop("model")
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    assert [model.model for model in read(tmp_path).models] == ["base", tmp_path.name]
+    assert [model.name for model in merge_models([read(tmp_path)])] == ["base", tmp_path.name]
 
 
 def test_perplexities_of_different_protocols_are_not_compared(runs):
-    points = [point for folder in runs for point in read(folder).models]
-    titles = [drawing.title for drawing in draw_tradeoffs(points)]
+    titles = [drawing.title for drawing in draw_tradeoffs(merge_models(map(read, runs)))]
     assert any("60 tokens in 16s" in title for title in titles)
     assert not any("254" in title for title in titles), "a single point is no trade-off"
-
-
-def test_the_frontier_is_what_nothing_beats():
-    points = [(3, 10), (1, 30), (2, 40), (3, 12), (4, 10), (5, 5)]
-    assert frontier(points, higher=False) == [(1, 30), (3, 10), (5, 5)]
-    assert frontier([(x, -y) for x, y in points], higher=True) == [(1, -30), (3, -10), (5, -5)]
 
 
 def test_figures_say_what_they_show(tmp_path):
@@ -88,14 +117,163 @@ def test_figures_say_what_they_show(tmp_path):
     plan = PruningPlan(units={"layers.2.mlp.neurons": Choice("neurons", 2, 10, torch.arange(3, 10))})
     plan.units["layers.2.mlp.neurons"].explain(scores)
     run = Run("mine <b>", tmp_path, plan=plan, scores=Scores({"layers.2.mlp.neurons": scores}))
-    (drawing,) = draw_pruning(run, "run0")
-    assert "7 of 10 kept" in drawing.alt
-    svg = drawing.svg()
-    assert "<title>layer 2: 7 of 10 neurons kept</title>" in svg
+    widths, score_map, histogram = draw_pruning(run)
+    assert "7 of 10 kept" in widths.alt and "7 kept and 3 removed" in histogram.alt
+    assert "<title>layer 2: 7 of 10 neurons kept</title>" in widths.svg()
+    svg = score_map.svg()
     assert "3 of 10 removed (30%), kept from 4, removed up to 3" in svg
-    assert draw_pruning(run, "run0")[0].svg() == svg, "the same figure is the same text"
+    assert draw_pruning(run)[1].svg() == svg, "the same figure is the same text"
     ids = re.findall(r'id="([^"]*)"', svg)
-    assert len(ids) == len(set(ids)) and all(name.startswith("run0neurons-") for name in ids)
+    assert len(ids) == len(set(ids)) and all(name.startswith("mine-b-neurons-scores-") for name in ids)
+
+
+class Texts:
+    """The boxes of all texts that matplotlib draws in a figure, and its canvas."""
+
+    def __init__(self, drawing: Drawing, monkeypatch):
+        drawn: dict[int, tuple[str, Any]] = {}  # the figure is laid out by drawing it, so the last time counts
+        draw = Text.draw
+
+        def record(text, renderer):
+            if text.get_visible() and text.get_text().strip():
+                drawn[id(text)] = text.get_text(), Text.get_window_extent(text, renderer)
+            draw(text, renderer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Text, "draw", record)
+            drawing.write(io.BytesIO(), "png", dpi=100)
+        self.boxes = list(drawn.values())
+        self.canvas = drawing.figure.bbox
+
+    def outside(self) -> list[str]:
+        slack = 0.5
+        return [
+            name
+            for name, box in self.boxes
+            if box.x0 < -slack or box.y0 < -slack or box.x1 > self.canvas.x1 + slack or box.y1 > self.canvas.y1 + slack
+        ]
+
+    def meeting(self) -> list[tuple[str, str]]:
+        pairs = itertools.combinations(self.boxes, 2)
+        return [
+            (one, other)
+            for (one, a), (other, b) in pairs
+            if min(a.x1, b.x1) - max(a.x0, b.x0) > 0.5 and min(a.y1, b.y1) - max(a.y0, b.y0) > 0.5
+        ]
+
+
+def crowded_models() -> list[MeasuredModel]:
+    """An original, and six methods at six sizes each, close together; one method also recovered, one over seeds."""
+    original = {"perplexity": {"wikitext2, 32,768 tokens in 128s": 52.8}, "speeds": {"reading 1 x 128": 497.0}}
+    models = [
+        MeasuredModel(
+            model="o", name="smollm2-135m", stage="original", method="original", parameters=134_515_008, **original
+        )
+    ]
+    methods = ["param_first", "param_second", "l2", "random", "wanda, grouping_strategy mean", "preset best"]
+    for i, method in enumerate([*methods, "param_first + lora"]):
+        for j, ratio in enumerate((0.1, 0.15, 0.2, 0.25, 0.3, 0.4)):
+            for seed in (0, 1) if method == "random" else (None,):
+                quality = 53 * (1 + (0.3 + 0.4 * (i % 6)) * ratio * 4 ** (i % 6 * ratio)) + (seed or 0) * 9 * ratio
+                models.append(
+                    MeasuredModel(
+                        model=f"{method}{ratio}{seed}",
+                        name=f"{method} {ratio}" if i % 2 else f"run_{i}_{j}",
+                        stage="pruned",
+                        method=method,
+                        size=str(ratio),
+                        seed=seed,
+                        parameters=int(134e6 * (1 - 0.6 * ratio)),
+                        weight_bytes=int(538e6 * (1 - 0.6 * ratio)),
+                        speeds={"reading 1 x 128": 497 + 300 * ratio + i},
+                        perplexity={"wikitext2, 32,768 tokens in 128s": quality},
+                        accuracy=0.6 - ratio / 4 - i / 100,
+                        accuracy_error=0.011,
+                    )
+                )
+    return models
+
+
+def pruning_of(tmp_path, layers: int, size: int) -> Run:
+    generator = torch.Generator().manual_seed(0)
+    scores, plan = Scores({}, {"criterion": "taylor"}), PruningPlan()
+    for layer in range(layers):
+        name = f"model.layers.{layer}.mlp.neurons"
+        scores.values[name] = torch.randn(size, generator=generator).double().mul(2).exp() * 1e-6 * (1 + layer)
+        kept = scores.values[name].topk(size - size // 4 - layer % 5).indices.sort().values
+        plan.units[name] = Choice("neurons", layer, size, kept)
+        plan.units[name].explain(scores.values[name])
+    return Run("a_run_with_a_rather_long_name", tmp_path, plan=plan, scores=scores)
+
+
+def sweep_of(methods: int, ratios: list[float]) -> Sweep:
+    rows = [
+        {
+            "point": 1,
+            "prune.pruner_type": f"criterion_{i}",
+            "prune.pruning_ratio": ratio,
+            "seed": seed,
+            "perplexity wikitext2": 50 * 30 ** (ratio * (1 + i / 5)) + seed,
+            "piqa acc": 0.7 - ratio / 3 - seed / 100,
+        }
+        for i in range(methods)
+        for ratio in ratios
+        for seed in (0, 1)
+    ]
+    original = {"perplexity wikitext2": 52.8, "piqa acc": 0.71}
+    return Sweep(name="study", rows=rows, original=original, varied=["prune.pruner_type", "prune.pruning_ratio"])
+
+
+def crowded_drawings(tmp_path) -> list[Drawing]:
+    losses = {
+        f"eval_{name}_loss": [(i, 3 + k - i / 40) for i in range(40)] for k, name in enumerate(["c4", "ptb", "docs"])
+    }
+    curves = {"loss": [(i, 4 - i / 50) for i in range(40)], **losses}
+    return [
+        *draw_tradeoffs(crowded_models()),
+        *draw_pruning(pruning_of(tmp_path, 80, 400)),
+        *draw_sweep(sweep_of(9, [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])),
+        *draw_recoveries([Run("healed", tmp_path, curves=curves)]),
+    ]
+
+
+def empty_drawings(tmp_path) -> list[Drawing]:
+    few = [
+        MeasuredModel(model="a", name="a", stage="original", method="original", parameters=5, accuracy=0.5),
+        MeasuredModel(model="b", name="b", stage="pruned", method="l2", size="0.5", parameters=4, accuracy=0.5),
+    ]
+    return [
+        *draw_tradeoffs(few),
+        *draw_pruning(pruning_of(tmp_path, 1, 8)),
+        *draw_sweep(sweep_of(1, [0.1, 0.2])),
+        *draw_recoveries([Run("healed", tmp_path, curves={"loss": [(1, 3.0)]})]),
+    ]
+
+
+@pytest.mark.parametrize("draw", [crowded_drawings, empty_drawings])
+def test_no_text_of_a_figure_is_clipped_or_meets_another(draw, tmp_path, monkeypatch):
+    drawings = draw(tmp_path)
+    assert len(drawings) >= 7
+    for drawing in drawings:
+        texts = Texts(drawing, monkeypatch)
+        assert texts.boxes and texts.outside() == [] and texts.meeting() == [], drawing.name
+
+
+def test_every_point_of_a_tradeoff_is_named(monkeypatch):
+    drawing = draw_tradeoffs(crowded_models())[0]
+    names = [name for name, _ in Texts(drawing, monkeypatch).boxes]
+    assert "smollm2-135m, unpruned" in names and {f"run_{i}_{j}" for i in (0, 2, 4) for j in range(6)} <= set(names)
+    assert names.count("0.25") == 3, "a point that a recipe named is labelled by its ratio, its seeds together"
+
+
+def test_sweeps_are_tabulated_by_method_and_ratio():
+    perplexities, accuracies = tabulate_sweep(sweep_of(2, [0.1, 0.2]))
+    assert perplexities.title == "perplexity wikitext2 by pruning_ratio" and perplexities.heads == ["", "0.1", "0.2"]
+    original, better, worse = perplexities.rows
+    assert original == ("original", [("52.80", False)] * 2)
+    assert better[0] == "criterion_0" and all(best and " ± 0.71" in text for text, best in better[1])
+    assert not any(best for _, best in worse[1])
+    assert accuracies.rows[1][1][0][0] == "66.17 ± 0.71"
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [-torch.inf, 2.0, 3.0], [-1.0, 0.5, 2.0]])
@@ -103,8 +281,8 @@ def test_odd_scores_can_be_drawn(values, tmp_path):
     scores = torch.tensor(values, dtype=torch.float64)
     plan = PruningPlan(units={"mlp": Choice("neurons", 0, 3, torch.tensor([1, 2]))})
     plan.units["mlp"].explain(scores)
-    (drawing,) = draw_pruning(Run("odd", tmp_path, plan=plan, scores=Scores({"mlp": scores})), "run0")
-    assert "<svg" in drawing.svg()
+    drawings = draw_pruning(Run("odd", tmp_path, plan=plan, scores=Scores({"mlp": scores})))
+    assert len(drawings) == 3 and all("<svg" in drawing.svg() for drawing in drawings)
 
 
 @pytest.mark.slow
@@ -154,7 +332,8 @@ def test_the_page_in_a_browser(runs, tmp_path):
     assert main(["report", *map(str, runs), *flags]) == 0
     assert Page(file.read_text()).asked == []
     names = {p.name for p in (tmp_path / "figures").iterdir()}
-    assert {"tradeoff0.svg", "tradeoff0.png", "run0neurons.svg", "recovery1.png"} <= names
+    assert {"figures.json", "pruned-neurons-widths.svg", "pruned-neurons-scores.pdf", "healed-recovery.png"} <= names
+    assert len([name for name in names if "over-parameters" in name]) == 3
     with browser_page() as (page, faults):
         page.goto(f"file://{file}")
         assert page.title() == "A & B"
@@ -165,7 +344,7 @@ def test_the_page_in_a_browser(runs, tmp_path):
             assert box is not None and box["width"] > 200 and box["height"] > 100
             assert figures.nth(i).get_attribute("aria-label")
         assert page.locator("svg.figure .tip > title").count() > 5
-        page.get_by_role("button", name="parameters").click()
+        page.get_by_role("button", name="params").click()
         first = page.locator("#summary tbody tr").first.locator("td").first.inner_text()
         assert first != "base", "the smallest comes first"
         view = figures.first.get_attribute("viewBox")
@@ -180,6 +359,22 @@ def test_the_page_in_a_browser(runs, tmp_path):
         colour = page.evaluate("getComputedStyle(document.querySelector('svg.figure text')).fill")
         assert colour == "rgb(232, 232, 232)"
         assert faults == []
+
+
+def test_figures_of_other_runs_are_not_replaced(runs, tmp_path, capsys):
+    figures = tmp_path / "figures"
+    flags = ["--figures", str(figures), "--output"]
+    assert main(["report", str(runs[1]), *flags, str(tmp_path / "one.html")]) == 0
+    before = {file: file.stat().st_mtime_ns for file in figures.iterdir()}
+    capsys.readouterr()
+    assert main(["report", str(runs[0]), *flags, str(tmp_path / "two.html")]) == 2
+    assert f"{figures} holds figures of other runs" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in figures.iterdir()} == before
+    assert not (tmp_path / "two.html").exists()
+    assert main(["report", str(runs[1]), *flags, str(tmp_path / "one.html")]) == 0, "its own it may draw again"
+    (figures / "figures.json").unlink()
+    assert main(["report", str(runs[1]), *flags, str(tmp_path / "one.html")]) == 2
+    assert "images that report did not write" in capsys.readouterr().err
 
 
 def test_bad_input(runs, tmp_path, capsys):
@@ -198,4 +393,5 @@ def test_bad_input(runs, tmp_path, capsys):
 
 
 def test_models_may_lack_every_measurement():
-    assert draw_tradeoffs([MeasuredModel("a", "pruned"), MeasuredModel("b", "pruned", parameters=5)]) == []
+    models = [MeasuredModel(model="a", stage="pruned"), MeasuredModel(model="b", stage="pruned", parameters=5)]
+    assert draw_tradeoffs(models) == []

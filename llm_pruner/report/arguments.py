@@ -15,9 +15,9 @@ DEFAULT_OUTPUT = "report.html"
 class ReportArguments(Arguments):
     """Flags of ``llm-pruner report``."""
 
-    runs: list[str] = flag([], "folders of runs: of prune, recover, run, or evaluate --output")
+    runs: list[str] = flag([], "folders of runs: of prune, recover, vocab, run, or evaluate --output")
     output: str = flag(DEFAULT_OUTPUT, "page to write: one file that needs no network")
-    figures: str | None = flag(None, "folder to write every figure to as well, as SVG and PNG")
+    figures: str | None = flag(None, "folder to write every figure to as well, as SVG, PNG and PDF")
     title: str = flag("Pruning report", "title of the page")
 
     def check(self) -> None:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..errors import PrunerError
 from ..files import digest, place_for_run, write_text
 from ..logs import log
 from ..version import __version__
 from .arguments import DEFAULT_OUTPUT, ReportArguments
-from .figures import Drawing, draw_pruning, draw_recoveries, draw_tradeoffs
+from .figure_files import make_names_unique, other_figures, write_figures
+from .figures import draw_pruning, draw_recoveries
+from .models import merge_models
 from .runs import MeasuredModel, Run, folders_of, read
+from .summary import summarize
+from .sweeps import draw_sweep, read_sweep, tabulate_sweep
+from .tradeoffs import draw_tradeoffs
 
-PRINT_DPI = 200
+EVALUATIONS = "evaluations"  # folder of a recipe, with an evaluation of every model
 MARK = '<meta name="llm-pruner-report" content="{}">'  # in page.html; tells a page of the same runs from others
-Cell = tuple[str, float | str]  # text to show, value to sort by
 
 
 def write_report(args: ReportArguments) -> Path:
     """Run ``llm-pruner report``: write the page, print and return its path.
 
     Raises:
-        PrunerError: a folder holds no run, --output holds another page, or the page cannot be written.
+        PrunerError: a folder holds no run, --output or --figures holds another report, or cannot be written.
     """
     args.check()
     mark = digest([args.runs, args.title])
@@ -35,31 +37,49 @@ def write_report(args: ReportArguments) -> Path:
         flag="output",
         named=args.output != DEFAULT_OUTPUT,
     )
-    runs = [read(folder) for path in args.runs for folder in folders_of(path)]
-    _distinguish_names(runs)
-    models = _distinct_models(runs)
-    tradeoffs, recoveries = draw_tradeoffs(models), draw_recoveries(runs)
-    details = [(run, draw_pruning(run, f"run{i}")) for i, run in enumerate(runs)]
+    figures = None
     if args.figures:
-        prunings = [drawing for _, drawings in details for drawing in drawings]
-        _write_figures([*tradeoffs, *recoveries, *prunings], Path(args.figures))
-    environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("page.html").render(
-        title=args.title,
-        version=__version__,
-        mark=mark,
-        runs=runs,
-        summary=_summarize(models),
-        overall=tradeoffs,
-        recoveries=recoveries,
-        details=details,
-        svg=lambda drawing: Markup(drawing.svg()),
-        zip=zip,
+        figures = place_for_run(
+            Path(args.figures).expanduser(), lambda folder: other_figures(folder, mark), flag="figures", named=True
+        )
+    runs = [read(folder) for path in args.runs for folder in folders_of(path)]
+    sweeps = [sweep for path in args.runs if (sweep := read_sweep(path)) is not None]
+    _distinguish_names(runs)
+    models = merge_models(runs)
+    _name_stages(runs, models)
+    tradeoffs, recoveries = draw_tradeoffs(models), draw_recoveries(runs)
+    curves = [(sweep, draw_sweep(sweep), tabulate_sweep(sweep)) for sweep in sweeps]
+    details = [(run, draw_pruning(run)) for run in runs if run.folder.parent.name != EVALUATIONS or run.samples]
+    drawings = [*tradeoffs, *(d for _, drawn, _ in curves for d in drawn), *recoveries]
+    drawings += [drawing for _, drawn in details for drawing in drawn]
+    make_names_unique(drawings)
+    page = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=args.title,
+            version=__version__,
+            mark=mark,
+            runs=runs,
+            summary=summarize(models),
+            overall=tradeoffs,
+            sweeps=curves,
+            recoveries=recoveries,
+            details=details,
+            svg=lambda drawing: Markup(drawing.svg()),
+            zip=zip,
+        )
     )
+    if figures:
+        write_figures(drawings, figures, mark)
     write_text(path, page)
     log.info("report of %d run%s: %s", len(runs), "s" * (len(runs) > 1), path)
     print(path)
     return path
+
+
+def _environment() -> Environment:
+    return Environment(loader=PackageLoader(__name__, "."), autoescape=True, undefined=StrictUndefined)
 
 
 def _other_content(file: Path, mark: str) -> str:
@@ -76,48 +96,12 @@ def _distinguish_names(runs: list[Run]) -> None:
     """Put their parent folders before the names of runs that are called the same."""
     names = [run.name for run in runs]
     for run in runs:
-        if names.count(run.name) > 1:
+        if names.count(run.name) > 1 and not run.is_stage:
             run.name = "/".join(run.folder.resolve().parts[-2:])
 
 
-def _distinct_models(runs: list[Run]) -> list[MeasuredModel]:
-    """Return every model once for each way in which it was measured: many runs start from the same original."""
-    models: list[MeasuredModel] = []
-    for model in (model for run in runs for model in run.models):
-        if model not in models:
-            models.append(model)
-    return models
-
-
-def _summarize(models: list[MeasuredModel]) -> dict[str, list[Cell]]:
-    """Return the columns of the table by their heads, without empty ones."""
-    largest = max((model.parameters or 0 for model in models), default=0)
-    numbers: dict[str, tuple[str, Callable[[MeasuredModel], float | None]]] = {
-        "parameters": ("{:,}", lambda m: m.parameters),
-        "of the largest": ("{:.3f}", lambda m: m.parameters / largest if m.parameters else None),
-        "MACs, billions": ("{:.2f}", lambda m: m.macs / 1e9 if m.macs else None),
-        "latency, ms": ("{:.1f}", lambda m: m.latency),
-    }
-    for text in dict.fromkeys(text for model in models for text in model.perplexity):
-        numbers[f"perplexity, {text}"] = ("{:.2f}", lambda m, t=text: m.perplexity.get(t))  # type: ignore[misc]
-    numbers["accuracy"] = ("{:.4f}", lambda m: m.accuracy)
-    columns: dict[str, list[Cell]] = {
-        "model": [(model.model, model.model) for model in models],
-        "stage": [(model.stage, model.stage) for model in models],
-    }
-    for head, (form, number_of) in numbers.items():
-        values = [number_of(model) for model in models]
-        if any(value is not None for value in values):
-            columns[head] = [("", float("inf")) if value is None else (form.format(value), value) for value in values]
-    return columns
-
-
-def _write_figures(drawings: list[Drawing], folder: Path) -> None:
-    """Write every figure as SVG and PNG, for papers."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for drawing in drawings:
-            for form in ("svg", "png"):
-                drawing.write(folder / f"{drawing.name}.{form}", form, dpi=PRINT_DPI)
-    except OSError as error:
-        raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error
+def _name_stages(runs: list[Run], models: list[MeasuredModel]) -> None:
+    """Name the points of a sweep by their models: a recipe named their folders all alike."""
+    names = {model.model: model.name for model in models}
+    for run in runs:
+        run.name = names.get(str(run.folder.resolve()), run.name)

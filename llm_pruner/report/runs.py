@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,35 +12,51 @@ from typing import Any
 
 from ..checkpoint.locate import PLAN_FILE
 from ..errors import PrunerError
+from ..evaluation.evaluate import PROMPTS
+from ..evaluation.table import short_names
 from ..importance.scores import SCORES_FILE, Scores
 from ..selection.plan import PruningPlan
 
-PRUNED, RECOVERED, EVALUATED, CURVES = "metrics.json", "recovery.json", "evaluation.json", "curves.json"
+PRUNED, RECOVERED, VOCABULARY = "metrics.json", "recovery.json", "vocabulary.json"
+EVALUATED, CURVES = "evaluation.json", "curves.json"
 PROVENANCE = ("command", "seed", "versions", "machine")
-MODEL_FLAGS = ("model", "base_model")  # spellings in the metrics of this and of older versions
+MODEL_FLAGS = ("model", "base_model", "prune_model")  # spellings in the records of this and of older versions
+STAGE_FOLDER = re.compile(r"\d+-(?P<name>.+)-[0-9a-f]{8}")  # of a stage of a recipe
 LARGEST_LOSS = 700  # exp of more overflows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MeasuredModel:
     """A model and its measurements; every number may be missing.
 
     Attributes:
-        stage: ``original``, ``pruned``, ``recovered``, or ``evaluated`` in a run that compared models.
-        parameters: number of parameters.
+        model: folder, alias or hub id, as the run names it.
+        stage: ``original``, ``pruned``, ``recovered``, ``vocabulary``, or ``evaluated`` in a run that compared models.
+        parent: model that it was made from.
+        arguments: flags of the run that made it.
         macs: multiply-accumulates of a forward pass over the tokens that the run states.
-        latency: milliseconds of the same forward pass.
+        speeds: tokens per second by what was timed, since only equal work compares.
         perplexity: by text and protocol, since only equal protocols compare.
         accuracy: mean over the tasks, normalised by length for tasks that define it.
+        accuracy_error: its standard error.
+        name, method, size, seed: filled in where models of several runs are brought together.
     """
 
     model: str
     stage: str
+    parent: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     parameters: int | None = None
     macs: int | None = None
-    latency: float | None = None
+    weight_bytes: int | None = None
+    speeds: dict[str, float] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
     accuracy: float | None = None
+    accuracy_error: float | None = None
+    name: str = ""
+    method: str = ""
+    size: str = ""
+    seed: int | None = None
 
 
 @dataclass
@@ -47,7 +64,9 @@ class Run:
     """The folder of a run.
 
     Attributes:
+        name: name of the folder; of a stage of a recipe that of the stage.
         models: models that the run measured.
+        is_stage: a recipe named the folder, not the user.
         curves: ``{"loss": [(step, value), ...]}`` of a recovery.
         samples: continuations by prompt and model.
         about: command, seed, versions, machine.
@@ -63,6 +82,7 @@ class Run:
     samples: dict[str, dict[str, str]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    is_stage: bool = False
 
 
 def folders_of(path: str | Path) -> list[Path]:
@@ -75,7 +95,7 @@ def folders_of(path: str | Path) -> list[Path]:
 
 
 def read(folder: str | Path) -> Run:
-    """Read the folder of a run of ``prune``, ``recover`` or ``evaluate --output``.
+    """Read the folder of a run of ``prune``, ``recover``, ``vocab`` or ``evaluate --output``.
 
     Raises:
         PrunerError: the folder does not exist, holds no run, or holds a damaged one.
@@ -83,8 +103,12 @@ def read(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise PrunerError(f"there is no folder {folder}")
-    run = Run(folder.resolve().name, folder)
+    full_name = folder.resolve().name
+    stage = STAGE_FOLDER.fullmatch(full_name)
+    run = Run(stage["name"] if stage else full_name, folder, is_stage=stage is not None)
     present = [name for name in _READERS if (folder / name).is_file()]
+    if not present and (folder.resolve().parent / RECOVERED).is_file():  # the merged model of a recovery
+        return read(folder.resolve().parent)
     if not present:
         raise PrunerError(f"{folder} holds no run: give a folder with one of {', '.join(_READERS)}")
     for name in present:
@@ -97,25 +121,51 @@ def read(folder: str | Path) -> Run:
     return run
 
 
+def _source_of(content: Mapping[str, Any]) -> str:
+    """Return the model that a run began with."""
+    return str(next(content["arguments"][flag] for flag in MODEL_FLAGS if flag in content["arguments"]))
+
+
 def _read_pruning(run: Run, metrics: dict[str, Any]) -> None:
-    original = next(metrics["arguments"][flag] for flag in MODEL_FLAGS if flag in metrics["arguments"])
-    for name, stage, key in ((original, "original", "before"), (run.name, "pruned", "after")):
+    original = _source_of(metrics)
+    latency = metrics.get("latency", {})
+    for name, stage, key in ((original, "original", "before"), (str(run.folder), "pruned", "after")):
         measured = metrics[key]
-        microseconds = metrics.get("latency", {}).get(f"{key}_us")
+        speeds = {}
+        if latency.get(f"{key}_us") and "tokens" in latency:
+            tokens = latency["batch"] * latency["tokens"]
+            speeds[_reading(latency["batch"], latency["tokens"])] = 1e6 * tokens / latency[f"{key}_us"]
         model = MeasuredModel(
-            _short_name(name),
-            stage,
+            model=name,
+            stage=stage,
+            parent=original if stage == "pruned" else "",
+            arguments=metrics["arguments"] if stage == "pruned" else {},
             parameters=int(metrics[f"parameters_{key}"]),
-            latency=microseconds and microseconds / 1e3,
+            speeds=speeds,
             perplexity=_perplexities(measured["perplexity"]),
         )
         run.models.append(model)
-        for i, sample in enumerate(measured.get("samples", ()), 1):
-            run.samples.setdefault(f"sample {i}", {})[stage] = sample
+        for i, sample in enumerate(measured.get("samples", ())):
+            run.samples.setdefault(PROMPTS[i] if i < len(PROMPTS) else f"prompt {i + 1}", {})[stage] = sample
     if (run.folder / PLAN_FILE).is_file():
         run.plan = PruningPlan.load(run.folder / PLAN_FILE)
     if (run.folder / SCORES_FILE).is_file():
         run.scores = Scores.load(run.folder / SCORES_FILE)
+
+
+def _read_vocabulary(run: Run, metrics: dict[str, Any]) -> None:
+    original = _source_of(metrics)
+    run.models.append(MeasuredModel(model=original, stage="original", parameters=metrics["parameters_before"]))
+    run.models.append(
+        MeasuredModel(
+            model=str(run.folder),
+            stage="vocabulary",
+            parent=original,
+            arguments=metrics["arguments"],
+            parameters=metrics["parameters_after"],
+        )
+    )
+    run.notes.append(f"vocabulary: {metrics['tokens_after']:,} of {metrics['tokens_before']:,} tokens kept")
 
 
 def _read_recovery(run: Run, metrics: dict[str, Any]) -> None:
@@ -125,8 +175,17 @@ def _read_recovery(run: Run, metrics: dict[str, Any]) -> None:
         for name, protocol in metrics.get("texts", {}).items()
         if name in last_losses
     }
-    model = MeasuredModel(run.name, "recovered", metrics.get("parameters"), perplexity=_perplexities(texts))
-    run.models.append(model)
+    arguments = metrics.get("arguments", {})
+    run.models.append(
+        MeasuredModel(
+            model=str(run.folder),
+            stage="recovered",
+            parent=_source_of(metrics) if arguments else "",
+            arguments=arguments | {"method": metrics["method"]},
+            parameters=metrics.get("parameters"),
+            perplexity=_perplexities(texts),
+        )
+    )
     run.notes.append(f"{metrics['method']}: {metrics['steps']} steps, {metrics['tokens']:,} tokens")
     if (run.folder / CURVES).is_file():
         content = json.loads((run.folder / CURVES).read_text(encoding="utf-8"))
@@ -135,37 +194,55 @@ def _read_recovery(run: Run, metrics: dict[str, Any]) -> None:
 
 def _read_evaluation(run: Run, content: dict[str, Any]) -> None:
     evaluations = content["models"]
-    names = [_short_name(evaluation["model"]) for evaluation in evaluations]
-    for evaluation, short in zip(evaluations, names, strict=True):
-        name = short if names.count(short) == 1 else evaluation["model"]
-        run.models.append(_evaluated_model(name, evaluation))
+    names = short_names(evaluation["model"] for evaluation in evaluations)
+    for evaluation in evaluations:
+        run.models.append(_evaluated_model(evaluation))
         for prompt, continuation in evaluation.get("samples", {}).items():
-            run.samples.setdefault(prompt, {})[name] = continuation
+            run.samples.setdefault(prompt, {})[names[evaluation["model"]]] = continuation
     first = evaluations[0]
     if first["tasks"]:
         run.notes.append("accuracy is the mean of " + ", ".join(first["tasks"]))
     if first["speed"]:
-        run.notes.append("compute and latency at {batch} x {tokens} tokens".format(**first["speed"]))
+        run.notes.append("compute and speed of reading at {batch} x {tokens} tokens".format(**first["speed"]))
     if len({evaluation["tokenizer"] for evaluation in evaluations}) > 1:
         run.notes.append("the models have different tokenizers: their perplexities do not compare")
 
 
-_READERS = {PRUNED: _read_pruning, RECOVERED: _read_recovery, EVALUATED: _read_evaluation}
+_READERS = {
+    PRUNED: _read_pruning,
+    RECOVERED: _read_recovery,
+    VOCABULARY: _read_vocabulary,
+    EVALUATED: _read_evaluation,
+}
 
 
-def _evaluated_model(name: str, evaluation: Mapping[str, Any]) -> MeasuredModel:
-    speed = evaluation["speed"]
-    accuracies = [task.get("acc_norm", task.get("acc")) for task in evaluation["tasks"].values()]
-    accuracies = [accuracy for accuracy in accuracies if accuracy is not None]
+def _evaluated_model(evaluation: Mapping[str, Any]) -> MeasuredModel:
+    speed = evaluation["speed"] or {}
+    speeds = {}
+    if speed.get("prefill"):
+        speeds[_reading(speed["batch"], speed["tokens"])] = speed["prefill"]
+    if speed.get("decode"):
+        speeds[f"writing {speed['batch']} x {speed['new_tokens']}"] = speed["decode"]
+    metrics = [next((m for m in ("acc_norm", "acc") if m in task), None) for task in evaluation["tasks"].values()]
+    scored = [(task, m) for task, m in zip(evaluation["tasks"].values(), metrics, strict=True) if m is not None]
+    accuracies = [task[metric] for task, metric in scored]
+    errors = [task.get(f"{metric}_stderr") for task, metric in scored]
+    known = [error for error in errors if error is not None]
     return MeasuredModel(
-        name,
-        "evaluated",
+        model=evaluation["model"],
+        stage="evaluated",
         parameters=evaluation["parameters"],
         macs=evaluation["macs"],
-        latency=1e3 * speed["batch"] * speed["tokens"] / speed["prefill"] if speed else None,
+        weight_bytes=evaluation.get("weight_bytes"),
+        speeds=speeds,
         perplexity=_perplexities(evaluation["perplexity"]),
         accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
+        accuracy_error=math.hypot(*known) / len(known) if known and len(known) == len(errors) else None,
     )
+
+
+def _reading(batch: int, tokens: int) -> str:
+    return f"reading {batch} x {tokens}"
 
 
 def _perplexities(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -173,12 +250,8 @@ def _perplexities(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     perplexities = {}
     for text, result in results.items():
         overlap = "" if result.get("stride") in (None, result["seq_len"]) else f", stride {result['stride']}"
-        title = f"{_short_name(text)}, {result['tokens']:,} tokens in {result['seq_len']}s{overlap}"
-        perplexities[title] = float(result["perplexity"])
+        (name,) = short_names([text]).values()
+        perplexities[f"{name}, {result['tokens']:,} tokens in {result['seq_len']}s{overlap}"] = float(
+            result["perplexity"]
+        )
     return perplexities
-
-
-def _short_name(name: str) -> str:
-    """Return the name of a folder; of a merged adapter that of its run."""
-    path = Path(name)
-    return (path.parent if path.name == "merged" else path).name or name
