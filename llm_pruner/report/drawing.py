@@ -55,7 +55,7 @@ class LineStyle:
         return {"color": self.colour, "marker": self.marker, "markerfacecolor": face, "markeredgewidth": 1.6}
 
 
-ORIGINAL_STYLE = LineStyle(colour=GREY, marker="s", line=(0, (1, 1)))
+ORIGINAL_STYLE = LineStyle(colour=GREY, marker="s", line=(0, (4, 2)))
 
 
 def styles_of(names: Iterable[str]) -> dict[str, LineStyle]:

@@ -256,7 +256,7 @@ def _draw_histogram(run: Run, kind: str, scores: dict[str, torch.Tensor], unit: 
         ax = figure.subplots()
         title = f"{run.name}: scores of kept and removed {kind}"
         alt = f"{title}: a histogram of {kept.size:,} kept and {removed.size:,} removed"
-        parts = ax.hist(
+        parts: Any = ax.hist(
             [removed, kept],
             bins=BINS,
             stacked=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -44,7 +45,9 @@ def merge_models(runs: Iterable[Run]) -> list[MeasuredModel]:
             seed = "" if model.seed is None else f", seed {model.seed}"
             model = replace(model, name=f"{model.method} {model.size}{seed}")
         described[identity] = model
-    return _in_order(described)
+    of_sweep = {identity: m for identity, m in described.items() if m.name.startswith(f"{m.method} ")}
+    by_argument = sorted(of_sweep.items(), key=lambda item: (item[1].method, _number(item[1].size), item[1].name))
+    return _in_order({i: m for i, m in described.items() if i not in of_sweep} | dict(by_argument))
 
 
 def _is_made_by(run: Run, model: MeasuredModel) -> bool:
@@ -120,6 +123,13 @@ def _size(flags: Mapping[str, Any]) -> str:
         return f"without layers {_text(flags['drop_layers'])}"
     shapes = [f"{name} {flags[name]}" for name in SHAPES if flags.get(name)]
     return ", ".join(shapes) if shapes else str(flags.get("pruning_ratio", ""))
+
+
+def _number(size: str) -> tuple[float, str]:
+    try:
+        return float(size), size
+    except ValueError:
+        return math.inf, size
 
 
 def _differing_flags(arguments: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -17,7 +17,7 @@ from .models import merge_models
 from .runs import MeasuredModel, Run, folders_of, read
 from .summary import summarize
 from .sweeps import draw_sweep, read_sweep, tabulate_sweep
-from .tradeoffs import draw_tradeoffs
+from .tradeoffs import draw_tradeoffs, styles_of_models
 
 EVALUATIONS = "evaluations"  # folder of a recipe, with an evaluation of every model
 MARK = '<meta name="llm-pruner-report" content="{}">'  # in page.html; tells a page of the same runs from others
@@ -48,7 +48,7 @@ def write_report(args: ReportArguments) -> Path:
     models = merge_models(runs)
     _name_stages(runs, models)
     tradeoffs, recoveries = draw_tradeoffs(models), draw_recoveries(runs)
-    curves = [(sweep, draw_sweep(sweep), tabulate_sweep(sweep)) for sweep in sweeps]
+    curves = [(sweep, draw_sweep(sweep, styles_of_models(models)), tabulate_sweep(sweep)) for sweep in sweeps]
     details = [(run, draw_pruning(run)) for run in runs if run.folder.parent.name != EVALUATIONS or run.samples]
     drawings = [*tradeoffs, *(d for _, drawn, _ in curves for d in drawn), *recoveries]
     drawings += [drawing for _, drawn in details for drawing in drawn]
@@ -101,7 +101,14 @@ def _distinguish_names(runs: list[Run]) -> None:
 
 
 def _name_stages(runs: list[Run], models: list[MeasuredModel]) -> None:
-    """Name the points of a sweep by their models: a recipe named their folders all alike."""
+    """Name the points of a sweep by their models, in their order: a recipe named their folders all alike."""
     names = {model.model: model.name for model in models}
-    for run in runs:
-        run.name = names.get(str(run.folder.resolve()), run.name)
+    places = list(names)
+    stages = sorted(
+        (run for run in runs if run.is_stage and str(run.folder.resolve()) in names),
+        key=lambda run: places.index(str(run.folder.resolve())),
+    )
+    ordered = iter(stages)
+    runs[:] = [next(ordered) if any(run is stage for stage in stages) else run for run in runs]
+    for run in stages:
+        run.name = names[str(run.folder.resolve())]

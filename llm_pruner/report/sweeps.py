@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,13 +13,26 @@ from typing import Any
 
 from ..errors import PrunerError
 from ..evaluation.tabular import short_score
-from .drawing import STYLE, Drawing, add_legend, drawing_settings, new_figure, shorten, slug, styles_of
+from .drawing import (
+    GREY,
+    ORIGINAL_STYLE,
+    STYLE,
+    Drawing,
+    LineStyle,
+    add_legend,
+    drawing_settings,
+    new_figure,
+    shorten,
+    slug,
+    styles_of,
+)
 from .labels import Label, name_points
 from .tradeoffs import set_quality_axis
 
 RESULTS, SWEEP = "results.json", "sweep.json"
 PERPLEXITY = "perplexity "
 MOST_TICKS = 8
+TAYLOR = ("vectorize", "param_first", "param_second", "param_mix")
 Values = dict[float, list[float]]  # results of all seeds by the swept number
 
 
@@ -72,7 +85,7 @@ def _is_number(value: Any) -> bool:
 
 def value_of(row: Mapping[str, Any], quality: str) -> float | None:
     """Return a finite result, accuracies in percent."""
-    value = row.get(quality)
+    value: Any = row.get(quality)
     if not (_is_number(value) and math.isfinite(value)):
         return None
     return value if quality.startswith(PERPLEXITY) else 100 * value
@@ -100,20 +113,30 @@ def read_sweep(folder: str | Path) -> Sweep | None:
         raise PrunerError(f"the results of the sweep {folder} are damaged: {type(error).__name__} {error}") from error
 
 
-def draw_sweep(sweep: Sweep) -> list[Drawing]:
-    """Draw every quality over every swept number."""
+def draw_sweep(sweep: Sweep, styles: Mapping[str, LineStyle] | None = None) -> list[Drawing]:
+    """Draw every quality over every swept number, methods with the ``styles`` of other figures in theirs."""
     drawings = []
     for quality in sweep.qualities():
         for key in sweep.numeric():
             lines = sweep.lines(key, quality)
             if lines:
-                drawings.append(_draw_curves(sweep, key, quality, lines))
+                drawings.append(_draw_curves(sweep, key, quality, lines, _styles(lines, styles or {})))
     return drawings
 
 
-def _draw_curves(sweep: Sweep, key: str, quality: str, lines: Mapping[str, Values]) -> Drawing:
+def _styles(methods: Iterable[str], known: Mapping[str, LineStyle]) -> dict[str, LineStyle]:
+    """Return a style for each method: the known one, also where a sweep names a single Taylor variant ``taylor``."""
+    styles = styles_of([*known, *methods]) | dict(known)
+    variants = [name for name in known if name in TAYLOR]
+    if len(variants) == 1:
+        styles["taylor"] = known[variants[0]]
+    return styles
+
+
+def _draw_curves(
+    sweep: Sweep, key: str, quality: str, lines: Mapping[str, Values], styles: Mapping[str, LineStyle]
+) -> Drawing:
     swept = key.rpartition(".")[2]
-    styles = styles_of(lines)
     level = value_of(sweep.original, quality)
     with drawing_settings(STYLE):
         figure = new_figure()
@@ -146,7 +169,7 @@ def _draw_curves(sweep: Sweep, key: str, quality: str, lines: Mapping[str, Value
 def _draw_level(ax: Any, level: float | None, x: float) -> list[Label]:
     if level is None:
         return []
-    ax.axhline(level, color="#777777", linewidth=1.2, linestyle=(0, (1, 1)), zorder=1)
+    ax.axhline(level, color=GREY, linewidth=1.4, linestyle=ORIGINAL_STYLE.line, zorder=1)
     return [Label(x=x, y=level, text=f"unpruned: {short_score(level)}")]
 
 

@@ -109,7 +109,7 @@ def _perplexity(text: str, model: MeasuredModel) -> float | None:
 
 def draw_tradeoffs(models: Sequence[MeasuredModel]) -> list[Drawing]:
     """Draw every measure of quality over every measure of cost that at least two models have."""
-    styles = styles_of(dict.fromkeys(m.method for m in models if m.method != ORIGINAL))
+    styles = styles_of_models(models)
     drawings = []
     for quality in quantities_of_quality(models):
         for cost in quantities_of_cost(models):
@@ -117,6 +117,11 @@ def draw_tradeoffs(models: Sequence[MeasuredModel]) -> list[Drawing]:
             if len({point.x for point in points}) > 1:
                 drawings.append(_draw_tradeoff(points, cost, quality, styles))
     return drawings
+
+
+def styles_of_models(models: Sequence[MeasuredModel]) -> dict[str, LineStyle]:
+    """Return the style of every method but the original's, the same for all figures of these models."""
+    return styles_of(dict.fromkeys(m.method for m in models if m.method != ORIGINAL))
 
 
 def average_seeds(models: Sequence[MeasuredModel], cost: Quantity, quality: Quantity) -> list[Point]:
@@ -185,7 +190,7 @@ def draw_lines(ax: Any, drawing: Drawing, points: Sequence[Point], styles: Mappi
         style = styles.get(method, ORIGINAL_STYLE)
         if method == ORIGINAL:
             for point in line:
-                ax.axhline(point.y, color=GREY, linewidth=1, linestyle=ORIGINAL_STYLE.line, zorder=1)
+                ax.axhline(point.y, color=GREY, linewidth=1.4, linestyle=ORIGINAL_STYLE.line, zorder=1)
         else:
             ax.plot([p.x for p in line], [p.y for p in line], linestyle=style.line, color=style.colour, zorder=2)
         for point in line:
