@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 MAP_COLUMNS = 160  # of the sorted scores, which outnumber the dots of a page
 MAP_QUANTILES = (0.02, 0.98)  # of the scores, which a few huge ones would flatten to one colour
 BINS = 60
+MOST_NUMBERS = 5  # at a logarithmic axis
 LAYER_TICKS = 8
 MOST_SEPARATE_BARS = 40  # with more layers, gaps between them would only flicker
 Points = list[tuple[float, float]]
@@ -205,18 +206,29 @@ def _colour_limits(values: np.ndarray[Any, Any]) -> tuple[float, float]:
 
 def _add_colour_bar(figure: Figure, ax: Any, image: Any, unit: str) -> None:
     """Add a colour bar with at most five numbers; pointed ends say that scores lie beyond."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     bar = figure.colorbar(image, ax=ax, extend="both", label=shorten(unit))
     low, high = image.norm.vmin, image.norm.vmax
-    narrow = high < 30 * low
-    ticks = LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=5).tick_values(low, high)
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    chosen = ticks[:: -(-len(ticks) // 5)] if len(ticks) > 1 else [low, float(np.sqrt(low * high)), high]
+    chosen = _round_numbers(low, high)
+    chosen = chosen if len(chosen) > 1 else [low, float(np.sqrt(low * high)), high]
     bar.set_ticks(chosen)
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _scientific(value)))
     cast(Any, bar.solids).set_rasterized(True)  # one picture instead of a path for each shade
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Return at most five round numbers of a logarithmic range: powers of ten, with 2 and 5 where few lie in it.
+
+    >>> _round_numbers(0.004, 0.09), _round_numbers(1, 1e7)
+    ([0.005, 0.01, 0.02, 0.05], [1.0, 100.0, 10000.0, 1000000.0])
+    """
+    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    factors = (1, 2, 5) if high < 40 * low else (1,)
+    numbers = [float(f"{factor}e{power}") for power in powers for factor in factors]
+    numbers = [number for number in numbers if low <= number <= high]
+    return numbers[:: max(1, -(-len(numbers) // MOST_NUMBERS))]
 
 
 def _scientific(value: float) -> str:
@@ -247,7 +259,7 @@ def _add_row_tips(ax: Any, drawing: Drawing, plan: PruningPlan, cuts: dict[str, 
 
 def _draw_histogram(run: Run, kind: str, scores: dict[str, torch.Tensor], unit: str) -> Drawing:
     """Draw the distributions of kept and removed scores, and the range of the layers' cuts."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     plan = cast(PruningPlan, run.plan)
     kept, removed = _split_scores(plan, scores)
@@ -271,8 +283,8 @@ def _draw_histogram(run: Run, kind: str, scores: dict[str, torch.Tensor], unit: 
             low, high = np.log10([min(cuts), max(cuts)])
             handles.append(ax.axvspan(low, high, color=GREY, alpha=0.3, label="cuts of the layers"))
             ax.axvline(float(np.median(np.log10(cuts))), color=GREY, linewidth=1.2)
-        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _scientific(10.0**value)))
+        ticks = _round_numbers(*(10.0**edge for edge in ax.get_xlim()))
+        ax.set_xticks([float(np.log10(tick)) for tick in ticks], [_scientific(tick) for tick in ticks])
         ax.set_xlabel(f"{unit} (logarithmic)")
         ax.set_ylabel(kind)
         ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
