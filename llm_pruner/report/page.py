@@ -37,11 +37,7 @@ def write_report(args: ReportArguments) -> Path:
         flag="output",
         named=args.output != DEFAULT_OUTPUT,
     )
-    figures = None
-    if args.figures:
-        figures = place_for_run(
-            Path(args.figures).expanduser(), lambda folder: other_figures(folder, mark), flag="figures", named=True
-        )
+    figures = _place_for_figures(args.figures, mark) if args.figures else None
     runs = [read(folder) for path in args.runs for folder in folders_of(path)]
     sweeps = [sweep for path in args.runs if (sweep := read_sweep(path)) is not None]
     _distinguish_names(runs)
@@ -76,6 +72,11 @@ def write_report(args: ReportArguments) -> Path:
     log.info("report of %d run%s: %s", len(runs), "s" * (len(runs) > 1), path)
     print(path)
     return path
+
+
+def _place_for_figures(folder: str, mark: str) -> Path:
+    place = Path(folder).expanduser()
+    return place_for_run(place, lambda place: other_figures(place, mark), flag="figures", named=True)
 
 
 def _environment() -> Environment:
