@@ -7,21 +7,26 @@ import difflib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
-from math import lcm
-from typing import Any
+from math import lcm, prod
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from ..display import Cells, amount, html_table, percent, plot_shares
 from ..models.layers import LayerLocator
 from ..models.per_layer import Constant, layer_lists
 from ..models.running import stored_tensors
 from .axes import Atom, Dim, labels, leaves
 from .constants import COMBINED, by_leaf
 from .fingerprint import fingerprint
+from .kinds import Occurrence, kind_of
+from .places import Part, by_layer, common_path
 from .tracer import TraceError, run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KINDS = ("heads", "query_heads", "neurons", "experts", "hidden", "channels", "layers", "vocabulary")
 Slices = dict[str, dict[int, torch.Tensor]]
@@ -102,6 +107,7 @@ class CouplingGraph:
         unknown_operators: operators without a rule, with the module that used them first.
         shapes: shape of every tensor in the checkpoint, by name.
         on_meta: whether shapes were enough; False where the model had to be run on its weights.
+        model_class: name of the model's class.
     """
 
     def __init__(
@@ -112,12 +118,14 @@ class CouplingGraph:
         shapes: dict[str, tuple],
         *,
         on_meta: bool = True,
+        model_class: str = "",
     ):
         self.units = units
         self.frozen = frozen
         self.unknown_operators = unknown
         self.shapes = shapes
         self.on_meta = on_meta
+        self.model_class = model_class
         self._by_name = {unit.name: unit for unit in units}
 
     def unit(self, name: str) -> Unit:
@@ -134,7 +142,9 @@ class CouplingGraph:
     def copy(self) -> CouplingGraph:
         """Return a copy whose units can be frozen without changing this graph."""
         units, frozen = ([replace(unit) for unit in units] for units in (self.units, self.frozen))
-        return CouplingGraph(units, frozen, self.unknown_operators, self.shapes, on_meta=self.on_meta)
+        graph = CouplingGraph(units, frozen, self.unknown_operators, self.shapes, on_meta=self.on_meta)
+        graph.model_class = self.model_class
+        return graph
 
     def of_kind(self, *kinds: str) -> list[Unit]:
         return [unit for unit in self.units if unit.kind in kinds]
@@ -145,6 +155,57 @@ class CouplingGraph:
         self.units.remove(unit)
         del self._by_name[unit.name]
         self.frozen.append(unit)
+
+    def parameters_of(self, unit: Unit) -> float:
+        """Return how many parameters a unit runs through: all that would go with all of its indices."""
+        stays: dict[str, float] = defaultdict(lambda: 1.0)
+        for (name, _), label in unit.dims.items():
+            stays[name] *= 1 - int((label >= 0).sum()) / len(label)
+        return sum((1 - share) * prod(self.shapes[name]) for name, share in stays.items())
+
+    def table(self) -> Cells:
+        """Return a table of the units by kind, head first."""
+        cells = [["kind", "units", "indices each", "of the parameters", "flags"]]
+        for kind in dict.fromkeys(unit.kind for unit in self.units):
+            units = self.of_kind(kind)
+            sizes = [unit.size for unit in units]
+            each = f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
+            flags = " ".join(sorted(set().union(*(unit.flags for unit in units))))
+            share = sum(self.parameters_of(unit) for unit in units) / self._parameter_count
+            cells.append([kind, f"{len(units):,}", each, percent(share), flags])
+        return cells
+
+    @property
+    def _parameter_count(self) -> int:
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    def title(self) -> str:
+        """Return the first line of the representations."""
+        parameters = amount(self._parameter_count)
+        return f"{self.model_class or 'model'}: {parameters} parameters, {len(self.units)} prunable units"
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{units} x {each} {kind}" for kind, units, each, *_ in self.table()[1:])
+        return f"CouplingGraph of {self.title()}\n  {kinds}"
+
+    def _repr_html_(self) -> str:
+        return html_table(f"CouplingGraph of {self.title()}", self.table())
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw by layer and kind the share of the model's parameters that units run through, and so could go at most.
+
+        Raises:
+            PrunerError: the graph has no units, or matplotlib is not installed.
+        """
+        shares = by_layer(part for unit in self.units for part in self._parts(unit))
+        return plot_shares(shares, title=self.title(), label="share of the parameters", ax=ax)
+
+    def _parts(self, unit: Unit) -> Iterable[Part]:
+        """Return the share of the parameters that a unit runs through; of whole layers, layer by layer."""
+        if unit.kind != "layers":
+            return [(unit.name, unit.layer, self.parameters_of(unit) / self._parameter_count)]
+        sizes = [(int(label[0]), prod(self.shapes[name])) for (name, _), label in unit.dims.items()]
+        return [(unit.name, layer, size / self._parameter_count) for layer, size in sizes]
 
 
 def trace(model: nn.Module) -> CouplingGraph:
@@ -213,7 +274,8 @@ def _trace(model: nn.Module) -> CouplingGraph:
     units.sort(key=lambda u: (u.layer is None, u.layer or 0, KINDS.index(u.kind)))
     free = [unit for unit in units if unit.frozen is None]
     frozen = [unit for unit in units if unit.frozen is not None]
-    return CouplingGraph(free, frozen, tracer.unknown, shapes, on_meta=tracer.device.type == "meta")
+    name, on_meta = type(model).__name__, tracer.device.type == "meta"
+    return CouplingGraph(free, frozen, tracer.unknown, shapes, on_meta=on_meta, model_class=name)
 
 
 def _hidden_multiple(model: nn.Module, size: int) -> int:
@@ -240,9 +302,6 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-Occurrence = tuple[Atom, dict[tuple[str, int], torch.Tensor]]
-
-
 def _occurrences(dims: dict[str, list[Dim]]) -> list[Occurrence]:
     """Return every leaf with the parameter dims that it runs through."""
     atoms: dict[int, Atom] = {}
@@ -262,7 +321,7 @@ def _occurrences(dims: dict[str, list[Dim]]) -> list[Occurrence]:
 def _unit(atom: Atom, where: dict, layer_of: LayerLocator, found: list[Occurrence], constants: list[Constant]) -> Unit:
     layers = {layer_of(name) for name, _ in where}
     layer = layers.pop() if len(layers) == 1 else None
-    kind = _kind(atom, where, layer, found)
+    kind = kind_of(atom, where, layer, found)
     frozen = atom.frozen
     if frozen is None and constants and kind not in ("heads", "query_heads"):
         frozen = COMBINED
@@ -285,34 +344,6 @@ def _minimum(atom: Atom) -> int:
     return max([1, *(int(tag.removeprefix("top-k ")) for tag in atom.tags if tag.startswith("top-k "))])
 
 
-def _kind(atom: Atom, where: dict, layer: tuple[str, int] | None, found: list[Occurrence]) -> str:
-    tags = atom.tags
-    if "vocabulary" in tags:
-        return "vocabulary"
-    if "hidden" in tags or (layer is None and "mixing" not in tags):
-        return "hidden"
-    if "indexed" in tags:
-        return "experts"
-    if "attention" in tags and "scale" not in atom.flags:  # heads are never summed over where tokens meet
-        return "query_heads" if _is_group_member(atom, where, found) else "heads"
-    if "activation" in tags and "mixing" not in tags and len(where) > 1:
-        return "neurons"
-    return "channels"
-
-
-def _is_group_member(atom: Atom, where: dict, found: list[Occurrence]) -> bool:
-    """Return True for query heads of a group: wherever they occur, another axis of heads occurs too, and that axis
-    also elsewhere."""
-    return any(
-        other is not atom
-        and "attention" in other.tags
-        and where.keys() <= theirs.keys()
-        and all(bool((theirs[key][label >= 0] >= 0).all()) for key, label in where.items())
-        and sum(int((v >= 0).sum()) for v in theirs.values()) > sum(int((v >= 0).sum()) for v in where.values())
-        for other, theirs in found
-    )
-
-
 def _layer_units(model: nn.Module, shapes: dict[str, tuple]) -> list[Unit]:
     """Return whole layers as units: index i occupies every row of every tensor of layer i."""
     units = []
@@ -326,12 +357,6 @@ def _layer_units(model: nn.Module, shapes: dict[str, tuple]) -> list[Unit]:
                     dims[name, 0] = torch.full((shape[0],), i)
         units.append(Unit(f"{path}.layers", "layers", None, len(stack), dims=dims))
     return units
-
-
-def common_path(names: Iterable[str]) -> str:
-    """Return the path of the smallest module that holds all of these parameters."""
-    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def block_of(model: nn.Module, graph: CouplingGraph, stack: str, layer: int, *, kind: str) -> str:

@@ -6,15 +6,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
+from ..display import Cells, html_table, plot_shares
 from ..errors import PrunerError
 from ..files import write_bytes
+from ..graph.places import Part, by_layer, kind_in, layer_in
 from ..graph.units import Unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Safetensors inside, by a name that no loader of checkpoints takes for weights.
 SCORES_FILE = "importance.scores"
@@ -22,7 +27,7 @@ Salience = Mapping[tuple[str, int], torch.Tensor]  # (parameter, dim) -> [size o
 Dims = dict[str, list[int]]  # the dims of each parameter that need numbers per channel
 
 
-@dataclass
+@dataclass(repr=False)
 class Scores:
     """Importance of every index of every unit: higher stays longer.
 
@@ -83,6 +88,58 @@ class Scores:
                 return cls({name: file.get_tensor(name) for name in names}, settings)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise PrunerError(f"cannot read the scores {path}: {error}") from error
+
+    def table(self) -> Cells:
+        """Return a table of the finite scores by kind, head first."""
+        finite: dict[str, list[torch.Tensor]] = {}
+        for name, value in self.values.items():
+            first = _for_one_removed(value)
+            finite.setdefault(kind_in(name), []).append(first[torch.isfinite(first)])
+        cells = [["kind", "units", "indices", "lowest score", "median", "highest"]]
+        for kind, values in finite.items():
+            scores = torch.cat(values)
+            numbers = [scores.min(), scores.median(), scores.max()] if len(scores) else []
+            shown = [f"{number.item():.4g}" for number in numbers] or ["-"] * 3
+            cells.append([kind, f"{len(values):,}", f"{len(scores):,}", *shown])
+        return cells
+
+    def title(self) -> str:
+        """Return the first line of the representations."""
+        names = ("criterion", "taylor", "aggregation")
+        return (
+            f"Scores by {', '.join(str(self.settings[n]) for n in names if n in self.settings) or 'unknown criterion'}"
+        )
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{indices} {kind} in {units} units" for kind, units, indices, *_ in self.table()[1:])
+        return f"{self.title()}: {kinds or 'none'}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.title(), self.table())
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw each layer's share of the summed score of each kind of unit.
+
+        Raises:
+            PrunerError: there are no scores, or matplotlib is not installed.
+        """
+        sums = by_layer(part for name, value in self.values.items() for part in _score_parts(name, value))
+        totals = {kind: sum(row.values()) or 1.0 for kind, row in sums.items()}
+        shares = {kind: {layer: s / totals[kind] for layer, s in row.items()} for kind, row in sums.items()}
+        return plot_shares(shares, title=self.title(), label="share of the score", ax=ax)
+
+
+def _for_one_removed(value: torch.Tensor) -> torch.Tensor:
+    """Return the scores ``[unit.size]`` by which one index would be chosen."""
+    return value if value.ndim == 1 else value[0]
+
+
+def _score_parts(name: str, value: torch.Tensor) -> list[Part]:
+    """Return the summed finite scores of a unit; of whole layers, layer by layer."""
+    scores = torch.where(torch.isfinite(value), value, 0.0)
+    if kind_in(name) == "layers":
+        return [(name, layer, score) for layer, score in enumerate(_for_one_removed(scores).tolist())]
+    return [(name, layer_in(name), scores.sum().item())]
 
 
 def save_salience(salience: Salience, path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -27,6 +27,7 @@ from ..checkpoint.standalone import write_modelling
 from ..checkpoint.stored import weights_in
 from ..checkpoint.unread import UNREAD, unread_tensors
 from ..choices import DEFAULT_MODEL
+from ..display import amount, html_table
 from ..errors import PrunerError
 from ..evaluation.latency import latency
 from ..evaluation.shared_texts import CALIBRATED_ON, warn_of_shared_texts
@@ -48,14 +49,18 @@ from .calibration import available_text, calibration_set
 from .checking import check_prune_inputs
 from .context import Planning, Progress, Stopwatch
 from .evaluation import evaluate_model, evaluation_windows
+from .measurements import before_and_after
 from .mending import mend
 from .planning import PlannedModel, make_plan, needs_calibration
 from .settings import ModelSettings, PruneSettings, filled_arguments, resolve_settings
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 LOG_FILE, METRICS_FILE = "prune.log", "metrics.json"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PruneRun:
     """Result of a pruning run.
 
@@ -72,6 +77,28 @@ class PruneRun:
     plan: PruningPlan
     metrics: dict[str, Any]
     folder: Path | None
+
+    def __repr__(self) -> str:
+        before, after = (self.metrics[f"parameters_{when}"] for when in ("before", "after"))
+        lines = [f"{self.title()}: {amount(before)} -> {amount(after)} parameters ({after / before:.1%})"]
+        lines += [f"{name}: {' -> '.join(values)}" for name, *values in before_and_after(self.metrics)[2:]]
+        return "\n  ".join([*lines, *([f"folder: {self.folder}"] if self.folder else [])])
+
+    def _repr_html_(self) -> str:
+        return html_table(self.title(), before_and_after(self.metrics)) + self.plan._repr_html_()
+
+    def title(self) -> str:
+        """Return the first line of the representations."""
+        model = f" as {type(self.model).__name__}" if self.model is not None else ""
+        return f"PruneRun of {self.metrics['arguments']['model']}{model}"
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the share of the indices that each layer keeps, by kind of unit: the plot of the plan.
+
+        Raises:
+            PrunerError: matplotlib is not installed.
+        """
+        return self.plan.plot(ax)
 
 
 def prune(model: str = DEFAULT_MODEL, *, progress: Progress | None = None, **flags: Any) -> PruneRun:

@@ -7,7 +7,7 @@ import torch
 from ..errors import PrunerError
 from ..graph.units import CouplingGraph
 from ..importance.scores import Scores
-from .plan import PruningPlan, name_after
+from .plan import EXPLANATION, PruningPlan, name_after
 
 
 def compose_plans(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, left: CouplingGraph) -> PruningPlan:
@@ -49,7 +49,7 @@ def compose_plans(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, l
     for unit in graph.units:
         if unit.name in kept:
             out.keep(unit, kept[unit.name], graph.shapes)
-            for field in ("removed", "lowest_kept", "highest_removed"):
+            for field in EXPLANATION:
                 setattr(out.units[unit.name], field, getattr(why[unit.name], field))
     return out
 

@@ -9,19 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..display import Cells, amount, html_table, percent, plot_shares
 from ..errors import PrunerError
+from ..graph.places import Part, by_layer, layer_in
 from ..graph.units import Unit
 from .plan_file import FORMAT, PlanDocument, from_ranges, read_document, to_ranges, write_document
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 __all__ = ["FORMAT", "Choice", "PruningPlan", "name_after"]
 
-EXPLANATION = ("removed", "lowest_kept", "highest_removed")  # what a choice keeps of the scores
+EXPLANATION = ("total", "removed", "lowest_kept", "highest_removed")  # what a choice keeps of the scores
 Kept = dict[str, dict[int, torch.Tensor]]
 
 
@@ -31,8 +36,9 @@ class Choice:
 
     Attributes:
         kept: sorted LongTensor of the kept indices of ``range(size)``.
-        removed: sum of the removed indices' scores. With a Taylor criterion this is the predicted change of the
-            calibration loss, with each slice counted as if it were removed alone.
+        total: sum of all scores that are finite.
+        removed: sum of the removed indices' scores. Of a Taylor criterion, too, this is no change of the loss: each
+            slice is scored as if it were removed alone.
         lowest_kept: lowest score of a kept index; its distance from ``highest_removed`` is the margin of the choice.
         highest_removed: highest score of a removed index.
     """
@@ -41,6 +47,7 @@ class Choice:
     layer: int | None
     size: int
     kept: torch.Tensor
+    total: float | None = None
     removed: float | None = None
     lowest_kept: float | None = None
     highest_removed: float | None = None
@@ -51,12 +58,37 @@ class Choice:
         is_removed[self.kept] = False
         removed_scores = scores[torch.isfinite(scores) & is_removed]  # indices removed in an earlier step have none
         if removed_scores.numel():
+            self.total = scores[torch.isfinite(scores)].sum().item()
             self.removed, self.highest_removed = removed_scores.sum().item(), removed_scores.max().item()
             lowest = scores[self.kept].min().item()
             self.lowest_kept = lowest if isfinite(lowest) else None  # indices that must stay score infinity
 
+    @property
+    def margin(self) -> float | None:
+        """Return how far the highest removed score is below the lowest kept one, as a share of the latter.
 
-@dataclass
+        >>> choice = Choice("neurons", 0, 4, torch.tensor([0, 3]))
+        >>> choice.explain(torch.tensor([4.0, 1.0, 3.0, 8.0]))
+        >>> choice.margin, removed_share([choice])
+        (0.25, 0.25)
+        """
+        if self.lowest_kept is None or self.highest_removed is None or not self.lowest_kept:
+            return None
+        return (self.lowest_kept - self.highest_removed) / abs(self.lowest_kept)
+
+
+def removed_share(choices: Iterable[Choice]) -> float | None:
+    """Return the share of the summed score of units that their plan removes; None where scores are unknown.
+
+    Scores with both signs have no such share, nor have plans of versions that did not record the total.
+    """
+    choices = list(choices)
+    sums = [(c.removed, c.total) for c in choices if c.removed is not None and c.total is not None]
+    removed, total = sum(r for r, _ in sums), sum(t for _, t in sums)
+    return removed / total if sums and len(sums) == len(choices) and 0 <= removed <= total and total else None
+
+
+@dataclass(repr=False)
 class PruningPlan:
     """The indices of a model's units that stay, and the parameter positions that they occupy.
 
@@ -206,6 +238,71 @@ class PruningPlan:
         if self.blocks:
             lines.append(f"gone: {', '.join(self.blocks)}")
         return "\n".join([*lines, *self.notes])
+
+    @property
+    def removed_parameters(self) -> int:
+        """Return how many parameters the plan removes."""
+        return sum(prod(shape) - prod(self.cut_shape(name, shape)) for name, shape in self.shapes.items())
+
+    def table(self) -> Cells:
+        """Return a table of the units that lose indices, by kind, head first."""
+        cells = [["kind", "units", "kept", "share kept", "score removed"]]
+        for kind in dict.fromkeys(c.kind for c in self.units.values()):
+            chosen = [c for c in self.units.values() if c.kind == kind]
+            kept, total = sum(c.kept.numel() for c in chosen), sum(c.size for c in chosen)
+            counts = f"{len(chosen):,}", f"{kept:,} of {total:,}", percent(kept / total)
+            cells.append([kind, *counts, percent(removed_share(chosen))])
+        return cells
+
+    def title(self) -> str:
+        """Return the first line of the representations."""
+        base = f" of {self.settings['base_model']}" if "base_model" in self.settings else ""
+        return f"PruningPlan{base}: removes {amount(self.removed_parameters)} parameters"
+
+    def __repr__(self) -> str:
+        kinds = [f"{kept} {kind} kept in {units} units" for kind, units, kept, *_ in self.table()[1:]]
+        return "\n  ".join([self.title(), *kinds, *(f"{path} removed" for path in self.blocks)])
+
+    def _repr_html_(self) -> str:
+        return html_table(self.title(), self.table(), [*(f"{path} removed" for path in self.blocks), *self.notes])
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the share of the indices that each layer keeps, by kind of unit; a removed layer or block keeps none.
+
+        Raises:
+            PrunerError: the plan removes nothing, or matplotlib is not installed.
+        """
+        return plot_shares(self.kept_by_layer(), title=self.title(), label="share kept", highest=1.0, ax=ax)
+
+    def kept_by_layer(self) -> dict[str, dict[int | None, float]]:
+        """Return the share of the indices that stays, by kind and layer, up to the last layer that loses any.
+
+        Layers without a choice keep everything. Units of the whole model have the layer None.
+        """
+        sizes, kept = self._parts()
+        rows = by_layer(kept)
+        for kind, row in by_layer(sizes).items():
+            rows[kind] = {layer: rows[kind][layer] / size for layer, size in row.items()}
+        last = max((layer for row in rows.values() for layer in row if layer is not None), default=-1)
+        for kind, row in rows.items():
+            removed = rows.get(kind.replace(kind.partition(", ")[0], "layers"), {})
+            for layer in range(last + 1) if set(row) != {None} else ():
+                row.setdefault(layer, removed.get(layer, 1.0))
+        return rows
+
+    def _parts(self) -> tuple[list[Part], list[Part]]:
+        """Return sizes and kept counts of units, of layers and of removed blocks, each with its layer."""
+        sizes: list[Part] = [(path, layer_in(path), 1.0) for path in self.blocks]
+        kept: list[Part] = [(path, layer, 0.0) for path, layer, _ in sizes]
+        for name, choice in self.units.items():
+            if choice.kind == "layers":
+                stays = set(choice.kept.tolist())
+                sizes += [(name, i, 1.0) for i in range(choice.size)]
+                kept += [(name, i, float(i in stays)) for i in range(choice.size)]
+            else:
+                sizes.append((name, choice.layer, choice.size))
+                kept.append((name, choice.layer, choice.kept.numel()))
+        return sizes, kept
 
 
 def name_after(name: str, plan: PruningPlan) -> str | None:

@@ -42,6 +42,7 @@ class UnitEntry(_Entry):
     layer: int | None
     size: NonNegativeInt
     kept: str
+    total: float | None = None
     removed: float | None = None
     lowest_kept: float | None = None
     highest_removed: float | None = None

@@ -86,7 +86,10 @@ class InspectArguments(Arguments):
     model: str = flag(
         DEFAULT_MODEL, "alias, hub id, folder, .gguf file, config.json (no weights needed), or pruning_plan.json"
     )
-    layer: int | None = flag(0, "show units of this layer and units that span layers; -1: all layers")
+    layer: int | None = flag(
+        None,
+        "show units of this layer and of the whole model; -1: of all layers (default: 0, for a plan all)",
+    )
     verify: bool = flag(False, "load the weights and test units by permutation; of a plan, check its hash")
     json: bool = flag(False, "print JSON")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")

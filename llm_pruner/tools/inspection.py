@@ -1,30 +1,34 @@
-"""``llm-pruner inspect``: show the prunable units of a model and its frozen axes with the reasons, or a plan."""
+"""``llm-pruner inspect``: show what of a model can be pruned, what is frozen and why, and what a plan removed."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from ..checkpoint.config import load_config, meta_model
 from ..checkpoint.load import load
+from ..checkpoint.locate import PLAN_FILE
 from ..errors import PrunerError
-from ..evaluation.table import strict_json
-from ..files import read_json
+from ..files import read_json, strict_json
 from ..graph.permutation import PermutationReport, verify_units
 from ..graph.tracer import TraceError
 from ..graph.units import CouplingGraph, Unit, trace
+from ..models.skeleton import parameter_count
 from ..selection.plan import FORMAT, PruningPlan
 from .arguments import InspectArguments
+from .plan_tables import plan_document, print_measurements, print_plan
+from .tables import print_table
 
-LAYER_NOTE = "(shown: layer {} and units that span layers; --layer -1 shows all)"
+SHOWN_DIMS = 16  # of a unit; the others are counted
+FREE, FROZEN = "prunable units", "frozen axes"
 
 
 def run_inspect(args: InspectArguments) -> None:
-    """Print a plan, or the units of a model, whose weights are read only with ``--verify``.
+    """Print a plan, or what was pruned of a model and what can be; weights are read only with ``--verify``.
 
     Raises:
         PrunerError: the model or plan cannot be read, or with ``--verify``, the plan was changed.
@@ -32,20 +36,28 @@ def run_inspect(args: InspectArguments) -> None:
     if is_plan(Path(args.model)):
         _inspect_plan(args)
         return
+    plan_file = Path(args.model) / PLAN_FILE
+    plan = PruningPlan.load(plan_file, verify=args.verify) if plan_file.is_file() else None
     reports: list[PermutationReport] = []
     if args.verify:
-        model, _ = load(args.model, "float32", "cpu", args.trust_remote_code)
+        model: Any = load(args.model, "float32", "cpu", args.trust_remote_code)[0]
         graph = trace(model)
         reports = verify_units(model, graph)
     else:
+        model = meta_model(load_config(args.model, args.trust_remote_code), args.trust_remote_code)
         try:
-            graph = trace(meta_model(load_config(args.model, args.trust_remote_code), args.trust_remote_code))
+            graph = trace(model)
         except TraceError as error:
             raise PrunerError(f"{error}: add --verify, which reads them") from error
+    parameters = parameter_count(model)
     if args.json:
-        print(strict_json(as_json(graph, reports)), end="")
-    else:
-        _print_graph(graph, args.layer, reports)
+        document = as_json(graph, reports) | {"parameters": parameters}
+        print(strict_json(document | ({"pruned": plan_document(plan)} if plan else {})), end="")
+        return
+    console = Console(soft_wrap=False)
+    if plan is not None:
+        _print_history(console, plan, Path(args.model), parameters)
+    _print_graph(console, graph, 0 if args.layer is None else args.layer, reports)
 
 
 def is_plan(path: Path) -> bool:
@@ -61,40 +73,26 @@ def _inspect_plan(args: InspectArguments) -> None:
     if args.json:
         print(Path(args.model).read_text(encoding="utf-8"))
         return
-    _print_plan(plan, args.layer)
+    console, layer = Console(soft_wrap=False), args.layer
+    print_plan(console, plan, None if layer is None else lambda of: _is_shown(of, layer))
+    print_measurements(console, Path(args.model).parent)
     if args.verify:
-        print("the plan was checked: its hash fits its contents")
+        console.print("the plan was checked: its hash fits its contents")
 
 
-def _is_shown(unit_layer: int | None, layer: int | None) -> bool:
+def _print_history(console: Console, plan: PruningPlan, folder: Path, parameters: int) -> None:
+    """Print what was pruned of a model: its plan, and its size and quality before and after."""
+    print_plan(console, plan)
+    if not print_measurements(console, folder):
+        before = parameters + plan.removed_parameters
+        after = f"{parameters:,} ({parameters / before:.1%})"
+        print_table(console, "size", [["", "before", "after"], ["parameters", f"{before:,}", after]])
+    console.print("What can still be pruned:\n", style="bold")
+
+
+def _is_shown(unit_layer: int | None, layer: int) -> bool:
     """Return True for units of the layer asked for and units that span layers; -1 asks for all layers."""
-    return layer in (None, -1) or unit_layer in (None, layer)
-
-
-def _print_plan(plan: PruningPlan, layer: int | None) -> None:
-    console = Console(soft_wrap=False)
-    shown = {name: choice for name, choice in plan.units.items() if _is_shown(choice.layer, layer)}
-    shown = shown or plan.units  # a plan that leaves the layer alone is shown whole
-    columns = _columns("unit", "kept", "score removed", "highest removed", "lowest kept", "margin")
-    table = Table(*columns, title=f"plan: {_settings(plan)}")
-    for name, choice in shown.items():
-        low, high = choice.lowest_kept, choice.highest_removed
-        margin = None if low is None or high is None else low - high
-        numbers = ["-" if value is None else f"{value:.3g}" for value in (choice.removed, high, low, margin)]
-        table.add_row(name, f"{choice.kept.numel()} of {choice.size}", *numbers)
-    console.print(table)
-    for line in plan.summary().splitlines():
-        console.print(line)
-    removed = [c.removed for c in plan.units.values() if c.removed is not None]
-    if removed and plan.settings.get("criterion") == "taylor":
-        console.print(f"predicted change of the calibration loss, slice by slice: {sum(removed):.4g}")
-    if len(shown) < len(plan.units):
-        console.print(LAYER_NOTE.format(layer))
-
-
-def _settings(plan: PruningPlan) -> str:
-    names = ("criterion", "taylor", "aggregation", "ratio", "target_params", "scope", "layers_kept")
-    return ", ".join(f"{name} {plan.settings[name]}" for name in names if name in plan.settings)
+    return layer == -1 or unit_layer in (None, layer)
 
 
 def as_json(graph: CouplingGraph, reports: list[PermutationReport]) -> dict[str, Any]:
@@ -123,22 +121,20 @@ def as_json(graph: CouplingGraph, reports: list[PermutationReport]) -> dict[str,
     }
 
 
-def _print_graph(graph: CouplingGraph, layer: int | None, reports: list[PermutationReport]) -> None:
-    console = Console(soft_wrap=False)
+def _print_graph(console: Console, graph: CouplingGraph, layer: int, reports: list[PermutationReport]) -> None:
+    print_table(console, graph.title(), graph.table(), breakable=(0, 4))
     units = [unit for unit in graph.units if _is_shown(unit.layer, layer)]
-    table = Table(*_columns("unit", "kind", "size", "flags", "parameter[dim]"), title="prunable units")
-    for unit in units:
-        table.add_row(unit.name, unit.kind, str(unit.size), " ".join(sorted(unit.flags)), _parameters(unit))
-    console.print(table)
+    which = "" if layer == -1 else f" of layer {layer} and of the whole model"
+    cells = [["unit", "size", "flags", "parameters[dim]"]]
+    cells += [[u.name, f"{u.size:,}", " ".join(sorted(u.flags)), _parameters(u)] for u in units]
+    print_table(console, FREE + which, cells, breakable=(0, 2, 3))
     frozen = [unit for unit in graph.frozen if len(unit.dims) > 1 and _is_shown(unit.layer, layer)]
     if frozen:
-        table = Table(*_columns("axis", "size", "why", "parameter[dim]"), title="frozen axes")
-        for unit in frozen:
-            table.add_row(unit.name, str(unit.size), unit.frozen or "", _parameters(unit))
-        console.print(table)
-    console.print(f"{len(graph.units)} units: {_count_kinds(graph.units)}")
+        cells = [["axis", "size", "why", "parameters[dim]"]]
+        cells += [[unit.name, f"{unit.size:,}", unit.frozen or "", _parameters(unit)] for unit in frozen]
+        print_table(console, FROZEN + which, cells, breakable=(0, 2, 3))
     if len(units) < len(graph.units):
-        console.print(LAYER_NOTE.format(layer))
+        console.print("--layer N shows another layer, --layer -1 all")
     for name, where in graph.unknown_operators.items():
         console.print(f"no rule for operator {name} (first used in {where}): every axis that enters it is frozen")
     if reports:
@@ -162,12 +158,21 @@ def _count_kinds(units: list[Unit]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in Counter(unit.kind for unit in units).items())
 
 
-def _columns(*names: str) -> list[Column]:
-    return [Column(name, overflow="fold", no_wrap=name in ("kind", "size", "flags")) for name in names]
-
-
 def _parameters(unit: Unit) -> str:
-    """List the unit's parameter dims, without the path that its own name begins with."""
+    """List the unit's parameter dims without the path that its own name begins with; dims that differ only by layer
+    are one line with their count.
+
+    >>> import torch
+    >>> dims = {(f"model.layers.{i}.{name}.weight", 1): torch.arange(4) for i in range(2) for name in ("up", "gate")}
+    >>> print(_parameters(Unit("model.hidden", "hidden", None, 4, dims=dims)))
+    layers.*.up.weight[1] (2)
+    layers.*.gate.weight[1] (2)
+    """
+    if unit.kind == "layers":
+        return "every tensor of a layer"
     path = unit.name.rpartition(f".{unit.kind}")[0]
     names = [f"{name.removeprefix(f'{path}.')}[{dim}]" for name, dim in unit.dims]
-    return "\n".join(names if len(names) <= 8 else [*names[:4], f"... and {len(names) - 4} more"])
+    patterns = Counter(re.sub(r"(^|\.)\d+\.", r"\1*.", name, count=1) if unit.layer is None else name for name in names)
+    lines = [f"{pattern} ({count})" if count > 1 else pattern for pattern, count in patterns.items()]
+    more = len(lines) - SHOWN_DIMS
+    return "\n".join([*lines[:SHOWN_DIMS], f"and {more} more"] if more > 0 else lines)

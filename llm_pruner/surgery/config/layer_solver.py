@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from ...errors import PrunerError
-from ...graph.units import common_path
+from ...graph.places import common_path
 from ...models.constructors import config_of, fields_of, numbers_of
 from ...models.layers import is_below
 from ...models.per_layer import Overrides, global_config, rebuild

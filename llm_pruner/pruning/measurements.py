@@ -1,0 +1,37 @@
+"""Tabulate what a pruning run measured before and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..display import Cells
+
+
+def before_and_after(metrics: Mapping[str, Any]) -> Cells:
+    """Return a table of parameters, perplexities and losses before and after pruning, head first.
+
+    Args:
+        metrics: content of ``metrics.json``.
+
+    >>> text = {"perplexity": 20.0855, "tokens": 4096, "seq_len": 128}
+    >>> sizes = {"parameters_before": 134515008, "parameters_after": 107612008}
+    >>> for row in before_and_after(sizes | {"before": {"perplexity": {"general": text}}, "after": {"perplexity": {}}}):
+    ...     print(row)
+    ['', 'before', 'after']
+    ['parameters', '134,515,008', '107,612,008 (80.0%)']
+    """
+    before, after = metrics["parameters_before"], metrics["parameters_after"]
+    cells = [["", "before", "after"], ["parameters", f"{before:,}", f"{after:,} ({after / before:.1%})"]]
+    perplexities = metrics["before"]["perplexity"]
+    for text, measured in metrics["after"]["perplexity"].items():
+        if text in perplexities:
+            pair = perplexities[text]["perplexity"], measured["perplexity"]
+            if None in pair:  # not finite
+                continue
+            name = f"{Path(text).name} ({measured['tokens']:,} tokens)"
+            cells.append([f"perplexity, {name}", *(f"{value:.2f}" for value in pair)])
+            cells.append(["loss, nats per token", *(f"{math.log(value):.3f}" for value in pair)])
+    return cells
