@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from contextlib import contextmanager
 
 import pytest
 from helpers.browser import browser_page
@@ -10,7 +12,7 @@ import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
 from llm_pruner.tools.arguments import ChatArguments, GenerateArguments
-from llm_pruner.tools.chat import AnswerSettings, answer, page_of
+from llm_pruner.tools.chat import AnswerSettings, answer, page_of, titles_of
 
 
 def test_an_answer_is_what_generate_writes(home):
@@ -72,27 +74,91 @@ def test_an_error_of_the_model_reaches_the_reader(home, monkeypatch):
         list(answer(model, tokenizer, "hello"))
 
 
-def test_the_page_in_a_browser(home):
+@contextmanager
+def open_page(models, width=1280):
+    """The page of models in a browser tab, and what went wrong in it."""
     pytest.importorskip("gradio", reason="gradio is not installed")
-    theme, page = page_of({name: lp.load(str(home / name)) for name in ("base", "pruned")})
+    theme, page = page_of(models)
     try:
         _, address, _ = page.launch(
             server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, theme=theme, footer_links=[]
         )
         assert address.startswith("http://127.0.0.1:")
         with browser_page() as (tab, faults):
+            tab.set_viewport_size({"width": width, "height": 844})
             tab.goto(address)
-            tab.locator("#prompt textarea").fill("This is")
-            tab.locator("#generate").click()
-            for i in range(2):
-                tab.wait_for_function(
-                    f"document.querySelector('#answer{i} textarea')?.value.length > 0", timeout=30_000
-                )
-                tab.wait_for_function(f"document.querySelector('#speed{i}')?.innerText.includes('tokens/s')")
-            # The page closes its stream of answers itself when they are there, which the browser calls a failure.
-            assert [fault for fault in faults if "/queue/data" not in fault] == []
+            yield tab, faults
     finally:
         page.close()
+
+
+def wait_for_answer(tab, i):
+    tab.wait_for_function(f"document.querySelector('#answer{i} textarea')?.value.length > 0", timeout=30_000)
+    tab.wait_for_function(f"document.querySelector('#speed{i}')?.innerText.includes('tokens/s')")
+
+
+def test_the_page_in_a_browser(home):
+    with open_page({name: lp.load(str(home / name)) for name in ("base", "pruned")}) as (tab, faults):
+        prompt = tab.locator("#prompt textarea")
+        prompt.fill("This is")
+        prompt.press("Shift+Enter")
+        assert prompt.input_value() == "This is\n" and not tab.locator("#answer0 textarea").input_value()
+        prompt.press("Backspace")
+        tab.locator("#generate").click()
+        for i in range(2):
+            wait_for_answer(tab, i)
+        first = tab.locator("#answer1 textarea").input_value()
+        # The page closes its stream of answers itself when they are there, which the browser calls a failure.
+        assert [fault for fault in faults if "/queue/data" not in fault] == []
+        prompt.fill("Say 3 times")
+        prompt.press("Enter")
+        tab.wait_for_function(f"!['', {json.dumps(first)}].includes(document.querySelector('#answer1 textarea').value)")
+        assert prompt.input_value() == "Say 3 times"
+
+
+def test_the_page_names_the_models_and_their_sizes(home):
+    models = {name: lp.load(str(home / name)) for name in ("base", "pruned")}
+    before, after = (sum(p.numel() for p in model.parameters()) for model, _ in models.values())
+    titles = [
+        f"base - {before / 1e3:.1f} k parameters",
+        f"pruned - {after / 1e3:.1f} k parameters, {after / before:.2f} of base",
+    ]
+    assert titles_of(models) == titles
+    with open_page(models, width=390) as (tab, _):
+        tab.wait_for_selector("#answer1")
+        assert "llm-pruner chat" in tab.locator("#title").inner_text()
+        boxes = [tab.locator(f"#answer{i}").bounding_box() for i in range(2)]
+        assert [tab.locator(f"#answer{i} label").inner_text().split("\n")[0] for i in range(2)] == titles
+        assert boxes[1]["y"] >= boxes[0]["y"] + boxes[0]["height"] and boxes[0]["x"] == boxes[1]["x"]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        tab.set_viewport_size({"width": 1280, "height": 844})
+        tab.wait_for_function(
+            "document.querySelector('#answer0').getBoundingClientRect().y === "
+            "document.querySelector('#answer1').getBoundingClientRect().y"
+        )
+
+
+def test_the_stop_button_stops_the_model(home, monkeypatch):
+    model, tokenizer = lp.load(str(home / "base"))
+    model.generation_config.eos_token_id = None
+    forward, calls = model.forward, []
+
+    def slow(*args, **kwargs):
+        calls.append(time.monotonic())
+        time.sleep(0.2)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", slow)
+    with open_page({"base": (model, tokenizer)}) as (tab, _):
+        tab.locator("#prompt textarea").fill("This is")
+        tab.locator("#generate").click()
+        wait_for_answer(tab, 0)
+        tab.locator("#stop").click()
+        deadline = time.monotonic() + 10
+        while time.monotonic() - calls[-1] < 2:  # ten times what a token takes
+            assert time.monotonic() < deadline and len(calls) < 100
+            time.sleep(0.1)
+        assert tab.locator("#answer0 textarea").input_value()
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from ..checkpoint.load import load_with_tokenizer
 from ..checkpoint.locate import locate
+from ..display import amount
 from ..errors import PrunerError
 from ..models.dispatch import resolve_device
 from ..models.generate import Sampling, TokenClock, generate, pad_id
 from ..models.running import context_length
+from ..models.skeleton import parameter_count
 from ..optional import require
 from .arguments import ChatArguments
 
 LONGEST_PROMPT = 20_000  # characters
 TOKEN_TIMEOUT = 600.0  # seconds to wait for a token
+TITLE = "llm-pruner chat"
+
+Models = dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]  # by the name that the page shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,27 +179,29 @@ def serve_chat(args: ChatArguments) -> None:
         raise PrunerError(f"cannot serve on {args.host}:{args.port}: {error}; give another --port") from error
 
 
-def page_of(models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]) -> tuple[Any, Any]:
+def page_of(models: Models) -> tuple[Any, Any]:
     """Build gradio's theme and page for models and tokenizers by name."""
     import gradio as gr
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
-    with gr.Blocks(title="llm-pruner", analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        gr.Markdown(f"# {TITLE}\n{_introduction(len(models))}", elem_id="title")
         prompt = gr.Textbox(
-            label="Prompt", lines=3, max_length=LONGEST_PROMPT, elem_id="prompt", placeholder="The capital of France is"
+            label="Prompt",
+            info="Enter sends, Shift+Enter begins a new line.",
+            lines=1,  # of a box with more, gradio sends by Shift+Enter
+            max_lines=10,
+            max_length=LONGEST_PROMPT,
+            elem_id="prompt",
+            placeholder="The capital of France is",
+            autofocus=True,
         )
         with gr.Row():
-            ask = gr.Button("Generate", variant="primary", elem_id="generate")
-            stop = gr.Button("Stop", elem_id="stop")
+            ask = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=120)
+            stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
         controls = _controls(gr, any(tokenizer.chat_template for _, tokenizer in models.values()))
-        outputs: list[Any] = []
-        with gr.Row(equal_height=True):
-            for i, name in enumerate(models):
-                with gr.Column():
-                    outputs += [
-                        gr.Textbox(label=name, lines=12, interactive=False, buttons=["copy"], elem_id=f"answer{i}"),
-                        gr.Markdown("", elem_id=f"speed{i}"),
-                    ]
+        answers, speeds = _answer_boxes(gr, models)
+        outputs = [box for pair in zip(answers, speeds, strict=True) for box in pair]
 
         def respond(text: str, *values: Any) -> Iterator[list[str]]:
             try:
@@ -202,9 +209,45 @@ def page_of(models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]) 
             except PrunerError as error:
                 raise gr.Error(str(error)) from error
 
-        started = gr.on([ask.click, prompt.submit], respond, [prompt, *controls], outputs, concurrency_limit=1)
+        started = gr.on(
+            [ask.click, prompt.submit],
+            respond,
+            [prompt, *controls],
+            outputs,
+            concurrency_limit=1,
+            show_progress_on=answers,
+        )
         stop.click(None, cancels=[started])
     return theme, page.queue(max_size=16)
+
+
+def _introduction(count: int) -> str:
+    if count == 1:
+        return "Write a prompt, and the model continues or answers it."
+    return (
+        "Write a prompt and compare the answers. The models answer one after the other, so that their speeds compare."
+    )
+
+
+def _answer_boxes(gr: Any, models: Models) -> tuple[list[Any], list[Any]]:
+    """Build a column for each model: its answer under its title, and the speed of the answer."""
+    answers, speeds = [], []
+    with gr.Row(equal_height=True):
+        for i, title in enumerate(titles_of(models)):
+            with gr.Column():
+                answers.append(
+                    gr.Textbox(label=title, lines=12, interactive=False, buttons=["copy"], elem_id=f"answer{i}")
+                )
+                speeds.append(gr.Markdown("", elem_id=f"speed{i}"))
+    return answers, speeds
+
+
+def titles_of(models: Models) -> list[str]:
+    """Return name and size of each model; from the second on, also the share of the first one's parameters."""
+    counts = [parameter_count(model) for model, _ in models.values()]
+    first = next(iter(models))
+    titles = [f"{name} - {amount(count)} parameters" for name, count in zip(models, counts, strict=True)]
+    return titles[:1] + [f"{title}, {count / counts[0]:.2f} of {first}" for title, count in zip(titles[1:], counts[1:])]
 
 
 def _controls(gr: Any, templated: bool) -> list[Any]:
@@ -224,9 +267,7 @@ def _settings_of(new_tokens: float, temperature: float, top_p: float, top_k: flo
     return AnswerSettings(max_new_tokens=int(new_tokens), sampling=sampling, use_chat_template=chat)
 
 
-def _answer_all(
-    models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]], prompt: str, settings: AnswerSettings
-) -> Iterator[list[str]]:
+def _answer_all(models: Models, prompt: str, settings: AnswerSettings) -> Iterator[list[str]]:
     """Yield text and speed of every model, again and again as its answer grows."""
     shown = [""] * (2 * len(models))
     yield shown
