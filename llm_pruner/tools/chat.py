@@ -184,6 +184,7 @@ def page_of(models: Models) -> tuple[Any, Any]:
     import gradio as gr
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")  # the default is faint
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(f"# {TITLE}\n{_introduction(len(models))}", elem_id="title")
         prompt = gr.Textbox(

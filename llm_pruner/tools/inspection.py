@@ -23,7 +23,7 @@ from .arguments import InspectArguments
 from .plan_tables import plan_document, print_measurements, print_plan
 from .tables import print_table
 
-SHOWN_DIMS = 16  # of a unit; the others are counted
+SHOWN_DIMS = 12  # of a unit; the others are counted
 FREE, FROZEN = "prunable units", "frozen axes"
 
 
@@ -125,12 +125,12 @@ def _print_graph(console: Console, graph: CouplingGraph, layer: int, reports: li
     print_table(console, graph.title(), graph.table(), breakable=(0, 4))
     units = [unit for unit in graph.units if _is_shown(unit.layer, layer)]
     which = "" if layer == -1 else f" of layer {layer} and of the whole model"
-    cells = [["unit", "size", "flags", "parameters[dim]"]]
+    cells = [["unit", "size", "flags", "parameters[dim] (layers)"]]
     cells += [[u.name, f"{u.size:,}", " ".join(sorted(u.flags)), _parameters(u)] for u in units]
     print_table(console, FREE + which, cells, breakable=(0, 2, 3))
     frozen = [unit for unit in graph.frozen if len(unit.dims) > 1 and _is_shown(unit.layer, layer)]
     if frozen:
-        cells = [["axis", "size", "why", "parameters[dim]"]]
+        cells = [["axis", "size", "why", "parameters[dim] (layers)"]]
         cells += [[unit.name, f"{unit.size:,}", unit.frozen or "", _parameters(unit)] for unit in frozen]
         print_table(console, FROZEN + which, cells, breakable=(0, 2, 3))
     if len(units) < len(graph.units):
