@@ -10,7 +10,7 @@ READY_FOR_DEMO = $(VENV)/.ready-for-demo
 READY = $(VENV)/.ready
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint slow supported-models lock audit clean
+.PHONY: demo test lint docs slow supported-models lock audit clean
 
 demo: $(READY_FOR_DEMO)
 	$(BIN)/llm-pruner demo
@@ -31,6 +31,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, in site/; asks the network for nothing.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Pruning, recovery, reports and the embedded model.
 $(READY_FOR_DEMO): requirements.txt requirements-model.txt pyproject.toml
@@ -56,4 +60,4 @@ audit: $(READY)
 	$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.lock
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,6 @@
-"""Compare choices of method on the embedded model, without any training: the table of docs/choosing.md.
+"""Measure each choice of method on the embedded model, without any training.
+
+The table of docs/explanation/choosing.md is its output.
 
     python benchmarks/choosing.py --calibration C4.jsonl --evaluation wikitext2_test.txt [--device cuda]
 

@@ -1,6 +1,6 @@
 """Draw the ablations of the recipe paper/smollm2, from the folder of its runs.
 
-python benchmarks/reproduction_figures.py runs/paper/smollm2 docs/figures
+python benchmarks/reproduction_figures.py runs/paper/smollm2 docs/explanation/figures
 """
 
 from __future__ import annotations

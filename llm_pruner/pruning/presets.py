@@ -1,4 +1,4 @@
-"""Presets: named defaults of a method. docs/choosing.md has the measurements behind them."""
+"""Presets: named defaults of a method. docs/explanation/choosing.md has the measurements behind them."""
 
 from __future__ import annotations
 

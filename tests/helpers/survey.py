@@ -1,7 +1,7 @@
-"""Survey of a model: both oracles, live, reloaded and generating with its cache, for every kind of unit.
+"""Test on a model what works: both oracles, live, reloaded and generating with its cache, for every kind of unit.
 
-``python tests/survey.py`` asks this of every architecture that transformers registers and writes
-``docs/supported-models.md``; ``tests/test_registry.py`` asks the same as a test.
+``make supported-models`` asks this of every architecture that transformers registers and writes the pages of
+:data:`PAGES`; ``tests/test_registry.py`` asks the same as a test.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from llm_pruner.surgery.slicing import mask
 # Whole layers and the vocabulary have an order of their own, which neither oracle can judge.
 KINDS = ("neurons", "heads", "query_heads", "experts", "hidden", "channels")
 NEW_TOKENS = 4
-TARGET = Path(__file__).resolve().parents[1] / "docs" / "supported-models.md"
+REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
 
 
 @dataclass
@@ -178,46 +178,91 @@ def _generated(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor,
     return torch.stack(out.logits, 1).float(), out.sequences
 
 
-def page(rows: list[Row]) -> str:
-    """The support table as Markdown."""
+def support_page(rows: list[Row]) -> str:
+    """Return the page of what works, one row per architecture, as Markdown."""
     built = [row for row in rows if not row.unbuilt]
     counts = {kind: sum(row.works(kind) for row in built) for kind in KINDS}
     causal = [row for row in built if ":" not in row.name]
     lines = [
         "# Supported models",
         "",
-        f"Written by `make supported-models` with transformers {transformers.__version__}. Every architecture that its",
-        "registry lists for causal language models, and (marked seq2seq) for sequence-to-sequence models, is built",
-        "tiny with random weights and pruned by half, one kind of unit at a time. A kind **works** if permuting each",
-        "of its units leaves the logits unchanged, the pruned model equals the original with the removed slices",
-        "zeroed (where nothing normalises over them), survives saving and loading, and generates with its cache what",
-        "the masked original does. `plain`: stock transformers loads the result. `ours`: it loads after",
-        "`import llm_pruner`, since no config of the architecture says such widths. An empty cell: there is no such",
-        "unit.",
+        f"llm-pruner prunes MLP neurons of {counts['neurons']} and attention heads of {counts['heads']} "
+        f"of {len(built)} architectures. The table lists the",
+        f"registry of transformers {transformers.__version__} for causal language models and, marked seq2seq, for "
+        "sequence-to-sequence models.",
+        "[Unsupported units](unsupported.md) gives the reason of every refusal.",
         "",
-        f"Of {len(rows)} architectures {len(built)} can be built tiny ({len(causal)} of them causal). "
-        + ", ".join(f"`{kind}` work in {count}" for kind, count in counts.items())
-        + ".",
+        "```bash",
+        "make supported-models     # writes both pages",
+        "```",
         "",
-        "| architecture | " + " | ".join(KINDS) + " |",
-        "|---" * (len(KINDS) + 1) + "|",
+        "| cell | meaning |",
+        "|---|---|",
+        "| plain | works, and stock transformers loads the result |",
+        "| ours | works, and the result loads after `import llm_pruner`: no config of the architecture expresses it |",
+        "| refused | does not work; llm-pruner refuses it with a reason |",
+        "| empty | the architecture has no such unit |",
+        "",
+        "Every architecture is built tiny with random weights and pruned by half, one kind of unit at a time. A kind",
+        "works if",
+        "",
+        "* permuting each of its units leaves the logits unchanged;",
+        "* the pruned model equals the original with the removed slices set to zero, unless a norm reads them;",
+        "* the pruned model survives saving and loading;",
+        "* it generates with its cache what the masked original generates.",
+        "",
+        f"{len(rows)} architectures are registered. {len(built)} can be built tiny, {len(causal)} of them causal:",
+        "",
+        *_table(["", *KINDS], [["works in", *(str(count) for count in counts.values())]]),
+        "",
+        *_filterable(["architecture", *KINDS], [[_title(row), *(_cell(row, kind) for kind in KINDS)] for row in built]),
     ]
-    for row in built:
-        cells = [_cell(row, kind) for kind in KINDS]
-        lines.append(f"| {_title(row)} | " + " | ".join(cells) + " |")
-    lines += ["", "## Refused, and why", ""]
-    for row in built:
+    return "\n".join(lines) + "\n"
+
+
+def refusal_page(rows: list[Row]) -> str:
+    """Return the page of what is refused and why, as Markdown."""
+    lines = [
+        "# Unsupported units",
+        "",
+        "The table gives the reason of every refusal in [supported models](supported-models.md), shortened to a line.",
+        "[Diagnose a model](../how-to/diagnose-a-model.md) explains the reasons.",
+        "",
+        *_filterable(["architecture", "unit", "reason"], _refusals(rows)),
+        "",
+        "## Not built",
+        "",
+        "No tiny model could be built from the default config of these architectures, so they were not tested:",
+        "",
+        *_table(["architecture", "error"], [[_title(row), _short(row.unbuilt)] for row in rows if row.unbuilt]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _refusals(rows: list[Row]) -> list[list[str]]:
+    refusals = []
+    for row in rows:
         if row.refused:
-            lines.append(f"- **{_title(row)}**: {_short(row.refused)}")
+            refusals.append([_title(row), "all", _short(row.refused)])
         for kind, outcome in row.kinds.items():
             problem = outcome.refused or outcome.failed
             if outcome.wrong or outcome.without_effect:
                 problem = "frozen by the permutation test: " + ", ".join([*outcome.wrong, *outcome.without_effect][:2])
             if problem:
-                lines.append(f"- **{_title(row)}**, {kind}: {_short(problem)}")
-    lines += ["", "## Not built", "", "No tiny model could be made from the default config, so nothing is known:", ""]
-    lines += [f"- **{_title(row)}**: {_short(row.unbuilt)}" for row in rows if row.unbuilt]
-    return "\n".join(lines) + "\n"
+                refusals.append([_title(row), kind, _short(problem)])
+    return refusals
+
+
+def _filterable(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Return a table that docs/assets/tables.js filters and sorts; it reads as a plain table elsewhere."""
+    return ['<div class="filterable" markdown>', "", *_table(head, rows), "", "</div>"]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+PAGES = {"supported-models.md": support_page, "unsupported.md": refusal_page}
 
 
 def _title(row: Row) -> str:
@@ -255,7 +300,8 @@ def main() -> None:
             state = row.unbuilt or row.refused or " ".join(k for k, o in row.kinds.items() if o.works)
             print(f"{row.name}: {_short(state)}", flush=True)
     if not sys.argv[1:]:
-        TARGET.write_text(page(rows), encoding="utf-8")
+        for name, page in PAGES.items():
+            (REFERENCE / name).write_text(page(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
