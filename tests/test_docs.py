@@ -1,6 +1,7 @@
 """The documentation: the site builds strictly, its links and commands hold, and it needs no network."""
 
 import html.parser
+import os
 import re
 import shlex
 import subprocess
@@ -82,6 +83,20 @@ def test_python_compiles(page):
 def test_lines_end_at_120_columns(page):
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))
     assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("| ")] == []
+
+
+def test_the_tutorial_of_an_operator_prints_what_it_shows(tmp_path):
+    page = ROOT / "docs" / "tutorials" / "add-an-operator.md"
+    for name, code in zip(["ranged.py", "my_rules.py", "check.py"], blocks(page, "python"), strict=True):
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    without_rule, with_rule = blocks(page, "text")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for script, shown in [("ranged.py", without_rule), ("check.py", with_rule)]:
+        done = subprocess.run(
+            [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        number = re.compile(r"\d\.\de[+-]\d+")  # rounding differs between machines
+        assert number.sub("", done.stdout) == number.sub("", shown)
 
 
 def test_pages_are_of_four_kinds():
