@@ -42,7 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _flags_page() -> str:
-    lines = ["# All flags", "", "What `llm-pruner COMMAND --help` prints.", ""]
+    lines = ["# All flags", "", "`llm-pruner COMMAND --help` prints these texts.", ""]
     for name, command in COMMANDS.items():
         parser = build_parser(command.arguments_class, f"llm-pruner {name}", command.summary)
         lines += [f"## {name}", "", "```text", parser.format_help().rstrip(), "```", ""]

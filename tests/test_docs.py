@@ -50,7 +50,7 @@ def reader(tmp_path, monkeypatch):
     """The folder of a reader who has written the files that the pages ask for."""
     criterion = next(code for code in blocks(ROOT / "docs/tutorials/write-a-criterion.md", "python"))
     (tmp_path / "my_criteria.py").write_text(criterion, encoding="utf-8")
-    (tmp_path / "target.json").write_text('{"hidden_size": 512}', encoding="utf-8")
+    (tmp_path / "target.json").write_text('{"hidden_size": 504}', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
 
 
