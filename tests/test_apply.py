@@ -47,10 +47,10 @@ def test_apply_refits_again(refitted, home, tmp_path):
     assert "Without the refit" not in (tmp_path / "again" / "README.md").read_text()
 
 
-def test_apply_says_that_a_refit_is_missing(refitted, home, tmp_path, caplog):
+def test_apply_says_that_a_refit_is_missing(refitted, home, tmp_path, capsys):
     assert apply(refitted, home, tmp_path / "plain") == 0
 
-    assert "this checkpoint is not: --refit does it again" in caplog.text
+    assert "this checkpoint is not: --refit does it again" in capsys.readouterr().err
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     run = AutoModelForCausalLM.from_pretrained(refitted)
     assert not equal_weights(plain, run, rtol=1e-4, atol=1e-5)

@@ -37,7 +37,7 @@ def test_unseen_tokens_come_closer_to_the_original(family):
 
 
 def test_twins_stand_in_for_each_other():
-    """Of two identical neurons, one can be removed without error: the other is refitted to give the output of both."""
+    """One of two identical neurons can be removed without error: the refit lets the other give the output of both."""
     model = build("llama")
     plan, graph = PruningPlan(), lp.trace(model)
     with torch.no_grad():

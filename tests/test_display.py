@@ -1,4 +1,4 @@
-"""How graphs, scores, plans and runs show themselves: as text, in a notebook, and drawn."""
+"""Displays of graphs, scores, plans and runs: as text, in a notebook, and drawn."""
 
 import re
 from pathlib import Path

@@ -314,7 +314,7 @@ def test_the_page_of_fifty_runs_stays_small(runs, tmp_path, capsys):
 
 
 class Page(HTMLParser):
-    """What a page asks the network for."""
+    """Addresses that a page asks the network for."""
 
     def __init__(self, text: str):
         super().__init__()

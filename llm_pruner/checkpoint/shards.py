@@ -136,7 +136,7 @@ def _header(file: Path) -> dict[str, Stored]:
             length = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        raise PrunerError(f"{file} is damaged or no safetensors file: {error}") from error
+        raise PrunerError(f"{file} is damaged or not a safetensors file: {error}") from error
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

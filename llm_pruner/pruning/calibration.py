@@ -12,6 +12,7 @@ from ..data import HUB, calibration, documents, self_calibration, self_written
 from ..errors import PrunerError
 from ..logs import log
 from ..models.running import context_length
+from ..progress import Step
 from .settings import CalibrationSettings
 
 
@@ -71,7 +72,10 @@ def calibration_set(
     if settings.dataset == SELF:
         log.info("calibration: %d samples of %d tokens, written by the model itself", samples, tokens)
         return self_written(model, tokenizer, samples, tokens, seed=seed if settings.seed is None else settings.seed)
-    ids = calibration(settings.dataset, tokenizer, samples, tokens, seed=settings.seed, fewer=settings.fewer_samples)
+    with Step("reading calibration text"):
+        ids = calibration(
+            settings.dataset, tokenizer, samples, tokens, seed=settings.seed, fewer=settings.fewer_samples
+        )
     log.info("calibration: %d samples of %d tokens from %s", *ids.shape, settings.dataset)
     if len(ids) < samples:
         log.info("the calibration text gives %d samples of %d tokens, not %d", len(ids), tokens, samples)

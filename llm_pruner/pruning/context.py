@@ -22,7 +22,6 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 Progress = Callable[[str, int, int], None]
 # Stages that are one step, in words; the steps of other stages say themselves how far they are.
 WHOLE_STAGES = {
-    "calibration": "reading calibration text",
     "trace": "tracing",
     "select": "selecting",
     "apply": "slicing weights",

@@ -143,15 +143,19 @@ def _run(settings: RecoverySettings, plan: PruningPlan, flags: dict[str, Any]) -
         }
         save_recovered(trained, tokenizer, plan, settings=settings, record=record)
         _log_result(record, settings.output.folder)
-        name, folder = settings.model.name, settings.output.folder
-        log_next_steps(
-            folder / "merged" if settings.output.merge else folder,
-            "recover",
-            original=str(plan.settings.get("base_model", "")),
-            compare=[name],
-            trust_remote_code=settings.model.trust_remote_code,
-        )
+        _log_next_steps(settings, plan)
     trainer.accelerator.wait_for_everyone()
+
+
+def _log_next_steps(settings: RecoverySettings, plan: PruningPlan) -> None:
+    folder = settings.output.folder
+    log_next_steps(
+        folder / "merged" if settings.output.merge else folder,
+        "recover",
+        original=str(plan.settings.get("base_model", "")),
+        compare=[settings.model.name],
+        trust_remote_code=settings.model.trust_remote_code,
+    )
 
 
 def _load_model(model: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -42,7 +42,7 @@ LONGEST = 40  # characters of a label
 
 @dataclass(frozen=True, kw_only=True)
 class LineStyle:
-    """How a method is drawn in every figure of a report."""
+    """Colour, marker and dashes of a method in every figure of a report."""
 
     colour: str
     marker: str

@@ -37,7 +37,7 @@ MODELS_IN_ALT = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """What an axis shows.
+    """Quantity on an axis.
 
     Attributes:
         axis: label of the axis.
