@@ -73,7 +73,7 @@ def run_command(command: Command, argv: Sequence[str], program: str) -> int:
     except OSError as error:
         return _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory", str(error).lower()):
+        if not re.search("out of memory|can(no|')t allocate memory", str(error).lower()):
             traceback.print_exc()
             return 1
         return _fail(_explain_out_of_memory(str(error)))

@@ -99,7 +99,7 @@ def test_what_cannot_be_loaded(tmp_path):
         str(tmp_path / "empty"): "no config.json",
         str(pickle): "pickle",
         str(tmp_path / "x.gguf"): "no file",
-        "no-such-model-here": "no alias",
+        "no-such-model-here": "not an alias",
     }
     for name, message in cases.items():
         with pytest.raises(lp.PrunerError, match=message):
