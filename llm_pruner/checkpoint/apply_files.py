@@ -87,8 +87,7 @@ def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: b
     forget_modelling(model)
     if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    shards = Shards(path)
-    check_unquantized(source, path, config)
+    shards = check_unquantized(source, path, config) or Shards(path)
     try:
         names = stored_names(model, shards)
     except OtherForm:

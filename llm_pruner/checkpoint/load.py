@@ -24,7 +24,7 @@ from .config import auto_model_class
 from .gguf_reader import parsed_once
 from .integrity import check
 from .locate import PLAN_FILE, base_of, explain, is_adapter, locate
-from .shards import INDEX, shard_files
+from .shards import INDEX, Shards, shard_files
 from .unread import check_unquantized, note_unread
 
 # Files that a tokenizer is read from, one at least.
@@ -155,33 +155,37 @@ def load_model(
     if gguf is not None:
         common["gguf_file"] = gguf
     with parsed_once(), without_bars(), Step(f"loading {name}"):
-        model, found = _read_model(name, dtype, common)
+        model, found, shards = _read_model(name, dtype, common)
     if found["missing_keys"]:
         raise PrunerError(
             f"{name} lacks {len(found['missing_keys'])} tensors of its architecture, such as "
             f"{min(found['missing_keys'])}: the checkpoint is incomplete"
         )
     if gguf is None:
-        note_unread(model, name, Path(path), found["unexpected_keys"])
+        note_unread(model, name, shards.tensors if shards else (), found["unexpected_keys"])
     else:
         _forget_quantization(model)
     return (spread(model) if device_map else model.to(device)).eval()  # type: ignore[arg-type]
 
 
-def _read_model(name: str, dtype: str | torch.dtype, common: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
-    """Read a model with transformers; return it with what the loader reports."""
+def _read_model(
+    name: str, dtype: str | torch.dtype, common: dict[str, Any]
+) -> tuple[PreTrainedModel, Any, Shards | None]:
+    """Read a model with transformers; return it, the loader's report, and its shards if it has any here."""
     path, gguf = locate(name)
+    shards = None
     kwargs: dict[str, Any] = {"dtype": torch.float32 if gguf and dtype == "auto" else dtype}
     try:
         config = AutoConfig.from_pretrained(path, **common)
         if gguf is None:
-            check_unquantized(name, Path(path), config)
+            shards = check_unquantized(name, Path(path), config)
             kwargs["use_safetensors"] = True
         else:
             kwargs["quantization_config"] = GgufConfig(dequantize=True)
-        return auto_model_class(config).from_pretrained(
+        model, report = auto_model_class(config).from_pretrained(
             path, config=config, output_loading_info=True, **common, **kwargs
         )
+        return model, report, shards
     except PrunerError:
         raise
     except Exception as error:

@@ -26,46 +26,44 @@ PREDICTED_LAYERS = re.compile("nextn|mtp")  # fields that count layers for multi
 _unread: WeakKeyDictionary[PreTrainedModel, list[str]] = WeakKeyDictionary()
 
 
-def check_unquantized(name: str, folder: Path, config: PreTrainedConfig) -> None:
+def check_unquantized(name: str, folder: Path, config: PreTrainedConfig) -> Shards | None:
     """Refuse a checkpoint of quantized weights: their scales would not follow what is cut.
 
     Args:
         name: name of the model, for the message.
         folder: its folder; only the config is checked where this is not one of safetensors.
 
+    Returns:
+        The shards of the folder, whose headers were read; None where it is not one of safetensors.
+
     Raises:
-        PrunerError: the config, a file or a tensor tells of quantization.
+        PrunerError: the config, a file or a tensor tells of quantization, or a shard is damaged.
     """
-    sign = "quantization_config" if getattr(config, "quantization_config", None) is not None else _sign_in(folder)
-    if sign:
+    signs = ["quantization_config"] if getattr(config, "quantization_config", None) is not None else []
+    signs += [file for file in QUANTIZATION_FILES if (folder / file).is_file()]
+    shards = None
+    if not signs and any((folder / file).is_file() for file in (SINGLE, INDEX)):
+        shards = Shards(folder)
+        tensors = shards.tensors.items()
+        signs += [n for n, tensor in tensors if QUANTIZATION_TENSORS.search(n) or tensor.dtype in NARROW_FLOATS]
+    if signs:
         raise PrunerError(
-            f"{name} is quantized ({sign}); structural pruning needs the original weights: load the unquantized "
+            f"{name} is quantized ({signs[0]}); structural pruning needs the original weights: load the unquantized "
             "checkpoint"
         )
+    return shards
 
 
-def _sign_in(folder: Path) -> str:
-    """Return the file or tensor in a folder that tells of quantization, "" if none does."""
-    for file in QUANTIZATION_FILES:
-        if (folder / file).is_file():
-            return file
-    if not any((folder / file).is_file() for file in (SINGLE, INDEX)):
-        return ""
-    tensors = Shards(folder).tensors
-    signs = (n for n, tensor in tensors.items() if QUANTIZATION_TENSORS.search(n) or tensor.dtype in NARROW_FLOATS)
-    return next(signs, "")
-
-
-def note_unread(model: PreTrainedModel, name: str, folder: Path, unexpected: Iterable[str]) -> None:
+def note_unread(model: PreTrainedModel, name: str, tensors: Iterable[str], unexpected: Iterable[str]) -> None:
     """Log and remember the tensors that were not read into a model, and let its config count no layers of them.
 
     Args:
-        unexpected: tensors that transformers reports; those that the model's class ignores are looked up in the files.
+        tensors: names in the files, where those that the model's class ignores are looked up.
+        unexpected: names that transformers reports.
     """
     names = set(unexpected)
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    if ignored and any((folder / file).is_file() for file in (SINGLE, INDEX)):
-        names |= {stored for stored in Shards(folder).tensors if any(re.search(pattern, stored) for pattern in ignored)}
+    names |= {stored for stored in tensors if any(re.search(pattern, stored) for pattern in ignored)}
     _unread[model] = forget_unread(model.config, name, names)
 
 

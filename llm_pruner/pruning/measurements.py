@@ -9,6 +9,8 @@ from typing import Any
 
 from ..display import Cells
 
+METRICS_FILE = "metrics.json"  # of a run's folder
+
 
 def before_and_after(metrics: Mapping[str, Any]) -> Cells:
     """Return a table of parameters, perplexities and losses before and after pruning, head first.

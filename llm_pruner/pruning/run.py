@@ -49,7 +49,7 @@ from .calibration import available_text, calibration_set
 from .checking import check_prune_inputs
 from .context import Planning, Progress, Stopwatch
 from .evaluation import evaluate_model, evaluation_windows
-from .measurements import before_and_after
+from .measurements import METRICS_FILE, before_and_after
 from .mending import mend
 from .planning import PlannedModel, make_plan, needs_calibration
 from .settings import ModelSettings, PruneSettings, filled_arguments, resolve_settings
@@ -57,7 +57,7 @@ from .settings import ModelSettings, PruneSettings, filled_arguments, resolve_se
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LOG_FILE, METRICS_FILE = "prune.log", "metrics.json"
+LOG_FILE = "prune.log"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -123,14 +123,24 @@ class Drawing:
         return f'<svg class="figure" {label} {width} {box[0]}>' + svg[svg.index(">") + 1 :]
 
 
-def new_figure(width: float = SIZE[0], height: float = SIZE[1]) -> Figure:
-    """Make an empty figure. Only the extra ``report`` brings matplotlib, so functions import it, not the module."""
+@contextmanager
+def new_axes() -> Iterator[tuple[Figure, Any]]:
+    """Draw in the style of reports within the block, on the axes of a new figure.
+
+    Only the extra ``report`` brings matplotlib, so functions import it, not the module.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    with drawing_settings(STYLE):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, figure.subplots()
+
+
+def draw_level(ax: Any, y: float) -> None:
+    """Draw the level of an unpruned model."""
+    ax.axhline(y, color=GREY, linewidth=1.4, linestyle=ORIGINAL_STYLE.line, zorder=1)
 
 
 def drawing_settings(values: Any) -> AbstractContextManager[None]:

@@ -18,12 +18,10 @@ from .drawing import (
     MARKERS,
     ORANGE,
     PALE,
-    STYLE,
     Drawing,
     add_legend,
-    drawing_settings,
     freeze_layout,
-    new_figure,
+    new_axes,
     shorten,
     slug,
 )
@@ -60,9 +58,7 @@ def draw_recoveries(runs: list[Run]) -> list[Drawing]:
 
 def _draw_recovery(run: Run, losses: dict[str, Points]) -> Drawing:
     descriptions = []
-    with drawing_settings(STYLE):
-        figure = new_figure()
-        ax = figure.subplots()
+    with new_axes() as (figure, ax):
         handles = []
         for (loss, points), colour, line, marker in zip(
             losses.items(), cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False
@@ -109,9 +105,7 @@ def _draw_widths(run: Run, plan: PruningPlan, kind: str) -> Drawing:
     before, after = _widths(plan, kind)
     layers = sorted(before)
     width = 0.85 if len(layers) <= MOST_SEPARATE_BARS else 1.0
-    with drawing_settings(STYLE):
-        figure = new_figure()
-        ax = figure.subplots()
+    with new_axes() as (figure, ax):
         title = f"{run.name}: {kind} kept in every layer"
         alt = f"{kind} by layer: {sum(after.values()):,} of {sum(before.values()):,} kept"
         drawing = Drawing(slug(f"{run.name} {kind} widths"), title, alt, figure)
@@ -169,9 +163,7 @@ def _draw_score_map(run: Run, kind: str, scores: dict[str, torch.Tensor], unit: 
         rows.append(10 ** ordered[np.linspace(0, len(ordered) - 1, MAP_COLUMNS).round().astype(int)])
         cuts.append(1 - plan.units[name].kept.numel() / plan.units[name].size)
     low, high = _colour_limits(np.array(rows))
-    with drawing_settings(STYLE):
-        figure = new_figure()
-        ax = figure.subplots()
+    with new_axes() as (figure, ax):
         title = f"{run.name}: scores of {kind} by layer"
         alt = f"{title}: a map of the sorted scores of every layer, with the line where they were cut"
         drawing = Drawing(slug(f"{run.name} {kind} scores"), title, alt, figure)
@@ -263,9 +255,7 @@ def _draw_histogram(run: Run, kind: str, scores: dict[str, torch.Tensor], unit: 
 
     plan = cast(PruningPlan, run.plan)
     kept, removed = _split_scores(plan, scores)
-    with drawing_settings(STYLE):
-        figure = new_figure()
-        ax = figure.subplots()
+    with new_axes() as (figure, ax):
         title = f"{run.name}: scores of kept and removed {kind}"
         alt = f"{title}: a histogram of {kept.size:,} kept and {removed.size:,} removed"
         parts: Any = ax.hist(

@@ -14,14 +14,11 @@ from typing import Any
 from ..errors import PrunerError
 from ..evaluation.tabular import short_score
 from .drawing import (
-    GREY,
-    ORIGINAL_STYLE,
-    STYLE,
     Drawing,
     LineStyle,
     add_legend,
-    drawing_settings,
-    new_figure,
+    draw_level,
+    new_axes,
     shorten,
     slug,
     styles_of,
@@ -138,9 +135,7 @@ def _draw_curves(
 ) -> Drawing:
     swept = key.rpartition(".")[2]
     level = value_of(sweep.original, quality)
-    with drawing_settings(STYLE):
-        figure = new_figure()
-        ax = figure.subplots()
+    with new_axes() as (figure, ax):
         title = f"sweep {sweep.name}: {quality} over {swept}"
         drawing = Drawing(slug(title), title, title, figure)
         handles = []
@@ -169,7 +164,7 @@ def _draw_curves(
 def _draw_level(ax: Any, level: float | None, x: float) -> list[Label]:
     if level is None:
         return []
-    ax.axhline(level, color=GREY, linewidth=1.4, linestyle=ORIGINAL_STYLE.line, zorder=1)
+    draw_level(ax, level)
     return [Label(x=x, y=level, text=f"unpruned: {short_score(level)}")]
 
 

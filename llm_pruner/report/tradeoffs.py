@@ -12,14 +12,12 @@ from typing import Any
 
 from ..evaluation.tabular import short_score
 from .drawing import (
-    GREY,
     ORIGINAL_STYLE,
-    STYLE,
     Drawing,
     LineStyle,
     add_legend,
-    drawing_settings,
-    new_figure,
+    draw_level,
+    new_axes,
     shorten,
     slug,
     styles_of,
@@ -165,9 +163,7 @@ def _with_label(point: Point, several: set[str]) -> Point:
 def _draw_tradeoff(
     points: Sequence[Point], cost: Quantity, quality: Quantity, styles: Mapping[str, LineStyle]
 ) -> Drawing:
-    with drawing_settings(STYLE):
-        figure = new_figure()
-        ax = figure.subplots()
+    with new_axes() as (figure, ax):
         name = slug(f"{quality.title.replace('perplexity, ', 'perplexity ')} over {cost.title}")
         drawing = Drawing(name, f"{quality.title}, over {cost.title}", "", figure)
         handles = draw_lines(ax, drawing, points, styles)
@@ -190,7 +186,7 @@ def draw_lines(ax: Any, drawing: Drawing, points: Sequence[Point], styles: Mappi
         style = styles.get(method, ORIGINAL_STYLE)
         if method == ORIGINAL:
             for point in line:
-                ax.axhline(point.y, color=GREY, linewidth=1.4, linestyle=ORIGINAL_STYLE.line, zorder=1)
+                draw_level(ax, point.y)
         else:
             ax.plot([p.x for p in line], [p.y for p in line], linestyle=style.line, color=style.colour, zorder=2)
         for point in line:

@@ -13,12 +13,11 @@ from rich.console import Console
 
 from ..display import Cells, percent
 from ..files import read_json
-from ..pruning.measurements import before_and_after
+from ..pruning.measurements import METRICS_FILE, before_and_after
 from ..selection.plan import Choice, PruningPlan, removed_share
 from ..selection.plan_file import to_ranges
 from .tables import print_table
 
-METRICS_FILE = "metrics.json"
 SETTINGS = ("criterion", "taylor", "aggregation", "ratio", "target_params", "scope", "layers_kept", "calibration")
 EXPLANATION = (
     "score removed: the removed indices' share of the summed score of these units",
