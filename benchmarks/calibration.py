@@ -15,6 +15,8 @@ import platform
 import tempfile
 from pathlib import Path
 
+import torch
+
 import llm_pruner as lp
 from llm_pruner.data import documents
 from llm_pruner.provenance import provenance
@@ -70,7 +72,8 @@ def main() -> None:
                     rows.append(row)
                     print(json.dumps(row), flush=True)
     if options.output:
-        record = {"rows": rows, "machine": platform.machine(), **provenance()}
+        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+        record = {"rows": rows, "machine": machine, **provenance()}
         Path(options.output).write_text(json.dumps(record, indent=1) + "\n")
 
 

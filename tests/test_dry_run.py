@@ -58,6 +58,7 @@ def predict(recipe, capsys, *flags):
     return printed_table(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_predicted_sizes_are_those_of_the_run(home, home_text, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(FOUR_STAGES.format(home=home, out=tmp_path / "out"))

@@ -70,6 +70,7 @@ def kill(forks, case, folder, kills, seed):
 
 
 @pytest.mark.parametrize("case", some("apply", "recover"), indirect=True)
+@pytest.mark.slow
 def test_killed_at_some_moments(case, forks, tmp_path):
     kill(forks, case, tmp_path, 3, seed=1)
 
@@ -155,6 +156,7 @@ def test_a_clock_that_jumps(case, forks, tmp_path):
 
 
 @pytest.mark.parametrize("case", some("apply"), indirect=True)
+@pytest.mark.slow
 def test_two_at_one_folder(case, forks, tmp_path):
     """Started at once, again and again: one waits or is refused, and what is there in the end is whole."""
     (tmp_path / "reference").mkdir()

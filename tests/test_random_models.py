@@ -1,5 +1,6 @@
 """Random models of the main families, and shapes that are easily taken for each other."""
 
+import pytest
 from helpers.models import made
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -117,6 +118,7 @@ SHAPES = {
     scope=st.sampled_from(["local", "global"]),
     seed=st.integers(0, 99),
 )
+@pytest.mark.slow
 def test_random_models_of_the_main_families(made_of, ratio, chosen, scope, seed):
     family, fields, model_seed = made_of
     model = made(family, model_seed, seq2seq=family in ("t5", "bart"), **fields)

@@ -73,6 +73,7 @@ def test_stages_follow_each_other_and_are_cached(recipe, tmp_path, capsys):
     assert before.items() <= after.items() and len(after) == len(before) + 1
 
 
+@pytest.mark.slow
 def test_an_adapter_is_measured_and_read_by_later_stages(home, home_text, tmp_path):
     compare = f"  - evaluate: {{datasets: {home_text}, seq_len: 16, max_windows: 2, tokens: 0, models: {home}/base}}\n"
     tokens = f"  - vocab: {{corpus: {home_text}, keep: 400, eval_dataset: {home_text}, max_windows: 2}}\n"
@@ -93,6 +94,7 @@ def test_an_adapter_is_measured_and_read_by_later_stages(home, home_text, tmp_pa
     assert any(prune.folder.glob("*.safetensors")) and any(recover.folder.glob("adapter_model.safetensors"))
 
 
+@pytest.mark.slow
 def test_removed_weights_are_made_again_for_a_new_measurement(pruning):
     out = run(pruning)
     (step,) = steps_of(read(pruning))
@@ -147,6 +149,7 @@ def test_a_recipe_prunes_kinds_by_a_criterion_of_the_user(home, home_text, tmp_p
     assert kept["l2"] == kept["own_criterion:like_l2"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_results(recipe, tmp_path):
     """SIGKILL in the middle of a stage and of a training run, each seen in the log."""
     whole = run(recipe, output=str(tmp_path / "whole"))

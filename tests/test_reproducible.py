@@ -48,7 +48,13 @@ def servers():
 
 
 @pytest.mark.parametrize(
-    "name", ["prune", "apply", "to-uniform", "vocab", "recover", pytest.param("run", marks=pytest.mark.slow)]
+    "name",
+    [
+        "apply",
+        "to-uniform",
+        "vocab",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("prune", "recover", "run")),
+    ],
 )
 def test_every_command_to_the_bit(name, servers, home, home_text, tmp_path):
     """In fresh processes, with one thread and with two."""
@@ -65,6 +71,7 @@ def test_every_command_to_the_bit(name, servers, home, home_text, tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_measuring_and_reporting_to_the_bit(servers, home, home_text, tmp_path):
     """The same tables, page and lists in fresh processes, with one thread and with two."""
     evaluate = ["evaluate", home / "base", home / "pruned", "--datasets", home_text, "--seq_len", 16, "--tokens", 0]

@@ -90,6 +90,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         lp.apply(model, plan, on_disk(tmp_path / "missing"))
 
 
+@pytest.mark.slow
 def test_the_command_streams(smollm2, tmp_path, monkeypatch):
     """--stream gives the plan that the plain way gives, and the same checkpoint."""
     from llm_pruner.cli import main

@@ -138,6 +138,7 @@ def test_values_of_any_type_can_be_varied():
     assert [row[0] for row in cells] == ["a", "[16, 20]", "0.9", "1", ""]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_stops_no_other(sweep, capsys, monkeypatch):
     """A criterion that cannot score: noted with the error, the others done; the same command tries again."""
     (sweep.parent / "failing_criterion.py").write_text(
@@ -206,6 +207,7 @@ def test_slurm_is_refused_where_there_is_none(sweep, capsys):
     assert "there is no Slurm on this machine" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_jobs_of_submitit_share_the_points(sweep):
     """submitit's executor for this machine: two jobs that share the points between them."""
     sweep.write_text(sweep.read_text() + "executor: {kind: submitit, jobs: 2, cpus: 1}\n")
@@ -267,6 +269,7 @@ def sbatch(settings, folder):
     )
 
 
+@pytest.mark.slow
 def test_training_on_the_processes_of_a_job(home, home_text, tmp_path, capfd):
     """A recipe's recovery on two processes learns what one learns."""
     losses = {}
@@ -299,6 +302,7 @@ def test_machines_of_a_job_meet_at_the_first_on_a_port_of_their_own(monkeypatch)
     assert not Launch.of(Executor(gpus=0)).several
 
 
+@pytest.mark.slow
 def test_training_that_fails_says_why(home, home_text, tmp_path, capfd):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -310,6 +314,7 @@ def test_training_that_fails_says_why(home, home_text, tmp_path, capfd):
     assert "training on 2 processes failed:" in (said := capfd.readouterr().err) and "leaves nothing" in said
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_one_point(sweep, tmp_path, monkeypatch):
     """The process dies at one point, which is recorded as failed; another worker runs the others."""
     recipe = read(sweep)
@@ -335,6 +340,7 @@ sys.exit(main(["run", {str(sweep)!r}, "--worker"]))
     assert len(results(run(RunArguments(recipe=str(sweep))))) == 8
 
 
+@pytest.mark.slow
 def test_stages_added_after_a_sweep_restore_removed_weights(sweep):
     text = sweep.read_text().replace("[taylor, random]", "[l2]").replace("[0.25, 0.5]", "[0.5]")
     sweep.write_text(text.replace("seeds: [0, 1]", ""))
@@ -352,6 +358,7 @@ def run_all(sweep):
     return run(RunArguments(recipe=str(sweep), worker=True))
 
 
+@pytest.mark.slow
 def test_kinds_and_own_criteria_can_be_varied(sweep, monkeypatch):
     (sweep.parent / "own_criterion.py").write_text(
         "from llm_pruner.importance.criteria import CRITERIA\n\n\n"

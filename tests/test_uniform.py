@@ -103,6 +103,7 @@ def test_standalone_checkpoints_load_without_us(tmp_path):
     assert read_by_a_stranger(tmp_path, *folders) == expected
 
 
+@pytest.mark.slow
 def test_the_modelling_file_is_written_on_request_only(home, tmp_path):
     flags = ["--base_model", str(home / "base"), "--pruner_type", "l2", "--pruning_ratio", "0.4", "--save_model"]
     flags += ["--output_root", str(tmp_path), "--eval_datasets", "", "--block_wise", "--block_mlp_layer_start", "1"]

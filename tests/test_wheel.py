@@ -74,6 +74,7 @@ def test_an_installed_wheel_runs_from_any_folder(installed, tmp_path):
     assert Path(run([installed / "python", "-c", code], cwd=tmp_path).strip()).is_relative_to(installed.parent)
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_runs_a_recipe_by_its_name(installed, tmp_path):
     require_embedded_model()
     table = run([installed / "llm-pruner", "run", "smollm2_demo", "--dry_run"], cwd=tmp_path)
