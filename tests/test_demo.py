@@ -53,6 +53,20 @@ def test_the_table_of_the_demo_shows_size_speed_quality_and_text():
     assert all(text in said for text in ("900 (0.90x)", "55.00 (1.10x)", "10.0 (1.00x)", "nan", "Paris.", *PROMPTS))
 
 
+def test_a_second_demo_takes_the_place_of_the_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("llm_pruner.recipes.demo.DemoStep.run", lambda step: None)
+    monkeypatch.setattr("llm_pruner.recipes.demo.measure_models", lambda arguments: [])
+    monkeypatch.setattr("llm_pruner.recipes.demo.write_evaluations", lambda *_: None)
+    monkeypatch.setattr("llm_pruner.recipes.demo.table", lambda _: None)
+    monkeypatch.setattr("llm_pruner.recipes.demo.comparison", lambda _: "")
+    lp.save(build("llama"), None, tmp_path / "demo" / "pruned")
+    (tmp_path / "demo" / "evaluation").mkdir()
+    assert main(["demo", "--output_root", str(tmp_path)]) == 0
+    (tmp_path / "demo" / "pruned" / "thesis").mkdir()
+    assert main(["demo", "--output_root", str(tmp_path)]) == 2
+    assert "thesis" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_demo(tmp_path, capsys):
     """The pruned model is smaller, the recovered one better than the pruned."""

@@ -27,7 +27,7 @@ def check_chat_inputs(arguments: ChatArguments, check: InputCheck) -> None:
 
 
 def check_demo_inputs(arguments: DemoArguments, check: InputCheck) -> None:
-    """Refuse a folder that ``llm-pruner demo`` cannot write."""
-    folder = arguments.output or Path(arguments.output_root) / "demo"
+    """Refuse a folder that ``llm-pruner demo`` cannot write; its own of an earlier demo is written again."""
+    folder = Path(arguments.output or Path(arguments.output_root) / "demo")
     with check.flag("output", folder):
-        check_folder(folder, "config.json")
+        check_folder(folder / "pruned", "config.json")
