@@ -62,9 +62,11 @@ def test_a_second_demo_takes_the_place_of_the_first(tmp_path, monkeypatch, capsy
     lp.save(build("llama"), None, tmp_path / "demo" / "pruned")
     (tmp_path / "demo" / "evaluation").mkdir()
     assert main(["demo", "--output_root", str(tmp_path)]) == 0
-    (tmp_path / "demo" / "pruned" / "thesis").mkdir()
-    assert main(["demo", "--output_root", str(tmp_path)]) == 2
-    assert "thesis" in capsys.readouterr().err
+    for place in ("", "pruned"):
+        (tmp_path / "demo" / place / "thesis").mkdir()
+        assert main(["demo", "--output_root", str(tmp_path)]) == 2
+        assert "thesis" in capsys.readouterr().err
+        (tmp_path / "demo" / place / "thesis").rmdir()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from helpers.recovery import arguments
 
 import llm_pruner as lp
 from llm_pruner.cli import main
+from llm_pruner.files import read_json
 from llm_pruner.recovery.rows import read_rows
 from llm_pruner.recovery.run import recover, start_wandb
 from llm_pruner.recovery.settings import OutputSettings, resolve_settings
@@ -58,6 +59,12 @@ def test_bad_input_is_one_clear_line(home, tmp_path, changes, message):
     with pytest.raises(lp.PrunerError, match=message):
         recover(arguments(home, tmp_path / "out", **changes))
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_examples_are_as_long_as_the_model_reads(home, tmp_path):
+    """By default; a length that is asked for is had or refused."""
+    recover(arguments(home, tmp_path / "out", cutoff_len=None, max_steps=2))
+    assert read_json(tmp_path / "out" / "recovery.json")["steps"] == 2
 
 
 def test_folders_of_other_runs_are_left_alone(home, tmp_path):

@@ -78,7 +78,9 @@ class RecoverArguments(Arguments):
         None, "examples to validate on (default: 2000, at most 5%; 100 with --streaming)", group="data"
     )
     max_windows: int = flag(0, "use only the first N windows of each --extra_val_dataset (0: all)", group="data")
-    cutoff_len: int = flag(256, "maximum tokens per example", group="data")
+    cutoff_len: int | None = flag(
+        None, "maximum tokens per example (default: 256, or the model's context if shorter)", group="data"
+    )
     prompt_template_name: str = flag("alpaca", "prompt template: alpaca, question, or a .json file", group="data")
     no_instruction: bool = flag(False, "use no template", group="data")
     train_on_inputs: bool = flag(False, "take the loss of prompts too, not of answers alone", group="data")

@@ -55,8 +55,9 @@ def _check_config(config: PreTrainedConfig, arguments: RecoverArguments, check: 
             f"--objective {arguments.objective} is for encoder-decoders, and this is a decoder: give causal"
         )
     model = meta_model(config, arguments.trust_remote_code)
-    with check.flag("cutoff_len", arguments.cutoff_len):
-        check_length(model, arguments.cutoff_len)
+    if arguments.cutoff_len is not None:
+        with check.flag("cutoff_len", arguments.cutoff_len):
+            check_length(model, arguments.cutoff_len)
     modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for name in arguments.lora_target_modules or ():
         if name not in modules:

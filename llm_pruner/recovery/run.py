@@ -25,6 +25,7 @@ from ..evaluation.perplexity import check_length
 from ..evaluation.shared_texts import TRAINED_ON, sources_of, warn_of_shared_texts
 from ..files import MODEL_CONFIGS, digest, file_lock, folder_for_run, same_folder
 from ..logs import log, logging_to
+from ..models.running import context_length
 from ..models.skeleton import parameter_count
 from ..provenance import provenance
 from ..selection.plan import PruningPlan
@@ -164,6 +165,8 @@ def _load_model(model: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 def _example_format(settings: RecoverySettings, model: PreTrainedModel) -> ExampleFormat:
     form = replace(settings.data.form, encoder_decoder=bool(model.config.is_encoder_decoder))
+    if settings.data.shorter_examples:
+        form = replace(form, cutoff_len=min(form.cutoff_len, context_length(model) or form.cutoff_len))
     check_length(model, form.cutoff_len)
     if form.objective != "causal" and not form.encoder_decoder:
         raise PrunerError(

@@ -63,6 +63,7 @@ class DataSettings:
     Attributes:
         sources: data sets; empty for what :func:`~.datasets.reachable_sources` gives.
         form: how rows become examples; whether for an encoder-decoder, the model decides.
+        shorter_examples: accept examples cut to the model's context length.
         validation_size: examples held out; None for the default.
         validation_texts: texts to validate on as well.
         max_windows: windows of each of these texts; None for all.
@@ -73,6 +74,7 @@ class DataSettings:
 
     sources: tuple[str, ...] = ()
     form: ExampleFormat = ExampleFormat()
+    shorter_examples: bool = False
     validation_size: int | None = None
     validation_texts: tuple[str, ...] = ()
     max_windows: int | None = None
@@ -252,7 +254,7 @@ def _data_settings(arguments: RecoverArguments) -> DataSettings:
     return DataSettings(
         sources=tuple(arguments.data_path or ()),
         form=ExampleFormat(
-            cutoff_len=arguments.cutoff_len,
+            cutoff_len=arguments.cutoff_len or ExampleFormat.cutoff_len,
             template=None if arguments.no_instruction else arguments.prompt_template_name,
             train_on_inputs=arguments.train_on_inputs,
             add_eos_token=arguments.add_eos_token,
@@ -260,6 +262,7 @@ def _data_settings(arguments: RecoverArguments) -> DataSettings:
             seed=arguments.seed,
             packing=arguments.packing,
         ),
+        shorter_examples=arguments.cutoff_len is None,
         validation_size=arguments.val_set_size,
         validation_texts=tuple(arguments.extra_val_dataset or ()),
         max_windows=arguments.max_windows or None,

@@ -11,6 +11,8 @@ from ..files import check_folder
 from ..inputs import InputCheck
 from .arguments import ChatArguments, DemoArguments
 
+DEMO_PARTS = {"pruned", "recovered", "evaluation", "report.html"}  # what a demo writes
+
 
 def check_chat_inputs(arguments: ChatArguments, check: InputCheck) -> None:
     """Refuse what ``llm-pruner chat`` cannot use."""
@@ -30,4 +32,7 @@ def check_demo_inputs(arguments: DemoArguments, check: InputCheck) -> None:
     """Refuse a folder that ``llm-pruner demo`` cannot write; its own of an earlier demo is written again."""
     folder = Path(arguments.output or Path(arguments.output_root) / "demo")
     with check.flag("output", folder):
+        inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if foreign := inside - DEMO_PARTS:
+            raise PrunerError(f"the folder {folder} is not ours to replace (it holds {min(foreign)}); give another")
         check_folder(folder / "pruned", "config.json")
