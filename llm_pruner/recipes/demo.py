@@ -29,7 +29,7 @@ ABOUT = (
     "SmolLM2-135M-Instruct, dequantized from a 4-bit GGUF file: its numbers do not compare with those of the base "
     "model on the hub."
 )
-WINDOWS, NEW_TOKENS = 24, 16
+WINDOWS, NEW_TOKENS = 16, 16
 COLUMNS = ("original", "pruned", "recovered")
 
 
@@ -65,7 +65,7 @@ def demo_steps(args: DemoArguments, folder: Path) -> list[DemoStep]:
     if args.pruning_ratio is not None:
         size = {"pruning_ratio": args.pruning_ratio}
     pruned = str(folder / "pruned")
-    calibration = {"calib_dataset": GENERAL, "num_examples": 32, "calib_seq_len": 48, "self_examples": 0}
+    calibration = {"calib_dataset": GENERAL, "num_examples": 32, "calib_seq_len": 32, "self_examples": 0}
     training = {"max_steps": args.steps, "batch_size": 4, "cutoff_len": 128, "learning_rate": 1e-3, "warmup_steps": 2}
     return [
         DemoStep(

@@ -104,7 +104,7 @@ class DemoArguments(Arguments):
     kinds: list[Kind] = flag(["neurons"], "kinds of units to prune")
     target_params: str = flag("0.9", "share of the parameters that stays")
     pruning_ratio: Share | None = flag(None, "share of every unit's indices to remove, instead of --target_params")
-    steps: int = flag(10, "training steps of the recovery")
+    steps: int = flag(8, "training steps of the recovery")
 
     def check(self) -> None:
         """Refuse a ratio that leaves nothing to compare.
