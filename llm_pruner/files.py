@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ CARD = "README.md"
 # Suffixes and names of the files of checkpoints and runs.
 OURS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".log", ".scores", ".py"}
 OUR_NAMES = {CARD, "LICENSE", "NOTICE"}
+OUR_FOLDER = re.compile(r"\d+_[A-Z]\w*")  # of sentence-transformers' modules, such as 1_Pooling
 MODEL_CONFIGS = ("config.json", "adapter_config.json")  # a folder with one of them holds a model or an adapter
 # Flags that say where and how loudly a run takes place, not what it computes.
 PLACE_FLAGS = {"output", "output_root", "save_ckpt_log_name", "quiet", "resume_from_checkpoint"}
@@ -343,9 +345,15 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _is_ours(path: Path) -> bool:
+    if path.is_dir():
+        return OUR_FOLDER.fullmatch(path.name) is not None
+    return path.suffix in OURS or path.name in OUR_NAMES
+
+
 def _check_ours(target: Path, owned_if: str) -> None:
     inside = list(target.iterdir()) if target.is_dir() else []
-    foreign = [p.name for p in inside if p.is_dir() or (p.suffix not in OURS and p.name not in OUR_NAMES)]
+    foreign = [p.name for p in inside if not _is_ours(p)]
     if inside and (foreign or not (target / owned_if).exists()):
         reason = f"it holds {min(foreign)}" if foreign else f"it has no {owned_if}"
         raise PrunerError(f"the folder {target} is not ours to replace ({reason}); give another")

@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig
 from ..errors import PrunerError
 from ..files import CARD
 from ..models.per_layer import has_per_layer_widths
+from ..models.tasks import task_of_config
 from ..selection.plan import PruningPlan
 from ..version import __version__
-from .config import auto_class
 from .locate import EMBEDDED, HUB_IDS, locate
 from .standalone import FILE
 from .unread import UNREAD
@@ -56,7 +56,7 @@ def write_card(
     card: dict[str, Any] = {
         "library_name": "transformers",
         "tags": ["pruning", "structural-pruning", "llm-pruner"],
-        "pipeline_tag": "text2text-generation" if config.is_encoder_decoder else "text-generation",
+        "pipeline_tag": task_of_config(config).name,
     }
     if (base_id := hub_id(base)) is not None:
         card["base_model"] = base_id
@@ -82,7 +82,7 @@ def write_card(
         "",
         "## Use",
         "",
-        (DIFFERING if has_per_layer_widths(config) else PLAIN).replace("AUTO_CLASS", auto_class(config)),
+        (DIFFERING if has_per_layer_widths(config) else PLAIN).replace("AUTO_CLASS", task_of_config(config).auto_class),
     ]
     if (folder / FILE).is_file():
         lines += ["", STANDALONE.format(file=FILE)]

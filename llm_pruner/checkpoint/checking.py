@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from ..errors import PrunerError, Unavailable
 from ..files import check_folder
 from ..inputs import InputCheck
+from ..models.tasks import OF_TOKENS, declared_class, task_of_config
 from .arguments import UniformArguments
 from .config import load_config
 from .load import TOKENIZERS
@@ -48,6 +49,19 @@ def check_model(name: str, trust_remote_code: bool = False, *, tokenizer: bool =
     if tokenizer and not any(any(Path(path).glob(pattern)) for pattern in TOKENIZERS):
         raise Unavailable(f"{name} has no tokenizer: put the original's files there ({TOKENIZERS[0]} and others)")
     return config
+
+
+def check_language_model(config: PreTrainedConfig, name: str, needed_by: str) -> None:
+    """Refuse a model that does not predict tokens.
+
+    Args:
+        needed_by: flag or command, for the error.
+
+    Raises:
+        PrunerError: the config declares another class.
+    """
+    if task_of_config(config).name not in OF_TOKENS:
+        raise PrunerError(f"{needed_by} needs a language model, and {name} is a {declared_class(config)}")
 
 
 def check_uniform_inputs(arguments: UniformArguments, check: InputCheck) -> None:

@@ -1,4 +1,4 @@
-"""Copy what a checkpoint holds beside weights and config: tokenizer files, licence, code of its own."""
+"""Copy what a checkpoint holds beside weights and config: tokenizer, processor, licence, code of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ..files import read_json
@@ -15,17 +16,58 @@ TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
     *("*.tiktoken", "*.spm", "tekken.json", "chat_template.json"),
 )
-COMPANIONS = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")
+SENTENCE_MODULES = "modules.json"  # of sentence-transformers: the parts of a model of embeddings, and their folders
+OTHER_FILES = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.*"),
+    *(SENTENCE_MODULES, "sentence_*_config.json", "config_sentence_transformers.json", "LICENSE*", "NOTICE*"),
+)
 MAPPING = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the companion files of a checkpoint that ``folder`` lacks, and the code that its configs name."""
-    for pattern in COMPANIONS:
+def copy_companions(source: Path, folder: Path, *, tokenizer: bool = True) -> None:
+    """Copy the companion files of a checkpoint that ``folder`` lacks, and the code that its configs name.
+
+    Args:
+        tokenizer: copy the tokenizer's files as well.
+    """
+    for pattern in (*TOKENIZER_FILES, *OTHER_FILES) if tokenizer else OTHER_FILES:
         for file in source.glob(pattern):
-            if file.is_file() and not file.name.startswith("model"):
+            if file.is_file() and not file.name.startswith("model."):
                 _copy_missing(file, folder)
+    for name in _module_folders(source / SENTENCE_MODULES):
+        if (source / name).is_dir() and not (folder / name).exists():
+            shutil.copytree(source / name, folder / name)
     copy_code(source, folder)
+
+
+def companions_of(name: str | None, revision: str | None = None) -> Path | None:
+    """Return a folder with the companion files of a checkpoint, without those of its tokenizer.
+
+    Args:
+        name: folder or hub id.
+        revision: commit of a hub repository.
+
+    Returns:
+        None for a model that comes from nowhere, and for a hub that cannot be reached.
+    """
+    if not name or name.endswith((".gguf", ".json")):
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        patterns = [*OTHER_FILES, "*_*/config.json", "*_*/model.safetensors"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception:  # not the name of a repository, no network, no access: the model itself is loaded
+        return None
+
+
+def _module_folders(file: Path) -> Iterator[str]:
+    """Yield the folders that a ``modules.json`` names; the model itself lies in the folder of that file."""
+    modules: Any = read_json(file) if file.is_file() else []
+    for module in modules if isinstance(modules, list) else []:
+        name = module.get("path") if isinstance(module, dict) else None
+        if isinstance(name, str) and name and Path(name).name == name:
+            yield name
 
 
 def copy_code(source: Path, folder: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
+from ..models.tasks import auto_model_class
 from .gguf_reader import parsed_once
 from .locate import explain, locate
 
@@ -51,13 +51,3 @@ def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
             return auto_model_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
     except Exception as error:  # constructors raise what they like
         raise PrunerError(explain(config.name_or_path or type(config).__name__, "", error)) from error
-
-
-def auto_model_class(config: PreTrainedConfig) -> Any:
-    """Return the class of transformers that loads such a model."""
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def auto_class(config: PreTrainedConfig) -> str:
-    """Return the name of the class of transformers that loads such a model."""
-    return auto_model_class(config).__name__

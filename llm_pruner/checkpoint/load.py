@@ -18,9 +18,9 @@ from transformers import (
 from ..errors import PrunerError
 from ..logs import log
 from ..models.dispatch import check_device, spread
+from ..models.tasks import auto_model_class
 from ..progress import Step, without_bars
 from .adapters import merge_adapter
-from .config import auto_model_class
 from .gguf_reader import parsed_once
 from .integrity import check
 from .locate import PLAN_FILE, base_of, explain, is_adapter, locate

@@ -13,8 +13,9 @@ from ..errors import PrunerError
 from ..logs import inside_another_run, log
 from ..models.per_layer import has_per_layer_widths
 from ..models.skeleton import parameter_count
+from ..models.tasks import OF_TOKENS, TEXT_GENERATION, TEXT_TO_TEXT, task_of_config
 from ..surgery.uniform import uniform_config
-from .config import auto_class, load_config, meta_model
+from .config import load_config, meta_model
 from .locate import base_of, is_adapter
 from .standalone import FILE
 
@@ -49,7 +50,7 @@ def next_steps(
     config = load_config(model, trust_remote_code)
     lines = [f"model: {folder}{_size(model, original, trust_remote_code)}", f"load:  {_loading(folder, config)}"]
     lines.append(f"serve: {_serving(folder, config)}")
-    if command in ("prune", "apply"):
+    if command in ("prune", "apply") and task_of_config(config).name in OF_TOKENS:
         lines.append(f"next:  llm-pruner recover {_words(folder, _beside('tune_log', folder))} --merge")
     else:
         models = dict.fromkeys(str(one) for one in (original, *compare, folder) if one)
@@ -78,7 +79,7 @@ def _loading(folder: Path, config: PreTrainedConfig) -> str:
     """Return the line of Python that loads the model."""
     if is_adapter(folder):
         return f"import llm_pruner; model, tokenizer = llm_pruner.load({_quoted(folder)})"
-    name, carries_code = auto_class(config), bool(getattr(config, "auto_map", None))
+    name, carries_code = task_of_config(config).auto_class, bool(getattr(config, "auto_map", None))
     importing = "import llm_pruner; " if has_per_layer_widths(config) and not (folder / FILE).is_file() else ""
     trust = ", trust_remote_code=True" if carries_code else ""
     return f"{importing}from transformers import {name}; model = {name}.from_pretrained({_quoted(folder)}{trust})"
@@ -87,7 +88,11 @@ def _loading(folder: Path, config: PreTrainedConfig) -> str:
 def _serving(folder: Path, config: PreTrainedConfig) -> str:
     """Return the command that serves the model: vLLM where it can, else the page of ``llm-pruner chat``."""
     steps, served = [], folder
-    if config.is_encoder_decoder or not _can_be_uniform(config):
+    task = task_of_config(config).name
+    if task != TEXT_GENERATION:
+        chat = f"llm-pruner chat {_words(folder)}"
+        return chat if task == TEXT_TO_TEXT else f'pipeline("{task}", {_quoted(folder)}) of transformers'
+    if not _can_be_uniform(config):
         return f"llm-pruner chat {_words(folder)}"
     if is_adapter(folder):
         served = _beside(folder.parent, folder, "-merged")

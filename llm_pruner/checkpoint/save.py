@@ -12,7 +12,7 @@ from ..progress import Step, without_bars
 from ..selection.plan import PruningPlan
 from ..surgery.tokenizer import cut_tokenizer
 from .card import upload, write_card
-from .companions import copy_code
+from .companions import companions_of, copy_companions
 from .locate import PLAN_FILE
 from .shards import sha256
 from .standalone import forget_modelling, write_modelling
@@ -94,7 +94,6 @@ def write_checkpoint(
     megabytes = sum(tensor.nbytes for tensor in model.parameters()) // MEGABYTE
     with without_bars(), Step("writing weights, MB", megabytes, count=lambda: _written_bytes(folder) // MEGABYTE):
         model.save_pretrained(folder, max_shard_size=SHARD)
-    copy_code(Path(model.config.name_or_path or "."), folder)  # save_pretrained leaves it out of models it knows
     if standalone:
         write_modelling(model, folder)
     if tokenizer is not None:
@@ -103,11 +102,14 @@ def write_checkpoint(
             cut_tokenizer(tokenizer, kept, folder)
         else:
             tokenizer.save_pretrained(folder)
+    if source := companions_of(model.config.name_or_path, getattr(model.config, "_commit_hash", None)):
+        copy_companions(source, folder, tokenizer=False)
     if plan is not None:
         weights = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
         replace(plan, weights=weights).save(folder / PLAN_FILE)
-    for file in folder.iterdir():  # safetensors writes for its owner alone
-        file.chmod(0o644)
+    for file in folder.iterdir():
+        if file.is_file():  # safetensors writes for its owner alone
+            file.chmod(0o644)
 
 
 def _written_bytes(folder: Path) -> int:

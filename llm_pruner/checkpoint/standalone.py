@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..models import per_layer
-from .config import auto_class
+from ..models.tasks import task_of_config
 
 FILE = "modeling_pruned.py"
 TAIL = '''
@@ -26,7 +26,7 @@ def write_modelling(model: PreTrainedModel, folder: Path) -> None:
     (folder / FILE).write_text(source + TAIL.format(name=name), encoding="utf-8")
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["auto_map"] = {auto_class(model.config): f"{Path(FILE).stem}.{name}"}
+    config["auto_map"] = {task_of_config(model.config).auto_class: f"{Path(FILE).stem}.{name}"}
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -63,7 +63,8 @@ def note_unread(model: PreTrainedModel, name: str, tensors: Iterable[str], unexp
     """
     names = set(unexpected)
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    names |= {stored for stored in tensors if any(re.search(pattern, stored) for pattern in ignored)}
+    held = model.state_dict().keys()
+    names |= {one for one in tensors if one not in held and any(re.search(pattern, one) for pattern in ignored)}
     _unread[model] = forget_unread(model.config, name, names)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.checking import check_model
+from ..checkpoint.checking import check_language_model, check_model
 from ..data import check_text
 from ..files import check_file
 from ..inputs import InputCheck
@@ -18,7 +18,9 @@ def check_evaluation_inputs(arguments: EvaluateArguments, check: InputCheck) -> 
     for name in arguments.model:
         if not check.skips(name):
             with check.flag("model", name):
-                check_model(name, arguments.trust_remote_code, tokenizer=True)
+                config = check_model(name, arguments.trust_remote_code, tokenizer=True)
+                if arguments.tasks:
+                    check_language_model(config, name, "--tasks")
     for name in arguments.datasets:
         with check.flag("datasets", name):
             check_text(name, "test")
@@ -35,7 +37,8 @@ def check_evaluation_inputs(arguments: EvaluateArguments, check: InputCheck) -> 
 def check_perplexity_inputs(arguments: PerplexityArguments, check: InputCheck) -> None:
     """Refuse what ``evaluate/perplexity.py`` cannot use."""
     with check.flag("model", arguments.model):
-        check_model(arguments.model, arguments.trust_remote_code, tokenizer=True)
+        config = check_model(arguments.model, arguments.trust_remote_code, tokenizer=True)
+        check_language_model(config, arguments.model, "perplexity")
     with check.flag("dataset", arguments.dataset):
         check_text(arguments.dataset, "test")
     if arguments.output:

@@ -22,7 +22,7 @@ def macs(model: PreTrainedModel, tokens: int = 128, batch: int = 1) -> int:
 
     Of a mixture of experts only the experts that tokens are routed to count.
     """
-    twin = _meta_twin(model)
+    twin = _meta_twin(model).requires_grad_(False)
     with tracing_mode(twin), FlopCounterMode(display=False) as counter, MetaReads():
         twin(**model_inputs(twin, _meta_ids(batch, tokens)), use_cache=False)
     return int(counter.get_total_flops()) // 2

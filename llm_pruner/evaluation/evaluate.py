@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import PrunerError
 from ..files import digest
 from ..models.generate import continue_text
 from ..models.layers import LayerLocator
 from ..models.per_layer import layer_lists
 from ..models.running import context_length
 from ..models.skeleton import parameter_count
+from ..models.tasks import predicts_tokens
 from .cost import macs, memory
 from .perplexity import Perplexity, perplexity, windows
+from .similarity import Similarity, outputs, pieces_of, similarity
 from .speed import Speed, speed
 from .zero_shot import ZeroShot, zero_shot
 
@@ -71,7 +74,8 @@ class Evaluation:
             as ``self_attn`` and ``mlp``, summed over layers.
         macs: multiply-accumulates of a forward pass over ``[batch, tokens]``.
         weight_bytes, cache_bytes: of the weights, and of the cache that ``[batch, tokens]`` fill.
-        perplexity: by the name of the text.
+        perplexity: by the name of the text; empty for a model that does not predict tokens.
+        similarity: of such a model to the first one, by the name of the text; empty for the first one itself.
         tasks: metrics by the name of the task.
         tokenizer: hash of its vocabulary; perplexities per token of different tokenizers do not compare.
         samples: continuation by prompt.
@@ -89,6 +93,7 @@ class Evaluation:
     speed: Speed | None
     tokenizer: str
     samples: dict[str, str] = field(default_factory=dict)
+    similarity: dict[str, Similarity] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -96,15 +101,31 @@ class Evaluation:
         return self.parameters - self.parts.get("embeddings", 0)
 
 
+Reference = dict[str, list[torch.Tensor]]  # outputs of the first model that was measured, by the name of the text
+
+
 def evaluate_model(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Measurements,
+    reference: Reference | None = None,
 ) -> Evaluation:
     """Measure a model on the device that it is on.
+
+    Args:
+        reference: outputs to compare those of a model with that does not predict tokens; filled with them if empty.
 
     Raises:
         PrunerError: a text is too short, a loss is not finite, or a task cannot be had.
     """
-    perplexities = _measure_perplexities(name, model, tokenizer, settings)  # first: it finds broken weights
+    writes = predicts_tokens(model)
+    if settings.tasks and not writes:
+        raise PrunerError(f"--tasks needs a language model, and {name} is a {type(model).__name__}")
+    perplexities = _measure_perplexities(name, model, tokenizer, settings) if writes else {}  # finds broken weights
+    similarities = (
+        {} if writes else _measure_similarities(model, tokenizer, settings, {} if reference is None else reference)
+    )
     tasks = _run_tasks(model, tokenizer, settings) if settings.tasks else ZeroShot()
     tokens = min(settings.tokens or DEFAULT_TOKENS, context_length(model) or 2**31)
     weight_bytes = sum(p.nbytes for p in model.parameters())
@@ -119,7 +140,8 @@ def evaluate_model(
         tasks=tasks.tasks,
         speed=speed(model, tokens, settings.batch, new_tokens=settings.new_tokens) if settings.tokens else None,
         tokenizer=digest(sorted(tokenizer.get_vocab().items())),
-        samples={prompt: continue_text(model, tokenizer, prompt, settings.new_tokens) for prompt in settings.prompts},
+        samples=_continue_prompts(model, tokenizer, settings) if writes else {},
+        similarity=similarities,
         results=tasks.results,
     )
 
@@ -140,6 +162,24 @@ def _measure_perplexities(
             text_name=title,
         )
     return results
+
+
+def _measure_similarities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements, reference: Reference
+) -> dict[str, Similarity]:
+    results = {}
+    for title, text in settings.texts.items():
+        found = outputs(model, tokenizer, pieces_of(text, settings.max_windows), text_name=title)
+        if title in reference:
+            results[title] = similarity(reference[title], found)
+        reference.setdefault(title, found)
+    return results
+
+
+def _continue_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements
+) -> dict[str, str]:
+    return {prompt: continue_text(model, tokenizer, prompt, settings.new_tokens) for prompt in settings.prompts}
 
 
 def _run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements) -> ZeroShot:
@@ -165,8 +205,9 @@ def evaluate_models(
         load: returns model and tokenizer of a name.
     """
     evaluations = []
+    reference: Reference = {}
     for name in names:
-        evaluations.append(evaluate_model(name, *load(name), settings))
+        evaluations.append(evaluate_model(name, *load(name), settings, reference))
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

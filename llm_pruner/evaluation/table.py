@@ -186,6 +186,15 @@ class _Columns:
                     lambda e, t=text, f=field: getattr(e.perplexity[t], f) if t in e.perplexity else None,  # type: ignore[misc]
                     lower_is_better=True,
                 )
+        for field in ("cosine", "agreement"):
+            for text, title in short_names(self.names(lambda e: e.similarity)).items():
+                self.add(
+                    f"{field}_{title}",
+                    f"{field} {title}",
+                    "{:.3f}".format,
+                    lambda e, t=text, f=field: getattr(e.similarity[t], f) if t in e.similarity else None,  # type: ignore[misc]
+                    lower_is_better=False,
+                )
         for task in self.names(lambda e: e.tasks):
             for metric in metrics_of(self.evaluations, task):
                 self.add_metric(task, metric)
@@ -249,6 +258,12 @@ def _notes(evaluations: list[Evaluation], tokenizers_differ: bool) -> list[str]:
         notes.append(
             f"ppl {titles[title]}: perplexity of {p.tokens:,} tokens in {p.windows} windows of {p.seq_len}, stride "
             f"{p.stride}."
+        )
+    alike = {title: s for one in evaluations for title, s in one.similarity.items()}
+    titles = short_names(alike)
+    for title, s in alike.items():
+        notes.append(
+            f"{titles[title]}: cosine or agreement of the outputs with the first model's on {s.pieces} pieces."
         )
     speed = evaluations[0].speed
     if speed:

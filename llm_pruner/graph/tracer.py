@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import PrunerError
 from ..models.per_layer import Constant
-from ..models.running import answer_on_meta, model_inputs, stored_tensors, tracing_mode
+from ..models.running import answer_on_meta, main_output, model_inputs, stored_tensors, tracing_mode
+from ..models.tasks import has_token_logits
 from ..models.torch_internals import TorchDispatchMode, storage_key
 from .axes import Atom, Dim, freeze, fresh, leaves, size_of, tag, unify
 from .call import RULES, Call, Traced, tensors_in
@@ -254,6 +255,7 @@ def _trace_on(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str,
     try:
         with _prepare(model, tracer), tracer:
             output = torch.func.functional_call(model, state, args=(), kwargs={**inputs, **extra}, tie_weights=False)
+            logits = main_output(output)
     except TraceError:
         raise
     except Exception as error:
@@ -261,21 +263,42 @@ def _trace_on(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str,
             f"{type(model).__name__} could not be run on the {device.type} device, in {tracer.where}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    logits = output.logits if hasattr(output, "logits") else output[0]
     *_, columns = tracer.lookup(logits).dims
-    if size_of(columns) == size_of(vocabulary):  # an id means the same token on both ends
+    if has_token_logits(model) and size_of(columns) == size_of(vocabulary):  # an id means one token on both ends
         unify(columns, vocabulary)
     else:
         freeze(columns, "the output of the model")
-        freeze(vocabulary, "the output has another size")
+        if has_token_logits(model):
+            freeze(vocabulary, "the output has another size")
+    _freeze_what_images_reach(model, named, dims)
     reaching = tracer.reaching(logits)
     tracer.idle = {name for name, tensor in named.items() if storage_key(twins[id(tensor)]) not in reaching}
     first_use = {name: tracer.order.get(id(twins[id(tensor)]), len(tracer.order)) for name, tensor in named.items()}
     return tracer, {name: dims[name] for name in sorted(dims, key=first_use.__getitem__)}
 
 
+def _freeze_what_images_reach(model: nn.Module, named: dict[str, torch.Tensor], dims: dict[str, list[Dim]]) -> None:
+    """Freeze the hidden axis of a model that also reads images or audio: a projector that no text runs writes to it."""
+    towers = [
+        one
+        for one in ("vision_config", "audio_config")
+        if getattr(getattr(model, "config", None), one, None) is not None
+    ]
+    if towers:
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        name = next(name for name, tensor in named.items() if tensor is embedding)
+        freeze(dims[name][1], "images or audio are written to it by a projector, and only text is traced")
+
+
 def _vocabulary_size(model: nn.Module) -> int:
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if (read := getattr(model, "main_input_name", "input_ids")) != "input_ids":
+        raise TraceError(
+            f"{type(model).__name__} reads {read} and not text: models of images and audio cannot be traced"
+        )
+    try:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # of a model of two towers
+        embedding = None
     if embedding is None or not hasattr(embedding, "weight"):
-        raise TraceError(f"{type(model).__name__} has no input embedding to feed tokens to")
+        raise TraceError(f"{type(model).__name__} has no input embedding to feed tokens to: it cannot be traced")
     return embedding.weight.shape[0]

@@ -257,10 +257,10 @@ def _trace(model: nn.Module) -> CouplingGraph:
     found = _occurrences(dims)
     layer_of = LayerLocator(list(layer_lists(model)))
     units = [_unit(atom, where, layer_of, found, constants.get(id(atom), [])) for atom, where in found]
+    units += _layer_units(model, shapes)
     for unit in units:
         if unit.frozen is None and tracer.idle.issuperset(unit.parameters):
             unit.frozen = "the output does not depend on it"
-    units += _layer_units(model, shapes)
     stacked = {n for n, s in shapes.items() if len(s) == 3 and not isinstance(_owner(model, n), nn.Conv1d)}
     routed = {u.layer for u in units if u.kind == "neurons" and any(name in stacked for name, _ in u.dims)}
     for unit in units:

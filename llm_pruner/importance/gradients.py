@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import PrunerError
 from ..models.blockwise import Compute, StandIns, native_compute
-from ..models.running import evaluating, model_inputs, target_ids
+from ..models.running import evaluating, main_output, model_inputs, target_ids
+from ..models.tasks import predicts_tokens
 from ..progress import Step, track
 
 Visit = Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -133,6 +134,7 @@ class _Sweep:
     Attributes:
         names: parameters whose gradients are visited.
         tapes: calls of blocks, in order, one tape per batch.
+        drawn: random projections so far, which seed the next.
         forwards: each block's own forward, by its path.
     """
 
@@ -145,6 +147,7 @@ class _Sweep:
 
         self.stand_ins = StandIns(model, stand_in)
         self.tapes: list[list[_Call]] = []
+        self.drawn = 0
         self.forwards: dict[str, Callable[..., Any]] = {}
 
     def run(self, batches: list[torch.Tensor], shares: list[float]) -> list[float]:
@@ -163,10 +166,14 @@ class _Sweep:
         """Run one batch; leave a tape of its blocks and the gradients of what follows the last of them."""
         self.tapes.append([])
         inputs = model_inputs(self.model, ids)
-        logits = self.model(**inputs, use_cache=False).logits
-        if not logits.requires_grad:
+        output = main_output(self.model(**inputs, use_cache=False))
+        if not output.requires_grad:
             raise PrunerError("the model's output does not depend on its layers")
-        loss, _ = NextTokenLoss.apply(logits.clone() if logits._is_view() else logits, target_ids(inputs))
+        if predicts_tokens(self.model):
+            loss, _ = NextTokenLoss.apply(output.clone() if output._is_view() else output, target_ids(inputs))
+        else:
+            self.drawn += 1
+            loss = _random_projection(output, seed=self.drawn)
         if not torch.isfinite(loss):
             raise PrunerError(f"the calibration loss is {loss.item()}; load the model with --dtype float32 or bfloat16")
         (loss * share).backward(retain_graph=True)
@@ -226,6 +233,18 @@ class _Sweep:
 def _leaf(value: Any) -> Any:
     differentiable = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.detach().requires_grad_() if differentiable else value
+
+
+def _random_projection(output: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return the mean over samples of an output's projection onto random directions: a loss that needs no labels.
+
+    With v ~ N(0, I) and n values per sample, the mean square of the gradient of <v, output> / sqrt(n) is the diagonal
+    of the Gauss-Newton matrix of half the mean squared distance to the output: how far the output moves when a weight
+    does (Hutchinson's estimator). That distance itself has no gradient at the original.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(output.shape, generator=generator).to(output.device)
+    return (output.float() * directions).sum() / len(output) / output[0].numel() ** 0.5
 
 
 class NextTokenLoss(torch.autograd.Function):

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from ..errors import PrunerError
 from .running import model_inputs, target_ids
+from .tasks import predicts_tokens
 
 
 @torch.no_grad()
@@ -19,7 +21,12 @@ def total_loss(model: nn.Module, batches: Iterable[torch.Tensor], fresh: int | N
         batches: LongTensors ``[samples, tokens]``. An encoder-decoder reads the first half of each sample and predicts
             the second.
         fresh: count only this many tokens at the end of each sample; the others are context (default: all).
+
+    Raises:
+        PrunerError: the model is no language model.
     """
+    if not predicts_tokens(model):
+        raise PrunerError(f"{type(model).__name__} does not predict the next token: it has no loss on a text")
     total, tokens = 0.0, 0
     for ids in batches:
         inputs = model_inputs(model, ids)

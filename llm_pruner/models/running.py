@@ -100,9 +100,18 @@ def model_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return the model's context length in tokens, None where its config does not state it."""
+    """Return the model's context length in tokens, None where its config does not state it.
+
+    Where the positions of tokens begin after that of padding, as RoBERTa's do, the rows up to there hold no token.
+    """
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
-    return longest if isinstance(longest, int) else None
+    if not isinstance(longest, int):
+        return None
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and padding is not None:
+            return longest - padding - 1
+    return longest
 
 
 def target_ids(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -118,10 +127,24 @@ def random_tokens(model: nn.Module, rows: int = 2, tokens: int = 16, seed: int =
     return ids.to(embedding.weight.device)
 
 
+def main_output(output: Any) -> torch.Tensor:
+    """Return what a model's output is about.
+
+    Logits ``[rows, tokens, vocabulary]`` or ``[rows, classes]``; those of starts and ends ``[rows, tokens, 2]`` of a
+    model for question answering; the last hidden states ``[rows, tokens, hidden]`` of a model without a head.
+    """
+    if getattr(output, "start_logits", None) is not None:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    for name in ("logits", "prediction_logits", "last_hidden_state"):
+        if (found := getattr(output, name, None)) is not None:
+            return cast(torch.Tensor, found)
+    return cast(torch.Tensor, output[0])
+
+
 @torch.no_grad()
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Return the model's logits in fp32: ``[rows, tokens, vocabulary]``."""
-    return model(**model_inputs(model, ids), use_cache=False).logits.float()
+    """Return a model's :func:`main_output` in fp32."""
+    return main_output(model(**model_inputs(model, ids), use_cache=False)).float()
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:

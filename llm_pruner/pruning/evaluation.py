@@ -9,19 +9,28 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import text
-from ..evaluation.evaluate import PROMPTS
+from ..evaluation.evaluate import PROMPTS, Reference
 from ..evaluation.perplexity import check_length, perplexity, windows
+from ..evaluation.similarity import outputs, pieces_of, similarity
 from ..logs import log
-from ..models.blockwise import computing, native_compute
+from ..models.blockwise import Compute, computing, native_compute
 from ..models.generate import Sampling, continue_text
+from ..models.tasks import predicts_tokens
 from .context import Stopwatch
 from .settings import EvaluationSettings, PruneSettings
 
 
 def evaluation_windows(
     settings: EvaluationSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, torch.Tensor]:
-    """Cut every evaluation text into windows, so that a missing text is found before any work is done."""
+) -> dict[str, Any]:
+    """Cut every evaluation text, so that a missing text is found before any work is done.
+
+    Returns:
+        By the name of the text: windows of tokens, a LongTensor ``[windows, tokens]``, for a model that predicts
+        tokens; pieces of text, a list, for others.
+    """
+    if not predicts_tokens(model):
+        return {name: pieces_of(text(name, "test"), settings.max_windows) for name in settings.datasets}
     if settings.datasets:
         check_length(model, settings.tokens)
     return {
@@ -34,17 +43,27 @@ def evaluate_model(
     settings: PruneSettings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: dict[str, torch.Tensor],
+    texts: dict[str, Any],
     *,
     when: str,
     clock: Stopwatch,
+    reference: Reference,
 ) -> dict[str, Any]:
-    """Return the perplexity on every text and, where asked for, continuations of LLM-Pruner's kind of prompts."""
+    """Return the perplexity on every text and, where asked for, continuations of LLM-Pruner's kind of prompts.
+
+    Args:
+        texts: from :func:`evaluation_windows`.
+        reference: outputs before pruning of a model that does not predict tokens, by text: filled before pruning, and
+            compared with after it.
+    """
     evaluation = settings.evaluation
     compute = native_compute(model).on(torch.device(evaluation.device))
     if not settings.model.offload and not settings.model.device_map:
         model.to(evaluation.device)  # type: ignore[arg-type]
     metrics: dict[str, Any] = {"perplexity": {}}
+    if not predicts_tokens(model):
+        with clock("outputs"):
+            return metrics | {"similarity": _compare_outputs(model, tokenizer, texts, reference, compute)}
     if evaluation.generate_before if when.startswith("before") else evaluation.generate_after:
         with clock("generate"), computing(model, compute):
             metrics["samples"] = [_sample(settings, model, tokenizer, prompt) for prompt in PROMPTS]
@@ -55,6 +74,26 @@ def evaluate_model(
             result = perplexity(model, ids, compute=compute, text_name=name)
         metrics["perplexity"][name] = asdict(result)
         log.info("perplexity %s on %s: %.4f (%d tokens)", when, name, result.perplexity, result.tokens)
+    return metrics
+
+
+def _compare_outputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: dict[str, Any],
+    reference: Reference,
+    compute: Compute,
+) -> dict[str, Any]:
+    """Return how alike outputs are to those in ``reference``, by text; put them there if it has none."""
+    metrics = {}
+    for name, pieces in texts.items():
+        found = outputs(model, tokenizer, pieces, compute=compute, text_name=name)
+        if name not in reference:
+            reference[name] = found
+            continue
+        metrics[name] = asdict(similarity(reference[name], found))
+        said = [f"{key} {metrics[name][key]:.4f}" for key in ("cosine", "agreement") if metrics[name][key] is not None]
+        log.info("outputs against the original's on %s: %s", name, ", ".join(said))
     return metrics
 
 

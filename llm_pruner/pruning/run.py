@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from ..checkpoint.unread import UNREAD, unread_tensors
 from ..choices import DEFAULT_MODEL
 from ..display import amount, html_table
 from ..errors import PrunerError
+from ..evaluation.evaluate import Reference
 from ..evaluation.latency import latency
 from ..evaluation.shared_texts import CALIBRATED_ON, warn_of_shared_texts
 from ..files import complete_folder, folder_for_run, same_folder, strict_json
@@ -204,7 +206,9 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
         warn_of_shared_texts([settings.calibration.dataset], settings.evaluation.datasets)
     windows = evaluation_windows(settings.evaluation, model, tokenizer)
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
-    metrics["before"] = evaluate_model(settings, model, tokenizer, windows, when="before pruning", clock=clock)
+    reference: Reference = {}
+    measure = partial(evaluate_model, settings, texts=windows, clock=clock, reference=reference)
+    metrics["before"] = measure(model, tokenizer, when="before pruning")
     _move_to(settings.model, model, settings.model.device)
     ids = None
     if calibrates:
@@ -231,7 +235,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     if settings.output.save:
         with clock("save"):
             write_checkpoint(pruned, tokenizer, folder, planned.plan, standalone=settings.output.standalone)
-    metrics["after"] = evaluate_model(settings, pruned, tokenizer, windows, when="after pruning", clock=clock)
+    metrics["after"] = measure(pruned, tokenizer, when="after pruning")
     return PruneRun(model=pruned, tokenizer=tokenizer, plan=planned.plan, metrics=metrics, folder=folder)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from ..checkpoint.checking import check_model
+from ..checkpoint.checking import check_language_model, check_model
 from ..checkpoint.config import meta_model
 from ..checkpoint.locate import folder_of
 from ..data import check_text
@@ -50,6 +50,7 @@ def check_recovery_inputs(arguments: RecoverArguments, check: InputCheck) -> Non
 
 def _check_config(config: PreTrainedConfig, arguments: RecoverArguments, check: InputCheck) -> None:
     """Refuse examples and layers to adapt that the model cannot have."""
+    check_language_model(config, arguments.model, "recover")
     if arguments.objective != "causal" and not config.is_encoder_decoder:
         raise PrunerError(
             f"--objective {arguments.objective} is for encoder-decoders, and this is a decoder: give causal"

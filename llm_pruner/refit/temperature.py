@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..models.blockwise import computing, native_compute, standing_in
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, logits, model_inputs
+from ..models.tasks import predicts_tokens
 from ..progress import track
 
 TEMPERATURES = [round(0.7 + 0.02 * i, 2) for i in range(21)]
@@ -26,9 +27,9 @@ def scale_logits(model: PreTrainedModel, pruned: PreTrainedModel, ids: torch.Ten
         ids: LongTensor ``[samples, tokens]``.
 
     Returns:
-        The factor, or None where no weight scales all logits.
+        The factor, or None where no weight scales all logits, or the model is no language model.
     """
-    weights = scaling_weights(pruned, ids[:1])
+    weights = scaling_weights(pruned, ids[:1]) if predicts_tokens(pruned) else []
     if not weights:
         return None
     losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)

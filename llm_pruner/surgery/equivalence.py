@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 
 from ..graph.units import CouplingGraph, trace
 from ..models.blockwise import native_compute, standing_in
-from ..models.running import model_inputs, random_tokens, relative_difference, stored_tensors, tracing_mode
+from ..models.running import (
+    main_output,
+    model_inputs,
+    random_tokens,
+    relative_difference,
+    stored_tensors,
+    tracing_mode,
+)
 from ..selection.plan import PruningPlan
 from .slicing import check_fits, mask
 
@@ -110,9 +117,9 @@ def _compare(
         for mode in modes:
             stack.enter_context(mode)
         expected = _changed_logits(model, ids if tokens is None else tokens[ids.cpu()], dtype, change)
-    if tokens is not None and expected.shape[-1] > len(tokens):
-        expected = expected[..., tokens]
     found = _changed_logits(pruned, ids, dtype, lambda _, tensor: tensor)
+    if tokens is not None and expected.shape[-1] > found.shape[-1]:
+        expected = expected[..., tokens]
     difference = (found - expected).abs().max().item()
     return EquivalenceReport(difference, relative_difference(found, expected), tolerance, dtype)
 
@@ -139,7 +146,7 @@ def _changed_logits(
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     with tracing_mode(model), standing_in(model, stand_in):
-        return model(**model_inputs(model, ids.to(compute.device)), use_cache=False).logits.double().cpu()
+        return main_output(model(**model_inputs(model, ids.to(compute.device)), use_cache=False)).double().cpu()
 
 
 AVERAGES = ("mean", "var", "std", "var_mean")

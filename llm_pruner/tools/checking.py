@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from ..checkpoint.checking import check_model
+from ..checkpoint.checking import check_language_model, check_model
 from ..errors import PrunerError
 from ..files import check_folder
 from ..inputs import InputCheck
@@ -18,7 +18,7 @@ def check_chat_inputs(arguments: ChatArguments, check: InputCheck) -> None:
     """Refuse what ``llm-pruner chat`` cannot use."""
     for name in arguments.models_to_serve():
         with check.flag("model", name):
-            check_model(name, arguments.trust_remote_code, tokenizer=True)
+            check_language_model(check_model(name, arguments.trust_remote_code, tokenizer=True), name, "chat")
     family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
     with check.flag("port", arguments.port), socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

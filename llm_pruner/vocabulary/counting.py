@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from ..data import documents
@@ -150,7 +151,7 @@ def count(
         counts = Counts.load(file, tokenizer_hash)
     names = list(dict.fromkeys(sources))
     marked = words.marked()
-    backend = marked or tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend = marked or whole_texts(tokenizer)
     for name in names:
         source = counts.source(name)
         unread = itertools.islice(iterate_documents(name, most), source.read, None)
@@ -169,6 +170,14 @@ def count(
     if file is not None:
         counts.save(file, tokenizer_hash)
     return requested
+
+
+def whole_texts(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return a copy of a tokenizer's backend that neither pads nor cuts texts, as those of embedding models do."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

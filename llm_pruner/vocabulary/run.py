@@ -58,8 +58,14 @@ def prune_vocabulary(args: VocabArguments) -> Path:
         model, tokenizer = load_with_tokenizer(args.model, args.dtype, device, args.trust_remote_code)
         kept = kept_tokens(settings, model, tokenizer)
         graph = trace(model)
+        unit = _vocabulary_of(model, graph)
+        if kept[-1] >= unit.size:
+            raise PrunerError(
+                f"the model has rows for {unit.size} tokens, and its tokenizer has others, such as id {kept[-1]}: "
+                "resize the embeddings, or give the tokenizer that belongs to the model"
+            )
         plan = PruningPlan(settings={"base_model": args.model, "command": shlex.join(sys.argv)})
-        plan.keep(_vocabulary_of(model, graph), torch.tensor(kept), graph.shapes)
+        plan.keep(unit, torch.tensor(kept), graph.shapes)
         metrics = _cut(
             plan,
             (model, tokenizer),
@@ -140,5 +146,8 @@ def _cut(
 
 def _log_comparison(comparison: Comparison) -> None:
     for name, value in asdict(comparison).items():
-        log.info("%s: %s", name, round(value, 4) if isinstance(value, float) else value)
-    log.info("perplexity per byte: %.4f -> %.4f", comparison.byte_perplexity_before, comparison.byte_perplexity_after)
+        if value is not None:
+            log.info("%s: %s", name, round(value, 4) if isinstance(value, float) else value)
+    per_byte = comparison.byte_perplexity_before, comparison.byte_perplexity_after
+    if None not in per_byte:
+        log.info("perplexity per byte: %.4f -> %.4f", *per_byte)

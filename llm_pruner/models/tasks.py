@@ -1,0 +1,113 @@
+"""The task of a class of transformers: what a model gives for a text, and which auto class loads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+TEXT_GENERATION, TEXT_TO_TEXT, FILL_MASK = "text-generation", "text2text-generation", "fill-mask"
+FEATURES, IMAGE_TEXT = "feature-extraction", "image-text-to-text"
+# Tasks in transformers' names, by their auto class and its table of classes (transformers 5.23). A class that is in
+# several tables has the first task.
+TASKS = {
+    TEXT_GENERATION: ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    TEXT_TO_TEXT: ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    IMAGE_TEXT: ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+    FILL_MASK: ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    "text-classification": (
+        "AutoModelForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    ),
+    "token-classification": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
+    "question-answering": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
+    "automatic-speech-recognition": ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
+    "image-classification": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
+    FEATURES: ("AutoModel", "MODEL_MAPPING_NAMES"),
+    "pretraining": ("AutoModelForPreTraining", "MODEL_FOR_PRETRAINING_MAPPING_NAMES"),
+}
+OF_TOKENS = (TEXT_GENERATION, TEXT_TO_TEXT, IMAGE_TEXT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task of transformers.
+
+    Attributes:
+        name: such as ``text-classification``.
+        auto_class: name of the class that loads models for it.
+    """
+
+    name: str
+    auto_class: str
+
+
+@cache
+def _by_class() -> dict[str, Task]:
+    """Return the task of every class of transformers."""
+    tasks: dict[str, Task] = {}
+    for name, (auto_class, table) in TASKS.items():
+        for classes in getattr(modeling_auto, table).values():
+            for one in (classes,) if isinstance(classes, str) else classes:
+                tasks.setdefault(one, Task(name=name, auto_class=auto_class))
+    return tasks
+
+
+def task_of(class_name: str) -> Task | None:
+    """Return the task of a class, None for a class that transformers does not know.
+
+    >>> task_of("RobertaForTokenClassification").name, task_of("LlamaForCausalLM").auto_class
+    ('token-classification', 'AutoModelForCausalLM')
+    """
+    return _by_class().get(class_name)
+
+
+def declared_class(config: PreTrainedConfig) -> str | None:
+    """Return the class that a checkpoint declares in its ``architectures``, None where it declares none."""
+    names = getattr(config, "architectures", None) or [None]
+    return names[0] if isinstance(names[0], str) else None
+
+
+def task_of_config(config: PreTrainedConfig) -> Task:
+    """Return the task of the class that a config declares.
+
+    A config that declares none, or a class that transformers does not know, is that of a language model, unless its
+    ``auto_map`` says otherwise.
+    """
+    declared = declared_class(config)
+    task = task_of(declared) if declared else None
+    if task is not None and _loads(task, config, declared):
+        return task
+    for name, (auto_class, _) in TASKS.items():
+        if str((getattr(config, "auto_map", None) or {}).get(auto_class, "")).rpartition(".")[2] == (declared or " "):
+            return Task(name=name, auto_class=auto_class)
+    name = TEXT_TO_TEXT if config.is_encoder_decoder else TEXT_GENERATION
+    return Task(name=name, auto_class=TASKS[name][0])
+
+
+def _loads(task: Task, config: PreTrainedConfig, class_name: str | None) -> bool:
+    """Return True if a task's auto class gives the named class for a config."""
+    classes = getattr(modeling_auto, TASKS[task.name][1]).get(config.model_type, ())
+    return class_name in ((classes,) if isinstance(classes, str) else classes)
+
+
+def auto_model_class(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that loads a model of a config."""
+    return getattr(transformers, task_of_config(config).auto_class)
+
+
+def has_token_logits(model: nn.Module) -> bool:
+    """Return True if the last dim of a model's output is its vocabulary."""
+    task = task_of(type(model).__name__)
+    return task is None or task.name in (*OF_TOKENS, FILL_MASK, "pretraining")
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Return True for a language model: its logits are those of the next tokens, and it has a perplexity."""
+    task = task_of(type(model).__name__)
+    return task is None or task.name in OF_TOKENS
