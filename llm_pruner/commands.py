@@ -148,7 +148,7 @@ COMMANDS: dict[str, Command] = {
         inputs="vocabulary.checking:check_vocabulary_inputs",
     ),
     "apply": Command(
-        "Apply a plan to a checkpoint file by file, without loading it.",
+        "Apply a plan to a checkpoint file by file, without loading the model.",
         "pruning.apply_plan:apply_plan",
         "checkpoint.arguments:ApplyArguments",
         ("plan", "model", "output"),
@@ -191,7 +191,7 @@ COMMANDS: dict[str, Command] = {
         ("model",),
     ),
     "demo": Command(
-        "Prune and recover the embedded model, and show both beside the original.",
+        "Prune and recover the embedded model, and compare both results with the original.",
         "recipes.demo:run_demo",
         "tools.arguments:DemoArguments",
         inputs="tools.checking:check_demo_inputs",

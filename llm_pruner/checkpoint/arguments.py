@@ -12,11 +12,11 @@ from ..flags import Arguments, flag
 class ApplyArguments(Arguments):
     """Flags of ``llm-pruner apply``."""
 
-    plan: str = flag("", "plan to apply, a JSON file")
-    model: str = flag("", "safetensors folder of the model that the plan is for", aliases=("checkpoint",))
+    plan: str = flag("", "plan to apply: pruning_plan.json of a run")
+    model: str = flag("", "model that the plan is for: a folder of safetensors files", aliases=("checkpoint",))
     output: str = flag("", "folder to write", aliases=("out",))
     verify: bool = flag(False, "refuse a plan that was changed after it was written, and check the written files")
-    standalone: bool = flag(False, "write a modelling file too, so that per-layer checkpoints load without llm_pruner")
+    standalone: bool = flag(False, "also write a modelling file, so that per-layer checkpoints load without llm_pruner")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
     quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors")
     refit: bool = flag(False, "load the model and repeat the refit of the plan's run (compensation, rescaled norms)")
@@ -42,7 +42,9 @@ class UniformArguments(Arguments):
     """Flags of ``llm-pruner to-uniform``."""
 
     model: str = flag("", "folder of a pruned model whose layers have different widths", aliases=("checkpoint",))
-    output: str = flag("", "folder to write: the same logits, every layer as wide as the widest", aliases=("out",))
+    output: str = flag(
+        "", "folder to write; its model has the same logits, and every layer is as wide as the widest", aliases=("out",)
+    )
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
 
     def check(self) -> None:

@@ -31,14 +31,14 @@ class EvaluateArguments(MeasuringArguments):
 
     model: list[str] = flag(
         [],
-        "models to compare with the first: aliases, hub ids, folders (adapters too) or .gguf files",
+        "models to measure, each compared with the first: aliases, hub ids, folders (adapters too) or .gguf files",
         group="model",
         aliases=("models",),
     )
-    datasets: list[str] = flag([GENERAL], f"texts for perplexity: {TEXTS} ('': none)", group="texts")
+    datasets: list[str] = flag([GENERAL], f"texts for perplexity: {TEXTS} ('' for none)", group="texts")
     batch_size: int = flag(0, "windows or requests per forward pass (0: as many as fit)", group="texts")
     tasks: list[str] = flag([], "tasks of lm-eval; paper: the seven of LLM-Pruner's table 1", group="tasks")
-    include_path: str | None = flag(None, "folder with task files of your own", group="tasks")
+    include_path: str | None = flag(None, "folder with your own lm-eval task files", group="tasks")
     limit: int | None = flag(None, "use only the first N documents of each task", group="tasks")
     num_fewshot: int | None = flag(
         None, "worked examples before each question (default: the task's own number)", group="tasks"
@@ -71,7 +71,7 @@ class EvaluateArguments(MeasuringArguments):
 class ZeroShotArguments(EvaluateArguments):
     """Flags of ``evaluate/zero_shot.py``."""
 
-    datasets: list[str] = flag([], f"texts for perplexity as well: {TEXTS}", group="texts")
+    datasets: list[str] = flag([], f"texts to measure perplexity on as well: {TEXTS}", group="texts")
     tasks: list[str] = flag(["paper"], "tasks of lm-eval; paper: the seven of LLM-Pruner's table 1", group="tasks")
     tokens: int = flag(0, "tokens per sequence for speed, MACs and cache (0: measure no speed)", group="cost")
 
@@ -80,7 +80,7 @@ class ZeroShotArguments(EvaluateArguments):
 class CostArguments(EvaluateArguments):
     """Flags of ``evaluate/cost.py``."""
 
-    datasets: list[str] = flag([], f"texts for perplexity as well: {TEXTS}", group="texts")
+    datasets: list[str] = flag([], f"texts to measure perplexity on as well: {TEXTS}", group="texts")
 
 
 @dataclass(kw_only=True)
@@ -93,7 +93,7 @@ class PerplexityArguments(MeasuringArguments):
         group="model",
         aliases=("base_model",),
     )
-    dataset: str = flag(GENERAL, TEXTS, group="texts")
+    dataset: str = flag(GENERAL, f"text to measure on: {TEXTS}", group="texts")
     batch_size: int = flag(0, "windows per forward pass (0: as many as fit)", group="texts")
     output: str | None = flag(None, "JSON file for the result", group="output")
     quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors", group="output")

@@ -68,13 +68,15 @@ class PruneArguments(Arguments):
     )
     device: str = flag("auto", "device to prune on: auto, cpu, cuda, cuda:1, mps, ...", group="model")
     device_map: str | None = flag(
-        None, "auto: spread the layers over all GPUs, and over the CPU what does not fit", group="model"
+        None, "auto: spread the layers over all GPUs; layers that do not fit stay on the CPU", group="model"
     )
     dtype: Dtype = flag("auto", "dtype of the weights (auto is float32 on CPU)", group="model")
-    stream: bool = flag(False, "offload: map weights from their files, block by block, for large models", group="model")
+    stream: bool = flag(
+        False, "offload: keep weights memory-mapped and load them block by block, for large models", group="model"
+    )
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint", group="model")
 
-    preset: Preset = flag("best", "defaults of what is not given; paper: LLM-Pruner to the letter", group="method")
+    preset: Preset = flag("best", "defaults of the other flags (paper: as in LLM-Pruner)", group="method")
     kinds: list[Kind] = flag([], "kinds of units to prune (default: set by the preset)", group="method")
     block_wise: bool = flag(False, "prune attention heads and MLP neurons of a range of layers", group="method")
     channel_wise: bool = flag(False, "prune hidden channels through the whole model", group="method")
@@ -88,43 +90,53 @@ class PruneArguments(Arguments):
         None, "variant of taylor (default: param_second, set by the preset)", group="method"
     )
     grouping_strategy: Aggregation | None = flag(
-        None, "aggregation over the slices of a group (default: sum)", group="method"
+        None, "aggregation over the slices of a unit (default: sum)", group="method"
     )
-    global_pruning: bool = flag(False, "rank across layers instead of within each", group="method")
-    normalize: Normalizer = flag("none", "normalise scores before ranking across layers", group="method")
-    iterative_steps: int = flag(1, "prune in N steps, scoring anew at each", group="method")
+    global_pruning: bool = flag(False, "rank indices across layers instead of within each layer", group="method")
+    normalize: Normalizer = flag(
+        "none", "with --global_pruning, normalise the scores of a unit before ranking", group="method"
+    )
+    iterative_steps: int = flag(1, "number of pruning steps, each with new scores", group="method")
     compensate: Compensation | None = flag(
-        None, "refit the projections of every layer (default: least_squares, set by the preset)", group="method"
+        None,
+        "refit of the projections or biases of every layer (default: least_squares, set by the preset)",
+        group="method",
     )
-    rescale_norms: bool = flag(False, "rescale norms to their original outputs when hidden channels go", group="method")
-    seed: int = flag(42, "random seed", group="method")
+    rescale_norms: bool = flag(
+        False, "rescale norms to their original outputs when hidden channels are removed", group="method"
+    )
+    seed: int = flag(42, "seed of random scores and of sampling", group="method")
 
     block_attention_layer_start: int | None = flag(None, "first layer whose heads are pruned", group="layers")
-    block_attention_layer_end: int | None = flag(None, "layer to stop before, for heads", group="layers")
+    block_attention_layer_end: int | None = flag(None, "layer before which pruning of heads stops", group="layers")
     block_mlp_layer_start: int | None = flag(None, "first layer whose neurons are pruned", group="layers")
-    block_mlp_layer_end: int | None = flag(None, "layer to stop before, for neurons", group="layers")
+    block_mlp_layer_end: int | None = flag(None, "layer before which pruning of neurons stops", group="layers")
     layer_wise: bool = flag(False, "keep only the first --layer layers", group="layers")
     layer: int | None = flag(None, "number of layers kept by --layer_wise (default: 12)", group="layers")
-    drop_layers: list[str] = flag([], "layers to drop: 4,7; of an encoder-decoder encoder.4,decoder.7", group="layers")
+    drop_layers: list[str] = flag(
+        [], "layers to remove: 4,7, or encoder.4,decoder.7 for an encoder-decoder", group="layers"
+    )
     num_layers: list[str] = flag(
-        [], "number of layers to keep, chosen by --depth; of an encoder-decoder also 12,6", group="layers"
+        [], "number of layers to keep, chosen by --depth: 22, or 12,6 for an encoder-decoder", group="layers"
     )
     depth: LayerCriterion | None = flag(None, "criterion that chooses layers (default: loss)", group="layers")
-    depth_examples: int = flag(16, "calibration samples for --depth", group="layers")
+    depth_examples: int = flag(16, "calibration samples that --depth is measured on", group="layers")
     drop_attention: list[str] = flag([], "layers whose attention is removed", group="layers")
     drop_mlp: list[str] = flag([], "layers whose MLP is removed", group="layers")
 
-    target_config: str | None = flag(None, "JSON file with the result's config, or some fields of it", group="shape")
-    hidden_size: int | None = flag(None, "hidden size of the result", group="shape")
-    intermediate_size: int | None = flag(None, "MLP neurons per layer of the result", group="shape")
-    num_attention_heads: int | None = flag(None, "attention heads of the result", group="shape")
-    num_key_value_heads: int | None = flag(None, "key-value heads of the result", group="shape")
-    num_hidden_layers: int | None = flag(
-        None, "layers of the result (of an encoder-decoder: its encoder)", group="shape"
+    target_config: str | None = flag(
+        None, "JSON file with the config of the pruned model, or some of its fields", group="shape"
     )
-    num_decoder_layers: int | None = flag(None, "decoder layers of an encoder-decoder's result", group="shape")
+    hidden_size: int | None = flag(None, "hidden size of the pruned model", group="shape")
+    intermediate_size: int | None = flag(None, "MLP neurons per layer of the pruned model", group="shape")
+    num_attention_heads: int | None = flag(None, "attention heads per layer of the pruned model", group="shape")
+    num_key_value_heads: int | None = flag(None, "key-value heads per layer of the pruned model", group="shape")
+    num_hidden_layers: int | None = flag(
+        None, "layers of the pruned model (of an encoder-decoder: of its encoder)", group="shape"
+    )
+    num_decoder_layers: int | None = flag(None, "decoder layers of the pruned encoder-decoder", group="shape")
 
-    pruning_ratio: Share = flag(0.5, "share of every unit's indices to remove, between 0 and 1", group="budget")
+    pruning_ratio: Share = flag(0.5, "share of every unit's indices to remove, above 0 and below 1", group="budget")
     target_params: str | None = flag(
         None, "parameters that stay, instead of a ratio: a fraction (0.8, 80%) or an amount (5.4B)", group="budget"
     )
@@ -141,15 +153,17 @@ class PruneArguments(Arguments):
     budget_batch: int = flag(1, "sequences per batch for --target_macs, _memory and _latency", group="budget")
     shares: str | None = flag(
         None,
-        "proportions in which kinds of units go to meet a target: layers=2,neurons=1, or measured[:KIND,KIND], by what "
-        "each costs the loss",
+        "proportions in which a target removes kinds of units: layers=2,neurons=1, or measured[:KIND,KIND], by how "
+        "much each kind raises the loss",
         group="budget",
     )
     floor: Share = flag(0.0, "share of every unit's indices that always stays", group="budget")
-    round_to: int = flag(1, "keep multiples of N indices", group="budget")
+    round_to: int = flag(1, "keep a multiple of N indices in every unit", group="budget")
     tensor_parallel: int = flag(1, "keep widths that N devices can share equally", group="budget")
     hardware_align: bool | None = flag(
-        None, "keep widths in multiples that kernels are fast at (default: true, set by the preset)", group="budget"
+        None,
+        "keep multiples of the widths at which kernels are fast (default: true, set by the preset)",
+        group="budget",
     )
 
     calib_dataset: str | None = flag(
@@ -169,11 +183,12 @@ class PruneArguments(Arguments):
     )
     self_examples: int | None = flag(
         None,
-        "samples that the model writes itself, for --compensate besides those of the text (default: 128, set by the "
-        "preset)",
+        "additional samples for --compensate, written by the model itself (default: 128, set by the preset)",
         group="calibration",
     )
-    score_cache: str | None = flag(None, "folder that keeps scores for runs at other ratios", group="calibration")
+    score_cache: str | None = flag(
+        None, "folder that keeps scores, for runs with other ratios or aggregations", group="calibration"
+    )
 
     output: str | None = flag(
         None, "folder of the run and its checkpoint (default: OUTPUT_ROOT/SAVE_CKPT_LOG_NAME)", group="output"
@@ -181,7 +196,7 @@ class PruneArguments(Arguments):
     output_root: str = flag("prune_log", "parent folder of the runs", group="output")
     save_ckpt_log_name: str = flag(
         "llama_prune",
-        "name of the run's folder in --output_root; NAME-2 and so on if another run is there",
+        "name of the run's folder in --output_root; NAME-2 and so on if it holds another run",
         group="output",
     )
     save_model: bool = flag(
@@ -190,7 +205,7 @@ class PruneArguments(Arguments):
     no_save: bool = flag(False, "write only plan, metrics and log, no checkpoint", group="output")
     quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors", group="output")
     standalone: bool = flag(
-        False, "save a modelling file too, so that per-layer checkpoints load without llm_pruner", group="output"
+        False, "also save a modelling file, so that per-layer checkpoints load without llm_pruner", group="output"
     )
     push_to_hub: str | None = flag(None, "push the run's folder to the hub as user/name", group="output")
     eval_datasets: list[str] = flag([GENERAL], "texts to measure perplexity on ('' for none)", group="output")
@@ -200,7 +215,7 @@ class PruneArguments(Arguments):
     test_before_train: bool = flag(False, "generate text before pruning", group="output")
     test_after_train: bool = flag(False, "generate text after pruning", group="output")
     temperature: float = flag(1.0, "sampling temperature of test generations", group="output")
-    top_p: Share = flag(0.95, "nucleus size of test generations", group="output")
+    top_p: Share = flag(0.95, "nucleus (top-p) probability of test generations", group="output")
 
     @property
     def saves_checkpoint(self) -> bool:
@@ -285,7 +300,7 @@ class PruneArguments(Arguments):
 class HfPruneArguments(PruneArguments):
     """Flags of ``hf_prune.py``: those of ``llm-pruner prune``, with LLM-Pruner's defaults."""
 
-    preset: Preset = flag("paper", "defaults of what is not given; paper: LLM-Pruner to the letter", group="method")
+    preset: Preset = flag("paper", "defaults of the other flags (paper: as in LLM-Pruner)", group="method")
 
     @property
     def saves_checkpoint(self) -> bool:

@@ -40,17 +40,21 @@ class RecoverArguments(Arguments):
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint", group="model")
 
     method: Literal["lora", "dora", "full", "distill"] = flag(
-        "lora", "training method; full: all weights; distill: all weights, with the original as teacher", group="method"
+        "lora",
+        "training method (full: all weights; distill: all weights, with the original as teacher)",
+        group="method",
     )
-    lora_r: int = flag(8, "rank of LoRA", group="method")
-    lora_alpha: int = flag(16, "LoRA's product is scaled by alpha / r", group="method")
-    lora_dropout: Share = flag(0.05, "dropout of LoRA", group="method")
+    lora_r: int = flag(8, "rank of the adapter", group="method")
+    lora_alpha: int = flag(16, "scale of the adapter's product, divided by --lora_r", group="method")
+    lora_dropout: Share = flag(0.05, "dropout of the adapter", group="method")
     lora_target_modules: list[str] = flag(
-        [], "linear layers to adapt, such as q_proj,v_proj (default: all but the output head)", group="method"
+        [],
+        "linear layers to adapt, such as q_proj,v_proj (default: all but the output head and routers)",
+        group="method",
     )
     merge: bool = flag(False, "also write the model with the adapter merged into it to OUTPUT/merged", group="method")
     objective: Literal["causal", "ul2", "d_ul2", "o_ul2"] = flag(
-        "causal", "training objective; all but causal are for encoder-decoders", group="method"
+        "causal", "training objective (ul2, d_ul2 and o_ul2: for encoder-decoders only)", group="method"
     )
 
     teacher: str | None = flag(
@@ -58,14 +62,20 @@ class RecoverArguments(Arguments):
         "model to distill from with any method; auto: the original (default of distill)",
         group="teacher",
     )
-    distill_weight: Share = flag(0.5, "weight of the teacher's loss; the labels' is 1 minus that", group="teacher")
+    distill_weight: Share = flag(
+        0.5, "weight of the teacher's loss; the loss of the labels has the rest, 1 - X", group="teacher"
+    )
     distill_temperature: float = flag(1.0, "temperature of the teacher's loss", group="teacher")
-    distill_hidden: float = flag(0.0, "weight of the distance to the teacher's last hidden states", group="teacher")
+    distill_hidden: float = flag(
+        0.0, "weight of the distance to the teacher's last hidden states (0: none)", group="teacher"
+    )
     teacher_device: str = flag("auto", "device of the teacher (auto: the model's)", group="teacher")
     teacher_cache: str | None = flag(
         None, "folder to keep the teacher's outputs in; it then runs once, before training", group="teacher"
     )
-    teacher_top: int = flag(64, "tokens kept per position in --teacher_cache, the most probable ones", group="teacher")
+    teacher_top: int = flag(
+        64, "number of most probable tokens that --teacher_cache keeps per position", group="teacher"
+    )
 
     data_path: list[str] = flag(
         [],
@@ -82,20 +92,24 @@ class RecoverArguments(Arguments):
         None, "maximum tokens per example (default: 256, or the model's context if shorter)", group="data"
     )
     prompt_template_name: str = flag("alpaca", "prompt template: alpaca, question, or a .json file", group="data")
-    no_instruction: bool = flag(False, "use no template", group="data")
-    train_on_inputs: bool = flag(False, "take the loss of prompts too, not of answers alone", group="data")
-    add_eos_token: bool = flag(False, "count the end-of-text token of a prompt tokenized on its own", group="data")
-    packing: bool = flag(False, "pack answered prompts into windows of --cutoff_len without padding", group="data")
+    no_instruction: bool = flag(False, "use no prompt template", group="data")
+    train_on_inputs: bool = flag(False, "train on prompts as well as answers", group="data")
+    add_eos_token: bool = flag(
+        False, "add an end-of-text token when measuring a prompt's length, as LLM-Pruner does", group="data"
+    )
+    packing: bool = flag(
+        False, "pack prompts with their answers into windows of --cutoff_len tokens, without padding", group="data"
+    )
     streaming: bool = flag(False, "read the data as an iterable; needs --max_steps", group="data")
     cache_dataset: bool = flag(False, "cache tokenized data in datasets/cache", group="data")
 
     batch_size: int = flag(128, "examples per optimizer step, over all processes", group="training")
     micro_batch_size: int = flag(4, "examples per forward pass", group="training")
     num_epochs: float = flag(5, "passes over the data", group="training")
-    max_steps: int = flag(0, "stop after N steps (0: --num_epochs)", group="training")
+    max_steps: int = flag(0, "stop after N steps, whatever --num_epochs says (0: after --num_epochs)", group="training")
     learning_rate: float = flag(3e-4, "peak learning rate", group="training")
     warmup_steps: int | None = flag(
-        None, "steps to the peak learning rate (default: 100, at most a tenth of all)", group="training"
+        None, "warm-up steps to the peak learning rate (default: 100, at most a tenth of all)", group="training"
     )
     lr_scheduler_type: str = flag("linear", "schedule: linear, cosine, constant_with_warmup, ...", group="training")
     weight_decay: float = flag(0.0, "weight decay", group="training")
@@ -120,9 +134,11 @@ class RecoverArguments(Arguments):
     save_total_limit: int = flag(3, "checkpoints to keep", group="output")
     logging_steps: int = flag(10, "steps between log entries", group="output")
     resume_from_checkpoint: str | None = flag(
-        None, "checkpoint folder; auto: the newest in --output, if any", group="output"
+        None, "checkpoint folder to continue from; auto: the newest in --output, if any", group="output"
     )
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag("none", "also log to", group="output")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag(
+        "none", "service to log to as well", group="output"
+    )
     wandb_project: str | None = flag(None, "project of Weights & Biases; implies --report_to wandb", group="output")
 
     @property

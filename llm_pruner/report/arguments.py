@@ -15,8 +15,8 @@ DEFAULT_OUTPUT = "report.html"
 class ReportArguments(Arguments):
     """Flags of ``llm-pruner report``."""
 
-    runs: list[str] = flag([], "folders of runs: of prune, recover, vocab, run, or evaluate --output")
-    output: str = flag(DEFAULT_OUTPUT, "page to write: one file that needs no network")
+    runs: list[str] = flag([], "folders that prune, recover, vocab, run or evaluate --output wrote")
+    output: str = flag(DEFAULT_OUTPUT, "HTML page to write, one file that needs no network")
     figures: str | None = flag(None, "folder to write every figure to as well, as SVG, PNG and PDF")
     title: str = flag("Pruning report", "title of the page")
 

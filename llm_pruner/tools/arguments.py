@@ -53,7 +53,7 @@ class GenerateArguments(ChatArguments):
     base_model: str = flag(DEFAULT_MODEL, "model of --model_type pretrain")
     model_type: Literal["pretrain", "pruneLLM", "tune_prune_LLM"] = flag("pretrain", "model to serve")
     ckpt: str | None = flag(
-        None, "folder of the pruned model for --model_type pruneLLM; for tune_prune_LLM the base of the adapter"
+        None, "folder of the pruned model for --model_type pruneLLM, or of the adapter's base for tune_prune_LLM"
     )
     lora_ckpt: str | None = flag(None, "folder of the adapter for --model_type tune_prune_LLM")
 
@@ -84,13 +84,14 @@ class InspectArguments(Arguments):
     """Flags of ``llm-pruner inspect``."""
 
     model: str = flag(
-        DEFAULT_MODEL, "alias, hub id, folder, .gguf file, config.json (no weights needed), or pruning_plan.json"
+        DEFAULT_MODEL,
+        "alias, hub id, folder or .gguf file of a model, config.json (no weights needed), or pruning_plan.json",
     )
     layer: int | None = flag(
         None,
-        "show units of this layer and of the whole model; -1: of all layers (default: 0, for a plan all)",
+        "show the units of this layer and of the whole model; -1: of all layers (default: 0; for a plan: -1)",
     )
-    verify: bool = flag(False, "load the weights and test units by permutation; of a plan, check its hash")
+    verify: bool = flag(False, "load the weights and test every unit by permutation; for a plan, check its hash")
     json: bool = flag(False, "print JSON")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
 

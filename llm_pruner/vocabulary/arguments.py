@@ -29,15 +29,17 @@ class VocabArguments(Arguments):
     )
     min_count: int = flag(0, "keep only tokens that occur at least N times in --corpus", group="tokens")
     to_tokenizer: str | None = flag(None, "keep the tokens of this tokenizer, a subset of the model's", group="tokens")
-    languages: list[str] = flag([], "keep tokens in the scripts of these languages: en,zh", group="tokens")
-    scripts: list[str] = flag([], "keep tokens in these scripts: Han,Latin", group="tokens")
-    keep_tokens: str | None = flag(None, "file of tokens to keep in any case, one per line", group="tokens")
+    languages: list[str] = flag([], "keep tokens in the scripts of these languages, such as en,zh", group="tokens")
+    scripts: list[str] = flag([], "keep tokens in these scripts, such as Han,Latin", group="tokens")
+    keep_tokens: str | None = flag(
+        None, "file of tokens to keep whatever the other flags say, one per line", group="tokens"
+    )
     corpus: list[str] = flag([], "texts to count tokens in: hub data sets, embedded texts, or files", group="counting")
-    max_documents: int = flag(200_000, "documents to count of a data set on the hub (0: all)", group="counting")
-    save_counts: str | None = flag(None, "JSON file that keeps counts between runs", group="counting")
-    eval_dataset: str = flag(GENERAL, "text to compare both models on; not one of --corpus", group="evaluation")
+    max_documents: int = flag(200_000, "documents to count in a data set on the hub (0: all)", group="counting")
+    save_counts: str | None = flag(None, "JSON file that keeps the token counts for further runs", group="counting")
+    eval_dataset: str = flag(GENERAL, "text to compare both models on, not one of --corpus", group="evaluation")
     max_windows: int = flag(
-        0, "measure perplexity on the text of the original's first N windows of 128 tokens (0: all)", group="evaluation"
+        0, "measure on the text that is the first N windows of 128 tokens for the original (0: all)", group="evaluation"
     )
     output: str = flag(DEFAULT_OUTPUT, "folder of the new checkpoint", group="output", aliases=("output_dir",))
     quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors", group="output")
