@@ -186,9 +186,10 @@ def support_page(rows: list[Row]) -> str:
     lines = [
         "# Supported models",
         "",
-        f"llm-pruner prunes MLP neurons of {counts['neurons']} and attention heads of {counts['heads']} "
-        f"of {len(built)} architectures. The table lists the",
-        f"registry of transformers {transformers.__version__} for causal language models and, marked seq2seq, for "
+        f"llm-pruner prunes the MLP neurons of {counts['neurons']} and the attention heads of {counts['heads']} of "
+        f"{len(built)} architectures. The table lists the",
+        f"architectures that transformers {transformers.__version__} registers for causal language models and, marked "
+        "seq2seq, for",
         "sequence-to-sequence models.",
         "[Unsupported units](unsupported.md) gives the reason of every refusal.",
         "",
@@ -207,9 +208,10 @@ def support_page(rows: list[Row]) -> str:
         "works if",
         "",
         "* permuting each of its units leaves the logits unchanged;",
-        "* the pruned model equals the original with the removed slices set to zero, unless a norm reads them;",
+        "* the pruned model gives the logits of the original with the removed slices set to zero (not tested where a",
+        "  norm reads them);",
         "* the pruned model survives saving and loading;",
-        "* it generates with its cache what the masked original generates.",
+        "* generation with its cache gives the logits of the masked original.",
         "",
         f"{len(rows)} architectures are registered. {len(built)} can be built tiny, {len(causal)} of them causal:",
         "",
