@@ -109,6 +109,7 @@ def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Measurements,
+    *,
     reference: Reference | None = None,
 ) -> Evaluation:
     """Measure a model on the device that it is on.
@@ -207,7 +208,7 @@ def evaluate_models(
     evaluations = []
     reference: Reference = {}
     for name in names:
-        evaluations.append(evaluate_model(name, *load(name), settings, reference))
+        evaluations.append(evaluate_model(name, *load(name), settings, reference=reference))
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

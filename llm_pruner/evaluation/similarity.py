@@ -1,4 +1,4 @@
-"""How alike the outputs of two models are, for models that do not predict the next token: no labels are needed."""
+"""Compare the outputs of two models that do not predict the next token; no labels are needed."""
 
 from __future__ import annotations
 

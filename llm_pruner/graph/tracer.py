@@ -263,18 +263,22 @@ def _trace_on(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str,
             f"{type(model).__name__} could not be run on the {device.type} device, in {tracer.where}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    *_, columns = tracer.lookup(logits).dims
-    if has_token_logits(model) and size_of(columns) == size_of(vocabulary):  # an id means one token on both ends
-        unify(columns, vocabulary)
-    else:
-        freeze(columns, "the output of the model")
-        if has_token_logits(model):
-            freeze(vocabulary, "the output has another size")
+    _tie_ends(model, tracer.lookup(logits).dims[-1], vocabulary)
     _freeze_what_images_reach(model, named, dims)
     reaching = tracer.reaching(logits)
     tracer.idle = {name for name, tensor in named.items() if storage_key(twins[id(tensor)]) not in reaching}
     first_use = {name: tracer.order.get(id(twins[id(tensor)]), len(tracer.order)) for name, tensor in named.items()}
     return tracer, {name: dims[name] for name in sorted(dims, key=first_use.__getitem__)}
+
+
+def _tie_ends(model: nn.Module, columns: Dim, vocabulary: Dim) -> None:
+    """Make the output's columns and the vocabulary one axis, where an id means one token on both ends."""
+    if has_token_logits(model) and size_of(columns) == size_of(vocabulary):
+        unify(columns, vocabulary)
+        return
+    freeze(columns, "the output of the model")
+    if has_token_logits(model):
+        freeze(vocabulary, "the output has another size")
 
 
 def _freeze_what_images_reach(model: nn.Module, named: dict[str, torch.Tensor], dims: dict[str, list[Dim]]) -> None:
