@@ -237,6 +237,7 @@ def test_models_that_read_values_are_run_on_their_weights():
         lp.trace(meta_model(model.config))
 
 
+@pytest.mark.slow
 def test_a_cache_that_does_not_take_the_new_sizes_is_refused():
     model = tiny_model("rwkv")
     with pytest.raises(lp.PrunerError):

@@ -28,7 +28,8 @@ def run_two(script, arguments, environment=None):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("name", "rank"), (("llama", 4), pytest.param("mamba", 1, marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rank"), (("llama", 4), ("mamba", 1)))
 def test_two_processes_learn_what_one_does(home, tmp_path, tokenizer, name, rank):
     options = {"batch_size": 8, "max_steps": 5, "lora_r": rank, "lora_dropout": 0.0, "learning_rate": 3e-4}
     options |= {"eval_steps": 5, "save_steps": 5}

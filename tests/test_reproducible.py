@@ -47,15 +47,8 @@ def servers():
         server.close()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "apply",
-        "to-uniform",
-        "vocab",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("prune", "recover", "run")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prune", "apply", "to-uniform", "vocab", "recover", "run"])
 def test_every_command_to_the_bit(name, servers, home, home_text, tmp_path):
     """In fresh processes, with one thread and with two."""
     recipe = tmp_path / "recipe.yaml"

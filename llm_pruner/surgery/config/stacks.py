@@ -21,6 +21,8 @@ from ...models.running import MetaReads, model_inputs, tracing_mode
 from ...models.skeleton import skeleton
 from ...selection.plan import PruningPlan, name_after
 
+LEADING_LAYERS = ("max_window_layers", "first_k_dense_replace")  # fields: so many layers come first, of another kind
+
 
 @dataclass
 class Stack:
@@ -110,6 +112,8 @@ def without_layers(
         for name, value in list(vars(part).items()):
             if isinstance(value, list) and not name.startswith("_"):
                 setattr(part, name, _entries(value, stack.length, order))
+            elif name in LEADING_LAYERS and type(value) is int and value <= stack.length:
+                set_field(part, name, sum(layer < value for layer in order))
         for key in (SUBMODULES, CONSTANTS):
             if entries := getattr(part, key, None):
                 setattr(part, key, _renumber_layers(entries, stack, order))
@@ -188,18 +192,26 @@ def _set_layer_count(
     count: int,
     done: dict[str, torch.Tensor],
 ) -> None:
-    """Set the field that counts a stack's layers; those of other stacks are ``done`` or as in the model."""
+    """Set the field that counts a stack's layers; those of other stacks are ``done`` or as in the model.
+
+    No field has to be set where a list with an entry for each layer, which is shorter by now, gives their number.
+    """
+
+    def found() -> dict[str, int]:
+        try:
+            return {path: len(layers) for path, layers in layer_lists(skeleton(type(model), config)).items()}
+        except Exception:  # a constructor may refuse a config in any way it likes
+            return {}
+
     wanted = {path: len(layers) for path, layers in layer_lists(model).items()} | {stack.path: count}
     wanted |= {path: len(kept) for path, kept in done.items()}
     fields = [n for n, v in fields_of(part).items() if type(v) is int and v == stack.length]
     fields.sort(key=lambda name: name != part.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
+    if found() == wanted:
+        return
     for name in fields:
         set_field(part, name, count)
-        try:
-            found = {path: len(layers) for path, layers in layer_lists(skeleton(type(model), config)).items()}
-        except Exception:  # a constructor may refuse a config in any way it likes
-            found = {}
-        if found == wanted:
+        if found() == wanted:
             return
         set_field(part, name, stack.length)
     raise PrunerError(f"no field of {type(part).__name__} counts the layers of {stack.path}")
