@@ -19,14 +19,14 @@ from ..surgery.slicing import cut
 from ..surgery.tokenizer import cut_tokenizer
 from .card import write_card
 from .companions import copy_companions
-from .config import load_config, meta_model
+from .config import load_config
 from .load import load_model
 from .locate import PLAN_FILE, locate
 from .on_disk import on_disk
 from .save import write_checkpoint
 from .shards import SINGLE, Shards, ShardWriter, TensorType, write_index
 from .standalone import forget_modelling, write_modelling
-from .stored import OtherForm, stored_names
+from .stored import OtherForm, model_of, stored_names
 from .unread import UNREAD, check_unquantized, forget_unread
 
 APPLY_FILE = "apply.json"  # record of llm-pruner apply
@@ -83,11 +83,11 @@ def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: b
     """
     path = Path(locate(source)[0])
     config = load_config(source, trust_remote_code)
-    model = meta_model(config, trust_remote_code)
+    shards = check_unquantized(source, path, config) or Shards(path)
+    model = model_of(source, config, shards, trust_remote_code=trust_remote_code)
     forget_modelling(model)
     if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    shards = check_unquantized(source, path, config) or Shards(path)
     try:
         names = stored_names(model, shards)
     except OtherForm:

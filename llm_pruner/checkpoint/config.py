@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
+from ..logs import log
 from ..models.tasks import auto_model_class
 from .gguf_reader import parsed_once
 from .locate import explain, locate
@@ -38,6 +39,13 @@ def _gguf_config(folder: str, file: str, size: int, modified: int) -> PreTrained
         config = AutoConfig.from_pretrained(folder, gguf_file=file)
     config.__dict__.pop("quantization_config", None)
     return config
+
+
+def untie(config: PreTrainedConfig, name: str) -> None:
+    """Let a config say that head and embeddings are two tensors, and log it."""
+    log.warning("%s: its config ties head and embeddings, and its files hold both: they stay apart", name)
+    for one in (config, config.get_text_config()):
+        one.tie_word_embeddings = False
 
 
 def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from ..models.dispatch import check_device, spread
 from ..models.tasks import auto_model_class
 from ..progress import Step, without_bars
 from .adapters import merge_adapter
+from .config import untie
 from .gguf_reader import parsed_once
 from .integrity import check
 from .locate import PLAN_FILE, base_of, explain, is_adapter, locate
@@ -161,6 +162,7 @@ def load_model(
             f"{name} lacks {len(found['missing_keys'])} tensors of its architecture, such as "
             f"{min(found['missing_keys'])}: the checkpoint is incomplete"
         )
+    _note_untied(model, name)
     if gguf is None:
         note_unread(model, name, shards.tensors if shards else (), found["unexpected_keys"])
     else:
@@ -190,6 +192,20 @@ def _read_model(
         raise
     except Exception as error:
         raise PrunerError(explain(name, path, error)) from error
+
+
+def _note_untied(model: PreTrainedModel, name: str) -> None:
+    """Let the config of a model say so if its files hold a head of its own, although they call it tied.
+
+    transformers reads such a head as it stands; a config that still said "tied" would lose it when the model is saved.
+    """
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    if head is None or not config.tie_word_embeddings:
+        return
+    own, tied = (getattr(module, "weight", None) for module in (head, model.get_input_embeddings()))
+    if own is None or tied is None or own is tied or own.shape != tied.shape or torch.equal(own, tied):
+        return
+    untie(model.config, name)
 
 
 def torch_dtype(value: str | torch.dtype) -> str | torch.dtype:

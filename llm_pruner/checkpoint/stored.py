@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
 from ..models.running import stored_tensors
 from ..models.skeleton import canonical_names, names_of
-from .config import load_config, meta_model
+from .config import load_config, meta_model, untie
 from .locate import locate
 from .shards import Shards
 
@@ -25,8 +25,8 @@ def weights_in(source: str, trust_remote_code: bool = False) -> Iterator[tuple[s
     Raises:
         PrunerError: as :class:`Shards`, and where the files hold the weights in another form.
     """
-    model = meta_model(load_config(source, trust_remote_code), trust_remote_code)
     shards = Shards(locate(source)[0])
+    model = model_of(source, load_config(source, trust_remote_code), shards, trust_remote_code=trust_remote_code)
     canonical = canonical_names(model)
     for stored, name in stored_names(model, shards).items():
         yield canonical[name], shards.read(stored)
@@ -57,3 +57,27 @@ def stored_names(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
             )
         raise PrunerError(f"{shards.folder} lacks {missing[0]} of {type(model).__name__}: the checkpoint is incomplete")
     return names
+
+
+def model_of(
+    source: str, config: PreTrainedConfig, shards: Shards, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Build the model that a checkpoint's files hold, on the meta device.
+
+    The config is told if it ties tensors that the files hold apart, as transformers reads them.
+    """
+    model = meta_model(config, trust_remote_code)
+    if _holds_untied(model, shards):
+        untie(config, source)
+        model = meta_model(config, trust_remote_code)
+    return model
+
+
+def _holds_untied(model: PreTrainedModel, shards: Shards) -> bool:
+    """Return True if a checkpoint stores a tensor that its config ties to another, with other values."""
+    own = model.state_dict()
+    for names in names_of(model).values():
+        stored = [name for name in names if name in own and name in shards.tensors]
+        if len(stored) > 1 and not all(torch.equal(shards.read(stored[0]), shards.read(one)) for one in stored[1:]):
+            return True
+    return False

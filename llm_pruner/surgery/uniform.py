@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from itertools import product
 
@@ -71,7 +72,40 @@ def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
             setattr(out, field, max(values))
         else:
             raise PrunerError(f"the layers differ in {field}, which is not a width")
-    return out
+    return _with_valid_heads(out)
+
+
+def _with_valid_heads(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a config with the next larger number of heads that it does not refuse; the added heads are zero.
+
+    Many configs refuse heads that do not divide the hidden size, even where heads have a size of their own.
+
+    Raises:
+        PrunerError: it refuses its values whatever the number of heads.
+    """
+    refused = _refusal(config)
+    if not refused:
+        return config
+    text = config.get_text_config()
+    heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    for more in range(groups + 1, text.hidden_size + 1):
+        wider = copy.deepcopy(config)
+        inner = wider.get_text_config()
+        inner.num_attention_heads = more * (heads // groups)
+        if hasattr(inner, "num_key_value_heads"):
+            inner.num_key_value_heads = more
+        if heads % groups == 0 and not _refusal(wider):
+            return wider
+    raise PrunerError(f"the config refuses layers as wide as the widest: {refused}")
+
+
+def _refusal(config: PreTrainedConfig) -> str:
+    """Return why a config refuses its own values, "" if it does not."""
+    try:
+        config.validate()
+    except Exception as error:  # validators raise what they like
+        return " ".join(str(error).split())
+    return ""
 
 
 def _places(

@@ -113,7 +113,11 @@ def _config_without_dropped(model: PreTrainedModel, plan: PruningPlan) -> PreTra
     if plan.layers:
         config = without_layers(model, config, stacks_of(model), plan)
     if plan.tokens is not None:
-        config.get_text_config().vocab_size = len(plan.tokens)
+        text = config.get_text_config()
+        size = text.vocab_size
+        for name, value in vars(text).items():
+            if name.startswith("vocab_size") and value == size:  # embeddings of every layer have a field of their own
+                setattr(text, name, len(plan.tokens))
         renumber(config, plan.tokens)
     if plan.blocks:
         without_blocks(model, config, plan)
