@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers.architectures import model_types, tiny_model
-from helpers.survey import survey
+from helpers.architectures import model_types, other_types, tiny_model
+from helpers.survey import CLASS_KINDS, survey
 
 from llm_pruner.models.running import model_inputs, relative_difference
 from llm_pruner.recovery.adapters import make_trainable
@@ -17,6 +17,7 @@ QUICK = (
     "dbrx",
     "deepseek_v3",
     "falcon",
+    "fuyu",
     "gemma2",
     "gemma3",
     "gemma4_text",
@@ -112,3 +113,14 @@ def test_merged_adapters_give_the_trained_logits(name):
         expected = student.eval()(**inputs, use_cache=False).logits
         merged = student.merge_and_unload(safe_merge=True)(**inputs, use_cache=False).logits
     assert relative_difference(merged, expected) < 1e-4 < relative_difference(expected, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", other_types())
+def test_other_classes_are_correct_or_refused(name):
+    row = survey(name, CLASS_KINDS)
+    for kind, outcome in row.kinds.items():
+        if name.startswith("funnel:"):  # the command refuses what its own comparison finds
+            assert outcome.works or "not mask-equivalent" in outcome.failed or outcome.wrong or outcome.without_effect
+            continue
+        assert not (outcome.wrong or outcome.without_effect or outcome.failed), kind

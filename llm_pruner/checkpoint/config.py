@@ -45,7 +45,8 @@ def untie(config: PreTrainedConfig, name: str) -> None:
     """Let a config say that head and embeddings are two tensors, and log it."""
     log.warning("%s: its config ties head and embeddings, and its files hold both: they stay apart", name)
     for one in (config, config.get_text_config()):
-        one.tie_word_embeddings = False
+        if getattr(one, "tie_word_embeddings", False):
+            one.tie_word_embeddings = False
 
 
 def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -199,8 +199,9 @@ def _note_untied(model: PreTrainedModel, name: str) -> None:
 
     transformers reads such a head as it stands; a config that still said "tied" would lose it when the model is saved.
     """
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    if head is None or not config.tie_word_embeddings:
+    head = model.get_output_embeddings()
+    configs = (model.config, model.config.get_text_config())
+    if head is None or not any(getattr(config, "tie_word_embeddings", False) for config in configs):
         return
     own, tied = (getattr(module, "weight", None) for module in (head, model.get_input_embeddings()))
     if own is None or tied is None or own is tied or own.shape != tied.shape or torch.equal(own, tied):

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..models.running import MetaReads, model_inputs, tracing_mode
+from ..models.running import MetaReads, model_inputs, tracing_mode, without_cache
 from ..models.skeleton import skeleton
 from ..selection.budgets import BYTES, COUNTS, Budget
 from ..selection.plan import PruningPlan
@@ -24,7 +24,7 @@ def macs(model: PreTrainedModel, tokens: int = 128, batch: int = 1) -> int:
     """
     twin = _meta_twin(model).requires_grad_(False)
     with tracing_mode(twin), FlopCounterMode(display=False) as counter, MetaReads():
-        twin(**model_inputs(twin, _meta_ids(batch, tokens)), use_cache=False)
+        twin(**model_inputs(twin, _meta_ids(batch, tokens)), **without_cache(twin))
     return int(counter.get_total_flops()) // 2
 
 
@@ -33,7 +33,8 @@ def memory(model: PreTrainedModel, tokens: int = 2048, batch: int = 1) -> int:
     """Count the bytes of the weights, in their own dtype, and of the cache that ``[batch, tokens]`` fills."""
     twin = _meta_twin(model)
     with tracing_mode(twin), MetaReads():
-        cache = twin(**model_inputs(twin, _meta_ids(batch, tokens)), use_cache=True).get("past_key_values")
+        caching = {"use_cache": True} if without_cache(twin) else {}
+        cache = twin(**model_inputs(twin, _meta_ids(batch, tokens)), **caching).get("past_key_values")
     weights = sum(p.nbytes for p in model.parameters())
     return weights + sum(t.nbytes for t in _tensors_in(cache))
 

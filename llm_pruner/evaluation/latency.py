@@ -24,7 +24,7 @@ from ..graph.units import CouplingGraph, Unit
 from ..models.hooks import forward_hooks
 from ..models.layers import LayerLocator
 from ..models.per_layer import layer_lists
-from ..models.running import evaluating, model_inputs, random_tokens
+from ..models.running import evaluating, model_inputs, random_tokens, without_cache
 from ..progress import track
 from ..selection.budgets import MICROSECONDS, Budget
 from ..selection.plan import PruningPlan
@@ -43,9 +43,9 @@ def latency(model: PreTrainedModel, tokens: int = 128, batch: int = 1) -> float:
 
     Passes are repeated until they agree within 10%, for 3 seconds at most, with all of torch's threads.
     """
-    inputs = model_inputs(model, random_tokens(model, batch, tokens))
+    inputs = model_inputs(model, random_tokens(model, batch, tokens)) | without_cache(model)
     timer = Timer(
-        "model(**inputs, use_cache=False)",
+        "model(**inputs)",
         globals={"model": model, "inputs": inputs},
         num_threads=torch.get_num_threads(),
     )

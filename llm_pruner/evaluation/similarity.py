@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
 from ..models.blockwise import Compute, computing
-from ..models.running import context_length, evaluating, main_output, model_inputs
+from ..models.running import context_length, evaluating, main_output, model_inputs, without_cache
 from ..models.tasks import FEATURES, task_of
 from ..progress import track
 
@@ -73,7 +73,9 @@ def outputs(
     with evaluating(model), computing(model, compute) as used:
         for piece in track(pieces, f"outputs on {text_name}"):
             ids = tokenizer(piece, truncation=True, max_length=longest, return_tensors="pt")["input_ids"]
-            output = main_output(model(**model_inputs(model, ids.to(used.device)), use_cache=False))[0].float().cpu()
+            output = (
+                main_output(model(**model_inputs(model, ids.to(used.device)), **without_cache(model)))[0].float().cpu()
+            )
             if not bool(output.isfinite().all()):
                 raise PrunerError(f"the outputs of {model.name_or_path or type(model).__name__} are not finite")
             found.append(_comparable(model, output))

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import PrunerError
 from ..models.blockwise import Compute, StandIns, native_compute
-from ..models.running import evaluating, main_output, model_inputs, target_ids
+from ..models.running import evaluating, main_output, model_inputs, target_ids, without_cache
 from ..models.tasks import predicts_tokens
 from ..progress import Step, track
 
@@ -166,7 +166,7 @@ class _Sweep:
         """Run one batch; leave a tape of its blocks and the gradients of what follows the last of them."""
         self.tapes.append([])
         inputs = model_inputs(self.model, ids)
-        output = main_output(self.model(**inputs, use_cache=False))
+        output = main_output(self.model(**inputs, **without_cache(self.model)))
         if not output.requires_grad:
             raise PrunerError("the model's output does not depend on its layers")
         if predicts_tokens(self.model):

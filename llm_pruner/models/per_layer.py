@@ -65,7 +65,7 @@ def install() -> None:
 
     @functools.wraps(init)
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        if has_per_layer_widths(config) or _recorders:  # an inner model's file may be another than its outer model's
+        if has_per_layer_widths(config) or _open_recordings:  # an inner model's file may be another than its outer's
             recording = ExitStack()
             recording.enter_context(recording_constructors(type(self)))
             # Ended by post_init, or by the death of a model whose construction failed.
@@ -140,6 +140,7 @@ def recording_constructors(*classes: type) -> Iterator[None]:
         classes: classes of models or of parts of models; every class that their files define or import is recorded.
     """
     recorded = _recordable(classes)
+    _open_recordings.append(recorded)
     for module_class in recorded:
         if module_class not in _recorders:
             original = module_class.__dict__["__init__"]
@@ -156,12 +157,14 @@ def recording_constructors(*classes: type) -> Iterator[None]:
         yield
     finally:
         logging.getLogger(CONFIG_LOGGER).removeFilter(drop_warning)
+        _open_recordings.pop()
         for module_class in recorded:
             _recorders[module_class][0] -= 1
             if not _recorders[module_class][0]:
                 module_class.__init__ = _recorders.pop(module_class)[1]  # type: ignore[misc]
 
 
+_open_recordings: list[list[type]] = []  # classes that each open context records, which may be none
 _recorders: dict[type, list[Any]] = {}  # how many contexts record a class, and its own constructor
 
 

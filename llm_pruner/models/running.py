@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import PrunerError
 from .per_layer import IMPLEMENTATION_SLOTS
+from .tasks import predicts_tokens
 from .torch_internals import TorchDispatchMode
 
 
@@ -87,6 +89,12 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in out.items() if name not in ignored}
 
 
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Return the argument that lets a model keep no cache; none for a classifier that says so to its inner model."""
+    takes_it = predicts_tokens(model) or "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if takes_it else {}
+
+
 def model_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return token ids ``[rows, tokens]`` as arguments of the model.
 
@@ -144,7 +152,7 @@ def main_output(output: Any) -> torch.Tensor:
 @torch.no_grad()
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Return a model's :func:`main_output` in fp32."""
-    return main_output(model(**model_inputs(model, ids), use_cache=False)).float()
+    return main_output(model(**model_inputs(model, ids), **without_cache(model))).float()
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -20,6 +20,7 @@ from ..models.running import (
     relative_difference,
     stored_tensors,
     tracing_mode,
+    without_cache,
 )
 from ..selection.plan import PruningPlan
 from .slicing import check_fits, mask
@@ -146,7 +147,8 @@ def _changed_logits(
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     with tracing_mode(model), standing_in(model, stand_in):
-        return main_output(model(**model_inputs(model, ids.to(compute.device)), use_cache=False)).double().cpu()
+        inputs = model_inputs(model, ids.to(compute.device))
+        return main_output(model(**inputs, **without_cache(model))).double().cpu()
 
 
 AVERAGES = ("mean", "var", "std", "var_mean")

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-)
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from llm_pruner.models.tasks import FEATURES, FILL_MASK, TASKS, TEXT_GENERATION, TEXT_TO_TEXT
 
 LAYERS, MOST_LAYERS = 2, 4
 LARGEST = 8_000_000  # parameters of a model that counts as tiny
@@ -144,9 +144,27 @@ MORE: dict[str, dict[str, Any]] = {
 def model_types() -> list[str]:
     """Every model type with a causal language model, then every one with an encoder-decoder."""
     return [
-        *sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        *(f"{t}:seq2seq" for t in sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)),
+        *sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        *(f"{t}:seq2seq" for t in sorted(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)),
     ]
+
+
+def other_types() -> list[str]:
+    """Every model type that reads text for another task, and the task."""
+    tasks = (FILL_MASK, "text-classification", "token-classification", "question-answering", FEATURES)
+    return [f"{model_type}:{task}" for task in tasks for model_type in sorted(_readers_of_text(task))]
+
+
+def _readers_of_text(task: str) -> list[str]:
+    """The model types of a task whose class reads text alone; of bare models only those that are encoders."""
+    found = []
+    for model_type, classes in getattr(modeling_auto, TASKS[task][1]).items():
+        name = classes if isinstance(classes, str) else classes[0]
+        encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        one = getattr(transformers, name, None)
+        if (encoder or task != FEATURES) and getattr(one, "main_input_name", "") == "input_ids":
+            found.append(model_type)
+    return found
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
@@ -198,8 +216,8 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
 
     Raises whatever transformers raises for a config that it cannot build, ValueError where it is not small.
     """
-    model_type, _, sort = name.partition(":")
-    auto_class = AutoModelForSeq2SeqLM if sort else AutoModelForCausalLM
+    model_type, _, task = name.partition(":")
+    auto_class = getattr(transformers, TASKS[{"": TEXT_GENERATION, "seq2seq": TEXT_TO_TEXT}.get(task, task)][0])
     config = tiny_config(model_type)
     with torch.device("meta"):
         size = sum(p.numel() for p in auto_class.from_config(config).parameters())

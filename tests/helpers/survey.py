@@ -1,7 +1,7 @@
 """Test on a model what works: both oracles, live, reloaded and generating with its cache, for every kind of unit.
 
 ``make supported-models`` asks this of every architecture that transformers registers and writes the pages of
-:data:`PAGES`; ``tests/test_registry.py`` asks the same as a test.
+:data:`SURVEYS`; ``tests/test_registry.py`` asks the same as a test.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ import warnings
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
 import llm_pruner as lp
-from helpers.architectures import model_types, tiny_model
+from helpers.architectures import model_types, other_types, tiny_model
 from llm_pruner.graph.permutation import LOGIT_TOLERANCE, check_permutation
 from llm_pruner.graph.units import CouplingGraph
 from llm_pruner.models.per_layer import has_per_layer_widths
-from llm_pruner.models.running import relative_difference
+from llm_pruner.models.running import main_output, relative_difference, without_cache
 from llm_pruner.selection.plan import PruningPlan
 from llm_pruner.surgery.config.stacks import configs_in
 from llm_pruner.surgery.slicing import mask
 
 # Whole layers and the vocabulary have an order of their own, which neither oracle can judge.
 KINDS = ("neurons", "heads", "query_heads", "experts", "hidden", "channels")
+CLASS_KINDS = ("neurons", "heads")
 NEW_TOKENS = 4
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
 
@@ -156,7 +159,7 @@ def masked_copy(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
 @torch.no_grad()
 def _forward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    return model(input_ids=ids, **both, use_cache=False).logits.float()
+    return main_output(model(input_ids=ids, **both, **without_cache(model))).float()
 
 
 @torch.no_grad()
@@ -264,7 +267,46 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-PAGES = {"supported-models.md": support_page, "unsupported.md": refusal_page}
+def class_page(rows: list[Row]) -> str:
+    """Return the page of classes that are no language models, one row per architecture, as Markdown."""
+    built = [row for row in rows if not row.unbuilt]
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        model_type, _, task = row.name.partition(":")
+        works = [kind for kind in CLASS_KINDS if row.works(kind)]
+        found.setdefault(model_type, {})[task] = "" if row.unbuilt else ", ".join(works) or "refused"
+    tasks = list(dict.fromkeys(row.name.partition(":")[2] for row in rows))
+    counts = {kind: sum(row.works(kind) for row in built) for kind in CLASS_KINDS}
+    lines = [
+        "# Supported classes",
+        "",
+        f"transformers {transformers.__version__} registers {len(rows)} classes that read text and are no language "
+        "models.",
+        f"{len(built)} of them can be built tiny: neurons can be pruned in {counts['neurons']}, heads in "
+        f"{counts['heads']}. They are tested as",
+        "[language models](supported-models.md) are. A cell names the kinds that work; it is empty where there is no",
+        "such class, or none that can be built tiny.",
+        "",
+        "```bash",
+        "make supported-models     # writes this page too",
+        "```",
+        "",
+        *_filterable(
+            ["architecture", *tasks], [[name, *(cells.get(t, "") for t in tasks)] for name, cells in found.items()]
+        ),
+        "",
+        "## Refused",
+        "",
+        *_filterable(["class", "unit", "reason"], _refusals(rows)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# What is asked, of which kinds of units, and the pages of the answers.
+SURVEYS: dict[str, Any] = {
+    "models": (model_types, KINDS, {"supported-models.md": support_page, "unsupported.md": refusal_page}),
+    "classes": (other_types, CLASS_KINDS, {"supported-classes.md": class_page}),
+}
 
 
 def _title(row: Row) -> str:
@@ -295,15 +337,19 @@ def _quiet() -> None:
 
 
 def main() -> None:
-    rows = []
+    """Ask the surveys that are named, or single architectures, which are printed alone."""
+    asked = [one for one in sys.argv[1:] if one in SURVEYS] or ["models"]
+    names = [one for one in sys.argv[1:] if one not in SURVEYS]
     with ProcessPoolExecutor(initializer=_quiet) as pool:
-        for row in pool.map(survey, sys.argv[1:] or model_types()):
-            rows.append(row)
-            state = row.unbuilt or row.refused or " ".join(k for k, o in row.kinds.items() if o.works)
-            print(f"{row.name}: {_short(state)}", flush=True)
-    if not sys.argv[1:]:
-        for name, page in PAGES.items():
-            (REFERENCE / name).write_text(page(rows), encoding="utf-8")
+        for survey_name in asked:
+            all_names, kinds, pages = SURVEYS[survey_name]
+            rows = []
+            for row in pool.map(partial(survey, kinds=kinds), names or all_names()):
+                rows.append(row)
+                state = row.unbuilt or row.refused or " ".join(k for k, o in row.kinds.items() if o.works)
+                print(f"{row.name}: {_short(state)}", flush=True)
+            for name, page in pages.items() if not names else ():
+                (REFERENCE / name).write_text(page(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
