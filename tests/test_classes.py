@@ -154,6 +154,17 @@ def test_rewards_are_compared_by_order():
     assert similarity(scores, turned).agreement == pytest.approx(2 / 3)
 
 
+def test_another_task_may_be_asked_for(tmp_path, caplog):
+    lp.save(model_of("DebertaV2ForSequenceClassification"), None, tmp_path / "model")
+    model, _ = lp.load(str(tmp_path / "model"), task="feature-extraction")
+    assert type(model).__name__ == "DebertaV2Model"
+    assert "are not read by DebertaV2Model" in caplog.text and "classifier" in caplog.text
+    with pytest.raises(PrunerError, match="task 'mask' is not valid: choose from text-generation"):
+        lp.load(str(tmp_path / "model"), task="mask")
+    with pytest.raises(PrunerError, match="deberta-v2 has no class for the task image-text-to-text"):
+        lp.load(str(tmp_path / "model"), task="image-text-to-text")
+
+
 def test_models_that_read_no_text_are_refused_with_the_cause():
     torch.manual_seed(0)
     vision = AutoConfig.for_model(

@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ..files import read_json
+from ..logs import log
 
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
@@ -45,19 +46,20 @@ def companions_of(name: str | None, revision: str | None = None) -> Path | None:
 
     Args:
         name: folder or hub id.
-        revision: commit of a hub repository.
+        revision: commit that the model was loaded from, None where it does not come from the hub.
 
     Returns:
-        None for a model that comes from nowhere, and for a hub that cannot be reached.
+        None for a model that comes from nowhere, and for a hub that cannot be reached any more.
     """
-    if not name or name.endswith((".gguf", ".json")):
-        return None
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
+    if not name or revision is None:
+        return None
     try:
         patterns = [*OTHER_FILES, "*_*/config.json", "*_*/model.safetensors"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception:  # not the name of a repository, no network, no access: the model itself is loaded
+    except Exception:  # whatever the network does
+        log.warning("%s: the files of its processor could not be fetched: copy them beside the pruned model", name)
         return None
 
 

@@ -18,7 +18,7 @@ from transformers import (
 from ..errors import PrunerError
 from ..logs import log
 from ..models.dispatch import check_device, spread
-from ..models.tasks import auto_model_class
+from ..models.tasks import auto_model_class, class_for
 from ..progress import Step, without_bars
 from .adapters import merge_adapter
 from .config import untie
@@ -48,6 +48,7 @@ def load(
     token: str | None = None,
     device_map: str | None = None,
     verify: bool = False,
+    task: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model, in eval mode, and its tokenizer.
 
@@ -62,12 +63,15 @@ def load(
         device_map: ``auto`` fills the GPUs with layers, one after the other, and leaves on the CPU what does not fit,
             to be brought in one layer at a time; ``device`` is then ignored.
         verify: first check the folder of a pruned model against the hashes in its plan; others have none.
+        task: load the class of this task, such as ``text-generation``, instead of the class that the checkpoint
+            declares; tensors that this class does not read are named in the log.
 
     Returns:
         Model and tokenizer; the tokenizer is None for a folder without one.
 
     Raises:
-        PrunerError: the model or device does not exist, or the checkpoint is quantized, incomplete or pickled.
+        PrunerError: the model or device does not exist, the checkpoint is quantized, incomplete or pickled, or its
+            architecture has no class for the task.
 
     Example:
         >>> import llm_pruner as lp
@@ -78,10 +82,12 @@ def load(
     path, _ = locate(name)
     options: dict[str, Any] = {"revision": revision, "token": token}
     if is_adapter(path):
-        base = load(base_of(path), dtype, device, trust_remote_code, **options, device_map=device_map, verify=verify)
+        options |= {"device_map": device_map, "verify": verify, "task": task}
+        base = load(base_of(path), dtype, device, trust_remote_code, **options)
         return merge_adapter(*base, path)
     with parsed_once():
-        model = load_model(name, dtype, device, trust_remote_code, **options, device_map=device_map, verify=verify)
+        more: dict[str, Any] = {"device_map": device_map, "verify": verify, "task": task}
+        model = load_model(name, dtype, device, trust_remote_code, **options, **more)
         return model, load_tokenizer(name, trust_remote_code, **options, config=model.config)
 
 
@@ -138,6 +144,7 @@ def load_model(
     token: str | None = None,
     device_map: str | None = None,
     verify: bool = False,
+    task: str | None = None,
 ) -> PreTrainedModel:
     """Load the model alone, as :func:`load` does; no adapters."""
     dtype = torch_dtype(dtype)
@@ -156,7 +163,7 @@ def load_model(
     if gguf is not None:
         common["gguf_file"] = gguf
     with parsed_once(), without_bars(), Step(f"loading {name}"):
-        model, found, shards = _read_model(name, dtype, common)
+        model, found, shards = _read_model(name, dtype, common, task)
     if found["missing_keys"]:
         raise PrunerError(
             f"{name} lacks {len(found['missing_keys'])} tensors of its architecture, such as "
@@ -171,7 +178,7 @@ def load_model(
 
 
 def _read_model(
-    name: str, dtype: str | torch.dtype, common: dict[str, Any]
+    name: str, dtype: str | torch.dtype, common: dict[str, Any], task: str | None
 ) -> tuple[PreTrainedModel, Any, Shards | None]:
     """Read a model with transformers; return it, the loader's report, and its shards if it has any here."""
     path, gguf = locate(name)
@@ -179,6 +186,8 @@ def _read_model(
     kwargs: dict[str, Any] = {"dtype": torch.float32 if gguf and dtype == "auto" else dtype}
     try:
         config = AutoConfig.from_pretrained(path, **common)
+        if task is not None:
+            config.architectures = [class_for(task, config)]
         if gguf is None:
             shards = check_unquantized(name, Path(path), config)
             kwargs["use_safetensors"] = True

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
+from ..errors import PrunerError
+
 TEXT_GENERATION, TEXT_TO_TEXT, FILL_MASK = "text-generation", "text2text-generation", "fill-mask"
 FEATURES, IMAGE_TEXT = "feature-extraction", "image-text-to-text"
 # Tasks in transformers' names, by their auto class and its table of classes (transformers 5.23). A class that is in
@@ -94,6 +96,20 @@ def _loads(task: Task, config: PreTrainedConfig, class_name: str | None) -> bool
     """Return True if a task's auto class gives the named class for a config."""
     classes = getattr(modeling_auto, TASKS[task.name][1]).get(config.model_type, ())
     return class_name in ((classes,) if isinstance(classes, str) else classes)
+
+
+def class_for(task: str, config: PreTrainedConfig) -> str:
+    """Return the class of an architecture for a task.
+
+    Raises:
+        PrunerError: there is no such task, or the architecture has no class for it.
+    """
+    if task not in TASKS:
+        raise PrunerError(f"task {task!r} is not valid: choose from {', '.join(TASKS)}")
+    classes = getattr(modeling_auto, TASKS[task][1]).get(config.model_type, ())
+    for name in (classes,) if isinstance(classes, str) else classes:
+        return str(name)
+    raise PrunerError(f"{config.model_type} has no class for the task {task}")
 
 
 def auto_model_class(config: PreTrainedConfig) -> Any:
