@@ -1,5 +1,6 @@
 """Models of other classes than language models: encoders, classifiers, rewards, embeddings."""
 
+import copy
 import json
 
 import pytest
@@ -31,6 +32,12 @@ CLASSES = {
     "LlamaForSequenceClassification": ("llama", {"num_labels": 1}),
     "Qwen2ForTokenClassification": ("qwen2", {"num_key_value_heads": 2}),
 }
+
+
+@pytest.fixture
+def tokenizer(tokenizer):
+    """A copy, since some tests change it."""
+    return copy.deepcopy(tokenizer)
 
 
 def model_of(name: str, **changes) -> transformers.PreTrainedModel:
