@@ -47,19 +47,31 @@ def model_of(name: str, **changes) -> transformers.PreTrainedModel:
     return getattr(transformers, name)(config).eval()
 
 
+def loaded_in_its_class(model, folder):
+    """The model as `load` gives it from a checkpoint of it."""
+    lp.save(model, None, folder)
+    loaded, _ = lp.load(str(folder))
+    assert type(loaded) is type(model)
+    return loaded
+
+
+def stock_model(model, pruned, plan, folder):
+    """The pruned model as the class of the original reads it from a checkpoint, with no key missing or left over."""
+    lp.save(pruned, None, folder, plan)
+    stock, info = type(model).from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return stock
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_class_stays_and_equals_its_masked_original(name, tmp_path):
     """Neurons by a quarter, in the class that the checkpoint declares; loaded again by that class itself."""
     model = model_of(name)
-    lp.save(model, None, tmp_path / "original")
-    loaded, _ = lp.load(str(tmp_path / "original"))
-    assert type(loaded) is type(model)
+    loaded = loaded_in_its_class(model, tmp_path / "original")
     plan, pruned = pruned_by(loaded, kinds=["neurons"])
     assert lp.verify(loaded, pruned, plan).equivalent
     assert {unit.kind for unit in lp.trace(loaded).units} >= {"neurons", "heads", "vocabulary"}
-    lp.save(pruned, None, tmp_path / "pruned", plan)
-    stock, info = type(model).from_pretrained(tmp_path / "pruned", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    stock = stock_model(model, pruned, plan, tmp_path / "pruned")
     assert stock.num_parameters() == pruned.num_parameters() < model.num_parameters()
     assert task_of_config(stock.config).auto_class == task_of(name).auto_class
 
@@ -221,18 +233,14 @@ def model_with_images(name: str) -> transformers.PreTrainedModel:
 def test_models_that_read_images_keep_all_that_is_not_cut(name, tmp_path):
     """The language tower's heads and neurons go; the other towers are as in the original, to the bit."""
     model = model_with_images(name)
-    lp.save(model, None, tmp_path / "original")
-    loaded, _ = lp.load(str(tmp_path / "original"))
-    assert type(loaded) is type(model)
+    loaded = loaded_in_its_class(model, tmp_path / "original")
     graph = lp.trace(loaded)
     assert all("vision" not in unit.name for unit in graph.units) and not graph.of_kind("hidden")
     scores = lp.score(loaded, graph, tokens(4, 16), kinds=("heads", "neurons"))
     plan = lp.select(graph, scores, 0.5, ("heads", "neurons"))
     pruned = lp.apply(loaded, plan)
     assert lp.verify(loaded, pruned, plan).equivalent
-    lp.save(pruned, None, tmp_path / "pruned", plan)
-    stock, info = type(model).from_pretrained(tmp_path / "pruned", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    stock = stock_model(model, pruned, plan, tmp_path / "pruned")
     kept, before = stock.state_dict(), model.state_dict()
     assert kept.keys() == before.keys()
     assert all(torch.equal(kept[key], before[key]) for key in kept if key not in plan.kept)

@@ -81,13 +81,12 @@ def load(
     """
     path, _ = locate(name)
     options: dict[str, Any] = {"revision": revision, "token": token}
+    of_weights: dict[str, Any] = {"device_map": device_map, "verify": verify, "task": task}
     if is_adapter(path):
-        options |= {"device_map": device_map, "verify": verify, "task": task}
-        base = load(base_of(path), dtype, device, trust_remote_code, **options)
+        base = load(base_of(path), dtype, device, trust_remote_code, **options, **of_weights)
         return merge_adapter(*base, path)
     with parsed_once():
-        more: dict[str, Any] = {"device_map": device_map, "verify": verify, "task": task}
-        model = load_model(name, dtype, device, trust_remote_code, **options, **more)
+        model = load_model(name, dtype, device, trust_remote_code, **options, **of_weights)
         return model, load_tokenizer(name, trust_remote_code, **options, config=model.config)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..models.running import MetaReads, model_inputs, tracing_mode, without_cache
+from ..models.running import MetaReads, forward, model_inputs, tracing_mode, without_cache
 from ..models.skeleton import skeleton
 from ..selection.budgets import BYTES, COUNTS, Budget
 from ..selection.plan import PruningPlan
@@ -24,7 +24,7 @@ def macs(model: PreTrainedModel, tokens: int = 128, batch: int = 1) -> int:
     """
     twin = _meta_twin(model).requires_grad_(False)
     with tracing_mode(twin), FlopCounterMode(display=False) as counter, MetaReads():
-        twin(**model_inputs(twin, _meta_ids(batch, tokens)), **without_cache(twin))
+        forward(twin, _meta_ids(batch, tokens))
     return int(counter.get_total_flops()) // 2
 
 

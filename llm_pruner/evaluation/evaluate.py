@@ -21,7 +21,7 @@ from ..models.skeleton import parameter_count
 from ..models.tasks import predicts_tokens
 from .cost import macs, memory
 from .perplexity import Perplexity, perplexity, windows
-from .similarity import Similarity, outputs, pieces_of, similarity
+from .similarity import Originals, Similarity, pieces_of
 from .speed import Speed, speed
 from .zero_shot import ZeroShot, zero_shot
 
@@ -101,21 +101,18 @@ class Evaluation:
         return self.parameters - self.parts.get("embeddings", 0)
 
 
-Reference = dict[str, list[torch.Tensor]]  # outputs of the first model that was measured, by the name of the text
-
-
 def evaluate_model(
     name: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Measurements,
     *,
-    reference: Reference | None = None,
+    originals: Originals | None = None,
 ) -> Evaluation:
     """Measure a model on the device that it is on.
 
     Args:
-        reference: outputs to compare those of a model with that does not predict tokens; filled with them if empty.
+        originals: what a model that does not predict tokens is compared with; it keeps the first such model's outputs.
 
     Raises:
         PrunerError: a text is too short, a loss is not finite, or a task cannot be had.
@@ -124,9 +121,6 @@ def evaluate_model(
     if settings.tasks and not writes:
         raise PrunerError(f"--tasks needs a language model, and {name} is a {type(model).__name__}")
     perplexities = _measure_perplexities(name, model, tokenizer, settings) if writes else {}  # finds broken weights
-    similarities = (
-        {} if writes else _measure_similarities(model, tokenizer, settings, {} if reference is None else reference)
-    )
     tasks = _run_tasks(model, tokenizer, settings) if settings.tasks else ZeroShot()
     tokens = min(settings.tokens or DEFAULT_TOKENS, context_length(model) or 2**31)
     weight_bytes = sum(p.nbytes for p in model.parameters())
@@ -142,7 +136,7 @@ def evaluate_model(
         speed=speed(model, tokens, settings.batch, new_tokens=settings.new_tokens) if settings.tokens else None,
         tokenizer=digest(sorted(tokenizer.get_vocab().items())),
         samples=_continue_prompts(model, tokenizer, settings) if writes else {},
-        similarity=similarities,
+        similarity={} if writes else _measure_similarities(model, tokenizer, settings, originals or Originals()),
         results=tasks.results,
     )
 
@@ -166,15 +160,10 @@ def _measure_perplexities(
 
 
 def _measure_similarities(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements, reference: Reference
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements, originals: Originals
 ) -> dict[str, Similarity]:
-    results = {}
-    for title, text in settings.texts.items():
-        found = outputs(model, tokenizer, pieces_of(text, settings.max_windows), text_name=title)
-        if title in reference:
-            results[title] = similarity(reference[title], found)
-        reference.setdefault(title, found)
-    return results
+    texts = {title: pieces_of(text, settings.max_windows) for title, text in settings.texts.items()}
+    return originals.compare(model, tokenizer, texts)
 
 
 def _continue_prompts(
@@ -206,9 +195,9 @@ def evaluate_models(
         load: returns model and tokenizer of a name.
     """
     evaluations = []
-    reference: Reference = {}
+    originals = Originals()
     for name in names:
-        evaluations.append(evaluate_model(name, *load(name), settings, reference=reference))
+        evaluations.append(evaluate_model(name, *load(name), settings, originals=originals))
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
 from ..models.blockwise import Compute, computing
-from ..models.running import context_length, evaluating, main_output, model_inputs, without_cache
-from ..models.tasks import FEATURES, task_of
+from ..models.running import context_length, evaluating, forward, main_output
+from ..models.tasks import FEATURES, task_name
 from ..progress import track
 
 PIECE = 400  # characters
@@ -73,9 +74,7 @@ def outputs(
     with evaluating(model), computing(model, compute) as used:
         for piece in track(pieces, f"outputs on {text_name}"):
             ids = tokenizer(piece, truncation=True, max_length=longest, return_tensors="pt")["input_ids"]
-            output = (
-                main_output(model(**model_inputs(model, ids.to(used.device)), **without_cache(model)))[0].float().cpu()
-            )
+            output = main_output(forward(model, ids.to(used.device)))[0].float().cpu()
             if not bool(output.isfinite().all()):
                 raise PrunerError(f"the outputs of {model.name_or_path or type(model).__name__} are not finite")
             found.append(_comparable(model, output))
@@ -83,12 +82,12 @@ def outputs(
 
 
 def _comparable(model: PreTrainedModel, output: torch.Tensor) -> torch.Tensor:
-    task = task_of(type(model).__name__)
-    if task is not None and task.name == FEATURES:
+    task = task_name(model)
+    if task == FEATURES:
         return output.mean(dim=0)
     if output.shape == (1,):
         return output
-    return output.argmax(dim=0 if task is not None and task.name == "question-answering" else -1)
+    return output.argmax(dim=0 if task == "question-answering" else -1)
 
 
 def similarity(expected: list[torch.Tensor], found: list[torch.Tensor]) -> Similarity:
@@ -110,6 +109,35 @@ def similarity(expected: list[torch.Tensor], found: list[torch.Tensor]) -> Simil
         alike = [(one == other).double().flatten() for one, other in pairs]
         agreement = torch.cat(alike).mean().item()
     return Similarity(cosine=cosine, agreement=agreement, pieces=len(pairs))
+
+
+class Originals:
+    """Outputs of the first model that is measured on each text, with which those of later models are compared."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[str, list[torch.Tensor]] = {}
+
+    def compare(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Mapping[str, list[str]],
+        *,
+        compute: Compute | None = None,
+    ) -> dict[str, Similarity]:
+        """Return the similarity of a model on each text; keep its outputs, and return none, where it is the first.
+
+        Args:
+            texts: pieces of every text, by its name.
+        """
+        results = {}
+        for name, pieces in texts.items():
+            found = outputs(model, tokenizer, pieces, compute=compute, text_name=name)
+            if name in self._outputs:
+                results[name] = similarity(self._outputs[name], found)
+            else:
+                self._outputs[name] = found
+        return results
 
 
 def _share_of_pairs(expected: torch.Tensor, found: torch.Tensor) -> float | None:

@@ -273,22 +273,19 @@ def _trace_on(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str,
 
 def _tie_ends(model: nn.Module, columns: Dim, vocabulary: Dim) -> None:
     """Make the output's columns and the vocabulary one axis, where an id means one token on both ends."""
-    if has_token_logits(model) and size_of(columns) == size_of(vocabulary):
+    of_tokens = has_token_logits(model)
+    if of_tokens and size_of(columns) == size_of(vocabulary):
         unify(columns, vocabulary)
         return
     freeze(columns, "the output of the model")
-    if has_token_logits(model):
+    if of_tokens:
         freeze(vocabulary, "the output has another size")
 
 
 def _freeze_what_images_reach(model: nn.Module, named: dict[str, torch.Tensor], dims: dict[str, list[Dim]]) -> None:
     """Freeze the hidden axis of a model that also reads images or audio: a projector that no text runs writes to it."""
-    towers = [
-        one
-        for one in ("vision_config", "audio_config")
-        if getattr(getattr(model, "config", None), one, None) is not None
-    ]
-    if towers:
+    config = getattr(model, "config", None)
+    if any(getattr(config, tower, None) is not None for tower in ("vision_config", "audio_config")):
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
         name = next(name for name, tensor in named.items() if tensor is embedding)
         freeze(dims[name][1], "images or audio are written to it by a projector, and only text is traced")

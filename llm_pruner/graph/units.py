@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..display import Cells, amount, html_table, percent, plot_shares
+from ..models.constructors import refusal
 from ..models.layers import LayerLocator
 from ..models.per_layer import Constant, layer_lists
 from ..models.running import stored_tensors
@@ -291,11 +292,7 @@ def _hidden_multiple(model: nn.Module, size: int) -> int:
         inner.hidden_size = size - 1
     except Exception:  # no config, one that is refused as it is, or whose heads differ by layer, says nothing
         return 1
-    try:
-        config.validate()
-    except Exception:
-        return heads
-    return 1
+    return heads if refusal(config) else 1
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

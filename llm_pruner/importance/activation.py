@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import PrunerError
 from ..models.blockwise import Compute, native_compute, standing_in
-from ..models.running import evaluating, implementations, model_inputs, without_cache
+from ..models.running import evaluating, forward, implementations
 from ..progress import track
 from .aggregate import reduce_to
 from .scores import Dims, Salience
@@ -81,7 +81,7 @@ def read(model: nn.Module, calibration: torch.Tensor, visit: Visit, compute: Com
     # Experts as a loop over views of their weights: that says what each of them reads.
     with evaluating(model), implementations(model, experts="eager"), stand_ins, readers:
         for ids in track(calibration.to(compute.device).split(SAMPLES_PER_PASS), "scoring, forward passes"):
-            model(**model_inputs(model, ids), **without_cache(model))
+            forward(model, ids)
 
 
 @dataclass

@@ -34,7 +34,7 @@ from ..models.hooks import forward_hooks
 from ..models.layers import hidden_in, hidden_out
 from ..models.loss import total_loss
 from ..models.per_layer import layer_lists
-from ..models.running import evaluating, model_inputs, without_cache
+from ..models.running import evaluating, forward
 from ..progress import track
 
 TOKENS_PER_PASS = 2048  # in a forward pass
@@ -177,7 +177,7 @@ def _cosine(stack: LayerStack) -> torch.Tensor:
         tokens += output[..., 0].numel()
         for i in stack.free:
             with cached.without({i}, i) as states:
-                stack.model(**model_inputs(stack.model, ids), **without_cache(stack.model))
+                forward(stack.model, ids)
             similarity[i] += cosine_similarity(states[-1].double(), output, dim=-1).sum().item()
     return stack.scores({i: 1 - value / tokens for i, value in similarity.items()})
 

@@ -44,3 +44,12 @@ def fields_of(config: PreTrainedConfig | None) -> dict[str, Any]:
         elif not name.startswith("_"):
             out[name] = value
     return out
+
+
+def refusal(config: PreTrainedConfig) -> str:
+    """Return why a config refuses its own values, "" if it does not."""
+    try:
+        config.validate()
+    except Exception as error:  # validators raise what they like
+        return " ".join(str(error).split())
+    return ""

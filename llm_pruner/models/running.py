@@ -149,10 +149,15 @@ def main_output(output: Any) -> torch.Tensor:
     return cast(torch.Tensor, output[0])
 
 
+def forward(model: nn.Module, ids: torch.Tensor) -> Any:
+    """Run a model on token ids ``[rows, tokens]`` without a cache; return its output."""
+    return model(**model_inputs(model, ids), **without_cache(model))
+
+
 @torch.no_grad()
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Return a model's :func:`main_output` in fp32."""
-    return main_output(model(**model_inputs(model, ids), **without_cache(model))).float()
+    return main_output(forward(model, ids)).float()
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -41,22 +41,30 @@ class Task:
     """A task of transformers.
 
     Attributes:
-        name: such as ``text-classification``.
-        auto_class: name of the class that loads models for it.
+        name: one of :data:`TASKS`.
     """
 
     name: str
-    auto_class: str
+
+    @property
+    def auto_class(self) -> str:
+        """Name of the class of transformers that loads models for the task."""
+        return TASKS[self.name][0]
+
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Return the classes for the task, by the type of the model."""
+        table = getattr(modeling_auto, TASKS[self.name][1])
+        return {kind: (found,) if isinstance(found, str) else found for kind, found in table.items()}
 
 
 @cache
 def _by_class() -> dict[str, Task]:
     """Return the task of every class of transformers."""
     tasks: dict[str, Task] = {}
-    for name, (auto_class, table) in TASKS.items():
-        for classes in getattr(modeling_auto, table).values():
-            for one in (classes,) if isinstance(classes, str) else classes:
-                tasks.setdefault(one, Task(name=name, auto_class=auto_class))
+    for task in (Task(name=name) for name in TASKS):
+        for classes in task.classes().values():
+            for one in classes:
+                tasks.setdefault(one, task)
     return tasks
 
 
@@ -67,6 +75,12 @@ def task_of(class_name: str) -> Task | None:
     ('token-classification', 'AutoModelForCausalLM')
     """
     return _by_class().get(class_name)
+
+
+def task_name(model: nn.Module) -> str | None:
+    """Return the name of a model's task, None for a class that transformers does not know."""
+    task = task_of(type(model).__name__)
+    return None if task is None else task.name
 
 
 def declared_class(config: PreTrainedConfig) -> str | None:
@@ -83,19 +97,12 @@ def task_of_config(config: PreTrainedConfig) -> Task:
     """
     declared = declared_class(config)
     task = task_of(declared) if declared else None
-    if task is not None and _loads(task, config, declared):
+    if task is not None and declared in task.classes().get(config.model_type, ()):
         return task
     for name, (auto_class, _) in TASKS.items():
         if str((getattr(config, "auto_map", None) or {}).get(auto_class, "")).rpartition(".")[2] == (declared or " "):
-            return Task(name=name, auto_class=auto_class)
-    name = TEXT_TO_TEXT if config.is_encoder_decoder else TEXT_GENERATION
-    return Task(name=name, auto_class=TASKS[name][0])
-
-
-def _loads(task: Task, config: PreTrainedConfig, class_name: str | None) -> bool:
-    """Return True if a task's auto class gives the named class for a config."""
-    classes = getattr(modeling_auto, TASKS[task.name][1]).get(config.model_type, ())
-    return class_name in ((classes,) if isinstance(classes, str) else classes)
+            return Task(name=name)
+    return Task(name=TEXT_TO_TEXT if config.is_encoder_decoder else TEXT_GENERATION)
 
 
 def class_for(task: str, config: PreTrainedConfig) -> str:
@@ -106,10 +113,10 @@ def class_for(task: str, config: PreTrainedConfig) -> str:
     """
     if task not in TASKS:
         raise PrunerError(f"task {task!r} is not valid: choose from {', '.join(TASKS)}")
-    classes = getattr(modeling_auto, TASKS[task][1]).get(config.model_type, ())
-    for name in (classes,) if isinstance(classes, str) else classes:
-        return str(name)
-    raise PrunerError(f"{config.model_type} has no class for the task {task}")
+    classes = Task(name=task).classes().get(config.model_type)
+    if not classes:
+        raise PrunerError(f"{config.model_type} has no class for the task {task}")
+    return classes[0]
 
 
 def auto_model_class(config: PreTrainedConfig) -> Any:
@@ -119,11 +126,9 @@ def auto_model_class(config: PreTrainedConfig) -> Any:
 
 def has_token_logits(model: nn.Module) -> bool:
     """Return True if the last dim of a model's output is its vocabulary."""
-    task = task_of(type(model).__name__)
-    return task is None or task.name in (*OF_TOKENS, FILL_MASK, "pretraining")
+    return task_name(model) in (None, *OF_TOKENS, FILL_MASK, "pretraining")
 
 
 def predicts_tokens(model: nn.Module) -> bool:
     """Return True for a language model: its logits are those of the next tokens, and it has a perplexity."""
-    task = task_of(type(model).__name__)
-    return task is None or task.name in OF_TOKENS
+    return task_name(model) in (None, *OF_TOKENS)

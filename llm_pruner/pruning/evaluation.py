@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import text
-from ..evaluation.evaluate import PROMPTS, Reference
+from ..evaluation.evaluate import PROMPTS
 from ..evaluation.perplexity import check_length, perplexity, windows
-from ..evaluation.similarity import outputs, pieces_of, similarity
+from ..evaluation.similarity import Originals, pieces_of
 from ..logs import log
-from ..models.blockwise import Compute, computing, native_compute
+from ..models.blockwise import computing, native_compute
 from ..models.generate import Sampling, continue_text
 from ..models.tasks import predicts_tokens
 from .context import Stopwatch
@@ -47,14 +47,13 @@ def evaluate_model(
     *,
     when: str,
     clock: Stopwatch,
-    reference: Reference,
+    originals: Originals,
 ) -> dict[str, Any]:
     """Return the perplexity on every text and, where asked for, continuations of LLM-Pruner's kind of prompts.
 
     Args:
         texts: from :func:`evaluation_windows`.
-        reference: outputs before pruning of a model that does not predict tokens, by text: filled before pruning, and
-            compared with after it.
+        originals: keeps the outputs before pruning of a model that does not predict tokens, for those after it.
     """
     evaluation = settings.evaluation
     compute = native_compute(model).on(torch.device(evaluation.device))
@@ -63,7 +62,12 @@ def evaluate_model(
     metrics: dict[str, Any] = {"perplexity": {}}
     if not predicts_tokens(model):
         with clock("outputs"):
-            return metrics | {"similarity": _compare_outputs(model, tokenizer, texts, reference, compute)}
+            similarities = originals.compare(model, tokenizer, texts, compute=compute)
+        metrics["similarity"] = {name: asdict(result) for name, result in similarities.items()}
+        for name, values in metrics["similarity"].items():
+            said = [f"{key} {values[key]:.4f}" for key in ("cosine", "agreement") if values[key] is not None]
+            log.info("outputs against the original's on %s: %s", name, ", ".join(said))
+        return metrics
     if evaluation.generate_before if when.startswith("before") else evaluation.generate_after:
         with clock("generate"), computing(model, compute):
             metrics["samples"] = [_sample(settings, model, tokenizer, prompt) for prompt in PROMPTS]
@@ -74,26 +78,6 @@ def evaluate_model(
             result = perplexity(model, ids, compute=compute, text_name=name)
         metrics["perplexity"][name] = asdict(result)
         log.info("perplexity %s on %s: %.4f (%d tokens)", when, name, result.perplexity, result.tokens)
-    return metrics
-
-
-def _compare_outputs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: dict[str, Any],
-    reference: Reference,
-    compute: Compute,
-) -> dict[str, Any]:
-    """Return how alike outputs are to those in ``reference``, by text; put them there if it has none."""
-    metrics = {}
-    for name, pieces in texts.items():
-        found = outputs(model, tokenizer, pieces, compute=compute, text_name=name)
-        if name not in reference:
-            reference[name] = found
-            continue
-        metrics[name] = asdict(similarity(reference[name], found))
-        said = [f"{key} {metrics[name][key]:.4f}" for key in ("cosine", "agreement") if metrics[name][key] is not None]
-        log.info("outputs against the original's on %s: %s", name, ", ".join(said))
     return metrics
 
 

@@ -30,9 +30,9 @@ from ..checkpoint.unread import UNREAD, unread_tensors
 from ..choices import DEFAULT_MODEL
 from ..display import amount, html_table
 from ..errors import PrunerError
-from ..evaluation.evaluate import Reference
 from ..evaluation.latency import latency
 from ..evaluation.shared_texts import CALIBRATED_ON, warn_of_shared_texts
+from ..evaluation.similarity import Originals
 from ..files import complete_folder, folder_for_run, same_folder, strict_json
 from ..flags import check_combinations
 from ..importance.scores import SCORES_FILE, Scores
@@ -206,8 +206,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
         warn_of_shared_texts([settings.calibration.dataset], settings.evaluation.datasets)
     windows = evaluation_windows(settings.evaluation, model, tokenizer)
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
-    reference: Reference = {}
-    measure = partial(evaluate_model, settings, texts=windows, clock=clock, reference=reference)
+    measure = partial(evaluate_model, settings, texts=windows, clock=clock, originals=Originals())
     metrics["before"] = measure(model, tokenizer, when="before pruning")
     _move_to(settings.model, model, settings.model.device)
     ids = None

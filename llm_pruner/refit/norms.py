@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..graph.units import trace
 from ..models.blockwise import computing
 from ..models.hooks import forward_hooks
-from ..models.running import check_calibration, evaluating, model_inputs, without_cache
+from ..models.running import check_calibration, evaluating, forward
 from ..progress import track
 from ..selection.plan import PruningPlan, name_after
 
@@ -63,7 +63,7 @@ def rescale_norms(
         computing(model) as compute,
     ):
         for ids in track(calibration.to(compute.device).split(SAMPLES_PER_PASS), "rescaling norms"):
-            model(**model_inputs(model, ids), **without_cache(model))
+            forward(model, ids)
     factors: dict[str, float] = {}
     for path, (_, narrow) in norms.items():
         factor = products[path].factor

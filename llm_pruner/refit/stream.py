@@ -14,7 +14,7 @@ from ..models.blockwise import computing, native_compute
 from ..models.hooks import forward_hooks
 from ..models.layers import hidden_in, hidden_out
 from ..models.per_layer import layer_lists
-from ..models.running import evaluating, model_inputs, without_cache
+from ..models.running import evaluating, forward
 from ..progress import track
 
 PROBE_TOKENS = 16  # tokens on which projections are probed
@@ -61,7 +61,7 @@ class ResidualStream:
             forward_hooks(before=[(layer, record) for layer in self.layers], with_kwargs=True, prepend=True),
             forward_hooks([(self.layers[-1], record_last)]),
         ):
-            model(**model_inputs(model, ids), **without_cache(model))
+            forward(model, ids)
         self._calls.append(calls)
         return ends["first"], ends["last"]
 

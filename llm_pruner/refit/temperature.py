@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..models.blockwise import computing, native_compute, standing_in
 from ..models.per_layer import layer_lists
-from ..models.running import evaluating, logits, model_inputs
+from ..models.running import evaluating, forward, logits
 from ..models.tasks import predicts_tokens
 from ..progress import track
 
@@ -35,9 +35,7 @@ def scale_logits(model: PreTrainedModel, pruned: PreTrainedModel, ids: torch.Ten
     losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
     with evaluating(model), evaluating(pruned), computing(model) as compute, computing(pruned):
         for row in track(ids.to(compute.device).split(1), "scaling logits"):
-            expected, present = (
-                m(**model_inputs(m, row), use_cache=False).logits[0, :-1].float() for m in (model, pruned)
-            )
+            expected, present = (forward(m, row).logits[0, :-1].float() for m in (model, pruned))
             # The cross-entropy against p of logits f z is log sum exp(f z) - f <p, z>.
             agreement = (expected.softmax(-1) * present).sum().double().cpu()
             for i, factor in enumerate(TEMPERATURES):

@@ -13,15 +13,7 @@ from transformers import PreTrainedModel
 
 from ..graph.units import CouplingGraph, trace
 from ..models.blockwise import native_compute, standing_in
-from ..models.running import (
-    main_output,
-    model_inputs,
-    random_tokens,
-    relative_difference,
-    stored_tensors,
-    tracing_mode,
-    without_cache,
-)
+from ..models.running import forward, main_output, random_tokens, relative_difference, stored_tensors, tracing_mode
 from ..selection.plan import PruningPlan
 from .slicing import check_fits, mask
 
@@ -147,8 +139,7 @@ def _changed_logits(
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     with tracing_mode(model), standing_in(model, stand_in):
-        inputs = model_inputs(model, ids.to(compute.device))
-        return main_output(model(**inputs, **without_cache(model))).double().cpu()
+        return main_output(forward(model, ids.to(compute.device))).double().cpu()
 
 
 AVERAGES = ("mean", "var", "std", "var_mean")

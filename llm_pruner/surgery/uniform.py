@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PrunerError
 from ..graph.units import CouplingGraph, Unit, trace
 from ..models.blockwise import native_compute
+from ..models.constructors import refusal
 from ..models.per_layer import CONSTANTS, SUBMODULES, global_config, has_per_layer_widths, overrides_of
 from ..models.running import random_tokens, relative_difference
 from ..models.skeleton import canonical_names, skeleton
@@ -83,29 +84,20 @@ def _with_valid_heads(config: PreTrainedConfig) -> PreTrainedConfig:
     Raises:
         PrunerError: it refuses its values whatever the number of heads.
     """
-    refused = _refusal(config)
+    refused = refusal(config)
     if not refused:
         return config
     text = config.get_text_config()
     heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    for more in range(groups + 1, text.hidden_size + 1):
+    for more in range(groups + 1, text.hidden_size + 1) if heads % groups == 0 else ():
         wider = copy.deepcopy(config)
         inner = wider.get_text_config()
         inner.num_attention_heads = more * (heads // groups)
         if hasattr(inner, "num_key_value_heads"):
             inner.num_key_value_heads = more
-        if heads % groups == 0 and not _refusal(wider):
+        if not refusal(wider):
             return wider
     raise PrunerError(f"the config refuses layers as wide as the widest: {refused}")
-
-
-def _refusal(config: PreTrainedConfig) -> str:
-    """Return why a config refuses its own values, "" if it does not."""
-    try:
-        config.validate()
-    except Exception as error:  # validators raise what they like
-        return " ".join(str(error).split())
-    return ""
 
 
 def _places(

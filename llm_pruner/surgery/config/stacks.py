@@ -17,7 +17,7 @@ from ...models.constructors import fields_of
 from ...models.hooks import forward_hooks
 from ...models.layers import is_below
 from ...models.per_layer import CONSTANTS, SUBMODULES, layer_lists, overrides_of, set_field
-from ...models.running import MetaReads, model_inputs, tracing_mode, without_cache
+from ...models.running import MetaReads, forward, tracing_mode
 from ...models.skeleton import skeleton
 from ...selection.plan import PruningPlan, name_after
 
@@ -157,7 +157,7 @@ def _outputs(model: PreTrainedModel, path: str) -> int:
     twin = skeleton(type(model), model.config)
     ids = torch.ones(1, 4, dtype=torch.long, device="meta")
     with tracing_mode(twin), MetaReads(), forward_hooks([(twin.get_submodule(path), count)]):
-        twin(**model_inputs(twin, ids), **without_cache(twin))
+        forward(twin, ids)
     return lengths[0]
 
 
