@@ -35,6 +35,7 @@ def child(folder: str, log: str, limits: dict[str, int], argv: list[str]) -> int
     os.dup2(out, 2)
     sys.stdin.close()
     torch.set_num_threads(1)
+    sys.dont_write_bytecode = True  # Python keeps a module's bytecode even where a limit cut it short
     for name, value in limits.items():
         if name == "CLOCK":
             clock_that_jumps(value)
