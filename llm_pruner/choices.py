@@ -7,6 +7,7 @@ from typing import Literal
 DEFAULT_MODEL = "smollm2-135m"
 GENERAL, PYTHON_DOCS = EMBEDDED_TEXTS = ("general", "python-docs")  # texts that the package brings
 SELF = "self"  # calibration text that the model writes itself
+SYNTHETIC = "synthetic"  # random images or sounds
 ADAPTER_METHODS = ("lora", "dora")  # methods of recovery that train an adapter
 
 Kind = Literal["heads", "query_heads", "neurons", "experts", "hidden", "channels", "layers", "vocabulary"]
@@ -17,6 +18,7 @@ LayerCriterion = Literal["last", "spaced_middle", "block_influence", "cosine", "
 Normalizer = Literal["none", "mean", "sqrt"]
 Compensation = Literal["none", "least_squares", "bias"]
 Preset = Literal["best", "paper"]
+Tower = Literal["language", "vision", "audio", "all"]
 
 # Flags that name a shape whatever an architecture calls its fields, and the kind of unit that each counts.
 SHAPE: dict[str, Kind] = {

@@ -15,7 +15,7 @@ from llm_pruner.checkpoint import on_disk as files_of_tensors
 from llm_pruner.checkpoint.apply_files import apply_to_files
 from llm_pruner.checkpoint.load import load_with_tokenizer
 from llm_pruner.cli import main
-from llm_pruner.models.running import random_tokens
+from llm_pruner.models.inputs import example_inputs
 
 REMOTE = Path(__file__).parent / "fixtures" / "remote_code"
 
@@ -122,7 +122,7 @@ def test_code_and_companions_of_a_checkpoint_go_with_it(kinds, remote, tmp_path)
     ]
     assert (folder / "LICENSE").read_text() == "mine"
     loaded = lp.load(str(folder), trust_remote_code=True)[0]
-    ids = random_tokens(pruned)
+    ids = example_inputs(pruned)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, pruned(ids).logits)
     apply_to_files(plan, str(remote), folder, trust_remote_code=True)  # a checkpoint of ours, and so replaced

@@ -16,7 +16,8 @@ import llm_pruner as lp
 from llm_pruner.checkpoint.config import meta_model
 from llm_pruner.cli import main
 from llm_pruner.graph.permutation import check_permutation
-from llm_pruner.models.running import random_tokens, relative_difference
+from llm_pruner.models.inputs import example_inputs
+from llm_pruner.models.running import relative_difference
 from llm_pruner.selection.plan import PruningPlan
 
 REMOTE = Path(__file__).parent / "fixtures" / "remote_code"
@@ -307,7 +308,7 @@ def test_remote_code_is_pruned_and_saved_with_its_code(remote_model, tmp_path):
     assert len(graph.of_kind("heads")) == len(graph.of_kind("neurons")) == 3
     assert len(graph.of_kind("query_heads")) == 3
     assert all(check_permutation(model, u).passed for u in graph.of_kind("heads", "neurons", "hidden"))
-    ids = random_tokens(model)
+    ids = example_inputs(model)
     for number, options in enumerate(({}, {"layers": [1]}, {"kinds": ["hidden"]})):
         plan, pruned = pruned_by(model, **options)
         if "kinds" not in options:

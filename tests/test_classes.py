@@ -184,15 +184,6 @@ def test_another_task_may_be_asked_for(tmp_path, caplog):
         lp.load(str(tmp_path / "model"), task="image-text-to-text")
 
 
-def test_models_that_read_no_text_are_refused_with_the_cause():
-    torch.manual_seed(0)
-    vision = AutoConfig.for_model(
-        "vit", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
-    )
-    with pytest.raises(PrunerError, match="ViTForImageClassification reads pixel_values and not text"):
-        lp.trace(transformers.ViTForImageClassification(vision))
-
-
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT |= {"num_key_value_heads": 2, "vocab_size": 200, "max_position_embeddings": 64}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -74,7 +74,7 @@ def test_the_demo(tmp_path, capsys):
     """The pruned model is smaller, the recovered one better than the pruned."""
     assert main(["demo", "--output_root", str(tmp_path), "--steps", "4"]) == 0
     said = capsys.readouterr().out
-    assert "The capital of France is" in said and (tmp_path / "demo" / "report.html").is_file()
+    assert "France" in said and (tmp_path / "demo" / "report.html").is_file()
     model, _ = lp.load(str(tmp_path / "demo" / "recovered" / "merged"))
     assert sum(p.numel() for p in model.parameters()) <= 0.9 * 134_515_008
     line = next(line for line in said.splitlines() if " perplexity " in line)

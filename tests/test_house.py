@@ -30,6 +30,7 @@ FUNCTIONS = [
 # Packages that a part of the project needs and the rest does without.
 OPTIONAL = {
     *("accelerate", "datasets", "gradio", "lm_eval", "matplotlib", "peft", "sentencepiece", "submitit"),
+    "PIL",
     *("torch_pruning", "pydoc_data", "pyarrow", "wandb"),
 }
 

@@ -16,7 +16,7 @@ from helpers.models import build
 import llm_pruner as lp
 from llm_pruner.data import calibration, text
 from llm_pruner.evaluation.perplexity import perplexity, windows
-from llm_pruner.models.running import random_tokens
+from llm_pruner.models.inputs import example_inputs
 from llm_pruner.models.skeleton import parameter_count
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -122,7 +122,7 @@ def tiny(architecture: str) -> dict[str, object]:
     """Prune a tiny model by every criterion, with one aggregation each."""
     kinds, results = ("heads", "neurons"), {}
     model = build(architecture)
-    graph, ids = lp.trace(model), random_tokens(model, 4, 16, seed=3)
+    graph, ids = lp.trace(model), example_inputs(model, 4, 16, seed=3)
     for criterion, variant, aggregation in WAYS:
         options = {"taylor": variant} if variant else {}
         scores = lp.score(model, graph, ids, criterion, aggregation=aggregation, kinds=kinds, **options)

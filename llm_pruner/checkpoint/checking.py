@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import transformers
 from transformers import PreTrainedConfig
 
 from ..errors import PrunerError, Unavailable
@@ -22,7 +23,7 @@ def check_model(name: str, trust_remote_code: bool = False, *, tokenizer: bool =
     """Refuse a model that cannot be loaded, without reading a weight; return its config.
 
     Args:
-        tokenizer: refuse a folder without one.
+        tokenizer: refuse the folder of a model that reads text without one.
 
     Raises:
         PrunerError: the model does not exist, or its folder lacks weights or a tokenizer.
@@ -46,9 +47,15 @@ def check_model(name: str, trust_remote_code: bool = False, *, tokenizer: bool =
     if (Path(path) / INDEX).is_file():
         shard_files(Path(path))
     check_unquantized(name, Path(path), config)
-    if tokenizer and not any(any(Path(path).glob(pattern)) for pattern in TOKENIZERS):
+    if tokenizer and needs_tokenizer(config) and not any(any(Path(path).glob(pattern)) for pattern in TOKENIZERS):
         raise Unavailable(f"{name} has no tokenizer: put the original's files there ({TOKENIZERS[0]} and others)")
     return config
+
+
+def needs_tokenizer(config: PreTrainedConfig) -> bool:
+    """Return True if the class that a config declares reads text."""
+    model_class = getattr(transformers, declared_class(config) or "", None)
+    return getattr(model_class, "main_input_name", "input_ids") == "input_ids"
 
 
 def check_language_model(config: PreTrainedConfig, name: str, needed_by: str) -> None:

@@ -8,6 +8,7 @@ from ..checkpoint.checking import check_language_model, check_model
 from ..data import check_text
 from ..files import check_file
 from ..inputs import InputCheck
+from ..media import check_dataset
 from .arguments import EvaluateArguments, PerplexityArguments
 from .run import task_names
 from .zero_shot import check_task_data, check_tasks
@@ -23,7 +24,7 @@ def check_evaluation_inputs(arguments: EvaluateArguments, check: InputCheck) -> 
                     check_language_model(config, name, "--tasks")
     for name in arguments.datasets:
         with check.flag("datasets", name):
-            check_text(name, "test")
+            check_dataset(name, "test")
     if arguments.tasks:
         tasks = task_names(arguments)
         with check.flag("tasks", ",".join(arguments.tasks)):

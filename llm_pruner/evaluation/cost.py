@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from ..models.inputs import example_inputs, share_inputs
 from ..models.running import MetaReads, forward, model_inputs, tracing_mode, without_cache
 from ..models.skeleton import skeleton
 from ..selection.budgets import BYTES, COUNTS, Budget
@@ -24,7 +25,7 @@ def macs(model: PreTrainedModel, tokens: int = 128, batch: int = 1) -> int:
     """
     twin = _meta_twin(model).requires_grad_(False)
     with tracing_mode(twin), FlopCounterMode(display=False) as counter, MetaReads():
-        forward(twin, _meta_ids(batch, tokens))
+        forward(twin, example_inputs(twin, batch, tokens))
     return int(counter.get_total_flops()) // 2
 
 
@@ -34,7 +35,7 @@ def memory(model: PreTrainedModel, tokens: int = 2048, batch: int = 1) -> int:
     twin = _meta_twin(model)
     with tracing_mode(twin), MetaReads():
         caching = {"use_cache": True} if without_cache(twin) else {}
-        cache = twin(**model_inputs(twin, _meta_ids(batch, tokens)), **caching).get("past_key_values")
+        cache = twin(**model_inputs(twin, example_inputs(twin, batch, tokens)), **caching).get("past_key_values")
     weights = sum(p.nbytes for p in model.parameters())
     return weights + sum(t.nbytes for t in _tensors_in(cache))
 
@@ -62,11 +63,8 @@ def _meta_twin(model: PreTrainedModel) -> PreTrainedModel:
     if model.device.type == "meta":
         return model
     twin: Any = skeleton(type(model), model.config)
+    share_inputs(twin, model)
     return twin.to(model.dtype).eval()
-
-
-def _meta_ids(batch: int, tokens: int) -> torch.Tensor:
-    return torch.ones(batch, tokens, dtype=torch.long, device="meta")
 
 
 def _tensors_in(value: Any, visited: set[int] | None = None) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import PrunerError
 from ..files import digest
 from ..models.generate import continue_text
+from ..models.inputs import input_embedding, reads_text_only
 from ..models.layers import LayerLocator
 from ..models.per_layer import layer_lists
 from ..models.running import context_length
@@ -21,7 +22,7 @@ from ..models.skeleton import parameter_count
 from ..models.tasks import predicts_tokens
 from .cost import macs, memory
 from .perplexity import Perplexity, perplexity, windows
-from .similarity import Originals, Similarity, pieces_of
+from .similarity import Originals, Similarity, media_of, pieces_of
 from .speed import Speed, speed
 from .zero_shot import ZeroShot, zero_shot
 
@@ -40,6 +41,7 @@ class Measurements:
 
     Attributes:
         texts: texts by name, for perplexity.
+        media: folders of images or sounds, for models that read these.
         seq_len, stride, max_windows: how texts are cut into windows; see :func:`~.perplexity.windows`.
         batch_size: windows or requests per forward pass; None: as many as fit.
         tasks: names of lm-eval's tasks.
@@ -50,6 +52,7 @@ class Measurements:
     """
 
     texts: Mapping[str, str] = field(default_factory=dict)
+    media: tuple[str, ...] = ()
     seq_len: int = 128
     stride: int | None = None
     max_windows: int | None = None
@@ -104,7 +107,7 @@ class Evaluation:
 def evaluate_model(
     name: str,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     settings: Measurements,
     *,
     originals: Originals | None = None,
@@ -120,8 +123,13 @@ def evaluate_model(
     writes = predicts_tokens(model)
     if settings.tasks and not writes:
         raise PrunerError(f"--tasks needs a language model, and {name} is a {type(model).__name__}")
-    perplexities = _measure_perplexities(name, model, tokenizer, settings) if writes else {}  # finds broken weights
-    tasks = _run_tasks(model, tokenizer, settings) if settings.tasks else ZeroShot()
+    if tokenizer is None and reads_text_only(model):
+        raise PrunerError(f"{name} has no tokenizer: put the original's files there")
+    if settings.media and reads_text_only(model):
+        raise PrunerError(f"{name} reads text and no images or sounds: name texts instead of {settings.media[0]}")
+    for_text = cast(PreTrainedTokenizerBase, tokenizer)
+    perplexities = _measure_perplexities(name, model, for_text, settings) if writes else {}  # finds broken weights
+    tasks = _run_tasks(model, for_text, settings) if settings.tasks else ZeroShot()
     tokens = min(settings.tokens or DEFAULT_TOKENS, context_length(model) or 2**31)
     weight_bytes = sum(p.nbytes for p in model.parameters())
     return Evaluation(
@@ -134,8 +142,8 @@ def evaluate_model(
         perplexity=perplexities,
         tasks=tasks.tasks,
         speed=speed(model, tokens, settings.batch, new_tokens=settings.new_tokens) if settings.tokens else None,
-        tokenizer=digest(sorted(tokenizer.get_vocab().items())),
-        samples=_continue_prompts(model, tokenizer, settings) if writes else {},
+        tokenizer=digest(sorted(tokenizer.get_vocab().items())) if tokenizer is not None else "",
+        samples=_continue_prompts(model, for_text, settings) if writes else {},
         similarity={} if writes else _measure_similarities(model, tokenizer, settings, originals or Originals()),
         results=tasks.results,
     )
@@ -160,8 +168,11 @@ def _measure_perplexities(
 
 
 def _measure_similarities(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements, originals: Originals
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: Measurements, originals: Originals
 ) -> dict[str, Similarity]:
+    if not reads_text_only(model):
+        media = media_of((*settings.media, *settings.texts), model, settings.max_windows)
+        return originals.compare(model, tokenizer, media)
     texts = {title: pieces_of(text, settings.max_windows) for title, text in settings.texts.items()}
     return originals.compare(model, tokenizer, texts)
 
@@ -186,7 +197,7 @@ def _run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setti
 
 def evaluate_models(
     names: Iterable[str],
-    load: Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    load: Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase | None]],
     settings: Measurements,
 ) -> list[Evaluation]:
     """Measure models one after the other: each is loaded, measured and dropped before the next.
@@ -206,8 +217,8 @@ def evaluate_models(
 
 def count_parts(model: PreTrainedModel) -> dict[str, int]:
     """Count the parameters of the embeddings, of an untied head, and of the modules that layers consist of."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    part_of = {id(p): "embeddings" for p in embeddings.parameters()}
+    embeddings, head = input_embedding(model), model.get_output_embeddings()
+    part_of = {id(p): "embeddings" for p in (embeddings.parameters() if embeddings is not None else ())}
     for parameter in head.parameters() if head is not None else ():
         part_of.setdefault(id(parameter), "head")
     locate = LayerLocator(list(layer_lists(model)))

@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 from ..errors import PrunerError
 from ..graph.units import CouplingGraph, Unit
 from ..models.hooks import forward_hooks
+from ..models.inputs import example_inputs
 from ..models.layers import LayerLocator
 from ..models.per_layer import layer_lists
-from ..models.running import evaluating, model_inputs, random_tokens, without_cache
+from ..models.running import evaluating, model_inputs, without_cache
 from ..progress import track
 from ..selection.budgets import MICROSECONDS, Budget
 from ..selection.plan import PruningPlan
@@ -43,7 +44,7 @@ def latency(model: PreTrainedModel, tokens: int = 128, batch: int = 1) -> float:
 
     Passes are repeated until they agree within 10%, for 3 seconds at most, with all of torch's threads.
     """
-    inputs = model_inputs(model, random_tokens(model, batch, tokens)) | without_cache(model)
+    inputs = model_inputs(model, example_inputs(model, batch, tokens)) | without_cache(model)
     timer = Timer(
         "model(**inputs)",
         globals={"model": model, "inputs": inputs},

@@ -8,11 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
-from ..checkpoint.load import load_with_tokenizer
+from ..checkpoint.load import load, load_with_tokenizer
 from ..checkpoint.locate import locate
 from ..data import text
 from ..files import file_for_run, folder_for_run, strict_json, write_text
 from ..logs import logging_to
+from ..media import is_media
 from ..models.dispatch import resolve_device
 from ..provenance import provenance
 from .arguments import EvaluateArguments, PerplexityArguments
@@ -39,7 +40,7 @@ def measure(args: EvaluateArguments) -> list[Evaluation]:
     warn_for_models(args.model, args.datasets)
 
     def load_model(name: str) -> Any:
-        return load_with_tokenizer(name, args.dtype, device, args.trust_remote_code, verify=args.verify)
+        return load(name, args.dtype, device, args.trust_remote_code, verify=args.verify)
 
     return evaluate_models(args.model, load_model, resolve(args))
 
@@ -51,7 +52,8 @@ def resolve(args: EvaluateArguments) -> Measurements:
         PrunerError: a text cannot be read.
     """
     return Measurements(
-        texts={name: text(name, "test") for name in args.datasets},
+        texts={name: text(name, "test") for name in args.datasets if not is_media(name)},
+        media=tuple(name for name in args.datasets if is_media(name)),
         seq_len=args.seq_len,
         stride=args.stride or None,
         max_windows=args.max_windows or None,

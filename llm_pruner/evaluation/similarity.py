@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..choices import SYNTHETIC
 from ..errors import PrunerError
+from ..media import is_media, media_inputs
 from ..models.blockwise import Compute, computing
+from ..models.inputs import Inputs, ModelInputs
 from ..models.running import context_length, evaluating, forward, main_output
-from ..models.tasks import FEATURES, task_name
+from ..models.tasks import FEATURES, OF_VALUES, task_name
 from ..progress import track
 
 PIECE = 400  # characters
+MEDIA = 32  # most images or sounds that outputs are compared on
 PIECES = 256  # most pieces of a text, where no number is given
 
 
@@ -54,40 +58,61 @@ def pieces_of(text: str, most: int | None = None) -> list[str]:
 @torch.no_grad()
 def outputs(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pieces: list[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    pieces: list[str] | ModelInputs,
     *,
     compute: Compute | None = None,
     text_name: str = "the text",
 ) -> list[torch.Tensor]:
-    """Return of every piece what :func:`similarity` compares; each is read with the tokenizer's special tokens.
+    """Return of every piece what :func:`similarity` compares; text is read with the tokenizer's special tokens.
 
     Returns:
-        Of a model without a head, the mean of its last hidden states ``[hidden]``; of one that gives a single number,
-        that ``[1]``; of others the predictions, a LongTensor ``[]``, ``[tokens]`` or ``[2]``.
+        Of a model without a head, the mean of its last hidden states ``[hidden]`` or its embeddings; of one that gives
+        pixels or depths, these; of one that gives a single number, that ``[1]``; of others the predictions, a
+        LongTensor ``[]``, ``[tokens]`` or ``[2]``.
 
     Raises:
         PrunerError: an output is not finite.
     """
-    longest = min(context_length(model) or 512, 512)
     found = []
     with evaluating(model), computing(model, compute) as used:
-        for piece in track(pieces, f"outputs on {text_name}"):
-            ids = tokenizer(piece, truncation=True, max_length=longest, return_tensors="pt")["input_ids"]
-            output = main_output(forward(model, ids.to(used.device)))[0].float().cpu()
+        for inputs in track(_samples_of(model, tokenizer, pieces), f"outputs on {text_name}"):
+            output = main_output(forward(model, inputs.to(used.device)))[0].float().cpu()
             if not bool(output.isfinite().all()):
                 raise PrunerError(f"the outputs of {model.name_or_path or type(model).__name__} are not finite")
             found.append(_comparable(model, output))
     return found
 
 
+def _samples_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pieces: list[str] | ModelInputs
+) -> list[Inputs]:
+    """Return the inputs of each piece: token ids ``[1, tokens]``, or a sample by name."""
+    if isinstance(pieces, ModelInputs):
+        return [*pieces.split(1)]
+    longest = min(context_length(model) or 512, 512)
+    assert tokenizer is not None
+    return [tokenizer(piece, truncation=True, max_length=longest, return_tensors="pt")["input_ids"] for piece in pieces]
+
+
+def media_of(names: Iterable[str], model: PreTrainedModel, most: int | None = None) -> dict[str, ModelInputs]:
+    """Return what to compare the outputs of a model on that reads images or sounds, by data set.
+
+    Texts, which it cannot do with alone, give way to noise.
+    """
+    chosen = [name for name in names if is_media(name)] or [SYNTHETIC] * bool(list(names))
+    return {name: media_inputs(model, name, "test", min(most or MEDIA, MEDIA)) for name in chosen}
+
+
 def _comparable(model: PreTrainedModel, output: torch.Tensor) -> torch.Tensor:
     task = task_name(model)
-    if task == FEATURES:
+    if task == FEATURES and output.ndim == 2:
         return output.mean(dim=0)
+    if task in (FEATURES, *OF_VALUES):
+        return output.flatten()
     if output.shape == (1,):
         return output
-    return output.argmax(dim=0 if task == "question-answering" else -1)
+    return output.argmax(dim=0 if task in ("question-answering", "image-segmentation") else -1)
 
 
 def similarity(expected: list[torch.Tensor], found: list[torch.Tensor]) -> Similarity:
@@ -120,15 +145,15 @@ class Originals:
     def compare(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        texts: Mapping[str, list[str]],
+        tokenizer: PreTrainedTokenizerBase | None,
+        texts: Mapping[str, list[str] | ModelInputs],
         *,
         compute: Compute | None = None,
     ) -> dict[str, Similarity]:
         """Return the similarity of a model on each text; keep its outputs, and return none, where it is the first.
 
         Args:
-            texts: pieces of every text, by its name.
+            texts: pieces of every text, or inputs by name, by the name of the data set.
         """
         results = {}
         for name, pieces in texts.items():

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from ..errors import PrunerError
 from ..models.generate import TokenClock, generate
-from ..models.running import context_length, random_tokens
+from ..models.inputs import example_inputs
+from ..models.running import context_length
 from ..peak_memory import PeakMemory
 from .latency import latency
 
@@ -68,7 +69,9 @@ def _decode_speed(model: PreTrainedModel, prompt_tokens: int, batch: int, new_to
     room = (context_length(model) or 2**31) - prompt_tokens
     if not model.can_generate() or model.config.is_encoder_decoder or room < 2:
         return None
-    ids = random_tokens(model, batch, prompt_tokens)
+    ids = example_inputs(model, batch, prompt_tokens)
+    if not isinstance(ids, torch.Tensor):
+        return None
     speeds = []
     for _ in range(REPEATS):
         clock = TokenClock()

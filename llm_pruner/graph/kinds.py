@@ -9,18 +9,18 @@ from .axes import Atom
 Occurrence = tuple[Atom, dict[tuple[str, int], torch.Tensor]]
 
 
-def kind_of(atom: Atom, where: dict, layer: tuple[str, int] | None, found: list[Occurrence]) -> str:
+def kind_of(atom: Atom, where: dict, layers: set[tuple[str, int] | None], found: list[Occurrence]) -> str:
     """Return the kind of a leaf.
 
     Args:
         where: parameter dims that the leaf runs through.
-        layer: stack and layer that hold all of it, None where it spans layers.
+        layers: stacks and layers that hold it, None for parameters outside of layers.
         found: every leaf of the model.
     """
     tags = atom.tags
     if "vocabulary" in tags:
         return "vocabulary"
-    if "hidden" in tags or (layer is None and "mixing" not in tags):
+    if "hidden" in tags or ((len(layers) > 1 or None in layers) and "mixing" not in tags):
         return "hidden"
     if "indexed" in tags:
         return "experts"
@@ -28,7 +28,8 @@ def kind_of(atom: Atom, where: dict, layer: tuple[str, int] | None, found: list[
         return "query_heads" if _is_group_member(atom, where, found) else "heads"
     if "activation" in tags and "mixing" not in tags and len(where) > 1:
         return "neurons"
-    return "channels"
+    # The residual stream of a model that begins with a convolution spans layers, though its channels were mixed.
+    return "hidden" if len(layers - {None}) > 1 else "channels"
 
 
 def _is_group_member(atom: Atom, where: dict, found: list[Occurrence]) -> bool:

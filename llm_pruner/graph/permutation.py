@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..models.running import logits, random_tokens, relative_difference, tracing_mode
+from ..models.inputs import example_inputs
+from ..models.running import logits, relative_difference, tracing_mode
 from .constants import selecting_constants
 from .units import CouplingGraph, Unit
 
@@ -63,7 +64,7 @@ def permuted(model: nn.Module, unit: Unit, order: torch.Tensor, leave_out: int |
 
 def check_permutation(model: nn.Module, unit: Unit, seed: int = 0) -> PermutationReport:
     """Ask the permutation oracle about one unit of a real (not meta) model."""
-    ids = random_tokens(model, seed=seed)
+    ids = example_inputs(model, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(unit.size, generator=generator)
     if (order == torch.arange(unit.size)).all():

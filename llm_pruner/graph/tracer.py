@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from ..errors import PrunerError
+from ..models.inputs import IDS, ModelInputs, example_inputs, has_remembered_inputs, input_embedding, reads_text_only
 from ..models.per_layer import Constant
 from ..models.running import answer_on_meta, main_output, model_inputs, stored_tensors, tracing_mode
 from ..models.tasks import has_token_logits
@@ -174,9 +175,10 @@ def module_names(model: nn.Module, tracer: Tracer) -> Iterator[None]:
 def _snapshot(model: nn.Module) -> Callable[[], None]:
     """Return a function that restores every attribute and buffer of a model as it is now.
 
-    Some models note on their modules what they have seen: rotary embeddings of dynamic length keep the longest.
+    Some models note on their modules what they have seen: rotary embeddings of dynamic length keep the longest. And
+    transformers hooks into the layers of a model that is run for the first time, to record hidden states.
     """
-    slots = ("__dict__", "_buffers")
+    slots = ("__dict__", "_buffers", "_forward_hooks", "_forward_pre_hooks")
     saved = [
         (vars(module) if slot == "__dict__" else vars(module)[slot]) for module in model.modules() for slot in slots
     ]
@@ -210,8 +212,9 @@ def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
     """Trace ``model``; returns the tracer and the dims of every source tensor by name.
 
     The dims are in the order in which the model first uses their tensors: queries before keys, whatever the
-    order in which the layer lists them. Two rows of 16 tokens are run, on the meta device. Models that read values on
-    their way (which tokens does this expert get?) cannot do so there; they are run once more on their weights.
+    order in which the layer lists them. Two samples are run (default: of 16 tokens), on the meta device. Models that
+    read values on their way (which tokens does this expert get?) cannot do so there; they are run once more on their
+    weights.
 
     Raises :class:`TraceError` when neither works.
     """
@@ -244,13 +247,12 @@ def _trace_on(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str,
             constant = [fresh(size, reason) for size, reason in zip(tensor.shape, reasons, strict=True)]
             tracer.record(Traced(twins[id(tensor)], constant, "constant"))
 
-    vocabulary = fresh(_vocabulary_size(model))
-    tag(vocabulary, "vocabulary")
+    vocabulary = _vocabulary(model)
     inputs = {}
-    for name in model_inputs(model, torch.empty(1, 2)):  # each side has positions of its own
-        ids = torch.arange(TRACE_ROWS * TRACE_TOKENS).view(TRACE_ROWS, TRACE_TOKENS) * 31 % size_of(vocabulary)
-        inputs[name] = ids.to(device)
-        tracer.record(Traced(inputs[name], [fresh(n) for n in ids.shape], "activation", vocabulary))
+    for name, value in _inputs_to_trace(model, vocabulary).items():
+        inputs[name] = value.to(device)
+        of_tokens = vocabulary if name in IDS else None
+        tracer.record(Traced(inputs[name], [fresh(n) for n in value.shape], "activation", of_tokens))
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
         with _prepare(model, tracer), tracer:
@@ -263,43 +265,58 @@ def _trace_on(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str,
             f"{type(model).__name__} could not be run on the {device.type} device, in {tracer.where}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    _tie_ends(model, tracer.lookup(logits).dims[-1], vocabulary)
-    _freeze_what_images_reach(model, named, dims)
+    _tie_ends(model, tracer.lookup(logits).dims, vocabulary)
+    if inputs.keys() <= IDS:
+        _freeze_what_images_reach(model, named, dims)
     reaching = tracer.reaching(logits)
     tracer.idle = {name for name, tensor in named.items() if storage_key(twins[id(tensor)]) not in reaching}
     first_use = {name: tracer.order.get(id(twins[id(tensor)]), len(tracer.order)) for name, tensor in named.items()}
     return tracer, {name: dims[name] for name in sorted(dims, key=first_use.__getitem__)}
 
 
-def _tie_ends(model: nn.Module, columns: Dim, vocabulary: Dim) -> None:
-    """Make the output's columns and the vocabulary one axis, where an id means one token on both ends."""
-    of_tokens = has_token_logits(model)
-    if of_tokens and size_of(columns) == size_of(vocabulary):
-        unify(columns, vocabulary)
-        return
-    freeze(columns, "the output of the model")
-    if of_tokens:
+def _tie_ends(model: nn.Module, columns: list[Dim], vocabulary: Dim | None) -> None:
+    """Make the output's last dim and the vocabulary one axis, where an id means one token on both ends."""
+    if vocabulary is not None and has_token_logits(model):
+        if size_of(columns[-1]) == size_of(vocabulary):
+            unify(columns[-1], vocabulary)
+            return
         freeze(vocabulary, "the output has another size")
+    for dim in columns[1:]:
+        freeze(dim, "the output of the model")
 
 
 def _freeze_what_images_reach(model: nn.Module, named: dict[str, torch.Tensor], dims: dict[str, list[Dim]]) -> None:
-    """Freeze the hidden axis of a model that also reads images or audio: a projector that no text runs writes to it."""
+    """Freeze the hidden axis of a model that was traced on text and also reads images or audio: a projector that no
+    text runs writes to it."""
     config = getattr(model, "config", None)
-    if any(getattr(config, tower, None) is not None for tower in ("vision_config", "audio_config")):
+    towers = any(getattr(config, tower, None) is not None for tower in ("vision_config", "audio_config"))
+    if towers and reads_text_only(model):
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
         name = next(name for name, tensor in named.items() if tensor is embedding)
         freeze(dims[name][1], "images or audio are written to it by a projector, and only text is traced")
 
 
-def _vocabulary_size(model: nn.Module) -> int:
-    if (read := getattr(model, "main_input_name", "input_ids")) != "input_ids":
-        raise TraceError(
-            f"{type(model).__name__} reads {read} and not text: models of images and audio cannot be traced"
-        )
+def _vocabulary(model: nn.Module) -> Dim | None:
+    """Return the axis of token ids, None for a model that reads none."""
+    embedding = input_embedding(model)
+    if embedding is None:
+        return None
+    vocabulary = fresh(embedding.weight.shape[0])
+    tag(vocabulary, "vocabulary")
+    return vocabulary
+
+
+def _inputs_to_trace(model: nn.Module, vocabulary: Dim | None) -> dict[str, torch.Tensor]:
+    """Return the example inputs of a model, with ids that differ from each other where it has them by chance."""
     try:
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:  # of a model of two towers
-        embedding = None
-    if embedding is None or not hasattr(embedding, "weight"):
-        raise TraceError(f"{type(model).__name__} has no input embedding to feed tokens to: it cannot be traced")
-    return embedding.weight.shape[0]
+        examples = example_inputs(model, TRACE_ROWS, TRACE_TOKENS)
+    except PrunerError as error:
+        raise TraceError(f"{error}: it cannot be traced") from error
+    if isinstance(examples, ModelInputs) and has_remembered_inputs(model):
+        return examples.tensors()
+    inputs = model_inputs(model, examples)
+    if vocabulary is not None:
+        for name in IDS & inputs.keys():
+            ids = torch.arange(TRACE_ROWS * TRACE_TOKENS).view(TRACE_ROWS, TRACE_TOKENS) * 31
+            inputs[name] = ids % size_of(vocabulary)
+    return inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import lcm, prod
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from torch import nn
 
 from ..display import Cells, amount, html_table, percent, plot_shares
 from ..models.constructors import refusal
+from ..models.inputs import ModelInputs, remember_inputs
 from ..models.layers import LayerLocator
 from ..models.per_layer import Constant, layer_lists
 from ..models.running import stored_tensors
@@ -209,7 +210,7 @@ class CouplingGraph:
         return [(unit.name, layer, size / self._parameter_count) for layer, size in sizes]
 
 
-def trace(model: nn.Module) -> CouplingGraph:
+def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) -> CouplingGraph:
     """Find every prunable unit of a model.
 
     A graph is kept as long as its model lives, and found anew once the model's structure has changed.
@@ -217,6 +218,10 @@ def trace(model: nn.Module) -> CouplingGraph:
     Args:
         model: a Hugging Face model, real or on the meta device. It is run once on meta tensors, and on its weights only
             if that fails. Its mode and its attention implementation are left as they were.
+        inputs: two samples by the names of the arguments of ``forward``, as the model's processor returns them
+            (default: token ids, images, spectrograms or waveforms of the sizes that the config states). A model that
+            reads text and images is traced on text alone by default, which freezes its hidden channels. The graph
+            found with them is that of later calls without.
 
     Raises:
         TraceError: the model cannot be run; the message names the module and the cause.
@@ -232,9 +237,11 @@ def trace(model: nn.Module) -> CouplingGraph:
     """
     structure = fingerprint(model)
     traced_structure, graph = _traced.get(model, (None, None))
-    if graph is None or traced_structure != structure:
+    if inputs is not None:
+        remember_inputs(model, ModelInputs(inputs))
+    if graph is None or traced_structure != structure or inputs is not None:
         graph = _trace(model)
-        if graph.on_meta:  # a graph found on weights may depend on their values
+        if graph.on_meta or inputs is not None:  # a graph found on weights may depend on their values
             _traced[model] = structure, graph
     return graph.copy()
 
@@ -317,8 +324,8 @@ def _occurrences(dims: dict[str, list[Dim]]) -> list[Occurrence]:
 
 def _unit(atom: Atom, where: dict, layer_of: LayerLocator, found: list[Occurrence], constants: list[Constant]) -> Unit:
     layers = {layer_of(name) for name, _ in where}
-    layer = layers.pop() if len(layers) == 1 else None
-    kind = kind_of(atom, where, layer, found)
+    layer = next(iter(layers)) if len(layers) == 1 else None
+    kind = kind_of(atom, where, layers, found)
     frozen = atom.frozen
     if frozen is None and constants and kind not in ("heads", "query_heads"):
         frozen = COMBINED

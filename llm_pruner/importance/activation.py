@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import PrunerError
 from ..models.blockwise import Compute, native_compute, standing_in
+from ..models.inputs import Inputs
 from ..models.running import evaluating, forward, implementations
 from ..progress import track
 from .aggregate import reduce_to
@@ -74,7 +75,7 @@ class Readers(TorchFunctionMode):
 
 
 @torch.no_grad()
-def read(model: nn.Module, calibration: torch.Tensor, visit: Visit, compute: Compute | None = None) -> None:
+def read(model: nn.Module, calibration: Inputs, visit: Visit, compute: Compute | None = None) -> None:
     """Run the calibration set ``[samples, tokens]`` through the model, in eval mode, and visit what weights read."""
     compute, readers = compute or native_compute(model), Readers(visit)
     stand_ins = standing_in(model, lambda name, tensor: readers.register(name, compute.convert(tensor)))
@@ -103,7 +104,7 @@ class Moments:
 
 
 def moments(
-    model: nn.Module, slices: dict[str, list[int]], calibration: torch.Tensor, compute: Compute | None = None
+    model: nn.Module, slices: dict[str, list[int]], calibration: Inputs, compute: Compute | None = None
 ) -> dict[tuple[str, int], Moments]:
     """Return moments of the inputs of every slice that reads its axis.
 
@@ -138,7 +139,7 @@ FORMULAS: dict[str, Callable[[torch.Tensor, Moments, int], torch.Tensor]] = {
 
 
 def activation(
-    model: nn.Module, slices: Dims, calibration: torch.Tensor, criterion: str, *, compute: Compute | None = None
+    model: nn.Module, slices: Dims, calibration: Inputs, criterion: str, *, compute: Compute | None = None
 ) -> Salience:
     """Return ``activation``, ``wanda`` or ``flap`` of every channel read: ``{(parameter, dim): [size of dim]}``.
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import PrunerError
 from ..models.blockwise import Compute, StandIns, native_compute
+from ..models.inputs import Inputs, reads_text_only, tokens_per_sample
 from ..models.running import evaluating, main_output, model_inputs, target_ids, without_cache
 from ..models.tasks import predicts_tokens
 from ..progress import Step, track
@@ -51,7 +52,7 @@ class GradientVisitor:
 def visit_gradients(
     model: nn.Module,
     names: Iterable[str],
-    ids: torch.Tensor,
+    ids: Inputs,
     visit: Visit,
     *,
     done: Callable[[str, torch.Tensor], None] = _ignore,
@@ -62,7 +63,7 @@ def visit_gradients(
 
     Args:
         names: names of parameters.
-        ids: LongTensor ``[samples, tokens]``.
+        ids: LongTensor ``[samples, tokens]``, or other inputs.
         done: called with a name and weight when all gradients of a parameter have been visited.
         per_sample: visit the gradient of each sample's own mean loss, one by one, instead of that of all samples.
         compute: where and how to compute; by default where the model is.
@@ -74,7 +75,7 @@ def visit_gradients(
     """
     compute = compute or native_compute(model)
     names = set(names)
-    rows = 1 if per_sample else max(1, TOKENS_PER_PASS // ids.shape[1])
+    rows = 1 if per_sample else max(1, TOKENS_PER_PASS // tokens_per_sample(ids))
     batches = list(ids.to(compute.device).split(rows))
     shares = [1.0 if per_sample else len(batch) / len(ids) for batch in batches]
     # Gradients of parameters outside the blocks add up over a whole sweep: there, every sample needs its own sweep.
@@ -150,7 +151,7 @@ class _Sweep:
         self.drawn = 0
         self.forwards: dict[str, Callable[..., Any]] = {}
 
-    def run(self, batches: list[torch.Tensor], shares: list[float]) -> list[float]:
+    def run(self, batches: list[Any], shares: list[float]) -> list[float]:
         """Return the mean loss of every batch; gradients are those of the losses times their shares."""
         self.tapes = []
         with evaluating(self.model), self.stand_ins.placed() as rest:
@@ -162,14 +163,14 @@ class _Sweep:
             self._finish(outside)
         return losses
 
-    def _forward(self, ids: torch.Tensor, share: float) -> float:
+    def _forward(self, ids: Inputs, share: float) -> float:
         """Run one batch; leave a tape of its blocks and the gradients of what follows the last of them."""
         self.tapes.append([])
         inputs = model_inputs(self.model, ids)
         output = main_output(self.model(**inputs, **without_cache(self.model)))
         if not output.requires_grad:
             raise PrunerError("the model's output does not depend on its layers")
-        if predicts_tokens(self.model):
+        if predicts_tokens(self.model) and reads_text_only(self.model):
             loss, _ = NextTokenLoss.apply(output.clone() if output._is_view() else output, target_ids(inputs))
         else:
             self.drawn += 1

@@ -31,6 +31,7 @@ from ..errors import PrunerError
 from ..graph.units import Unit
 from ..models.blockwise import Compute, computing
 from ..models.hooks import forward_hooks
+from ..models.inputs import Inputs, tokens_per_sample
 from ..models.layers import hidden_in, hidden_out
 from ..models.loss import total_loss
 from ..models.per_layer import layer_lists
@@ -90,7 +91,7 @@ class CachedPass:
         loss: summed loss of the pass, over ``tokens`` predicted tokens.
     """
 
-    def __init__(self, stack: LayerStack, ids: torch.Tensor):
+    def __init__(self, stack: LayerStack, ids: Inputs):
         self.stack, self.ids = stack, ids
         self.states: list[torch.Tensor] = []
         self.extras: list[Any] = []
@@ -295,7 +296,7 @@ def score_layers(
     model: nn.Module,
     unit: Unit,
     strategy: str,
-    calibration: torch.Tensor | None,
+    calibration: Inputs | None,
     *,
     compute: Compute,
     most: int | None = None,
@@ -310,10 +311,10 @@ def score_layers(
         most: largest number of layers that will go (default: any number); ``loss`` measures no further.
     """
     layers = list(layer_lists(model)[unit.name.removesuffix(".layers")])
-    batches: tuple[torch.Tensor, ...] = ()
+    batches: Any = ()
     if strategy not in BY_POSITION:
         assert calibration is not None  # checked by the caller
-        batches = calibration.to(compute.device).split(max(1, TOKENS_PER_PASS // calibration.shape[1]))
+        batches = calibration.to(compute.device).split(max(1, TOKENS_PER_PASS // tokens_per_sample(calibration)))
     most = len(layers) - 1 if most is None else most
     stack = LayerStack(model, layers, irreplaceable_layers(layers), batches, compute, most)
     if strategy in BY_POSITION:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -36,14 +37,14 @@ class Request:
     model: PreTrainedModel
     units: list[Unit]
     slices: Dims
-    calibration: torch.Tensor | None
+    calibration: Any
     taylor: str = "param_first"
     seed: int = 0
     compute: Compute
     weights: Iterable[tuple[str, torch.Tensor]]
 
     @property
-    def tokens(self) -> torch.Tensor:
+    def tokens(self) -> Any:
         """Calibration set, checked: LongTensor ``[samples, tokens]`` of ids that the model can read.
 
         Raises:

@@ -25,7 +25,7 @@ from .taylor import VARIANTS
 def score(
     model: PreTrainedModel,
     graph: CouplingGraph,
-    calibration: torch.Tensor | None = None,
+    calibration: Any = None,
     criterion: str | Callable[..., Any] = "taylor",
     *,
     taylor: str = "param_first",
@@ -128,7 +128,7 @@ def _compute(entry: Entry, request: Request, cache: Path | None) -> Result:
 def _score_layers(
     model: PreTrainedModel,
     graph: CouplingGraph,
-    calibration: torch.Tensor | None,
+    calibration: Any,
     strategy: str,
     *,
     kinds: tuple[str, ...] | None,

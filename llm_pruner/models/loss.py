@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ..errors import PrunerError
+from .inputs import reads_text_only
 from .running import model_inputs, target_ids
 from .tasks import predicts_tokens
 
 
 @torch.no_grad()
-def total_loss(model: nn.Module, batches: Iterable[torch.Tensor], fresh: int | None = None) -> tuple[float, int]:
+def total_loss(model: nn.Module, batches: Iterable[Any], fresh: int | None = None) -> tuple[float, int]:
     """Return the summed cross entropy of all predicted tokens in nats, and their number.
 
     Args:
@@ -25,7 +27,7 @@ def total_loss(model: nn.Module, batches: Iterable[torch.Tensor], fresh: int | N
     Raises:
         PrunerError: the model is no language model.
     """
-    if not predicts_tokens(model):
+    if not (predicts_tokens(model) and reads_text_only(model)):
         raise PrunerError(f"{type(model).__name__} does not predict the next token: it has no loss on a text")
     total, tokens = 0.0, 0
     for ids in batches:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
+from .inputs import IDS, Inputs, ModelInputs, as_inputs, input_embedding, reads_text_only
 from .per_layer import IMPLEMENTATION_SLOTS
 from .tasks import predicts_tokens
 from .torch_internals import TorchDispatchMode
@@ -91,16 +92,21 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
     """Return the argument that lets a model keep no cache; none for a classifier that says so to its inner model."""
-    takes_it = predicts_tokens(model) or "use_cache" in inspect.signature(model.forward).parameters
+    parameters = inspect.signature(model.forward).parameters
+    passed_on = predicts_tokens(model) and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    takes_it = "use_cache" in parameters or passed_on
     return {"use_cache": False} if takes_it else {}
 
 
-def model_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return token ids ``[rows, tokens]`` as arguments of the model.
+def model_inputs(model: nn.Module, ids: Inputs) -> dict[str, torch.Tensor]:
+    """Return token ids ``[rows, tokens]``, or a batch of other inputs, as arguments of the model.
 
     An encoder-decoder reads the first half of each row in its encoder and the second in its decoder: it predicts how
     the text goes on.
     """
+    if isinstance(ids, ModelInputs):
+        dtype = next(model.parameters()).dtype
+        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in ids.tensors().items()}
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {"input_ids": ids}
     half = ids.shape[1] // 2
@@ -127,35 +133,31 @@ def target_ids(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return inputs.get("decoder_input_ids", inputs["input_ids"])
 
 
-def random_tokens(model: nn.Module, rows: int = 2, tokens: int = 16, seed: int = 0) -> torch.Tensor:
-    """Draw random token ids: a LongTensor ``[rows, tokens]`` on the model's device."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, embedding.weight.shape[0], (rows, tokens), generator=generator)
-    return ids.to(embedding.weight.device)
-
-
 def main_output(output: Any) -> torch.Tensor:
     """Return what a model's output is about.
 
     Logits ``[rows, tokens, vocabulary]`` or ``[rows, classes]``; those of starts and ends ``[rows, tokens, 2]`` of a
-    model for question answering; the last hidden states ``[rows, tokens, hidden]`` of a model without a head.
+    model for question answering; the embeddings ``[rows, sides x size]`` of a model that compares texts with images or
+    sounds; the last hidden states ``[rows, tokens, hidden]`` of a model without a head.
     """
     if getattr(output, "start_logits", None) is not None:
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
-    for name in ("logits", "prediction_logits", "last_hidden_state"):
+    sides = [getattr(output, name, None) for name in ("text_embeds", "image_embeds", "audio_embeds")]
+    if embeddings := [side for side in sides if torch.is_tensor(side)]:
+        return torch.cat(embeddings, dim=-1)
+    for name in ("logits", "prediction_logits", "predicted_depth", "last_hidden_state"):
         if (found := getattr(output, name, None)) is not None:
             return cast(torch.Tensor, found)
     return cast(torch.Tensor, output[0])
 
 
-def forward(model: nn.Module, ids: torch.Tensor) -> Any:
-    """Run a model on token ids ``[rows, tokens]`` without a cache; return its output."""
+def forward(model: nn.Module, ids: Inputs) -> Any:
+    """Run a model on token ids ``[rows, tokens]`` or a batch of other inputs without a cache; return its output."""
     return model(**model_inputs(model, ids), **without_cache(model))
 
 
 @torch.no_grad()
-def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def logits(model: nn.Module, ids: Inputs) -> torch.Tensor:
     """Return a model's :func:`main_output` in fp32."""
     return main_output(forward(model, ids)).float()
 
@@ -167,14 +169,26 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
 
 
-def check_calibration(model: PreTrainedModel, calibration: torch.Tensor | None) -> torch.Tensor:
-    """Return the calibration set ``[samples, tokens]`` after checking that the model can read it.
+def check_calibration(model: PreTrainedModel, calibration: Any) -> Inputs:
+    """Return the calibration set after checking that the model can read it.
+
+    Args:
+        calibration: token ids, LongTensor ``[samples, tokens]``; or inputs by name, as a processor returns them.
 
     Raises:
         PrunerError: it is missing, of another type or shape, or has token ids or a length that the model cannot read.
     """
+    calibration = as_inputs(calibration)
+    if isinstance(calibration, ModelInputs):
+        for part in calibration.parts:
+            for name in IDS & part.keys():
+                _check_ids(model, part[name], name)
+        return calibration
+    needs = "a LongTensor [samples, tokens]" if reads_text_only(model) else "inputs by name, as its processor returns"
     if calibration is None:
-        raise PrunerError("this criterion needs a calibration set: a LongTensor [samples, tokens]")
+        raise PrunerError(f"this criterion needs a calibration set: {needs}")
+    if not reads_text_only(model):
+        raise PrunerError(f"a calibration set of {type(model).__name__} must be {needs}, not token ids alone")
     if not isinstance(calibration, torch.Tensor):
         raise PrunerError(f"calibration must be a LongTensor of token ids, not {type(calibration).__name__}")
     if calibration.ndim != 2 or calibration.is_floating_point() or calibration.shape[0] < 1 or calibration.shape[1] < 2:
@@ -184,13 +198,19 @@ def check_calibration(model: PreTrainedModel, calibration: torch.Tensor | None) 
         )
     if model.config.is_encoder_decoder and calibration.shape[1] < 3:
         raise PrunerError("an encoder-decoder predicts one half of a sample from the other: give 3 tokens or more")
-    weight = cast(torch.Tensor, model.get_input_embeddings().weight)
-    if int(calibration.max()) >= weight.shape[0] or int(calibration.min()) < 0:
+    _check_ids(model, calibration, "calibration")
+    return calibration
+
+
+def _check_ids(model: PreTrainedModel, ids: torch.Tensor, name: str) -> None:
+    """Refuse token ids ``[samples, tokens]`` that the model has no embedding of, or no positions for."""
+    embedding = input_embedding(model)
+    size = 2**63 if embedding is None else cast(torch.Tensor, embedding.weight).shape[0]
+    if int(ids.max()) >= size or int(ids.min()) < 0:
         raise PrunerError(
-            f"calibration has token id {int(calibration.max())}, the model a vocabulary of {weight.shape[0]}: "
-            "it was made with another tokenizer"
+            f"{name} has token id {int(ids.max())}, the model a vocabulary of {size}: it was made with another "
+            "tokenizer"
         )
     longest = context_length(model)
-    if longest is not None and calibration.shape[1] > longest:
-        raise PrunerError(f"calibration samples have {calibration.shape[1]} tokens, the model reads at most {longest}")
-    return calibration
+    if longest is not None and ids.shape[1] > longest:
+        raise PrunerError(f"{name} samples have {ids.shape[1]} tokens, the model reads at most {longest}")

@@ -19,6 +19,7 @@ from ..checkpoint.unread import UNREAD, unread_tensors
 from ..data import self_calibration
 from ..files import complete_folder, folder_for_run, same_folder, strict_json, write_text
 from ..logs import log, logging_to
+from ..models.inputs import Inputs
 from ..provenance import provenance
 from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
@@ -79,14 +80,14 @@ def repeat_refit(
     model: PreTrainedModel,
     pruned: PreTrainedModel,
     plan: PruningPlan,
-    calibration: torch.Tensor,
+    calibration: Inputs,
     *,
     refit: RefitRecord,
 ) -> PreTrainedModel:
     """Rescale norms and compensate as a run did; return the refitted model.
 
     Args:
-        calibration: LongTensor ``[samples, tokens]``, without the samples that the model writes itself.
+        calibration: LongTensor ``[samples, tokens]`` or other inputs, without the samples that the model writes itself.
 
     Raises:
         PrunerError: as :func:`llm_pruner.compensate`.
@@ -94,9 +95,9 @@ def repeat_refit(
     if refit.rescale_norms:
         rescale_norms(model, pruned, plan, calibration)
     if refit.compensation != "none":
-        if refit.self_samples:
+        if refit.self_samples and isinstance(calibration, torch.Tensor):
             own = self_calibration(model, calibration, refit.self_samples, refit.seed)
             calibration = torch.cat([own, calibration])
         pruned, _ = compensate_plan(model, pruned, plan, calibration, method=refit.compensation)
-    log.info("refitted again: %s on %d samples of %d tokens", refit.compensation, *calibration.shape)
+    log.info("refitted again: %s on %d samples", refit.compensation, len(calibration))
     return pruned

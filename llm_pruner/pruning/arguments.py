@@ -18,6 +18,7 @@ from ..choices import (
     Normalizer,
     Preset,
     TaylorVariant,
+    Tower,
 )
 from ..errors import PrunerError
 from ..flags import Arguments, Share, check_at_least, check_combinations, default_of, flag, split_list
@@ -78,6 +79,9 @@ class PruneArguments(Arguments):
 
     preset: Preset = flag("best", "defaults of the other flags (paper: as in LLM-Pruner)", group="method")
     kinds: list[Kind] = flag([], "kinds of units to prune (default: set by the preset)", group="method")
+    towers: Tower = flag(
+        "language", "parts to prune of a model that reads images or sounds and writes text", group="method"
+    )
     block_wise: bool = flag(False, "prune attention heads and MLP neurons of a range of layers", group="method")
     channel_wise: bool = flag(False, "prune hidden channels through the whole model", group="method")
     pruner_type: str | None = flag(

@@ -7,10 +7,12 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..choices import GENERAL, SELF
+from ..choices import GENERAL, SELF, SYNTHETIC
 from ..data import HUB, calibration, documents, self_calibration, self_written
 from ..errors import PrunerError
 from ..logs import log
+from ..media import describe, is_media, media_inputs
+from ..models.inputs import Inputs, needed_inputs, reads_text_only
 from ..models.running import context_length
 from ..progress import Step
 from .settings import CalibrationSettings
@@ -23,6 +25,11 @@ def available_text(settings: CalibrationSettings, model: PreTrainedModel, offloa
     model writes itself, and that by the embedded text where the model cannot write or is offloaded, which would take
     a pass through its files for every token.
     """
+    if not (reads_text_only(model) and settings.towers == "language"):
+        return _available_media(settings, model)
+    if settings.dataset == SYNTHETIC or is_media(settings.dataset):
+        name = type(model).__name__
+        raise PrunerError(f"--calib_dataset {settings.dataset} has no text, and {name} is calibrated on text")
     if settings.shorter_samples:
         settings = replace(settings, tokens=min(settings.tokens, context_length(model) or 2**31))
     if not settings.replaceable:
@@ -34,6 +41,21 @@ def available_text(settings: CalibrationSettings, model: PreTrainedModel, offloa
     if dataset == SELF and (reason := _why_not_self(model, offload)):
         log.info("calibration text: the embedded text %s, since %s", GENERAL, reason)
         dataset = GENERAL
+    return replace(settings, dataset=dataset, replaceable=False)
+
+
+def _available_media(settings: CalibrationSettings, model: PreTrainedModel) -> CalibrationSettings:
+    """Return settings whose data set is of images or sounds: noise, unless the user named one.
+
+    Raises:
+        PrunerError: the user named a text.
+    """
+    dataset = SYNTHETIC if settings.replaceable else settings.dataset
+    if not is_media(dataset):
+        raise PrunerError(
+            f"--calib_dataset {dataset} is a text, and {type(model).__name__} is calibrated on "
+            f"{' and '.join(needed_inputs(model))}: name a folder of images or .wav files, or {SYNTHETIC}"
+        )
     return replace(settings, dataset=dataset, replaceable=False)
 
 
@@ -57,9 +79,9 @@ def _why_not_self(model: PreTrainedModel, offload: bool) -> str:
 
 
 def calibration_set(
-    settings: CalibrationSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, seed: int = 0
-) -> torch.Tensor:
-    """Return the calibration set, LongTensor ``[samples, tokens]``.
+    settings: CalibrationSettings, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, seed: int = 0
+) -> Inputs:
+    """Return the calibration set: LongTensor ``[samples, tokens]``, or what a processor makes of images or sounds.
 
     Args:
         model: writes the text if ``settings.dataset`` is ``self``.
@@ -69,6 +91,12 @@ def calibration_set(
         PrunerError: the text is too short for the samples that were asked for, or the model cannot write.
     """
     samples, tokens = settings.samples, settings.tokens
+    if is_media(settings.dataset):
+        with Step("reading images or sounds"):
+            inputs = media_inputs(model, settings.dataset, "train", samples, seed=settings.seed or seed)
+        log.info("calibration: %d samples of %s", len(inputs), describe(settings.dataset))
+        return inputs
+    assert tokenizer is not None
     if settings.dataset == SELF:
         log.info("calibration: %d samples of %d tokens, written by the model itself", samples, tokens)
         return self_written(model, tokenizer, samples, tokens, seed=seed if settings.seed is None else settings.seed)

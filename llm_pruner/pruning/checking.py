@@ -18,6 +18,7 @@ from ..files import check_file, check_folder
 from ..graph.tracer import TraceError
 from ..graph.units import trace
 from ..inputs import InputCheck
+from ..media import check_dataset
 from ..models.running import stored_tensors
 from ..selection.plan import PruningPlan
 from ..surgery.slicing import check_fits
@@ -42,10 +43,10 @@ def check_prune_inputs(arguments: PruneArguments, check: InputCheck) -> None:
     calibrates = needs_calibration(settings) or settings.refit.compensation != "none"
     if calibrates and not settings.calibration.replaceable and settings.calibration.dataset != SELF:
         with check.flag("calib_dataset", settings.calibration.dataset):
-            check_text(settings.calibration.dataset)
+            check_dataset(settings.calibration.dataset)
     for name in settings.evaluation.datasets:
         with check.flag("eval_datasets", name):
-            check_text(name, "test")
+            check_dataset(name, "test")
     if settings.scoring.cache is not None:
         with check.flag("score_cache", settings.scoring.cache):
             check_file(settings.scoring.cache / "scores")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..graph.units import CouplingGraph
 from ..importance.score import score
 from ..importance.scores import Scores
+from ..models.inputs import Inputs
 from ..progress import Step
 from ..surgery.apply import Place, in_memory
 from .settings import PruneSettings
@@ -55,13 +56,13 @@ class Planning:
     """Inputs of planning.
 
     Attributes:
-        ids: calibration set, LongTensor ``[samples, tokens]``, None where the settings need none.
+        ids: calibration set, LongTensor ``[samples, tokens]`` or other inputs, None where the settings need none.
         place: where tensors of pruned models are put.
         weights: weights to score one after the other, of a model on the meta device.
     """
 
     settings: PruneSettings
-    ids: torch.Tensor | None = None
+    ids: Inputs | None = None
     clock: Stopwatch = field(default_factory=Stopwatch)
     place: Place = in_memory
     weights: Weights | None = None

@@ -11,24 +11,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import text
 from ..evaluation.evaluate import PROMPTS
 from ..evaluation.perplexity import check_length, perplexity, windows
-from ..evaluation.similarity import Originals, pieces_of
+from ..evaluation.similarity import Originals, media_of, pieces_of
 from ..logs import log
 from ..models.blockwise import computing, native_compute
 from ..models.generate import Sampling, continue_text
+from ..models.inputs import reads_text_only
 from ..models.tasks import predicts_tokens
 from .context import Stopwatch
 from .settings import EvaluationSettings, PruneSettings
 
 
 def evaluation_windows(
-    settings: EvaluationSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    settings: EvaluationSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, Any]:
     """Cut every evaluation text, so that a missing text is found before any work is done.
 
     Returns:
         By the name of the text: windows of tokens, a LongTensor ``[windows, tokens]``, for a model that predicts
-        tokens; pieces of text, a list, for others.
+        tokens; pieces of text, a list, for others that read text; else inputs by name.
     """
+    if not reads_text_only(model):
+        return media_of(settings.datasets, model, settings.max_windows)
+    assert tokenizer is not None  # of a model that reads text
     if not predicts_tokens(model):
         return {name: pieces_of(text(name, "test"), settings.max_windows) for name in settings.datasets}
     if settings.datasets:
@@ -42,7 +46,7 @@ def evaluation_windows(
 def evaluate_model(
     settings: PruneSettings,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     texts: dict[str, Any],
     *,
     when: str,
@@ -68,6 +72,7 @@ def evaluate_model(
             said = [f"{key} {values[key]:.4f}" for key in ("cosine", "agreement") if values[key] is not None]
             log.info("outputs against the original's on %s: %s", name, ", ".join(said))
         return metrics
+    assert tokenizer is not None
     if evaluation.generate_before if when.startswith("before") else evaluation.generate_after:
         with clock("generate"), computing(model, compute):
             metrics["samples"] = [_sample(settings, model, tokenizer, prompt) for prompt in PROMPTS]

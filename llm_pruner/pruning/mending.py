@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..data import self_calibration
 from ..errors import PrunerError
 from ..logs import log
+from ..models.inputs import Inputs, ModelInputs
 from ..refit.biases import with_biases
 from ..refit.compensate import CompensationReport, compensate
 from ..refit.norms import rescale_norms
@@ -47,7 +48,7 @@ def mend(planning: Planning, model: PreTrainedModel, planned: PlannedModel) -> t
 
 
 def _compensate(
-    settings: PruneSettings, model: PreTrainedModel, planned: PlannedModel, ids: torch.Tensor
+    settings: PruneSettings, model: PreTrainedModel, planned: PlannedModel, ids: Inputs
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the compensated model and a record of it.
 
@@ -71,7 +72,7 @@ def _compensate(
 
 
 def compensate_plan(
-    model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, ids: torch.Tensor, *, method: str
+    model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, ids: Inputs, *, method: str
 ) -> tuple[PreTrainedModel, CompensationReport]:
     """Compensate what a plan left of a model; return the compensated model, with biases where the method needs them.
 
@@ -84,8 +85,10 @@ def compensate_plan(
     return pruned, compensate(model, pruned, ids, method, kept=kept)
 
 
-def _with_self_samples(settings: PruneSettings, model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+def _with_self_samples(settings: PruneSettings, model: PreTrainedModel, ids: Inputs) -> tuple[Inputs, int]:
     """Return the calibration set with samples that the model writes itself in front; without, where it cannot."""
+    if isinstance(ids, ModelInputs):
+        return ids, 0
     try:
         own = self_calibration(model, ids, settings.refit.self_samples, settings.seed)
     except PrunerError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.locate import identity
+from ..choices import SYNTHETIC
 from ..errors import PrunerError
 from ..evaluation.cost import macs_budget, memory_budget
 from ..evaluation.latency import latency_budget
@@ -20,7 +20,11 @@ from ..importance.criteria import needs_calibration as criterion_needs_calibrati
 from ..importance.layers import BY_POSITION
 from ..importance.scores import Scores
 from ..logs import log
+from ..media import media_inputs
+from ..models.inputs import ModelInputs, hash_of
+from ..models.layers import is_below
 from ..models.skeleton import parameter_count
+from ..models.towers import tower_paths
 from ..provenance import versions
 from ..selection.budgets import Budget, NothingRemoved, parameter_budget
 from ..selection.compose import compose_plans, scores_in_original
@@ -87,7 +91,7 @@ def make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
     """Choose what goes. Whole layers go first; the widths of what is left are scored and chosen then."""
     settings, clock = planning.settings, planning.clock
     with clock("trace"):
-        graph = trace(model)
+        graph = trace_towers(planning, model)
     dropped = plan_layers(planning, model, graph)
     if dropped is None:
         return _plan_widths(planning, model, graph)
@@ -113,6 +117,29 @@ def make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
             raise
         return only_layers
     return PlannedModel(plan=compose_plans(dropped, graph, planned.plan, left), pruned=planned.pruned, graph=graph)
+
+
+def trace_towers(planning: Planning, model: PreTrainedModel) -> CouplingGraph:
+    """Trace a model, with images or sounds where others than its language are pruned; freeze the other towers.
+
+    Raises:
+        PrunerError: the model has no such tower.
+    """
+    towers = planning.settings.calibration.towers
+    if towers == "language":
+        return trace(model)
+    paths = tower_paths(model)
+    if towers != "all" and towers not in paths:
+        raise PrunerError(f"--towers {towers}: {type(model).__name__} has {' and '.join(('language', *paths))}")
+    inputs = planning.ids
+    if inputs is None:
+        inputs = media_inputs(model, SYNTHETIC, samples=1)
+    assert isinstance(inputs, ModelInputs)
+    graph = trace(model, inputs[:1].tensors())
+    for unit in list(graph.units) if towers != "all" else []:
+        if not is_below(paths[towers], unit.name):
+            graph.freeze(unit, f"--towers {towers} leaves it")
+    return graph
 
 
 def without_scores(settings: PruneSettings) -> PruneSettings:
@@ -298,7 +325,7 @@ def _cache_file(planning: Planning, kinds: tuple[str, ...], plans: list[PruningP
     settings = planning.settings
     if settings.scoring.cache is None or settings.scoring.criterion == "random":
         return None
-    samples = None if planning.ids is None else hashlib.sha256(planning.ids.numpy().tobytes()).hexdigest()
+    samples = None if planning.ids is None else hash_of(planning.ids)
     key: list[Any] = [versions(), identity(settings.model.name), samples, sorted(kinds)]
     key += [[{name: c.kept.tolist() for name, c in plan.units.items()}, plan.blocks] for plan in plans]
     key += [settings.scoring.criterion, settings.scoring.taylor]

@@ -38,6 +38,7 @@ from ..flags import check_combinations
 from ..importance.scores import SCORES_FILE, Scores
 from ..inputs import InputCheck
 from ..logs import log, logging_to
+from ..models.inputs import reads_text_only
 from ..models.skeleton import parameter_count
 from ..peak_memory import PeakMemory
 from ..progress import showing, without_bars
@@ -197,7 +198,7 @@ def _run(settings: PruneSettings, arguments: dict[str, Any], folder: Path, clock
 def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> PruneRun:
     with clock("load"):
         model, tokenizer = load_or_reuse(settings.model)
-    if tokenizer is None:
+    if tokenizer is None and reads_text_only(model):
         raise PrunerError(f"{settings.model.name} has no tokenizer: put the original's files there")
     log.info("loaded %s: %s parameters; preset %s", settings.model.name, f"{parameter_count(model):,}", settings.preset)
     calibrates = needs_calibration(settings) or settings.refit.compensation != "none"

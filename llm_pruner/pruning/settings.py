@@ -53,6 +53,7 @@ class CalibrationSettings:
         replaceable: use another text where this one cannot be had (:func:`available_text`).
         fewer_samples: accept fewer samples where the text is short.
         shorter_samples: accept samples cut to the model's context length.
+        towers: parts of a model that reads more than text; others than ``language`` take images or sounds.
     """
 
     dataset: str
@@ -62,6 +63,7 @@ class CalibrationSettings:
     replaceable: bool = False
     fewer_samples: bool = False
     shorter_samples: bool = False
+    towers: str = "language"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +225,7 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
             seed=arguments.calib_seed,
             fewer_samples=arguments.num_examples is None,
             shorter_samples=arguments.calib_seq_len is None,
+            towers=arguments.towers,
         ),
         layers=_layer_settings(arguments),
         widths=_width_settings(arguments, bool(value["hardware_align"])),

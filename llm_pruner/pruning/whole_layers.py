@@ -17,6 +17,7 @@ from ..importance.score import score
 from ..importance.scores import Scores
 from ..logs import log
 from ..models.blockwise import computing
+from ..models.inputs import Inputs
 from ..models.loss import total_loss
 from ..models.running import evaluating
 from ..models.skeleton import parameter_count
@@ -208,7 +209,7 @@ def measure_sensitivity(
     scores: Scores,
     *,
     kinds: tuple[str, ...],
-    ids: torch.Tensor | None,
+    ids: Inputs | None,
 ) -> dict[str, float]:
     """Return the proportions in which kinds of units go, by how much the loss grows without a little of each.
 
@@ -244,7 +245,7 @@ def _probe(graph: CouplingGraph, scores: Scores, kind: str, ratio: float) -> Pru
             ratio *= 1.5
 
 
-def _loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
+def _loss(model: PreTrainedModel, ids: Inputs) -> float:
     with evaluating(model), computing(model) as compute:
         total, tokens = total_loss(model, ids.to(compute.device).split(SAMPLES_PER_PASS))
     return total / tokens

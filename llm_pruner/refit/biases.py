@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
 from ..models.constructors import fields_of
+from ..models.inputs import Inputs
 from ..models.per_layer import layer_lists, set_field
 from ..models.running import check_calibration
 from ..models.skeleton import skeleton
@@ -18,7 +19,7 @@ from .stream import added_projections
 Shapes = dict[str, tuple[int, ...]]
 
 
-def with_biases(model: PreTrainedModel, calibration: torch.Tensor) -> PreTrainedModel:
+def with_biases(model: PreTrainedModel, calibration: Inputs) -> PreTrainedModel:
     """Return the model, on the same weights, with a bias of zero for projections that write to the residual stream.
 
     Every field of the config is switched on that gives such a projection a bias and changes no other tensor. The field

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
 from ..models.blockwise import computing
+from ..models.inputs import Inputs, input_embedding
 from ..models.running import check_calibration, evaluating
 from ..progress import track
 from .regression import RegressionSums
@@ -77,7 +78,7 @@ class CompensationReport:
 def compensate(
     model: PreTrainedModel,
     pruned: PreTrainedModel,
-    calibration: torch.Tensor,
+    calibration: Inputs,
     method: str = "least_squares",
     *,
     kept: Sequence[int] | None = None,
@@ -150,7 +151,7 @@ def compensate(
 
 def _check_pair(model: PreTrainedModel, pruned: PreTrainedModel) -> None:
     """Refuse models of different vocabularies, and a pruned model that is larger than the original."""
-    tokens = [cast(torch.Tensor, m.get_input_embeddings().weight).shape[0] for m in (model, pruned)]
+    tokens = [e.num_embeddings if (e := input_embedding(m)) is not None else 0 for m in (model, pruned)]
     sizes = [sum(p.numel() for p in m.parameters()) for m in (model, pruned)]
     if tokens[0] != tokens[1]:
         raise PrunerError(f"compensation needs one vocabulary, and these have {tokens[0]} and {tokens[1]} tokens")

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..graph.units import trace
 from ..models.blockwise import computing
 from ..models.hooks import forward_hooks
+from ..models.inputs import Inputs
 from ..models.running import check_calibration, evaluating, forward
 from ..progress import track
 from ..selection.plan import PruningPlan, name_after
@@ -31,7 +32,7 @@ SAMPLES_PER_PASS = 8  # samples in a forward pass
 
 @torch.no_grad()
 def rescale_norms(
-    model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, calibration: torch.Tensor
+    model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, calibration: Inputs
 ) -> dict[str, float]:
     """Scale the norms of ``pruned`` in place; return their factors by the original's names.
 

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import PrunerError
 from ..models.blockwise import computing, native_compute
 from ..models.hooks import forward_hooks
+from ..models.inputs import Inputs, ModelInputs
 from ..models.layers import hidden_in, hidden_out
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, forward
@@ -31,7 +32,7 @@ class ResidualStream:
         PrunerError: running the layers one after the other does not give what the model gives.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, batches: list[torch.Tensor]):
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, batches: list[Any]):
         self.layers = layers
         self.hidden: list[torch.Tensor] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # by batch and layer
@@ -44,7 +45,7 @@ class ResidualStream:
         if not torch.allclose(hidden.float(), last.float(), rtol=1e-3, atol=1e-4 * last.abs().max().item()):
             raise PrunerError("compensation does not know this model: its layers pass on more than one stream")
 
-    def _record(self, model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _record(self, model: PreTrainedModel, ids: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a batch, record the arguments of every layer; return the stream before the first and after the last."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         ends: dict[str, torch.Tensor] = {}
@@ -119,7 +120,7 @@ def single_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 @torch.no_grad()
-def added_projections(model: PreTrainedModel, calibration: torch.Tensor) -> list[list[str]]:
+def added_projections(model: PreTrainedModel, calibration: Inputs) -> list[list[str]]:
     """Return, for every layer, its projections whose output is added to the residual stream unchanged, in order.
 
     Args:
@@ -130,7 +131,9 @@ def added_projections(model: PreTrainedModel, calibration: torch.Tensor) -> list
     """
     _, layers = single_stack(model)
     with evaluating(model), computing(model):
-        stream = ResidualStream(model, layers, [calibration[:1, :PROBE_TOKENS]])  # short: it is run many times
+        sample = calibration[:1]
+        short = sample if isinstance(sample, ModelInputs) else sample[:, :PROBE_TOKENS]  # it is run many times
+        stream = ResidualStream(model, layers, [short])
         projections: list[list[str]] = []
         for i in track(range(len(layers)), "finding projections to compensate"):
             projections.append(_added_in_layer(stream, i))

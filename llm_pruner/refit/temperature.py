@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.blockwise import computing, native_compute, standing_in
+from ..models.inputs import Inputs
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, forward, logits
 from ..models.tasks import predicts_tokens
@@ -20,7 +21,7 @@ TEMPERATURES = [round(0.7 + 0.02 * i, 2) for i in range(21)]
 
 
 @torch.no_grad()
-def scale_logits(model: PreTrainedModel, pruned: PreTrainedModel, ids: torch.Tensor) -> float | None:
+def scale_logits(model: PreTrainedModel, pruned: PreTrainedModel, ids: Inputs) -> float | None:
     """Scale the pruned model's logits, in its weights, to be closest to the original's.
 
     Args:
@@ -47,7 +48,7 @@ def scale_logits(model: PreTrainedModel, pruned: PreTrainedModel, ids: torch.Ten
 
 
 @torch.no_grad()
-def scaling_weights(model: PreTrainedModel, ids: torch.Tensor) -> list[nn.Parameter]:
+def scaling_weights(model: PreTrainedModel, ids: Inputs) -> list[nn.Parameter]:
     """Return the parameters that scale all logits when they are scaled: the last norm's, or an untied head's.
 
     Halves are tried on stand-ins, so that the model's own weights stay whatever happens.
@@ -66,7 +67,7 @@ def scaling_weights(model: PreTrainedModel, ids: torch.Tensor) -> list[nn.Parame
     return []
 
 
-def _logits_with_halves(model: PreTrainedModel, ids: torch.Tensor, names: set[str]) -> torch.Tensor:
+def _logits_with_halves(model: PreTrainedModel, ids: Inputs, names: set[str]) -> torch.Tensor:
     """Return the logits of the model with half of the named parameters."""
     compute = native_compute(model)
 

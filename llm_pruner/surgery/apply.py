@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PrunerError
 from ..graph.tracer import TraceError
 from ..graph.units import CouplingGraph, share_graph, trace
-from ..models.running import model_inputs, random_tokens, stored_tensors, tracing_mode
+from ..models.inputs import example_inputs, share_inputs
+from ..models.running import model_inputs, stored_tensors, tracing_mode
 from ..models.skeleton import canonical_names, skeleton
 from ..selection.plan import PruningPlan, name_after
 from .config.shape import target_config
@@ -74,12 +76,14 @@ def apply(
         try:
             # Looked at on the meta device, before any weight is copied, unless the model needs them to run.
             rebuilt = skeleton(type(model), found) if graph.on_meta else _fill(model, plan, found, place)
+            share_inputs(rebuilt, model)
             problem = find_wrong_axis(rebuilt, graph, plan) or _broken_cache(rebuilt, model)
         except TraceError as error:
             problem = str(error)
         if not problem:
             pruned = _fill(model, plan, found, place) if graph.on_meta else rebuilt
             share_graph(pruned, rebuilt)
+            share_inputs(pruned, model)
             problem = "" if config is not None else _wrong_factor(model, pruned, plan, graph)
             if not problem:
                 if plan.tokens is not None and pruned.can_generate():
@@ -110,7 +114,7 @@ def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: Pruning
             return str(error)
         return ""
     half = model.dtype in (torch.float16, torch.bfloat16)
-    ids = random_tokens(pruned, rows=2, tokens=16)
+    ids = example_inputs(pruned, rows=2, tokens=16)
     report = _compare(model, pruned, plan, ids, model.dtype, 0.05 if half else 0.01, norm_modes(graph, plan))
     if report.equivalent:
         return ""
@@ -121,14 +125,15 @@ def _broken_cache(rebuilt: PreTrainedModel, original: PreTrainedModel) -> str:
     """Return what goes wrong when a rebuilt model fills its cache, if the original can do so; empty if nothing."""
 
     def problem(model: PreTrainedModel) -> str:
-        ids = torch.ones(2, 16, dtype=torch.long, device=model.device)
         try:
             with torch.no_grad(), tracing_mode(model):
-                model(**model_inputs(model, ids), use_cache=True)
+                model(**model_inputs(model, example_inputs(model)), use_cache=True)
         except Exception as error:  # a model may fail in any way it likes
             return f"its cache does not take the new sizes: {type(error).__name__}: {error}"
         return ""
 
+    if "use_cache" not in inspect.signature(original.forward).parameters:
+        return ""
     found = problem(rebuilt)
     return found if found and not problem(skeleton(type(original), original.config)) else ""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 
 from ..graph.units import CouplingGraph, trace
 from ..models.blockwise import native_compute, standing_in
-from ..models.running import forward, main_output, random_tokens, relative_difference, stored_tensors, tracing_mode
+from ..models.inputs import IDS, Inputs, ModelInputs, as_inputs, example_inputs
+from ..models.running import (
+    forward,
+    main_output,
+    relative_difference,
+    stored_tensors,
+    tracing_mode,
+)
 from ..selection.plan import PruningPlan
 from .slicing import check_fits, mask
 
@@ -46,7 +53,7 @@ def verify(
     model: PreTrainedModel,
     pruned: PreTrainedModel,
     plan: PruningPlan,
-    tokens: torch.Tensor | None = None,
+    tokens: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
     *,
     seed: int = 0,
     tolerance: float = 1e-5,
@@ -58,9 +65,10 @@ def verify(
     they are compared again in float64, one model at a time, which tells rounding from a mistake.
 
     Args:
-        tokens: LongTensor ``[rows, tokens]`` of the pruned model's token ids (default: random ones). Where the plan
-            cuts the vocabulary, the original reads the same tokens by its own ids.
-        seed: seed of the random tokens.
+        tokens: LongTensor ``[rows, tokens]`` of the pruned model's token ids, or inputs by name, as a processor returns
+            them (default: random ones). Where the plan cuts the vocabulary, the original reads the same tokens by its
+            own ids.
+        seed: seed of the random inputs.
         tolerance: largest difference, relative to the largest absolute logit, that still counts as equivalent.
 
     Raises:
@@ -78,7 +86,7 @@ def verify(
         True
     """
     check_fits({name: tuple(t.shape) for name, t in stored_tensors(model).items()}, plan)
-    ids = random_tokens(pruned, rows=2, tokens=16, seed=seed) if tokens is None else tokens
+    ids = example_inputs(pruned, rows=2, tokens=16, seed=seed) if tokens is None else as_inputs(tokens)
     hidden = any(choice.kind == "hidden" for choice in plan.units.values())
     modes = norm_modes(trace(model), plan) if hidden else []
     report = _compare(model, pruned, plan, ids, native_compute(model).dtype, tolerance, modes)
@@ -92,7 +100,7 @@ def _compare(
     model: PreTrainedModel,
     pruned: PreTrainedModel,
     plan: PruningPlan,
-    ids: torch.Tensor,
+    ids: Inputs,
     dtype: torch.dtype,
     tolerance: float,
     modes: list[KeptNorms],
@@ -109,12 +117,20 @@ def _compare(
     with ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
-        expected = _changed_logits(model, ids if tokens is None else tokens[ids.cpu()], dtype, change)
+        expected = _changed_logits(model, ids if tokens is None else _original_ids(ids, tokens), dtype, change)
     found = _changed_logits(pruned, ids, dtype, lambda _, tensor: tensor)
     if tokens is not None and expected.shape[-1] > found.shape[-1]:
         expected = expected[..., tokens]
     difference = (found - expected).abs().max().item()
     return EquivalenceReport(difference, relative_difference(found, expected), tolerance, dtype)
+
+
+def _original_ids(ids: Inputs, tokens: torch.Tensor) -> Inputs:
+    """Return the same inputs with the original's token ids, ``tokens`` by those of the pruned model."""
+    if isinstance(ids, torch.Tensor):
+        return tokens[ids.cpu()]
+    named = ids.tensors()
+    return ModelInputs({name: tokens[value.cpu()] if name in IDS else value for name, value in named.items()})
 
 
 def _rounded_off(table: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -128,7 +144,7 @@ def _rounded_off(table: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) 
 
 @torch.no_grad()
 def _changed_logits(
-    model: PreTrainedModel, ids: torch.Tensor, dtype: torch.dtype, change: Callable[[str, torch.Tensor], torch.Tensor]
+    model: PreTrainedModel, ids: Inputs, dtype: torch.dtype, change: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Return the logits, on the CPU in float64, of a model whose tensors are changed and cast while they are used."""
 

@@ -13,8 +13,9 @@ from ..errors import PrunerError
 from ..graph.units import CouplingGraph, Unit, trace
 from ..models.blockwise import native_compute
 from ..models.constructors import refusal
+from ..models.inputs import example_inputs
 from ..models.per_layer import CONSTANTS, SUBMODULES, global_config, has_per_layer_widths, overrides_of
-from ..models.running import random_tokens, relative_difference
+from ..models.running import relative_difference
 from ..models.skeleton import canonical_names, skeleton
 from .equivalence import _changed_logits
 from .rebuild import build_from_state
@@ -44,7 +45,7 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
     done |= {name: next(iter(done.values())).new_zeros(shape) for name, shape in shapes.items() if name not in done}
     state = {name: done[canonical[name]] if name in canonical else t for name, t in target.state_dict().items()}
     padded = build_from_state(config, state, model)
-    ids = random_tokens(model, rows=2, tokens=16)
+    ids = example_inputs(model, rows=2, tokens=16)
     dtype = native_compute(model).dtype
     actual, expected = (_changed_logits(m, ids, dtype, lambda _, t: t) for m in (padded, model))
     off = relative_difference(actual, expected)

@@ -1,0 +1,232 @@
+"""Images and sounds to calibrate and compare models on, read by the checkpoint's own processor.
+
+A data set is a folder of images or of 16-bit ``.wav`` files. A ``metadata.jsonl`` beside them may give texts, a line
+``{"file_name": "cat.png", "text": "a cat"}`` a file, as the hub's data sets of images have it. ``synthetic`` is noise.
+"""
+
+from __future__ import annotations
+
+import json
+import wave
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, PreTrainedModel
+
+from .choices import SYNTHETIC
+from .data import check_text
+from .errors import PrunerError
+from .models.inputs import ModelInputs, example_inputs, needed_inputs, reads_text_only
+from .models.tasks import predicts_tokens
+from .optional import require
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SOUNDS = (".wav",)
+HELD_OUT = 5  # every fifth file is for measuring
+CAPTION = "Describe the image."
+SYNTHETIC_PIXELS = 224
+WRITTEN_TOKENS = 16  # that a model of speech writes itself where no text is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Medium:
+    """An image or a sound, and the text that belongs to it, if any."""
+
+    file: Path
+    text: str | None = None
+
+    def image(self) -> Any:
+        """Return the picture.
+
+        Raises:
+            PrunerError: the file cannot be read.
+        """
+        from PIL import Image
+
+        try:
+            return Image.open(self.file).convert("RGB")
+        except (OSError, ValueError) as error:
+            raise PrunerError(f"cannot read the image {self.file}: {error}") from error
+
+    def sound(self, rate: int) -> np.ndarray:
+        """Return the samples of a mono mix in [-1, 1), float32 ``[samples]``.
+
+        Raises:
+            PrunerError: the file cannot be read, or has another sampling rate.
+        """
+        try:
+            with wave.open(str(self.file)) as sound:
+                parameters = sound.getparams()
+                content = sound.readframes(parameters.nframes)
+        except (OSError, EOFError, wave.Error) as error:
+            raise PrunerError(f"cannot read the sound {self.file}: {error}") from error
+        if parameters.sampwidth != 2 or parameters.framerate != rate:
+            raise PrunerError(
+                f"{self.file} has {8 * parameters.sampwidth} bits at {parameters.framerate} Hz and the model reads 16 "
+                f"bits at {rate} Hz: convert it with ffmpeg -i {self.file.name} -ar {rate} -sample_fmt s16 out.wav"
+            )
+        samples = np.frombuffer(content, dtype="<i2").astype(np.float32) / 2**15
+        return samples.reshape(-1, parameters.nchannels).mean(axis=1)
+
+
+def is_media(name: str) -> bool:
+    """Return True if a name of a data set means images or sounds, not a text."""
+    return name == SYNTHETIC or Path(name).expanduser().is_dir()
+
+
+def check_media(name: str) -> None:
+    """Refuse a folder without images and sounds.
+
+    Raises:
+        PrunerError: as :func:`read_media`; or images cannot be read, since Pillow is not installed.
+    """
+    if name != SYNTHETIC and any(medium.file.suffix.lower() in IMAGES for medium in read_media(name, "train")):
+        require("PIL", "report", "images need")
+
+
+def check_dataset(name: str, split: str = "train") -> None:
+    """Refuse a text, or a folder of images or sounds, that cannot be read or is empty.
+
+    Raises:
+        PrunerError: as :func:`check_media` and :func:`~llm_pruner.data.check_text`.
+    """
+    check_media(name) if is_media(name) else check_text(name, split)
+
+
+def read_media(name: str, split: str, most: int | None = None) -> list[Medium]:
+    """List the files of a folder; every fifth is held out, of two or more one at least.
+
+    Args:
+        split: ``train`` (for calibration) or ``test`` (held out).
+
+    Raises:
+        PrunerError: the folder holds no image and no sound, or its ``metadata.jsonl`` cannot be read.
+    """
+    folder = Path(name).expanduser()
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (*IMAGES, *SOUNDS))
+    if not files:
+        raise PrunerError(f"{name} holds no images ({', '.join(IMAGES)}) and no sounds ({', '.join(SOUNDS)})")
+    texts = dict(_metadata(folder / "metadata.jsonl"))
+    every = min(HELD_OUT, len(files))
+    chosen = [file for i, file in enumerate(files) if len(files) == 1 or (i % every == every - 1) == (split == "test")]
+    return [Medium(file=file, text=texts.get(file.name)) for file in chosen[:most]]
+
+
+def _metadata(file: Path) -> Iterator[tuple[str, str]]:
+    if not file.is_file():
+        return
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                yield row["file_name"], row["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise PrunerError(f'{file}, line {number}: give {{"file_name": "cat.png", "text": "a cat"}}') from error
+
+
+def media_inputs(
+    model: PreTrainedModel, name: str, split: str = "train", samples: int = 16, *, seed: int = 0
+) -> ModelInputs:
+    """Return what a model reads of images or sounds, by the processor of its checkpoint.
+
+    A model that writes text about images is given each in a turn of a chat. A model of speech without texts is given
+    the tokens that it writes itself.
+
+    Args:
+        name: a folder, or ``synthetic`` for random images, spectrograms or waveforms, which need no processor unless
+            the model marks the places of images in its text.
+        samples: largest number of samples.
+
+    Raises:
+        PrunerError: a file cannot be read, or the checkpoint has no processor.
+    """
+    seed = seed if split == "train" else ~seed & 0xFFFF
+    if name != SYNTHETIC:
+        media = read_media(name, split, samples)
+    elif not reads_text_only(model):
+        drawn = example_inputs(model, rows=samples, seed=seed)
+        assert isinstance(drawn, ModelInputs)
+        return drawn
+    else:
+        media = []
+    processor = load_processor(model)
+    if name == SYNTHETIC:
+        noise = np.random.default_rng(seed).integers(0, 256, (samples, SYNTHETIC_PIXELS, SYNTHETIC_PIXELS, 3), np.uint8)
+        return _stacked([_process_image(model, processor, picture, CAPTION) for picture in noise])
+    return _stacked([_process(model, processor, medium) for medium in media])
+
+
+def load_processor(model: PreTrainedModel) -> Any:
+    """Load the processor of the checkpoint that a model was loaded from.
+
+    Raises:
+        PrunerError: there is none.
+    """
+    for auto_class in (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor):
+        try:
+            return auto_class.from_pretrained(model.name_or_path)
+        except Exception as error:  # transformers raises whatever its loaders raise
+            reason = " ".join(str(error).split())[:200]
+    raise PrunerError(
+        f"{model.name_or_path or type(model).__name__} has no processor to read images or sounds: {reason}"
+    )
+
+
+def _process(model: PreTrainedModel, processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
+    """Return one sample by the names of the model's arguments."""
+    if medium.file.suffix.lower() in SOUNDS:
+        return _process_sound(model, processor, medium)
+    return _process_image(model, processor, medium.image(), medium.text or CAPTION)
+
+
+def _process_image(model: PreTrainedModel, processor: Any, image: Any, text: str) -> dict[str, torch.Tensor]:
+    if predicts_tokens(model):
+        found = _process_chat(processor, image, text)
+    elif "input_ids" in needed_inputs(model):
+        found = processor(images=image, text=[text], padding="max_length", truncation=True, return_tensors="pt")
+    else:
+        found = processor(images=image, return_tensors="pt")
+    return {name: value for name, value in found.items() if torch.is_tensor(value)}
+
+
+def _process_chat(processor: Any, image: Any, text: str) -> Any:
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    marker = getattr(processor, "image_token", "<image>")
+    return processor(images=image, text=f"{marker}\n{text}", return_tensors="pt")
+
+
+def _process_sound(model: PreTrainedModel, processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
+    extractor = getattr(processor, "feature_extractor", processor)
+    rate = extractor.sampling_rate
+    found = dict(extractor(medium.sound(rate), sampling_rate=rate, return_tensors="pt"))
+    if "decoder_input_ids" in needed_inputs(model):
+        tokenizer = getattr(processor, "tokenizer", None)
+        if medium.text and tokenizer is not None:
+            found["decoder_input_ids"] = tokenizer(medium.text, return_tensors="pt")["input_ids"]
+        else:
+            main = {name: value.to(model.device) for name, value in found.items() if name == model.main_input_name}
+            found["decoder_input_ids"] = model.generate(**main, max_new_tokens=WRITTEN_TOKENS).cpu()  # type: ignore[operator]
+    return {name: value for name, value in found.items() if torch.is_tensor(value)}
+
+
+def _stacked(parts: list[dict[str, torch.Tensor]]) -> ModelInputs:
+    """Return samples of one shape as the rows of one mapping, others as mappings of their own."""
+    shapes = {tuple((name, tuple(value.shape)) for name, value in sorted(part.items())) for part in parts}
+    if len(shapes) == 1 and all(len(value) == 1 for value in parts[0].values()):
+        return ModelInputs({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return ModelInputs(*parts)
+
+
+def describe(name: str) -> str:
+    """Return how messages call a data set of images or sounds."""
+    if name == SYNTHETIC:
+        return "noise (give a folder of images or .wav files for better ones)"
+    return name

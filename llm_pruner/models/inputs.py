@@ -1,0 +1,235 @@
+"""Inputs of a model: token ids, or tensors by the names of the arguments of its ``forward``."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ..errors import PrunerError
+
+IDS = {"input_ids", "decoder_input_ids"}
+IMAGE_SIZE, CHANNELS, SAMPLES_OF_SOUND, MEL_FRAMES = 224, 3, 16_000, 64  # where a config states none
+TOKENS_OF_OTHERS = 512  # about what an image or a few seconds of sound are in a model
+# Where the config of a model that reads images or audio may be.
+INNER_CONFIGS = ("vision_config", "audio_config", "encoder_config", "backbone_config")
+
+
+class ModelInputs:
+    """Inputs by the names of the arguments of a model's ``forward``, in samples.
+
+    It is sliced, split, moved and counted as a LongTensor ``[samples, tokens]`` is.
+
+    Args:
+        parts: what a processor returns. A mapping whose tensors have as many rows as each other holds a sample a row;
+            another, such as that of images cut into patches of varying number, is one sample.
+
+    >>> pair = ModelInputs({"pixel_values": torch.zeros(4, 3, 8, 8), "input_ids": torch.zeros(4, 5, dtype=torch.long)})
+    >>> len(pair), [len(part) for part in pair.split(3)], list(pair[:2].tensors()["input_ids"].shape)
+    (4, [3, 1], [2, 5])
+    """
+
+    def __init__(self, *parts: Mapping[str, Any]):
+        self.parts = [{name: value for name, value in part.items() if torch.is_tensor(value)} for part in parts]
+        if not all(self.parts):
+            raise PrunerError("the inputs of a model must be tensors by name, as a processor returns them")
+
+    def __len__(self) -> int:
+        return sum(_rows(part) for part in self.parts)
+
+    def __getitem__(self, rows: slice) -> ModelInputs:
+        return ModelInputs(*[part.parts[0] for part in self.split(1)][rows])
+
+    def split(self, rows: int) -> list[ModelInputs]:
+        """Cut into batches of at most so many samples; samples of varying size are batches of their own."""
+        batches = []
+        for part in self.parts:
+            if _rows(part) == 1:
+                batches.append(ModelInputs(part))
+                continue
+            cut = {name: value.split(rows) for name, value in part.items()}
+            batches += [ModelInputs(dict(zip(cut, values, strict=True))) for values in zip(*cut.values(), strict=True)]
+        return batches
+
+    def to(self, device: torch.device | str) -> ModelInputs:
+        """Return the same inputs on a device."""
+        return ModelInputs(*({name: value.to(device) for name, value in part.items()} for part in self.parts))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of one batch by name.
+
+        Raises:
+            PrunerError: there are several batches.
+        """
+        if len(self.parts) != 1:
+            raise PrunerError(f"a model runs one batch at a time, and these inputs are {len(self.parts)}")
+        return self.parts[0]
+
+
+Inputs = torch.Tensor | ModelInputs
+
+
+def as_inputs(value: Any) -> Any:
+    """Return mappings, or a list of them, as :class:`ModelInputs`; anything else as it is."""
+    if isinstance(value, Mapping):
+        return ModelInputs(value)
+    if isinstance(value, Sequence) and value and all(isinstance(part, Mapping) for part in value):
+        return ModelInputs(*value)
+    return value
+
+
+def tokens_per_sample(inputs: Inputs) -> int:
+    """Return how many tokens a sample has, or an estimate for images and audio."""
+    return inputs.shape[1] if isinstance(inputs, torch.Tensor) else TOKENS_OF_OTHERS
+
+
+_remembered: WeakKeyDictionary[nn.Module, ModelInputs] = WeakKeyDictionary()
+
+
+def remember_inputs(model: nn.Module, inputs: ModelInputs) -> None:
+    """Let :func:`example_inputs` return these inputs for a model as long as it lives."""
+    _remembered[model] = inputs
+
+
+def share_inputs(model: nn.Module, like: nn.Module) -> None:
+    """Let a model have the example inputs that were given for another; its class must be the same."""
+    if like in _remembered:
+        _remembered[model] = _remembered[like]
+
+
+def has_remembered_inputs(model: nn.Module) -> bool:
+    """Return True if example inputs were given for a model."""
+    return model in _remembered
+
+
+def hash_of(inputs: Inputs) -> str:
+    """Return the SHA-256 of the values of inputs."""
+    total = hashlib.sha256()
+    for part in [{"": inputs}] if isinstance(inputs, torch.Tensor) else inputs.parts:
+        for name, value in sorted(part.items()):
+            total.update(name.encode() + value.cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _rows(part: Mapping[str, torch.Tensor]) -> int:
+    rows = {len(value) if value.ndim else 0 for value in part.values()}
+    return rows.pop() if len(rows) == 1 else 1
+
+
+def input_embedding(model: nn.Module) -> nn.Embedding | None:
+    """Return the table that a model looks token ids up in, None for a model that reads none."""
+    try:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # of a model of two towers
+        embedding = None
+    if embedding is None:
+        embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding) and _is_of_tokens(m, model)), None)
+    weight = getattr(embedding, "weight", None)
+    return cast(nn.Embedding, embedding) if weight is not None and weight.ndim == 2 else None
+
+
+def _is_of_tokens(module: nn.Embedding, model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return config is not None and module.num_embeddings == getattr(config.get_text_config(), "vocab_size", None)
+
+
+def reads_text_only(model: nn.Module) -> bool:
+    """Return True if token ids are all that a model needs."""
+    return all(name in IDS for name in needed_inputs(model))
+
+
+def needed_inputs(model: nn.Module) -> list[str]:
+    """Return the names of the inputs that a model cannot do without.
+
+    The main input; arguments of its ``forward`` without a default; the ids of a decoder; and the other side of a model
+    that compares two kinds of inputs, known by its ``return_loss``.
+    """
+    main = getattr(model, "main_input_name", "input_ids")
+    names = [main]
+    parameters = inspect.signature(model.forward).parameters
+    for name, parameter in parameters.items():
+        named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if named and parameter.default is parameter.empty:
+            names.append(name)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+        names.append("decoder_input_ids")
+    if "return_loss" in parameters:
+        names += [name for name in ("input_ids", "pixel_values", "input_features") if name in parameters][:2]
+    return list(dict.fromkeys(names))
+
+
+def example_inputs(model: nn.Module, rows: int = 2, tokens: int = 16, seed: int = 0) -> Inputs:
+    """Return the inputs that were given for a model, or draw random ones by its signature and its config.
+
+    Returns:
+        Token ids, LongTensor ``[rows, tokens]``, of a model that reads text; else, by name, images ``[rows, channels,
+        height, width]`` or videos, spectrograms or waveforms in [-1, 1), and ids.
+
+    Raises:
+        PrunerError: the model needs an input that cannot be guessed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(iter(model.parameters())).device
+    if model in _remembered:
+        return _remembered[model].to(device)
+    if reads_text_only(model):
+        return _random_ids(model, rows, tokens, generator).to(device)
+    drawn = {}
+    for name in needed_inputs(model):
+        if name in IDS:
+            drawn[name] = _random_ids(model, rows, tokens, generator)
+            continue
+        drawn[name] = torch.rand((rows, *_shape(model, name)), generator=generator) * 2 - 1
+    return ModelInputs(drawn).to(device)
+
+
+def _random_ids(model: nn.Module, rows: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
+    embedding = input_embedding(model)
+    if embedding is None:
+        raise PrunerError(f"{type(model).__name__} has no input embedding to feed tokens to")
+    return torch.randint(0, embedding.weight.shape[0], (rows, tokens), generator=generator)
+
+
+def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    """Return the shape of one sample of an input, from the fields of the config."""
+    fields = Fields(model.config)
+    if name == "pixel_values":
+        size = fields.get("image_size", "input_size", default=IMAGE_SIZE)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        channels = fields.get("num_channels", "in_channels", "num_input_channels", default=CHANNELS)
+        frames = fields.get("num_frames", default=None)
+        return (channels, height, width) if frames is None else (frames, channels, height, width)
+    if name == "input_features":
+        if (longest := fields.get("max_source_positions", default=None)) and (bins := fields.get("num_mel_bins")):
+            return (bins, 2 * longest)  # a convolution of stride 2 halves it
+        features = fields.get("input_feat_per_channel", "feature_projection_input_dim", "input_dim", "num_mel_bins")
+        if features is not None:
+            return (MEL_FRAMES, features * fields.get("input_channels", default=1))
+    if name == "input_values":
+        bins, longest = fields.get("num_mel_bins"), fields.get("max_length")
+        return (longest, bins) if "num_mel_bins" in fields and "frequency_stride" in fields else (SAMPLES_OF_SOUND,)
+    raise PrunerError(
+        f"{type(model).__name__} needs {name!r}, which cannot be guessed: give inputs={{name: tensor, …}}, as its "
+        "processor returns them, to lp.trace, lp.score and lp.verify"
+    )
+
+
+class Fields:
+    """Fields of a config or, where it has no such field, of the configs inside it that are of images or audio."""
+
+    def __init__(self, config: Any):
+        inner = (getattr(config, name, None) for name in INNER_CONFIGS)
+        self.configs = [config, *(one for one in inner if one is not None)]
+
+    def __contains__(self, name: str) -> bool:
+        return self.get(name) is not None
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        """Return the first of the named fields that a config states."""
+        values = (getattr(config, name, None) for name in names for config in self.configs)
+        return next((value for value in values if value is not None), default)

@@ -1,0 +1,283 @@
+"""Models that read images or sounds: traced by their signature, calibrated on folders or noise, compared on both."""
+
+import re
+import wave
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers.models import pruned_by
+from PIL import Image
+from transformers import AutoConfig
+
+import llm_pruner as lp
+from llm_pruner.cli import main
+from llm_pruner.errors import PrunerError
+from llm_pruner.files import read_json
+from llm_pruner.media import media_inputs, read_media
+from llm_pruner.models.inputs import ModelInputs, example_inputs, needed_inputs
+from llm_pruner.models.running import forward, main_output
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = SIZES | {"image_size": 16, "patch_size": 8}
+TEXT = SIZES | {"vocab_size": 99, "max_position_embeddings": 24}
+SIDES = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))}
+SPEECH = {"vocab_size": 99, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40, "pad_token_id": 0} | SIDES
+CLASSES = {
+    "ViTForImageClassification": ("vit", VISION | {"num_labels": 5}),
+    "Dinov2Model": ("dinov2", VISION),
+    "SiglipModel": ("siglip", {"text_config": TEXT, "vision_config": VISION}),
+    "CLIPModel": ("clip", {"text_config": TEXT, "vision_config": VISION, "projection_dim": 24}),
+    "ConvNextForImageClassification": ("convnext", {"hidden_sizes": [8, 16, 16, 16], "depths": [1] * 4}),
+    "SwinModel": ("swin", {"image_size": 32, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}),
+    "VideoMAEForVideoClassification": ("videomae", VISION | {"num_frames": 4}),
+    "ASTForAudioClassification": (
+        "audio-spectrogram-transformer",
+        SIZES | {"max_length": 32, "num_mel_bins": 32, "patch_size": 8, "frequency_stride": 8, "time_stride": 8},
+    ),
+    "WhisperForConditionalGeneration": (
+        "whisper",
+        SPEECH
+        | {"num_mel_bins": 16, "max_source_positions": 50, "max_target_positions": 40, "eos_token_id": 2}
+        | {"bos_token_id": 1, "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None},
+    ),
+    "Speech2TextForConditionalGeneration": (
+        "speech_to_text",
+        SPEECH | {"conv_channels": 16, "input_feat_per_channel": 16},
+    ),
+    "Wav2Vec2ForCTC": (
+        "wav2vec2",
+        SIZES
+        | {"conv_dim": [16] * 3, "conv_kernel": [10, 3, 3], "conv_stride": [5, 2, 2], "num_conv_pos_embeddings": 16}
+        | {"num_conv_pos_embedding_groups": 2},
+    ),
+}
+
+
+def model_of(name):
+    model_type, sizes = CLASSES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(AutoConfig.for_model(model_type, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # some classes begin with blocks that add next to nothing
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_neurons_by_a_quarter(name, tmp_path):
+    """Loaded in its class, cut, equal to the masked original, and read by that class with no key missing or left."""
+    model = model_of(name)
+    lp.save(model, None, tmp_path / "original")
+    loaded, tokenizer = lp.load(str(tmp_path / "original"))
+    assert type(loaded) is type(model) and tokenizer is None
+    plan, pruned = pruned_by(loaded, kinds=["neurons"])
+    assert lp.verify(loaded, pruned, plan).equivalent
+    lp.save(pruned, None, tmp_path / "pruned", plan)
+    stock, info = type(model).from_pretrained(tmp_path / "pruned", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    inputs = example_inputs(model, seed=3)
+    with torch.no_grad():
+        outputs = [main_output(forward(one.eval(), inputs)) for one in (stock, pruned, model)]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(outputs[1], outputs[2], rtol=1e-6, atol=1e-7), "something went"
+
+
+@pytest.mark.parametrize("name", ("ViTForImageClassification", "CLIPModel", "WhisperForConditionalGeneration"))
+def test_heads_and_criteria_of_data(name):
+    model = model_of(name)
+    graph, inputs = lp.trace(model), example_inputs(model, rows=4, seed=1)
+    for criterion in ("taylor", "wanda"):
+        scores = lp.score(model, graph, inputs, criterion, taylor="param_second", kinds=["heads", "neurons"])
+        assert all(values.isfinite().all() and values.std() > 0 for values in scores.values.values())
+    plan = lp.select(graph, scores, 0.5, kinds=["heads"])
+    assert lp.verify(model, lp.apply(model, plan), plan).equivalent
+
+
+def test_the_hidden_channels_of_a_vision_transformer():
+    model = model_of("ViTForImageClassification")
+    plan, pruned = pruned_by(model, kinds=["hidden"])
+    assert pruned.config.hidden_size == 16 and lp.verify(model, pruned, plan).equivalent
+
+
+def test_samples_add_up_whatever_the_batches():
+    """Per-sample gradients of images do not depend on how they are cut into mappings."""
+    model = model_of("ViTForImageClassification")
+    graph, whole = lp.trace(model), example_inputs(model, rows=3, seed=2)
+    parts = [part.tensors() for part in whole.split(1)]
+    found = [
+        lp.score(model, graph, inputs, taylor="param_second", kinds=["neurons"]).values
+        for inputs in (whole, whole.tensors(), parts)
+    ]
+    for scores in found[1:]:
+        for name, values in scores.items():
+            torch.testing.assert_close(values, found[0][name])
+
+
+def test_inputs_that_cannot_be_guessed_are_asked_for_and_taken():
+    class Fusing(transformers.BertModel):
+        def forward(self, input_ids, weights, attention_mask=None):
+            output = super().forward(input_ids, attention_mask)
+            output.last_hidden_state = output.last_hidden_state * weights[..., None]
+            return output
+
+    torch.manual_seed(0)
+    model = Fusing(transformers.BertConfig(**TEXT)).eval()
+    assert needed_inputs(model) == ["input_ids", "weights"]
+    with pytest.raises(PrunerError, match="needs 'weights', which cannot be guessed: give inputs"):
+        lp.trace(model)
+    given = {"input_ids": torch.randint(0, 99, (2, 8)), "weights": torch.rand(2, 8)}
+    graph = lp.trace(model, inputs=given)
+    plan = lp.select(graph, lp.score(model, graph, given, kinds=["neurons"]), 0.25, kinds=["neurons"])
+    assert lp.verify(model, lp.apply(model, plan), plan).equivalent
+    with pytest.raises(PrunerError, match="must be inputs by name"):
+        lp.score(model, graph, given["input_ids"])
+
+
+def test_a_mapping_of_other_things_is_refused():
+    with pytest.raises(PrunerError, match="must be tensors by name"):
+        ModelInputs({"pixel_values": [1, 2]})
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder, noise = tmp_path / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(12):
+        Image.fromarray(noise.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture
+def sounds(tmp_path):
+    folder, noise = tmp_path / "sounds", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(5):
+        with wave.open(str(folder / f"{i}.wav"), "wb") as file:
+            file.setnchannels(2)
+            file.setsampwidth(2)
+            file.setframerate(16_000)
+            file.writeframes((noise.normal(size=9_000) * 3_000).astype("<i2").tobytes())
+    return folder
+
+
+def saved(name, folder):
+    lp.save(model_of(name), None, folder)
+    if name.startswith("ViT"):
+        transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    if name.startswith("Whisper"):
+        transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1).save_pretrained(folder)
+    return folder
+
+
+def test_files_are_held_out(pictures, sounds):
+    trained, held_out = (read_media(str(pictures), split) for split in ("train", "test"))
+    assert len(trained) == 10 and [medium.file.name for medium in held_out] == ["04.png", "09.png"]
+    (pictures / "metadata.jsonl").write_text('{"file_name": "04.png", "text": "noise"}\n')
+    assert read_media(str(pictures), "test")[0].text == "noise"
+    (pictures / "metadata.jsonl").write_text('{"file": "04.png"}\n')
+    with pytest.raises(PrunerError, match=r"metadata.jsonl, line 1: give \{"):
+        read_media(str(pictures), "test")
+    with pytest.raises(PrunerError, match="reads 16 bits at 8000 Hz: convert it with ffmpeg"):
+        read_media(str(sounds), "train")[0].sound(8_000)
+
+
+def test_commands_with_images(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    saved("ViTForImageClassification", tmp_path / "original")
+    prune = "prune original pruned --pruning_ratio 0.25 --kinds neurons --calib_dataset pictures"
+    assert main([*prune.split(), "--eval_datasets", "pictures"]) == 0
+    metrics = read_json(tmp_path / "pruned" / "metrics.json")
+    assert 0 <= metrics["after"]["similarity"]["pictures"]["agreement"] <= 1
+    assert (tmp_path / "pruned" / "preprocessor_config.json").is_file()
+    assert (
+        main(["evaluate", "original", "pruned", "--datasets", "pictures", "--tokens", "0", "--output", "measured"]) == 0
+    )
+    second = read_json(tmp_path / "measured" / "evaluation.json")["models"][1]
+    assert second["similarity"]["pictures"]["pieces"] == 2
+    assert main(["prune", "original", "noisy", "--pruning_ratio", "0.25", "--kinds", "neurons"]) == 0
+    said = capsys.readouterr()
+    said = said.out + said.err
+    assert "128 samples of noise" in said and re.search("compensation moved [1-4] of 4", said)
+    for argv, message in (
+        ("prune original x --calib_dataset python-docs", "is a text, and ViTForImageClassification is calibrated on"),
+        ("prune original x --calib_dataset original", "holds no images"),
+        ("evaluate smollm2-135m --datasets pictures --tokens 0", "reads text and no images or sounds"),
+    ):
+        assert main(argv.split()) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_commands_with_sounds(sounds, tmp_path, monkeypatch):
+    """The tokens of the decoder are those that the model writes itself."""
+    monkeypatch.chdir(tmp_path)
+    saved("WhisperForConditionalGeneration", tmp_path / "original")
+    prune = "prune original pruned --pruning_ratio 0.5 --kinds heads --calib_dataset sounds --eval_datasets sounds"
+    assert main(prune.split()) == 0
+    similarity = read_json(tmp_path / "pruned" / "metrics.json")["after"]["similarity"]["sounds"]
+    assert similarity["pieces"] == 1 and 0 <= similarity["agreement"] <= 1
+
+
+def test_classes_without_a_tokenizer_that_need_one_are_refused(tmp_path, capsys):
+    lp.save(model_of("CLIPModel"), None, tmp_path / "original")
+    assert main(["prune", str(tmp_path / "original"), str(tmp_path / "pruned")]) == 2
+    assert "has no tokenizer" in capsys.readouterr().err
+
+
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def llava(tokenizer, tmp_path):
+    """A model of images and text with its processor; a folder."""
+    tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
+    marker = tokenizer.convert_tokens_to_ids("<image>")
+    config = AutoConfig.for_model(
+        "llava",
+        text_config=AutoConfig.for_model("llama", **SIZES, vocab_size=len(tokenizer), num_key_value_heads=2),
+        vision_config=AutoConfig.for_model("clip_vision_model", **VISION),
+        image_token_index=marker,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    lp.save(model, None, tmp_path / "llava")
+    pixels = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    transformers.LlavaProcessor(
+        pixels,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=TEMPLATE,
+    ).save_pretrained(tmp_path / "llava")
+    return tmp_path / "llava"
+
+
+@pytest.mark.parametrize("towers", ("vision", "all"))
+def test_towers(llava, towers, tmp_path, capsys):
+    """Traced, scored and verified with images in chats, here of noise; what is not asked for stays."""
+    prune = f"prune {llava} {tmp_path}/pruned --towers {towers} --pruning_ratio 0.25 --kinds neurons --num_examples 4"
+    assert main([*prune.split(), "--compensate", "none", "--eval_datasets", ""]) == 0
+    assert "equals the masked original" in (said := "".join(capsys.readouterr())), said
+    before, _ = lp.load(str(llava))
+    after, _ = lp.load(str(tmp_path / "pruned"))
+    sizes = [
+        [
+            module.out_features
+            for name, module in model.named_modules()
+            if name.endswith(("fc1", "up_proj")) and ("vision" in name) == vision
+        ]
+        for model in (before, after)
+        for vision in (True, False)
+    ]
+    # The projector reads the last layer but one of the vision tower: the last one does nothing, and stays.
+    assert sizes == [[48] * 2, [48] * 2, [36, 48], [48 if towers == "vision" else 36] * 2]
+    inputs = media_inputs(before, "synthetic", samples=1)
+    assert (inputs.tensors()["input_ids"] == before.config.image_token_index).sum() == 4
+    assert main([*prune.replace("vision", "audio").replace("all", "audio").split(), "--output", "x"]) == 2
