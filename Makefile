@@ -24,7 +24,7 @@ slow: $(READY)
 
 # Asks every architecture that transformers knows; some minutes.
 supported-models: $(READY)
-	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m helpers.survey models classes
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m helpers.survey models classes media
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -312,14 +312,14 @@ def _read(path: Path) -> str:
 
 def _from_file(path: Path) -> Iterator[str]:
     found = False
-    for row in _rows(path):
+    for row in read_rows(path):
         found = True
         yield row if path.suffix == ".txt" else _row_text(path, row)
     if not found:
         raise PrunerError(f"{path} holds no rows")
 
 
-def _rows(path: Path) -> Iterator[Any]:
+def read_rows(path: Path) -> Iterator[Any]:
     """Yield the entries of a file as they are read: paragraphs of a text, lines of JSON, entries of a list."""
     if path.suffix == ".json":
         content = read_json(path)

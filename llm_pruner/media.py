@@ -1,7 +1,8 @@
 """Images and sounds to calibrate and compare models on, read by the checkpoint's own processor.
 
-A data set is a folder of images or of 16-bit ``.wav`` files. A ``metadata.jsonl`` beside them may give texts, a line
-``{"file_name": "cat.png", "text": "a cat"}`` a file, as the hub's data sets of images have it. ``synthetic`` is noise.
+A data set is a folder of images or of 16-bit ``.wav`` files. A ``metadata.jsonl`` beside them may give texts or labels,
+a line ``{"file_name": "cat.png", "text": "a cat"}`` a file, as the hub's data sets of images have it. The data set
+``synthetic`` is noise.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ WRITTEN_TOKENS = 16  # that a model of speech writes itself where no text is giv
 
 @dataclass(frozen=True, kw_only=True)
 class Medium:
-    """An image or a sound, and the text that belongs to it, if any."""
+    """An image or a sound, and the text and label that belong to it, if any."""
 
     file: Path
     text: str | None = None
+    label: str | int | None = None
 
     def image(self) -> Any:
         """Return the picture.
@@ -97,11 +99,11 @@ def check_dataset(name: str, split: str = "train") -> None:
     check_media(name) if is_media(name) else check_text(name, split)
 
 
-def read_media(name: str, split: str, most: int | None = None) -> list[Medium]:
+def read_media(name: str, split: str | None, most: int | None = None) -> list[Medium]:
     """List the files of a folder; every fifth is held out, of two or more one at least.
 
     Args:
-        split: ``train`` (for calibration) or ``test`` (held out).
+        split: ``train`` (for calibration), ``test`` (held out), or None for all.
 
     Raises:
         PrunerError: the folder holds no image and no sound, or its ``metadata.jsonl`` cannot be read.
@@ -110,26 +112,28 @@ def read_media(name: str, split: str, most: int | None = None) -> list[Medium]:
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (*IMAGES, *SOUNDS))
     if not files:
         raise PrunerError(f"{name} holds no images ({', '.join(IMAGES)}) and no sounds ({', '.join(SOUNDS)})")
-    texts = dict(_metadata(folder / "metadata.jsonl"))
+    rows = dict(_metadata(folder / "metadata.jsonl"))
     every = min(HELD_OUT, len(files))
     chosen = [file for i, file in enumerate(files) if len(files) == 1 or (i % every == every - 1) == (split == "test")]
-    return [Medium(file=file, text=texts.get(file.name)) for file in chosen[:most]]
+    if split is None:
+        chosen = files
+    return [Medium(file=file, **rows.get(file.name, {})) for file in chosen[:most]]
 
 
-def _metadata(file: Path) -> Iterator[tuple[str, str]]:
+def _metadata(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not file.is_file():
         return
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-                yield row["file_name"], row["text"]
+                yield row["file_name"], {name: row[name] for name in ("text", "label") if name in row}
             except (ValueError, KeyError, TypeError) as error:
                 raise PrunerError(f'{file}, line {number}: give {{"file_name": "cat.png", "text": "a cat"}}') from error
 
 
 def media_inputs(
-    model: PreTrainedModel, name: str, split: str = "train", samples: int = 16, *, seed: int = 0
+    model: PreTrainedModel, name: str, split: str | None = "train", samples: int = 16, *, seed: int = 0
 ) -> ModelInputs:
     """Return what a model reads of images or sounds, by the processor of its checkpoint.
 
@@ -157,7 +161,7 @@ def media_inputs(
     if name == SYNTHETIC:
         noise = np.random.default_rng(seed).integers(0, 256, (samples, SYNTHETIC_PIXELS, SYNTHETIC_PIXELS, 3), np.uint8)
         return _stacked([_process_image(model, processor, picture, CAPTION) for picture in noise])
-    return _stacked([_process(model, processor, medium) for medium in media])
+    return _stacked([process(model, processor, medium) for medium in media])
 
 
 def load_processor(model: PreTrainedModel) -> Any:
@@ -176,7 +180,7 @@ def load_processor(model: PreTrainedModel) -> Any:
     )
 
 
-def _process(model: PreTrainedModel, processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
+def process(model: PreTrainedModel, processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
     """Return one sample by the names of the model's arguments."""
     if medium.file.suffix.lower() in SOUNDS:
         return _process_sound(model, processor, medium)
@@ -203,18 +207,24 @@ def _process_chat(processor: Any, image: Any, text: str) -> Any:
     return processor(images=image, text=f"{marker}\n{text}", return_tensors="pt")
 
 
-def _process_sound(model: PreTrainedModel, processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
+def process_sound(processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
+    """Return what a model of speech hears, by the names of its arguments."""
     extractor = getattr(processor, "feature_extractor", processor)
     rate = extractor.sampling_rate
-    found = dict(extractor(medium.sound(rate), sampling_rate=rate, return_tensors="pt"))
-    if "decoder_input_ids" in needed_inputs(model):
-        tokenizer = getattr(processor, "tokenizer", None)
-        if medium.text and tokenizer is not None:
-            found["decoder_input_ids"] = tokenizer(medium.text, return_tensors="pt")["input_ids"]
-        else:
-            main = {name: value.to(model.device) for name, value in found.items() if name == model.main_input_name}
-            found["decoder_input_ids"] = model.generate(**main, max_new_tokens=WRITTEN_TOKENS).cpu()  # type: ignore[operator]
+    found = extractor(medium.sound(rate), sampling_rate=rate, return_tensors="pt")
     return {name: value for name, value in found.items() if torch.is_tensor(value)}
+
+
+def _process_sound(model: PreTrainedModel, processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
+    found = process_sound(processor, medium)
+    if "decoder_input_ids" not in needed_inputs(model):
+        return found
+    tokenizer = getattr(processor, "tokenizer", None)
+    if medium.text and tokenizer is not None:
+        return found | {"decoder_input_ids": tokenizer(medium.text, return_tensors="pt")["input_ids"]}
+    heard = {name: value.to(model.device) for name, value in found.items()}
+    written = model.generate(**heard, max_new_tokens=WRITTEN_TOKENS)  # type: ignore[operator]
+    return found | {"decoder_input_ids": written.cpu()}
 
 
 def _stacked(parts: list[dict[str, torch.Tensor]]) -> ModelInputs:

@@ -1,5 +1,6 @@
 """Models that read images or sounds: traced by their signature, calibrated on folders or noise, compared on both."""
 
+import json
 import re
 import wave
 
@@ -14,8 +15,10 @@ from transformers import AutoConfig
 import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
+from llm_pruner.evaluation.labelled import form_of, measure_labelled
+from llm_pruner.evaluation.similarity import outputs
 from llm_pruner.files import read_json
-from llm_pruner.media import media_inputs, read_media
+from llm_pruner.media import load_processor, media_inputs, process_sound, read_media
 from llm_pruner.models.inputs import ModelInputs, example_inputs, needed_inputs
 from llm_pruner.models.running import forward, main_output
 
@@ -191,6 +194,7 @@ def test_commands_with_images(pictures, tmp_path, monkeypatch, capsys):
     metrics = read_json(tmp_path / "pruned" / "metrics.json")
     assert 0 <= metrics["after"]["similarity"]["pictures"]["agreement"] <= 1
     assert (tmp_path / "pruned" / "preprocessor_config.json").is_file()
+    assert "processor = AutoProcessor.from_pretrained" in (tmp_path / "pruned" / "README.md").read_text()
     assert (
         main(["evaluate", "original", "pruned", "--datasets", "pictures", "--tokens", "0", "--output", "measured"]) == 0
     )
@@ -281,3 +285,70 @@ def test_towers(llava, towers, tmp_path, capsys):
     inputs = media_inputs(before, "synthetic", samples=1)
     assert (inputs.tensors()["input_ids"] == before.config.image_token_index).sum() == 4
     assert main([*prune.replace("vision", "audio").replace("all", "audio").split(), "--output", "x"]) == 2
+
+
+def test_accuracy_of_images(pictures, tmp_path, monkeypatch):
+    """Labels are the model's own classes, all but two: 10 of 12 are right."""
+    monkeypatch.chdir(tmp_path)
+    folder = saved("ViTForImageClassification", tmp_path / "model")
+    model, _ = lp.load(str(folder))
+    seen = outputs(model, None, media_inputs(model, "pictures", None, samples=12))
+    labels = [(int(one) + (i < 2)) % 5 for i, one in enumerate(seen)]
+    rows = [{"file_name": f"{i:02}.png", "label": f"LABEL_{label}"} for i, label in enumerate(labels)]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    measure = "evaluate model --datasets= --labelled pictures --tokens 0 --output measured"
+    assert main(measure.split()) == 0
+    result = read_json(tmp_path / "measured" / "evaluation.json")["models"][0]["tasks"]["pictures"]
+    assert result["acc"] == pytest.approx(10 / 12)
+    assert result["acc_stderr"] == pytest.approx((10 / 12 * 2 / 12 / 11) ** 0.5)
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, [row | {"label": "cat"} for row in rows])))
+    with pytest.raises(PrunerError, match="the model has no class 'cat'; it has LABEL_0, LABEL_1"):
+        measure_labelled(model, None, "pictures")
+
+
+def test_ranks_of_pairs_and_rewards(tokenizer, tmp_path, capsys):
+    """Scores that are the model's own, in another scale: a rank correlation of 1; the other way round, of -1."""
+    words = ["def f(x):", "return x", "import os", "class A:", "print(1)"]
+    for name, task in (("BertModel", "pairs"), ("BertForSequenceClassification", "scores")):
+        torch.manual_seed(0)
+        config = transformers.BertConfig(**TEXT | {"vocab_size": len(tokenizer)}, num_labels=1)
+        model = getattr(transformers, name)(config).eval()
+        assert form_of(model) == task
+        rows = []
+        for text in words:
+            given = {"text": text} | ({"other": "x = 1"} if task == "pairs" else {})
+            found = [
+                main_output(forward(model, tokenizer(part, return_tensors="pt")["input_ids"]))[0].detach()
+                for part in given.values()
+            ]
+            score = torch.cosine_similarity(*(one.mean(0) for one in found), dim=0) if task == "pairs" else found[0]
+            rows.append(given | {"score": 7 * score.item()})
+        file = tmp_path / "rows.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        assert measure_labelled(model, tokenizer, str(file))["spearman"] == pytest.approx(1)
+        file.write_text("\n".join(json.dumps(row | {"score": -row["score"]}) for row in rows))
+        assert measure_labelled(model, tokenizer, str(file))["spearman"] == pytest.approx(-1)
+    file.write_text('{"text": "a"}\n')
+    with pytest.raises(PrunerError, match="must hold rows such as"):
+        measure_labelled(model, tokenizer, str(file))
+    assert main(["evaluate", "smollm2-135m", "--labelled", str(tmp_path / "none.jsonl")]) == 2
+    assert "--labelled" in capsys.readouterr().err
+
+
+def test_words_of_speech(sounds, tokenizer, tmp_path, monkeypatch):
+    """Against its own transcripts a model makes no error; with one word more in each, one a file."""
+    monkeypatch.chdir(tmp_path)
+    folder = saved("WhisperForConditionalGeneration", tmp_path / "model")
+    tokenizer.save_pretrained(folder)
+    extractor = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
+    transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
+    model, _ = lp.load(str(folder))
+    processor = load_processor(model)
+    media = read_media("sounds", None)
+    heard = [model.generate(**process_sound(processor, one)) for one in media]
+    said = [processor.batch_decode(ids, skip_special_tokens=True)[0] for ids in heard]
+    for extra, errors in (("", 0), (" indeed", len(media))):
+        rows = [{"file_name": one.file.name, "text": text + extra} for one, text in zip(media, said, strict=True)]
+        (sounds / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        words = sum(len(row["text"].split()) for row in rows)
+        assert measure_labelled(model, None, "sounds")["wer"] == pytest.approx(errors / max(1, words))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.architectures import model_types, other_types, tiny_model
+from helpers.architectures import media_types, model_types, other_types, tiny_model
 from helpers.survey import CLASS_KINDS, survey
 
 from llm_pruner.models.running import model_inputs, relative_difference
@@ -116,10 +116,13 @@ def test_merged_adapters_give_the_trained_logits(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", other_types())
+@pytest.mark.parametrize("name", [*other_types(), *media_types()])
 def test_other_classes_are_correct_or_refused(name):
     row = survey(name, CLASS_KINDS)
     for kind, outcome in row.kinds.items():
+        if name in media_types():  # deep in a tiny model of images, heads can change next to nothing
+            assert not (outcome.wrong or outcome.failed), kind
+            continue
         if name.startswith("funnel:"):  # the command refuses what its own comparison finds
             assert outcome.works or "not mask-equivalent" in outcome.failed or outcome.wrong or outcome.without_effect
             continue

@@ -16,24 +16,25 @@ from ..models.per_layer import has_per_layer_widths
 from ..models.tasks import task_of_config
 from ..selection.plan import PruningPlan
 from ..version import __version__
+from .companions import PROCESSORS
 from .locate import EMBEDDED, HUB_IDS, locate
 from .standalone import FILE
 from .unread import UNREAD
 
 PLAIN = """```python
-from transformers import AUTO_CLASS, AutoTokenizer
+from transformers import AUTO_CLASS, READER_CLASS
 
 model = AUTO_CLASS.from_pretrained(FOLDER_OR_ID)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER_OR_ID)
+READER = READER_CLASS.from_pretrained(FOLDER_OR_ID)
 ```"""
 DIFFERING = """Its layers have different widths (`per_layer_config`), so llm-pruner has to be imported first:
 
 ```python
 import llm_pruner  # pip install llm_pruner
-from transformers import AUTO_CLASS, AutoTokenizer
+from transformers import AUTO_CLASS, READER_CLASS
 
 model = AUTO_CLASS.from_pretrained(FOLDER_OR_ID)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER_OR_ID)
+READER = READER_CLASS.from_pretrained(FOLDER_OR_ID)
 ```"""
 WITHOUT_REFIT = """**Without the refit of the original run** ({refit}): its quality differs from that run's.
 `llm-pruner apply --refit` does it again. The plan was made by this command:"""
@@ -56,7 +57,7 @@ def write_card(
     card: dict[str, Any] = {
         "library_name": "transformers",
         "tags": ["pruning", "structural-pruning", "llm-pruner"],
-        "pipeline_tag": task_of_config(config).name,
+        "pipeline_tag": task_of_config(config).pipeline,
     }
     if (base_id := hub_id(base)) is not None:
         card["base_model"] = base_id
@@ -82,12 +83,22 @@ def write_card(
         "",
         "## Use",
         "",
-        (DIFFERING if has_per_layer_widths(config) else PLAIN).replace("AUTO_CLASS", task_of_config(config).auto_class),
+        _use(config, folder),
     ]
     if (folder / FILE).is_file():
         lines += ["", STANDALONE.format(file=FILE)]
     lines += ["", "`pruning_plan.json` says which indices of which weights stayed.", ""]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _use(config: PreTrainedConfig, folder: Path) -> str:
+    """Return the lines of Python that load the model, and its processor or tokenizer."""
+    reader, reader_class = "tokenizer", "AutoTokenizer"
+    if any((folder / name).is_file() for name in PROCESSORS):
+        reader, reader_class = "processor", "AutoProcessor"
+    lines = DIFFERING if has_per_layer_widths(config) else PLAIN
+    lines = lines.replace("READER_CLASS", reader_class).replace("READER", reader)
+    return lines.replace("AUTO_CLASS", task_of_config(config).auto_class)
 
 
 def _refit_of(plan: PruningPlan) -> str:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from ..errors import PrunerError, Unavailable
 from ..files import check_folder
 from ..inputs import InputCheck
-from ..models.tasks import OF_TOKENS, declared_class, task_of_config
+from ..models.tasks import OF_TOKENS, class_for, declared_class, task_of_config
 from .arguments import UniformArguments
 from .config import load_config
 from .load import TOKENIZERS
@@ -19,10 +19,13 @@ from .shards import INDEX, shard_files
 from .unread import check_unquantized
 
 
-def check_model(name: str, trust_remote_code: bool = False, *, tokenizer: bool = False) -> PreTrainedConfig:
+def check_model(
+    name: str, trust_remote_code: bool = False, *, tokenizer: bool = False, task: str | None = None
+) -> PreTrainedConfig:
     """Refuse a model that cannot be loaded, without reading a weight; return its config.
 
     Args:
+        task: load the class of this task instead of the declared class.
         tokenizer: refuse the folder of a model that reads text without one.
 
     Raises:
@@ -32,12 +35,14 @@ def check_model(name: str, trust_remote_code: bool = False, *, tokenizer: bool =
     if Path(path).is_file():
         raise Unavailable(f"{name} is a config alone: give a model with weights")
     if is_adapter(path):
-        return check_model(base_of(path), trust_remote_code, tokenizer=tokenizer)
+        return check_model(base_of(path), trust_remote_code, tokenizer=tokenizer, task=task)
     on_hub = not Path(path).exists()
     try:
         config = load_config(name, trust_remote_code)
     except PrunerError as error:
         raise (Unavailable if on_hub else PrunerError)(str(error)) from error
+    if task is not None:
+        config.architectures = [class_for(task, config)]
     if on_hub or gguf:
         return config
     if not any(Path(path).glob("*.safetensors")):

@@ -18,8 +18,9 @@ TOKENIZER_FILES = (
     *("*.tiktoken", "*.spm", "tekken.json", "chat_template.json"),
 )
 SENTENCE_MODULES = "modules.json"  # of sentence-transformers: the parts of a model of embeddings, and their folders
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 OTHER_FILES = (
-    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.*"),
+    *(*PROCESSORS, "chat_template.*"),
     *(SENTENCE_MODULES, "sentence_*_config.json", "config_sentence_transformers.json", "LICENSE*", "NOTICE*"),
 )
 MAPPING = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")

@@ -90,8 +90,9 @@ def _serving(folder: Path, config: PreTrainedConfig) -> str:
     steps, served = [], folder
     task = task_of_config(config).name
     if task != TEXT_GENERATION:
-        chat = f"llm-pruner chat {_words(folder)}"
-        return chat if task == TEXT_TO_TEXT else f'pipeline("{task}", {_quoted(folder)}) of transformers'
+        if task == TEXT_TO_TEXT:
+            return f"llm-pruner chat {_words(folder)}"
+        return f'pipeline("{task_of_config(config).pipeline}", {_quoted(folder)}) of transformers'
     if not _can_be_uniform(config):
         return f"llm-pruner chat {_words(folder)}"
     if is_adapter(folder):

@@ -35,9 +35,18 @@ class EvaluateArguments(MeasuringArguments):
         group="model",
         aliases=("models",),
     )
+    task: str | None = flag(
+        None, "load the class of this task, such as text-generation, instead of the declared class", group="model"
+    )
     datasets: list[str] = flag([GENERAL], f"texts for perplexity: {TEXTS} ('' for none)", group="texts")
     batch_size: int = flag(0, "windows or requests per forward pass (0: as many as fit)", group="texts")
     tasks: list[str] = flag([], "tasks of lm-eval; paper: the seven of LLM-Pruner's table 1", group="tasks")
+    labelled: list[str] = flag(
+        [],
+        "labelled .jsonl files, or folders of images or sounds: accuracy of classifiers, rank correlation of rewards "
+        "and pairs of embeddings, word error rate of speech",
+        group="tasks",
+    )
     include_path: str | None = flag(None, "folder with your own lm-eval task files", group="tasks")
     limit: int | None = flag(None, "use only the first N documents of each task", group="tasks")
     num_fewshot: int | None = flag(

@@ -10,6 +10,7 @@ from ..files import check_file
 from ..inputs import InputCheck
 from ..media import check_dataset
 from .arguments import EvaluateArguments, PerplexityArguments
+from .labelled import check_labelled
 from .run import task_names
 from .zero_shot import check_task_data, check_tasks
 
@@ -19,12 +20,15 @@ def check_evaluation_inputs(arguments: EvaluateArguments, check: InputCheck) -> 
     for name in arguments.model:
         if not check.skips(name):
             with check.flag("model", name):
-                config = check_model(name, arguments.trust_remote_code, tokenizer=True)
+                config = check_model(name, arguments.trust_remote_code, tokenizer=True, task=arguments.task)
                 if arguments.tasks:
                     check_language_model(config, name, "--tasks")
     for name in arguments.datasets:
         with check.flag("datasets", name):
             check_dataset(name, "test")
+    for name in arguments.labelled:
+        with check.flag("labelled", name):
+            check_labelled(name)
     if arguments.tasks:
         tasks = task_names(arguments)
         with check.flag("tasks", ",".join(arguments.tasks)):

@@ -6,6 +6,7 @@ import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from ..models.running import context_length
 from ..models.skeleton import parameter_count
 from ..models.tasks import predicts_tokens
 from .cost import macs, memory
+from .labelled import measure_labelled
 from .perplexity import Perplexity, perplexity, windows
 from .similarity import Originals, Similarity, media_of, pieces_of
 from .speed import Speed, speed
@@ -45,6 +47,7 @@ class Measurements:
         seq_len, stride, max_windows: how texts are cut into windows; see :func:`~.perplexity.windows`.
         batch_size: windows or requests per forward pass; None: as many as fit.
         tasks: names of lm-eval's tasks.
+        labelled: labelled files or folders; see :func:`~.labelled.measure_labelled`.
         include_path, limit, num_fewshot: of those tasks; see :func:`~.zero_shot.zero_shot`.
         tokens, batch: size of the input for speed, multiply-accumulates and cache; 0 tokens: measure no speed.
         new_tokens: tokens to generate for decode speed and after each prompt.
@@ -58,6 +61,7 @@ class Measurements:
     max_windows: int | None = None
     batch_size: int | None = None
     tasks: tuple[str, ...] = ()
+    labelled: tuple[str, ...] = ()
     include_path: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
@@ -130,7 +134,7 @@ def evaluate_model(
     for_text = cast(PreTrainedTokenizerBase, tokenizer)
     perplexities = _measure_perplexities(name, model, for_text, settings) if writes else {}  # finds broken weights
     tasks = _run_tasks(model, for_text, settings) if settings.tasks else ZeroShot()
-    tokens = min(settings.tokens or DEFAULT_TOKENS, context_length(model) or 2**31)
+    tokens = min(settings.tokens or DEFAULT_TOKENS, context_length(model) or 2**31) if reads_text_only(model) else 1
     weight_bytes = sum(p.nbytes for p in model.parameters())
     return Evaluation(
         model=name,
@@ -140,7 +144,7 @@ def evaluate_model(
         weight_bytes=weight_bytes,
         cache_bytes=memory(model, tokens, settings.batch) - weight_bytes,
         perplexity=perplexities,
-        tasks=tasks.tasks,
+        tasks=tasks.tasks | _measure_labelled(model, tokenizer, settings),
         speed=speed(model, tokens, settings.batch, new_tokens=settings.new_tokens) if settings.tokens else None,
         tokenizer=digest(sorted(tokenizer.get_vocab().items())) if tokenizer is not None else "",
         samples=_continue_prompts(model, for_text, settings) if writes else {},
@@ -165,6 +169,12 @@ def _measure_perplexities(
             text_name=title,
         )
     return results
+
+
+def _measure_labelled(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: Measurements
+) -> dict[str, dict[str, float]]:
+    return {Path(name).stem: measure_labelled(model, tokenizer, name, settings.limit) for name in settings.labelled}
 
 
 def _measure_similarities(

@@ -40,7 +40,7 @@ def measure(args: EvaluateArguments) -> list[Evaluation]:
     warn_for_models(args.model, args.datasets)
 
     def load_model(name: str) -> Any:
-        return load(name, args.dtype, device, args.trust_remote_code, verify=args.verify)
+        return load(name, args.dtype, device, args.trust_remote_code, verify=args.verify, task=args.task)
 
     return evaluate_models(args.model, load_model, resolve(args))
 
@@ -59,6 +59,7 @@ def resolve(args: EvaluateArguments) -> Measurements:
         max_windows=args.max_windows or None,
         batch_size=args.batch_size or None,
         tasks=task_names(args),
+        labelled=tuple(args.labelled),
         include_path=args.include_path,
         limit=args.limit,
         num_fewshot=args.num_fewshot,

@@ -207,7 +207,7 @@ class _Columns:
             (lambda value: f"{100 * value:.1f}") if accuracy else short_score,
             lambda e: e.tasks.get(task, {}).get(metric),
             error_of=lambda e: e.tasks.get(task, {}).get(f"{metric}_stderr"),
-            lower_is_better=False if accuracy else None,
+            lower_is_better=False if accuracy or metric == "spearman" else True if metric == "wer" else None,
         )
 
     def add_speed(self) -> None:

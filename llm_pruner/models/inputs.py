@@ -198,11 +198,11 @@ def _random_ids(model: nn.Module, rows: int, tokens: int, generator: torch.Gener
 def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
     """Return the shape of one sample of an input, from the fields of the config."""
     fields = Fields(model.config)
-    if name == "pixel_values":
+    if name in ("pixel_values", "pixel_values_videos"):
         size = fields.get("image_size", "input_size", default=IMAGE_SIZE)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         channels = fields.get("num_channels", "in_channels", "num_input_channels", default=CHANNELS)
-        frames = fields.get("num_frames", default=None)
+        frames = fields.get("num_frames", default=16 if name == "pixel_values_videos" else None)
         return (channels, height, width) if frames is None else (frames, channels, height, width)
     if name == "input_features":
         if (longest := fields.get("max_source_positions", default=None)) and (bins := fields.get("num_mel_bins")):

@@ -145,10 +145,12 @@ def main_output(output: Any) -> torch.Tensor:
     sides = [getattr(output, name, None) for name in ("text_embeds", "image_embeds", "audio_embeds")]
     if embeddings := [side for side in sides if torch.is_tensor(side)]:
         return torch.cat(embeddings, dim=-1)
-    for name in ("logits", "prediction_logits", "predicted_depth", "last_hidden_state"):
-        if (found := getattr(output, name, None)) is not None:
-            return cast(torch.Tensor, found)
-    return cast(torch.Tensor, output[0])
+    names = ("logits", "prediction_logits", "predicted_depth", "last_hidden_state")
+    found = next((value for name in names if (value := getattr(output, name, None)) is not None), None)
+    found = output[0] if found is None else found
+    if not torch.is_tensor(found):
+        raise PrunerError(f"the model's output is several tensors or none: {type(output).__name__} is not compared")
+    return found
 
 
 def forward(model: nn.Module, ids: Inputs) -> Any:
@@ -156,10 +158,19 @@ def forward(model: nn.Module, ids: Inputs) -> Any:
     return model(**model_inputs(model, ids), **without_cache(model))
 
 
+@contextmanager
+def equal_draws() -> Iterator[None]:
+    """Let a model that draws random numbers on its way, such as a mask, draw the same whenever it runs in the block."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        yield
+
+
 @torch.no_grad()
 def logits(model: nn.Module, ids: Inputs) -> torch.Tensor:
     """Return a model's :func:`main_output` in fp32."""
-    return main_output(forward(model, ids)).float()
+    with equal_draws():
+        return main_output(forward(model, ids)).float()
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -15,6 +15,7 @@ from ..errors import PrunerError
 
 TEXT_GENERATION, TEXT_TO_TEXT, FILL_MASK = "text-generation", "text2text-generation", "fill-mask"
 FEATURES, IMAGE_TEXT = "feature-extraction", "image-text-to-text"
+SPEECH, CTC = "automatic-speech-recognition", "automatic-speech-recognition-ctc"
 # Tasks in transformers' names, by their auto class and its table of classes (transformers 5.23). A class that is in
 # several tables has the first task.
 TASKS = {
@@ -28,8 +29,8 @@ TASKS = {
     ),
     "token-classification": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
     "question-answering": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
-    "automatic-speech-recognition": ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
-    "speech-ctc": ("AutoModelForCTC", "MODEL_FOR_CTC_MAPPING_NAMES"),
+    SPEECH: ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
+    CTC: ("AutoModelForCTC", "MODEL_FOR_CTC_MAPPING_NAMES"),
     "audio-classification": ("AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES"),
     "image-classification": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
     "video-classification": ("AutoModelForVideoClassification", "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES"),
@@ -59,6 +60,11 @@ class Task:
     def auto_class(self) -> str:
         """Name of the class of transformers that loads models for the task."""
         return TASKS[self.name][0]
+
+    @property
+    def pipeline(self) -> str:
+        """Name of the task in transformers' pipelines and on the hub."""
+        return self.name.removesuffix("-ctc")
 
     def classes(self) -> dict[str, tuple[str, ...]]:
         """Return the classes for the task, by the type of the model."""

@@ -76,6 +76,9 @@ class PruneArguments(Arguments):
         False, "offload: keep weights memory-mapped and load them block by block, for large models", group="model"
     )
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint", group="model")
+    task: str | None = flag(
+        None, "load the class of this task, such as text-generation, instead of the declared class", group="model"
+    )
 
     preset: Preset = flag("best", "defaults of the other flags (paper: as in LLM-Pruner)", group="method")
     kinds: list[Kind] = flag([], "kinds of units to prune (default: set by the preset)", group="method")

@@ -36,7 +36,10 @@ def check_prune_inputs(arguments: PruneArguments, check: InputCheck) -> None:
     if not check.skips(settings.model.name):
         with check.flag("model", settings.model.name):
             config = check_model(
-                settings.model.name, settings.model.trust_remote_code, tokenizer=not settings.model.offload
+                settings.model.name,
+                settings.model.trust_remote_code,
+                tokenizer=not settings.model.offload,
+                task=settings.model.task,
             )
     if config is not None:
         _check_against_config(config, settings)

@@ -300,6 +300,7 @@ def load_or_reuse(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedT
         "cpu" if settings.offload else settings.device,
         settings.trust_remote_code,
         device_map=settings.device_map,
+        task=settings.task,
     )
     if _kept is not None:
         _kept[settings] = loaded

@@ -32,6 +32,7 @@ class ModelSettings:
     device_map: str | None = None
     offload: bool = False
     trust_remote_code: bool = False
+    task: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +260,7 @@ def _model_settings(arguments: PruneArguments) -> ModelSettings:
         device_map=arguments.device_map,
         offload=arguments.stream,
         trust_remote_code=arguments.trust_remote_code,
+        task=arguments.task,
     )
 
 

@@ -15,6 +15,7 @@ from ..graph.units import CouplingGraph, trace
 from ..models.blockwise import native_compute, standing_in
 from ..models.inputs import IDS, Inputs, ModelInputs, as_inputs, example_inputs
 from ..models.running import (
+    equal_draws,
     forward,
     main_output,
     relative_difference,
@@ -154,7 +155,7 @@ def _changed_logits(
         tensor = change(name, compute.convert(tensor))
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    with tracing_mode(model), standing_in(model, stand_in):
+    with tracing_mode(model), standing_in(model, stand_in), equal_draws():
         return main_output(forward(model, ids.to(compute.device))).double().cpu()
 
 

@@ -16,6 +16,7 @@ from ..checkpoint.load import load_with_tokenizer
 from ..checkpoint.locate import PLAN_FILE
 from ..checkpoint.next_steps import log_next_steps
 from ..checkpoint.save import write_checkpoint
+from ..checkpoint.unread import UNREAD, unread_tensors
 from ..data import text
 from ..errors import PrunerError
 from ..files import complete_folder, folder_for_run, strict_json, write_text
@@ -65,6 +66,8 @@ def prune_vocabulary(args: VocabArguments) -> Path:
                 "resize the embeddings, or give the tokenizer that belongs to the model"
             )
         plan = PruningPlan(settings={"base_model": args.model, "command": shlex.join(sys.argv)})
+        if left_out := unread_tensors(model):
+            plan.settings[UNREAD] = left_out
         plan.keep(unit, torch.tensor(kept), graph.shapes)
         metrics = _cut(
             plan,

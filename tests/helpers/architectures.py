@@ -7,17 +7,20 @@ differ, one of each sort stays. Models whose defaults make no sense when small n
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import DummyObject
 
-from llm_pruner.models.tasks import FEATURES, FILL_MASK, TASKS, TEXT_GENERATION, TEXT_TO_TEXT
+from llm_pruner.models.tasks import CTC, FEATURES, FILL_MASK, SPEECH, TASKS, TEXT_GENERATION, TEXT_TO_TEXT
 
 LAYERS, MOST_LAYERS = 2, 4
 LARGEST = 8_000_000  # parameters of a model that counts as tiny
+SLOW = {"hiera"}  # small, but minutes to run
 
 
 def _all(names: str, value: int) -> dict[str, int]:
@@ -64,6 +67,7 @@ SMALL: dict[str, int] = {
     **_all("linear_key_head_dim linear_value_head_dim linear_head_dim", 8),
     **_all("sliding_window attention_window_size local_radius global_block_size block_size", 8),
     **_all("image_size", 28),
+    **_all("patch_size", 14),
     **_all("position_embedding_size", 16),
 }  # fmt: skip
 
@@ -149,20 +153,35 @@ def model_types() -> list[str]:
     ]
 
 
+OF_TEXT = (FILL_MASK, "text-classification", "token-classification", "question-answering", FEATURES)
+OF_MEDIA = (
+    *("image-classification", "video-classification", "image-segmentation", "depth-estimation", "object-detection"),
+    *("audio-classification", SPEECH, CTC, FEATURES),
+)
+
+
 def other_types() -> list[str]:
     """Every model type that reads text for another task, and the task."""
-    tasks = (FILL_MASK, "text-classification", "token-classification", "question-answering", FEATURES)
-    return [f"{model_type}:{task}" for task in tasks for model_type in sorted(_readers_of_text(task))]
+    return [f"{model_type}:{task}" for task in OF_TEXT for model_type in sorted(_types_of(task, media=False))]
 
 
-def _readers_of_text(task: str) -> list[str]:
-    """The model types of a task whose class reads text alone; of bare models only those that are encoders."""
+def media_types() -> list[str]:
+    """Every model type that reads images or sounds, beside text or without, and the task; none that writes text about
+    them."""
+    return [f"{model_type}:{task}" for task in OF_MEDIA for model_type in sorted(_types_of(task, media=True))]
+
+
+def _types_of(task: str, *, media: bool) -> list[str]:
+    """The model types of a task; of bare models that read text only those that are encoders."""
     found = []
     for model_type, classes in getattr(modeling_auto, TASKS[task][1]).items():
-        name = classes if isinstance(classes, str) else classes[0]
-        encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        one = getattr(transformers, name, None)
-        if (encoder or task != FEATURES) and getattr(one, "main_input_name", "") == "input_ids":
+        one = getattr(transformers, classes if isinstance(classes, str) else classes[0], None)
+        if not isinstance(one, type) or isinstance(one, DummyObject):  # it needs a package that is not installed
+            continue
+        parameters = inspect.signature(one.forward).parameters
+        of_media = one.main_input_name != "input_ids" or "return_loss" in parameters
+        encoder = of_media or model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if (encoder or task != FEATURES) and of_media == media:
             found.append(model_type)
     return found
 
@@ -218,6 +237,8 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     """
     model_type, _, task = name.partition(":")
     auto_class = getattr(transformers, TASKS[{"": TEXT_GENERATION, "seq2seq": TEXT_TO_TEXT}.get(task, task)][0])
+    if model_type in SLOW:
+        raise ValueError("not made quick by conventional field names")
     config = tiny_config(model_type)
     with torch.device("meta"):
         size = sum(p.numel() for p in auto_class.from_config(config).parameters())

@@ -24,11 +24,12 @@ import transformers
 from transformers import PreTrainedModel
 
 import llm_pruner as lp
-from helpers.architectures import model_types, other_types, tiny_model
+from helpers.architectures import media_types, model_types, other_types, tiny_model
 from llm_pruner.graph.permutation import LOGIT_TOLERANCE, check_permutation
 from llm_pruner.graph.units import CouplingGraph
+from llm_pruner.models.inputs import example_inputs, reads_text_only
 from llm_pruner.models.per_layer import has_per_layer_widths
-from llm_pruner.models.running import main_output, relative_difference, without_cache
+from llm_pruner.models.running import logits, main_output, relative_difference, without_cache
 from llm_pruner.selection.plan import PruningPlan
 from llm_pruner.surgery.config.stacks import configs_in
 from llm_pruner.surgery.slicing import mask
@@ -87,6 +88,9 @@ def survey(name: str, kinds: Iterable[str] = KINDS) -> Row:
     except lp.PrunerError as error:
         row.refused = str(error)
         return row
+    if not logits(model, example_inputs(model)).isfinite().all():
+        row.refused = "its output on random inputs is not finite"
+        return row
     row.frozen = sorted({f"{u.kind}: {u.frozen}" for u in graph.frozen if len(u.dims) > 1})
     for kind in kinds:
         if units := graph.of_kind(kind):
@@ -129,7 +133,7 @@ def _after_reloading(model: PreTrainedModel, pruned: PreTrainedModel, plan: Prun
         loaded = type(pruned).from_pretrained(Path(folder) / "model").eval()
     if (change := relative_difference(_forward(loaded, ids), _forward(pruned, ids))) > 1e-5:
         return f"reloading changes the logits by {change:.1e}"
-    if not model.can_generate():
+    if not (model.can_generate() and reads_text_only(model)):
         return ""
     try:
         expected, theirs = _generated(masked_copy(model, plan) if exact else pruned, ids)
@@ -158,6 +162,8 @@ def masked_copy(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
 
 @torch.no_grad()
 def _forward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    if not reads_text_only(model):
+        return logits(model, example_inputs(model, seed=1))
     both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     return main_output(model(input_ids=ids, **both, **without_cache(model))).float()
 
@@ -267,8 +273,8 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def class_page(rows: list[Row]) -> str:
-    """Return the page of classes that are no language models, one row per architecture, as Markdown."""
+def class_page(rows: list[Row], title: str, reads: str) -> str:
+    """Return a page of classes that are no language models, one row per architecture, as Markdown."""
     built = [row for row in rows if not row.unbuilt]
     found: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -278,9 +284,9 @@ def class_page(rows: list[Row]) -> str:
     tasks = list(dict.fromkeys(row.name.partition(":")[2] for row in rows))
     counts = {kind: sum(row.works(kind) for row in built) for kind in CLASS_KINDS}
     lines = [
-        "# Supported classes",
+        f"# {title}",
         "",
-        f"transformers {transformers.__version__} registers {len(rows)} classes that read text and are no language "
+        f"transformers {transformers.__version__} registers {len(rows)} classes that read {reads} and are no language "
         "models.",
         f"{len(built)} of them can be built tiny: neurons can be pruned in {counts['neurons']}, heads in "
         f"{counts['heads']}. They are tested as",
@@ -305,7 +311,16 @@ def class_page(rows: list[Row]) -> str:
 # What is asked, of which kinds of units, and the pages of the answers.
 SURVEYS: dict[str, Any] = {
     "models": (model_types, KINDS, {"supported-models.md": support_page, "unsupported.md": refusal_page}),
-    "classes": (other_types, CLASS_KINDS, {"supported-classes.md": class_page}),
+    "classes": (
+        other_types,
+        CLASS_KINDS,
+        {"supported-classes.md": partial(class_page, title="Supported classes", reads="text")},
+    ),
+    "media": (
+        media_types,
+        CLASS_KINDS,
+        {"supported-media.md": partial(class_page, title="Classes of images and sounds", reads="images or sounds")},
+    ),
 }
 
 

@@ -1,0 +1,192 @@
+"""Measure models on labelled examples: accuracy, rank correlation, word error rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import read_rows
+from ..errors import PrunerError
+from ..media import Medium, check_media, load_processor, process, process_sound, read_media
+from ..models.blockwise import computing
+from ..models.inputs import Inputs, ModelInputs
+from ..models.running import evaluating, forward, main_output
+from ..models.tasks import CTC, FEATURES, SPEECH, task_name
+from ..progress import track
+
+CLASSIFIERS = ("text-classification", "image-classification", "audio-classification", "video-classification")
+LONGEST = 512  # tokens
+FORMS = {
+    "classes": '{"text": "…", "label": "…"}, or a folder with {"file_name": "…", "label": "…"} in metadata.jsonl',
+    "scores": '{"text": "…", "score": 0.5}',
+    "pairs": '{"text": "…", "other": "…", "score": 0.5}',
+    "speech": 'a folder of .wav files with {"file_name": "…", "text": "…"} in metadata.jsonl',
+}
+
+
+def form_of(model: PreTrainedModel) -> str:
+    """Return which of :data:`FORMS` the labelled examples of a model have.
+
+    Raises:
+        PrunerError: no labels are compared with what such a model gives.
+    """
+    task = task_name(model)
+    if task in (SPEECH, CTC):
+        return "speech"
+    if task in CLASSIFIERS:
+        return "scores" if model.config.num_labels == 1 else "classes"
+    if task == FEATURES:
+        return "pairs"
+    raise PrunerError(
+        f"--labelled needs a classifier, an embedding model or a model of speech, not a {type(model).__name__}"
+    )
+
+
+def check_labelled(name: str) -> None:
+    """Refuse a labelled file or folder that cannot be read or is empty.
+
+    Raises:
+        PrunerError: as the reading of it.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        check_media(name)
+    elif path.suffix not in (".json", ".jsonl") or not path.is_file() or next(read_rows(path), None) is None:
+        raise PrunerError(f"give a .json or .jsonl file with rows such as {FORMS['classes']}")
+
+
+@torch.no_grad()
+def measure_labelled(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, most: int | None = None
+) -> dict[str, float]:
+    """Measure a model on labelled examples.
+
+    Args:
+        name: a ``.json`` or ``.jsonl`` file of rows, or a folder of images or sounds; see :data:`FORMS`.
+        most: use only the first examples.
+
+    Returns:
+        ``acc`` and its standard error ``acc_stderr`` of a classifier; ``spearman``, the rank correlation between the
+        scores of the rows and the model's scores, or the cosines of its mean hidden states, of a reward or embedding
+        model; ``wer``, word errors over words, of a model of speech.
+
+    Raises:
+        PrunerError: the file has other rows than the model needs, or a label that the model does not know.
+    """
+    form = form_of(model)
+    with evaluating(model), computing(model) as used:
+        run = _Runner(model, tokenizer, used.device)
+        if form == "speech":
+            return _word_errors(run, _media(name, "text", form, most))
+        if form == "classes":
+            return _accuracy(run, name, most)
+        rows = _text_rows(name, ("text", "score") if form == "scores" else ("text", "other", "score"), form, most)
+        if form == "scores":
+            found = [run.output(row["text"]).item() for row in track(rows, f"scores on {name}")]
+        else:
+            found = [
+                torch.cosine_similarity(run.embedding(row["text"]), run.embedding(row["other"]), dim=0).item()
+                for row in track(rows, f"pairs of {name}")
+            ]
+    table = pandas.DataFrame({"found": found, "given": [float(row["score"]) for row in rows]})
+    return {"spearman": float(table.corr(method="spearman").iloc[0, 1])}
+
+
+class _Runner:
+    """A model with what reads its inputs."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device):
+        self.model, self.tokenizer, self.device = model, tokenizer, device
+        self.processor = None if tokenizer is not None else load_processor(model)
+
+    def output(self, example: str | Medium) -> torch.Tensor:
+        """Return the main output for one example, without the dim of rows."""
+        inputs: Inputs
+        if isinstance(example, Medium):
+            inputs = ModelInputs(process(self.model, self.processor, example))
+        else:
+            assert self.tokenizer is not None
+            inputs = self.tokenizer(example, truncation=True, max_length=LONGEST, return_tensors="pt")["input_ids"]
+        return main_output(forward(self.model, inputs.to(self.device)))[0].float().cpu()
+
+    def embedding(self, text: str) -> torch.Tensor:
+        """Return the mean of the last hidden states of a text, ``[hidden]``."""
+        return self.output(text).mean(dim=0)
+
+    def transcript(self, medium: Medium) -> str:
+        """Return the words that a model of speech hears."""
+        inputs = {name: value.to(self.device) for name, value in process_sound(self.processor, medium).items()}
+        if task_name(self.model) == SPEECH:
+            ids = self.model.generate(**inputs)  # type: ignore[operator]
+        else:
+            ids = main_output(self.model(**inputs)).argmax(dim=-1)
+        return str(self.processor.batch_decode(ids, skip_special_tokens=True)[0])  # type: ignore[union-attr]
+
+
+def _accuracy(run: _Runner, name: str, most: int | None) -> dict[str, float]:
+    examples: list[tuple[str | Medium, Any]]
+    if Path(name).expanduser().is_dir():
+        examples = [(medium, medium.label) for medium in _media(name, "label", "classes", most)]
+    else:
+        examples = [(row["text"], row["label"]) for row in _text_rows(name, ("text", "label"), "classes", most)]
+    wanted = [_class_of(run.model, label, name) for _, label in examples]
+    right = [
+        int(run.output(example).argmax()) == label
+        for (example, _), label in track(list(zip(examples, wanted, strict=True)), f"classes of {name}")
+    ]
+    share = sum(right) / len(right)
+    return {"acc": share, "acc_stderr": (share * (1 - share) / max(1, len(right) - 1)) ** 0.5}
+
+
+def _class_of(model: PreTrainedModel, label: Any, name: str) -> int:
+    """Return the index of a class by its name or number."""
+    known: dict[str, Any] = model.config.label2id or {}
+    if isinstance(label, str) and label in known:
+        return int(known[label])
+    if isinstance(label, int) and 0 <= label < len(known):
+        return label
+    raise PrunerError(f"{name}: the model has no class {label!r}; it has {', '.join(list(known)[:8])}")
+
+
+def _word_errors(run: _Runner, media: list[Medium]) -> dict[str, float]:
+    errors = words = 0
+    for medium in track(media, "transcripts"):
+        said = str(medium.text).lower().split()
+        errors += edit_distance(said, run.transcript(medium).lower().split())
+        words += len(said)
+    return {"wer": errors / max(1, words)}
+
+
+def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return the fewest insertions, deletions and replacements between two sequences.
+
+    >>> edit_distance("the cat sat".split(), "the sat down".split())
+    2
+    """
+    before = list(range(len(other) + 1))
+    for i, item in enumerate(one, 1):
+        row = [i]
+        for j, compared in enumerate(other, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (item != compared)))
+        before = row
+    return before[-1]
+
+
+def _text_rows(name: str, columns: tuple[str, ...], form: str, most: int | None) -> list[dict[str, Any]]:
+    rows = list(read_rows(Path(name).expanduser()))[:most]
+    if not rows or not all(isinstance(row, dict) and set(columns) <= row.keys() for row in rows):
+        raise PrunerError(f"--labelled {name} must hold rows such as {FORMS[form]}")
+    return rows
+
+
+def _media(name: str, field: str, form: str, most: int | None) -> list[Medium]:
+    folder = Path(name).expanduser()
+    media = read_media(name, None, most) if folder.is_dir() else []
+    if not media or any(getattr(medium, field) is None for medium in media):
+        raise PrunerError(f"--labelled {name} must be {FORMS[form]}")
+    return media
