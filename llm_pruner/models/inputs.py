@@ -150,7 +150,7 @@ def needed_inputs(model: nn.Module) -> list[str]:
     that compares two kinds of inputs, known by its ``return_loss``.
     """
     main = getattr(model, "main_input_name", "input_ids")
-    names = [main]
+    names = [main] if isinstance(main, str) else [*main]
     parameters = inspect.signature(model.forward).parameters
     for name, parameter in parameters.items():
         named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
@@ -182,7 +182,7 @@ def example_inputs(model: nn.Module, rows: int = 2, tokens: int = 16, seed: int 
     drawn = {}
     for name in needed_inputs(model):
         if name in IDS:
-            drawn[name] = _random_ids(model, rows, tokens, generator)
+            drawn[name] = _ended(model, _random_ids(model, rows, tokens, generator))
             continue
         drawn[name] = torch.rand((rows, *_shape(model, name)), generator=generator) * 2 - 1
     return ModelInputs(drawn).to(device)
@@ -193,6 +193,15 @@ def _random_ids(model: nn.Module, rows: int, tokens: int, generator: torch.Gener
     if embedding is None:
         raise PrunerError(f"{type(model).__name__} has no input embedding to feed tokens to")
     return torch.randint(0, embedding.weight.shape[0], (rows, tokens), generator=generator)
+
+
+def _ended(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Let ids end as a tokenizer ends them: models that compare texts with images read the embedding at that token."""
+    end = getattr(model.config.get_text_config(), "eos_token_id", None)  # type: ignore[operator,union-attr]
+    if isinstance(end, int) and 0 <= end <= int(ids.max()):
+        ids[ids == end] -= 1 if end else -1
+        ids[:, -1] = end
+    return ids
 
 
 def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
