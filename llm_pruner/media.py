@@ -22,6 +22,7 @@ from .choices import SYNTHETIC
 from .data import check_text
 from .errors import PrunerError
 from .models.inputs import ModelInputs, example_inputs, needed_inputs, reads_text_only
+from .models.running import model_inputs
 from .models.tasks import predicts_tokens
 from .optional import require
 
@@ -71,7 +72,10 @@ class Medium:
                 f"{self.file} has {8 * parameters.sampwidth} bits at {parameters.framerate} Hz and the model reads 16 "
                 f"bits at {rate} Hz: convert it with ffmpeg -i {self.file.name} -ar {rate} -sample_fmt s16 out.wav"
             )
-        samples = np.frombuffer(content, dtype="<i2").astype(np.float32) / 2**15
+        whole = len(content) // (2 * parameters.nchannels) * 2 * parameters.nchannels  # of a file that was cut short
+        samples = np.frombuffer(content[:whole], dtype="<i2").astype(np.float32) / 2**15
+        if not len(samples):
+            raise PrunerError(f"the sound {self.file} is empty")
         return samples.reshape(-1, parameters.nchannels).mean(axis=1)
 
 
@@ -109,7 +113,7 @@ def read_media(name: str, split: str | None, most: int | None = None) -> list[Me
         PrunerError: the folder holds no image and no sound, or its ``metadata.jsonl`` cannot be read.
     """
     folder = Path(name).expanduser()
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (*IMAGES, *SOUNDS))
+    files = sorted(file for file in folder.iterdir() if _is_medium(file))
     if not files:
         raise PrunerError(f"{name} holds no images ({', '.join(IMAGES)}) and no sounds ({', '.join(SOUNDS)})")
     rows = dict(_metadata(folder / "metadata.jsonl"))
@@ -120,15 +124,25 @@ def read_media(name: str, split: str | None, most: int | None = None) -> list[Me
     return [Medium(file=file, **rows.get(file.name, {})) for file in chosen[:most]]
 
 
+def _is_medium(file: Path) -> bool:
+    return file.suffix.lower() in (*IMAGES, *SOUNDS) and not file.name.startswith(".") and file.is_file()
+
+
 def _metadata(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not file.is_file():
         return
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrunerError(f"cannot read {file}: {error}") from error
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
+                if not isinstance(row.get("text", ""), str) or not isinstance(row.get("label", ""), (str, int)):
+                    raise TypeError
                 yield row["file_name"], {name: row[name] for name in ("text", "label") if name in row}
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise PrunerError(f'{file}, line {number}: give {{"file_name": "cat.png", "text": "a cat"}}') from error
 
 
@@ -173,18 +187,29 @@ def load_processor(model: PreTrainedModel) -> Any:
     for auto_class in (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor):
         try:
             return auto_class.from_pretrained(model.name_or_path)
-        except Exception as error:  # transformers raises whatever its loaders raise
-            reason = " ".join(str(error).split())[:200]
+        except Exception:  # transformers raises whatever its loaders raise
+            continue
+    name = model.name_or_path or type(model).__name__
     raise PrunerError(
-        f"{model.name_or_path or type(model).__name__} has no processor to read images or sounds: {reason}"
+        f"{name} has no processor to read images or sounds with: put the original's preprocessor_config.json there"
     )
 
 
 def process(model: PreTrainedModel, processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
-    """Return one sample by the names of the model's arguments."""
+    """Return one sample by the names of the model's arguments.
+
+    Raises:
+        PrunerError: the file cannot be read, or is of the other sort than the model's processor reads.
+    """
     if medium.file.suffix.lower() in SOUNDS:
         return _process_sound(model, processor, medium)
+    if hasattr(processor, "sampling_rate") or not _reads_images(processor):
+        raise PrunerError(f"{type(model).__name__} reads sounds, and {medium.file} is an image")
     return _process_image(model, processor, medium.image(), medium.text or CAPTION)
+
+
+def _reads_images(processor: Any) -> bool:
+    return hasattr(processor, "image_processor") or hasattr(processor, "preprocess")
 
 
 def _process_image(model: PreTrainedModel, processor: Any, image: Any, text: str) -> dict[str, torch.Tensor]:
@@ -210,7 +235,9 @@ def _process_chat(processor: Any, image: Any, text: str) -> Any:
 def process_sound(processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
     """Return what a model of speech hears, by the names of its arguments."""
     extractor = getattr(processor, "feature_extractor", processor)
-    rate = extractor.sampling_rate
+    rate = getattr(extractor, "sampling_rate", None)
+    if rate is None:
+        raise PrunerError(f"the model reads images, and {medium.file} is a sound")
     found = extractor(medium.sound(rate), sampling_rate=rate, return_tensors="pt")
     return {name: value for name, value in found.items() if torch.is_tensor(value)}
 
@@ -222,7 +249,7 @@ def _process_sound(model: PreTrainedModel, processor: Any, medium: Medium) -> di
     tokenizer = getattr(processor, "tokenizer", None)
     if medium.text and tokenizer is not None:
         return found | {"decoder_input_ids": tokenizer(medium.text, return_tensors="pt")["input_ids"]}
-    heard = {name: value.to(model.device) for name, value in found.items()}
+    heard = model_inputs(model, ModelInputs(found).to(model.device))
     written = model.generate(**heard, max_new_tokens=WRITTEN_TOKENS)  # type: ignore[operator]
     return found | {"decoder_input_ids": written.cpu()}
 

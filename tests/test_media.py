@@ -18,7 +18,7 @@ from llm_pruner.errors import PrunerError
 from llm_pruner.evaluation.labelled import form_of, measure_labelled
 from llm_pruner.evaluation.similarity import outputs
 from llm_pruner.files import read_json
-from llm_pruner.media import load_processor, media_inputs, process_sound, read_media
+from llm_pruner.media import Medium, load_processor, media_inputs, process_sound, read_media
 from llm_pruner.models.inputs import ModelInputs, example_inputs, needed_inputs
 from llm_pruner.models.running import forward, main_output
 
@@ -128,7 +128,7 @@ def test_inputs_that_cannot_be_guessed_are_asked_for_and_taken():
     torch.manual_seed(0)
     model = Fusing(transformers.BertConfig(**TEXT)).eval()
     assert needed_inputs(model) == ["input_ids", "weights"]
-    with pytest.raises(PrunerError, match="needs 'weights', which cannot be guessed: give inputs"):
+    with pytest.raises(PrunerError, match=r"needs 'weights', which cannot be guessed: give lp\.trace"):
         lp.trace(model)
     given = {"input_ids": torch.randint(0, 99, (2, 8)), "weights": torch.rand(2, 8)}
     graph = lp.trace(model, inputs=given)
@@ -195,9 +195,8 @@ def test_commands_with_images(pictures, tmp_path, monkeypatch, capsys):
     assert 0 <= metrics["after"]["similarity"]["pictures"]["agreement"] <= 1
     assert (tmp_path / "pruned" / "preprocessor_config.json").is_file()
     assert "processor = AutoProcessor.from_pretrained" in (tmp_path / "pruned" / "README.md").read_text()
-    assert (
-        main(["evaluate", "original", "pruned", "--datasets", "pictures", "--tokens", "0", "--output", "measured"]) == 0
-    )
+    evaluate = "evaluate original pruned --datasets pictures --tokens 0 --output measured"
+    assert main(evaluate.split()) == 0
     second = read_json(tmp_path / "measured" / "evaluation.json")["models"][1]
     assert second["similarity"]["pictures"]["pieces"] == 2
     assert main(["prune", "original", "noisy", "--pruning_ratio", "0.25", "--kinds", "neurons"]) == 0
@@ -329,7 +328,7 @@ def test_ranks_of_pairs_and_rewards(tokenizer, tmp_path, capsys):
         file.write_text("\n".join(json.dumps(row | {"score": -row["score"]}) for row in rows))
         assert measure_labelled(model, tokenizer, str(file))["spearman"] == pytest.approx(-1)
     file.write_text('{"text": "a"}\n')
-    with pytest.raises(PrunerError, match="must hold rows such as"):
+    with pytest.raises(PrunerError, match="row 1: rows must be such as"):
         measure_labelled(model, tokenizer, str(file))
     assert main(["evaluate", "smollm2-135m", "--labelled", str(tmp_path / "none.jsonl")]) == 2
     assert "--labelled" in capsys.readouterr().err
@@ -352,3 +351,83 @@ def test_words_of_speech(sounds, tokenizer, tmp_path, monkeypatch):
         (sounds / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
         words = sum(len(row["text"].split()) for row in rows)
         assert measure_labelled(model, None, "sounds")["wer"] == pytest.approx(errors / max(1, words))
+
+
+def test_models_of_speech_are_compared_on_the_same_tokens(sounds, tokenizer, tmp_path, monkeypatch):
+    """Those that the first one writes: `evaluate` and `prune` agree. A tokenizer in the folder changes nothing."""
+    monkeypatch.chdir(tmp_path)
+    saved("WhisperForConditionalGeneration", tmp_path / "original")
+    prune = "prune original pruned --pruning_ratio 0.5 --kinds heads --calib_dataset sounds --eval_datasets sounds"
+    assert main(prune.split()) == 0
+    evaluate = "evaluate original pruned --datasets sounds --tokens 0 --output measured"
+    assert main(evaluate.split()) == 0
+    found = read_json(tmp_path / "measured" / "evaluation.json")["models"][1]["similarity"]["sounds"]["agreement"]
+    metrics = read_json(tmp_path / "pruned" / "metrics.json")
+    assert found == pytest.approx(metrics["after"]["similarity"]["sounds"]["agreement"])
+    rows = [{"file_name": f"{i}.wav", "text": "a word"} for i in range(5)]
+    (sounds / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    extractor = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
+    transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(tmp_path / "original")
+    measure = "evaluate original --datasets= --labelled sounds --tokens 0 --dtype bfloat16 --output words"
+    assert main(measure.split()) == 0
+    assert "wer" in read_json(tmp_path / "words" / "evaluation.json")["models"][0]["tasks"]["sounds"]
+
+
+def test_speed_and_cost_of_models_of_sounds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lp.save(model_of("Wav2Vec2ForCTC"), None, tmp_path / "model")
+    assert main(["evaluate", "model", "--output", "measured"]) == 0
+    (record,) = read_json(tmp_path / "measured" / "evaluation.json")["models"]
+    assert record["macs"] > 10_000 and record["speed"]["tokens"] == 1
+
+
+def test_files_of_the_other_sort_are_refused(pictures, sounds, tmp_path):
+    for name, folder, message in (
+        ("ViTForImageClassification", sounds, "the model reads images, and .*0.wav is a sound"),
+        ("WhisperForConditionalGeneration", pictures, "reads sounds, and .*00.png is an image"),
+    ):
+        model, _ = lp.load(str(saved(name, tmp_path / name)))
+        with pytest.raises(PrunerError, match=message):
+            media_inputs(model, str(folder))
+    (pictures / "._00.png").write_bytes(b"resource fork")
+    assert len(read_media(str(pictures), None)) == 12
+    (sounds / "metadata.jsonl").write_bytes('\ufeff{"file_name": "0.wav", "text": "é"}'.encode())
+    assert read_media(str(sounds), None)[0].text == "é"
+    (sounds / "metadata.jsonl").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(PrunerError, match=r"cannot read .*metadata\.jsonl"):
+        read_media(str(sounds), None)
+    content = (sounds / "0.wav").read_bytes()
+    (sounds / "0.wav").write_bytes(content[:-3])
+    assert len(Medium(file=sounds / "0.wav").sound(16_000)) in (4_498, 4_499)
+
+
+def test_rows_that_do_not_fit_are_named(tokenizer, pictures, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**TEXT | {"vocab_size": len(tokenizer)})
+    model, file = transformers.BertForSequenceClassification(config).eval(), tmp_path / "rows.jsonl"
+    for rows, message in (
+        ([{"text": "a"}], "row 1 has text: give"),
+        ([{"text": "a", "label": 0}, {"text": "", "label": 1}], "row 2: rows must be such as"),
+        ([{"text": "a", "other": "b", "label": 0}], "row 1 has text, other, label: give"),
+        ([{"text": "a", "label": True}], "the model has no class True"),
+    ):
+        file.write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(PrunerError, match=message):
+            measure_labelled(model, tokenizer, str(file))
+    file.write_text(json.dumps({"text": "many words " * 40, "label": 0}))
+    assert measure_labelled(model, tokenizer, str(file))["acc"] in (0, 1), "longer than the model reads"
+    vision = model_of("ViTForImageClassification")
+    with pytest.raises(PrunerError, match="has no processor to read images or sounds with"):
+        measure_labelled(vision, None, str(file))
+    with pytest.raises(PrunerError, match="needs a classifier, a model of text embeddings or one of speech"):
+        measure_labelled(model_of("CLIPModel"), tokenizer, str(file))
+
+
+def test_inputs_that_are_not_the_models_are_refused():
+    model = model_of("WhisperForConditionalGeneration")
+    features = example_inputs(model).tensors()["input_features"]
+    for given in ({"input_features": features}, {"features": features}):
+        with pytest.raises(PrunerError, match="needs input_features, decoder_input_ids, and the inputs given are"):
+            lp.score(model, lp.trace(model), given)
+    with pytest.raises(PrunerError, match="inputs must be tensors by name"):
+        lp.trace(model, inputs=features)

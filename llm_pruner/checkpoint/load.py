@@ -163,6 +163,11 @@ def load_model(
         common["gguf_file"] = gguf
     with parsed_once(), without_bars(), Step(f"loading {name}"):
         model, found, shards = _read_model(name, dtype, common, task)
+    if found["missing_keys"] and task is not None:
+        raise PrunerError(
+            f"{name} cannot be loaded for the task {task}: it holds no {min(found['missing_keys'])} of "
+            f"{type(model).__name__}"
+        )
     if found["missing_keys"]:
         raise PrunerError(
             f"{name} lacks {len(found['missing_keys'])} tensors of its architecture, such as "

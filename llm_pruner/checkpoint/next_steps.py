@@ -13,8 +13,9 @@ from ..errors import PrunerError
 from ..logs import inside_another_run, log
 from ..models.per_layer import has_per_layer_widths
 from ..models.skeleton import parameter_count
-from ..models.tasks import OF_TOKENS, TEXT_GENERATION, TEXT_TO_TEXT, task_of_config
+from ..models.tasks import FEATURES, OF_TOKENS, TEXT_GENERATION, TEXT_TO_TEXT, task_of_config
 from ..surgery.uniform import uniform_config
+from .checking import needs_tokenizer
 from .config import load_config, meta_model
 from .locate import base_of, is_adapter
 from .standalone import FILE
@@ -92,7 +93,9 @@ def _serving(folder: Path, config: PreTrainedConfig) -> str:
     if task != TEXT_GENERATION:
         if task == TEXT_TO_TEXT:
             return f"llm-pruner chat {_words(folder)}"
-        return f'pipeline("{task_of_config(config).pipeline}", {_quoted(folder)}) of transformers'
+        pipeline = task_of_config(config).pipeline
+        pipeline = pipeline if needs_tokenizer(config) or task != FEATURES else "image-feature-extraction"
+        return f'pipeline("{pipeline}", {_quoted(folder)}) of transformers'
     if not _can_be_uniform(config):
         return f"llm-pruner chat {_words(folder)}"
     if is_adapter(folder):

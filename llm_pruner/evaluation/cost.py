@@ -24,19 +24,30 @@ def macs(model: PreTrainedModel, tokens: int = 128, batch: int = 1) -> int:
     Of a mixture of experts only the experts that tokens are routed to count.
     """
     twin = _meta_twin(model).requires_grad_(False)
-    with tracing_mode(twin), FlopCounterMode(display=False) as counter, MetaReads():
-        forward(twin, example_inputs(twin, batch, tokens))
+    try:
+        return _count_macs(twin, tokens, batch)
+    except RuntimeError:
+        if model.device.type == "meta":
+            raise
+        return _count_macs(model, tokens, batch)  # some norms are decomposed on the CPU only
+
+
+def _count_macs(model: PreTrainedModel, tokens: int, batch: int) -> int:
+    with tracing_mode(model), FlopCounterMode(display=False) as counter, MetaReads():
+        forward(model, example_inputs(model, batch, tokens))
     return int(counter.get_total_flops()) // 2
 
 
 @torch.no_grad()
 def memory(model: PreTrainedModel, tokens: int = 2048, batch: int = 1) -> int:
     """Count the bytes of the weights, in their own dtype, and of the cache that ``[batch, tokens]`` fills."""
-    twin = _meta_twin(model)
-    with tracing_mode(twin), MetaReads():
-        caching = {"use_cache": True} if without_cache(twin) else {}
-        cache = twin(**model_inputs(twin, example_inputs(twin, batch, tokens)), **caching).get("past_key_values")
     weights = sum(p.nbytes for p in model.parameters())
+    twin = _meta_twin(model)
+    if not without_cache(twin):
+        return weights
+    with tracing_mode(twin), MetaReads():
+        inputs = model_inputs(twin, example_inputs(twin, batch, tokens))
+        cache = twin(**inputs, use_cache=True).get("past_key_values")
     return weights + sum(t.nbytes for t in _tensors_in(cache))
 
 

@@ -6,7 +6,6 @@ import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,10 +20,11 @@ from ..models.per_layer import layer_lists
 from ..models.running import context_length
 from ..models.skeleton import parameter_count
 from ..models.tasks import predicts_tokens
+from ..models.towers import tower_paths
 from .cost import macs, memory
 from .labelled import measure_labelled
 from .perplexity import Perplexity, perplexity, windows
-from .similarity import Originals, Similarity, media_of, pieces_of
+from .similarity import Originals, Similarity, pieces_of
 from .speed import Speed, speed
 from .zero_shot import ZeroShot, zero_shot
 
@@ -129,7 +129,7 @@ def evaluate_model(
         raise PrunerError(f"--tasks needs a language model, and {name} is a {type(model).__name__}")
     if tokenizer is None and reads_text_only(model):
         raise PrunerError(f"{name} has no tokenizer: put the original's files there")
-    if settings.media and reads_text_only(model):
+    if settings.media and reads_text_only(model) and not tower_paths(model):
         raise PrunerError(f"{name} reads text and no images or sounds: name texts instead of {settings.media[0]}")
     for_text = cast(PreTrainedTokenizerBase, tokenizer)
     perplexities = _measure_perplexities(name, model, for_text, settings) if writes else {}  # finds broken weights
@@ -148,7 +148,9 @@ def evaluate_model(
         speed=speed(model, tokens, settings.batch, new_tokens=settings.new_tokens) if settings.tokens else None,
         tokenizer=digest(sorted(tokenizer.get_vocab().items())) if tokenizer is not None else "",
         samples=_continue_prompts(model, for_text, settings) if writes else {},
-        similarity={} if writes else _measure_similarities(model, tokenizer, settings, originals or Originals()),
+        similarity=_measure_similarities(model, tokenizer, settings, originals or Originals())
+        if settings.media or not writes
+        else {},
         results=tasks.results,
     )
 
@@ -174,14 +176,14 @@ def _measure_perplexities(
 def _measure_labelled(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: Measurements
 ) -> dict[str, dict[str, float]]:
-    return {Path(name).stem: measure_labelled(model, tokenizer, name, settings.limit) for name in settings.labelled}
+    return {name: measure_labelled(model, tokenizer, name, settings.limit) for name in settings.labelled}
 
 
 def _measure_similarities(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: Measurements, originals: Originals
 ) -> dict[str, Similarity]:
-    if not reads_text_only(model):
-        media = media_of((*settings.media, *settings.texts), model, settings.max_windows)
+    if settings.media or not reads_text_only(model):
+        media = originals.media((*settings.media, *settings.texts), model, settings.max_windows)
         return originals.compare(model, tokenizer, media)
     texts = {title: pieces_of(text, settings.max_windows) for title, text in settings.texts.items()}
     return originals.compare(model, tokenizer, texts)

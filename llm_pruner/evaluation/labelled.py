@@ -14,13 +14,13 @@ from ..data import read_rows
 from ..errors import PrunerError
 from ..media import Medium, check_media, load_processor, process, process_sound, read_media
 from ..models.blockwise import computing
-from ..models.inputs import Inputs, ModelInputs
-from ..models.running import evaluating, forward, main_output
+from ..models.inputs import Inputs, ModelInputs, reads_text_only
+from ..models.running import context_length, evaluating, forward, main_output, model_inputs
 from ..models.tasks import CTC, FEATURES, SPEECH, task_name
 from ..progress import track
 
 CLASSIFIERS = ("text-classification", "image-classification", "audio-classification", "video-classification")
-LONGEST = 512  # tokens
+LONGEST = 512  # tokens, of a model that reads as many
 FORMS = {
     "classes": '{"text": "…", "label": "…"}, or a folder with {"file_name": "…", "label": "…"} in metadata.jsonl',
     "scores": '{"text": "…", "score": 0.5}',
@@ -40,10 +40,10 @@ def form_of(model: PreTrainedModel) -> str:
         return "speech"
     if task in CLASSIFIERS:
         return "scores" if model.config.num_labels == 1 else "classes"
-    if task == FEATURES:
+    if task == FEATURES and reads_text_only(model):
         return "pairs"
     raise PrunerError(
-        f"--labelled needs a classifier, an embedding model or a model of speech, not a {type(model).__name__}"
+        f"--labelled needs a classifier, a model of text embeddings or one of speech, not a {type(model).__name__}"
     )
 
 
@@ -94,6 +94,8 @@ def measure_labelled(
                 for row in track(rows, f"pairs of {name}")
             ]
     table = pandas.DataFrame({"found": found, "given": [float(row["score"]) for row in rows]})
+    if table["given"].nunique() < 2 or table["found"].nunique() < 2:
+        raise PrunerError(f"--labelled {name}: all scores are equal, so there is no order to compare")
     return {"spearman": float(table.corr(method="spearman").iloc[0, 1])}
 
 
@@ -102,16 +104,18 @@ class _Runner:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device):
         self.model, self.tokenizer, self.device = model, tokenizer, device
-        self.processor = None if tokenizer is not None else load_processor(model)
+        self.longest = min(context_length(model) or LONGEST, LONGEST)
+        self.processor = None if reads_text_only(model) else load_processor(model)
 
     def output(self, example: str | Medium) -> torch.Tensor:
         """Return the main output for one example, without the dim of rows."""
         inputs: Inputs
         if isinstance(example, Medium):
             inputs = ModelInputs(process(self.model, self.processor, example))
+        elif self.tokenizer is None or not reads_text_only(self.model):
+            raise PrunerError(f"--labelled: {type(self.model).__name__} reads no text: give a folder of its inputs")
         else:
-            assert self.tokenizer is not None
-            inputs = self.tokenizer(example, truncation=True, max_length=LONGEST, return_tensors="pt")["input_ids"]
+            inputs = self.tokenizer(example, truncation=True, max_length=self.longest, return_tensors="pt")["input_ids"]
         return main_output(forward(self.model, inputs.to(self.device)))[0].float().cpu()
 
     def embedding(self, text: str) -> torch.Tensor:
@@ -120,7 +124,7 @@ class _Runner:
 
     def transcript(self, medium: Medium) -> str:
         """Return the words that a model of speech hears."""
-        inputs = {name: value.to(self.device) for name, value in process_sound(self.processor, medium).items()}
+        inputs = model_inputs(self.model, ModelInputs(process_sound(self.processor, medium)).to(self.device))
         if task_name(self.model) == SPEECH:
             ids = self.model.generate(**inputs)  # type: ignore[operator]
         else:
@@ -148,7 +152,7 @@ def _class_of(model: PreTrainedModel, label: Any, name: str) -> int:
     known: dict[str, Any] = model.config.label2id or {}
     if isinstance(label, str) and label in known:
         return int(known[label])
-    if isinstance(label, int) and 0 <= label < len(known):
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(known):
         return label
     raise PrunerError(f"{name}: the model has no class {label!r}; it has {', '.join(list(known)[:8])}")
 
@@ -178,15 +182,29 @@ def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def _text_rows(name: str, columns: tuple[str, ...], form: str, most: int | None) -> list[dict[str, Any]]:
-    rows = list(read_rows(Path(name).expanduser()))[:most]
-    if not rows or not all(isinstance(row, dict) and set(columns) <= row.keys() for row in rows):
-        raise PrunerError(f"--labelled {name} must hold rows such as {FORMS[form]}")
+    path = Path(name).expanduser()
+    rows = list(read_rows(path))[:most] if path.is_file() else []
+    if not rows:
+        raise PrunerError(f"--labelled {name} must be a file of rows such as {FORMS[form]}")
+    for number, row in enumerate(rows, 1):
+        values = {column: row.get(column) for column in columns} if isinstance(row, dict) else {}
+        texts = [values.get(column) for column in columns if column in ("text", "other")]
+        score = values.get("score", 0.0)
+        if not all(isinstance(text, str) and text.strip() for text in texts) or type(score) not in (int, float):
+            raise PrunerError(f"--labelled {name}, row {number}: rows must be such as {FORMS[form]}")
+        if "label" in columns and ("label" not in row or row.keys() - {*columns, "id", "idx"}):
+            raise PrunerError(f"--labelled {name}, row {number} has {', '.join(row)}: give {FORMS[form]}")
     return rows
 
 
 def _media(name: str, field: str, form: str, most: int | None) -> list[Medium]:
     folder = Path(name).expanduser()
-    media = read_media(name, None, most) if folder.is_dir() else []
-    if not media or any(getattr(medium, field) is None for medium in media):
+    if not folder.is_dir():
         raise PrunerError(f"--labelled {name} must be {FORMS[form]}")
+    media = read_media(name, None, most)
+    without = next(
+        (medium.file for medium in media if not getattr(medium, field) and getattr(medium, field) != 0), None
+    )
+    if without is not None:
+        raise PrunerError(f"--labelled {name}: metadata.jsonl has no {field} of {without.name}; give {FORMS[form]}")
     return media

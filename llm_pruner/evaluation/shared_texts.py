@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..checkpoint.locate import PLAN_FILE
 from ..logs import log
+from ..media import is_media
 from ..selection.plan import PruningPlan
 
 # Where plans note them.
@@ -23,7 +24,7 @@ def sources_of(plan: PruningPlan) -> set[str]:
 def warn_of_shared_texts(sources: Iterable[str], measured_on: Iterable[str], model: str = "the pruned model") -> None:
     """Warn for each text that is also a source of the model's calibration or training."""
     for text in measured_on:
-        if text in sources:
+        if text in sources and not is_media(text):  # of a folder, other files are measured on
             log.warning(
                 "perplexity on %s flatters %s, calibrated or trained on the same source: measure on another text",
                 text,

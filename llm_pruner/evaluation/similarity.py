@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..choices import SYNTHETIC
 from ..errors import PrunerError
+from ..logs import log
 from ..media import is_media, media_inputs
 from ..models.blockwise import Compute, computing
 from ..models.inputs import Inputs, ModelInputs
@@ -95,15 +96,6 @@ def _samples_of(
     return [tokenizer(piece, truncation=True, max_length=longest, return_tensors="pt")["input_ids"] for piece in pieces]
 
 
-def media_of(names: Iterable[str], model: PreTrainedModel, most: int | None = None) -> dict[str, ModelInputs]:
-    """Return what to compare the outputs of a model on that reads images or sounds, by data set.
-
-    Texts, which it cannot do with alone, give way to noise.
-    """
-    chosen = [name for name in names if is_media(name)] or [SYNTHETIC] * bool(list(names))
-    return {name: media_inputs(model, name, "test", min(most or MEDIA, MEDIA)) for name in chosen}
-
-
 def _comparable(model: PreTrainedModel, output: torch.Tensor) -> torch.Tensor:
     task = task_name(model)
     if task == FEATURES and output.ndim == 2:
@@ -141,6 +133,24 @@ class Originals:
 
     def __init__(self) -> None:
         self._outputs: dict[str, list[torch.Tensor]] = {}
+        self._media: dict[str, ModelInputs] = {}
+
+    def media(
+        self, names: Iterable[str], model: PreTrainedModel, most: int | None = None, fallback: str = SYNTHETIC
+    ) -> dict[str, ModelInputs]:
+        """Return what to compare the outputs of models on that read images or sounds, by data set.
+
+        The first model's processor reads them, and all models are given the same. Texts, which such a model cannot do
+        with alone, give way to ``fallback``.
+        """
+        names = list(names)
+        chosen = [name for name in names if is_media(name)] or [fallback] * bool(names)
+        if names and not any(map(is_media, names)):
+            log.info("outputs are compared on %s: %s reads more than text", fallback, type(model).__name__)
+        for name in chosen:
+            if name not in self._media:
+                self._media[name] = media_inputs(model, name, "test", min(most or MEDIA, MEDIA))
+        return {name: self._media[name] for name in chosen}
 
     def compare(
         self,

@@ -195,15 +195,15 @@ class _Columns:
                     lambda e, t=text, f=field: getattr(e.similarity[t], f) if t in e.similarity else None,  # type: ignore[misc]
                     lower_is_better=False,
                 )
-        for task in self.names(lambda e: e.tasks):
+        for task, title in short_names(self.names(lambda e: e.tasks)).items():
             for metric in metrics_of(self.evaluations, task):
-                self.add_metric(task, metric)
+                self.add_metric(task, metric, title)
 
-    def add_metric(self, task: str, metric: str) -> None:
+    def add_metric(self, task: str, metric: str, title: str) -> None:
         accuracy = metric in ("acc", "acc_norm")
         self.add(
-            f"{task}_{metric}",
-            f"{task} {metric}{' %' if accuracy else ''}",
+            f"{title}_{metric}",
+            f"{title} {metric}{' %' if accuracy else ''}",
             (lambda value: f"{100 * value:.1f}") if accuracy else short_score,
             lambda e: e.tasks.get(task, {}).get(metric),
             error_of=lambda e: e.tasks.get(task, {}).get(f"{metric}_stderr"),

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..display import Cells, amount, html_table, percent, plot_shares
 from ..models.constructors import refusal
-from ..models.inputs import ModelInputs, remember_inputs
+from ..models.inputs import check_inputs, remember_inputs
 from ..models.layers import LayerLocator
 from ..models.per_layer import Constant, layer_lists
 from ..models.running import stored_tensors
@@ -238,7 +238,7 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
     structure = fingerprint(model)
     traced_structure, graph = _traced.get(model, (None, None))
     if inputs is not None:
-        remember_inputs(model, ModelInputs(inputs))
+        remember_inputs(model, check_inputs(model, inputs))
     if graph is None or traced_structure != structure or inputs is not None:
         graph = _trace(model)
         if graph.on_meta or inputs is not None:  # a graph found on weights may depend on their values

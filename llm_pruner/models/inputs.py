@@ -43,6 +43,8 @@ class ModelInputs:
         return sum(_rows(part) for part in self.parts)
 
     def __getitem__(self, rows: slice) -> ModelInputs:
+        if len(self.parts) == 1 and len({len(value) for value in self.parts[0].values() if value.ndim}) == 1:
+            return ModelInputs({name: value[rows] for name, value in self.parts[0].items()})
         return ModelInputs(*[part.parts[0] for part in self.split(1)][rows])
 
     def split(self, rows: int) -> list[ModelInputs]:
@@ -119,6 +121,28 @@ def hash_of(inputs: Inputs) -> str:
 def _rows(part: Mapping[str, torch.Tensor]) -> int:
     rows = {len(value) if value.ndim else 0 for value in part.values()}
     return rows.pop() if len(rows) == 1 else 1
+
+
+def check_inputs(model: nn.Module, inputs: Any) -> ModelInputs:
+    """Return inputs by name as :class:`ModelInputs`, after checking that they are those of a model.
+
+    Raises:
+        PrunerError: they are no tensors by name, the model does not know a name, or one is missing.
+    """
+    inputs = as_inputs(inputs)
+    if not isinstance(inputs, ModelInputs):
+        raise PrunerError(f"inputs must be tensors by name, as a processor returns them, not {type(inputs).__name__}")
+    parameters = inspect.signature(model.forward).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for part in inputs.parts:
+        unknown = [name for name in part if name not in parameters] if not passes_on else []
+        missing = [name for name in needed_inputs(model) if name not in part]
+        if unknown or missing:
+            raise PrunerError(
+                f"{type(model).__name__} needs {', '.join(needed_inputs(model))}, and the inputs given are "
+                f"{', '.join(part)}"
+            )
+    return inputs
 
 
 def input_embedding(model: nn.Module) -> nn.Embedding | None:
@@ -223,8 +247,8 @@ def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
         bins, longest = fields.get("num_mel_bins"), fields.get("max_length")
         return (longest, bins) if "num_mel_bins" in fields and "frequency_stride" in fields else (SAMPLES_OF_SOUND,)
     raise PrunerError(
-        f"{type(model).__name__} needs {name!r}, which cannot be guessed: give inputs={{name: tensor, …}}, as its "
-        "processor returns them, to lp.trace, lp.score and lp.verify"
+        f"{type(model).__name__} needs {name!r}, which cannot be guessed: give lp.trace(model, inputs=…) what "
+        "its processor returns, and lp.score and lp.verify the same"
     )
 
 

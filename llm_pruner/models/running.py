@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
-from .inputs import IDS, Inputs, ModelInputs, as_inputs, input_embedding, reads_text_only
+from .inputs import IDS, Inputs, ModelInputs, as_inputs, check_inputs, input_embedding, reads_text_only
 from .per_layer import IMPLEMENTATION_SLOTS
 from .tasks import predicts_tokens
 from .torch_internals import TorchDispatchMode
@@ -191,6 +191,7 @@ def check_calibration(model: PreTrainedModel, calibration: Any) -> Inputs:
     """
     calibration = as_inputs(calibration)
     if isinstance(calibration, ModelInputs):
+        check_inputs(model, calibration)
         for part in calibration.parts:
             for name in IDS & part.keys():
                 _check_ids(model, part[name], name)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import text
 from ..evaluation.evaluate import PROMPTS
 from ..evaluation.perplexity import check_length, perplexity, windows
-from ..evaluation.similarity import Originals, media_of, pieces_of
+from ..evaluation.similarity import Originals, pieces_of
 from ..logs import log
 from ..models.blockwise import computing, native_compute
 from ..models.generate import Sampling, continue_text
@@ -22,16 +22,25 @@ from .settings import EvaluationSettings, PruneSettings
 
 
 def evaluation_windows(
-    settings: EvaluationSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    settings: EvaluationSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    originals: Originals,
+    fallback: str,
 ) -> dict[str, Any]:
     """Cut every evaluation text, so that a missing text is found before any work is done.
+
+    Args:
+        originals: keeps the images or sounds that outputs are compared on.
+        fallback: data set of a model that cannot do with texts alone.
 
     Returns:
         By the name of the text: windows of tokens, a LongTensor ``[windows, tokens]``, for a model that predicts
         tokens; pieces of text, a list, for others that read text; else inputs by name.
     """
     if not reads_text_only(model):
-        return media_of(settings.datasets, model, settings.max_windows)
+        return originals.media(settings.datasets, model, settings.max_windows, fallback)
     assert tokenizer is not None  # of a model that reads text
     if not predicts_tokens(model):
         return {name: pieces_of(text(name, "test"), settings.max_windows) for name in settings.datasets}

@@ -65,9 +65,8 @@ def _compensate(
         log.info("no compensation: %s", error)
         return planned.pruned, {"none": str(error)}
     moved = sum(layer.ridge is not None for layer in report.layers)
-    log.info(
-        "compensation moved %d of %d projections, logits scaled by %s", moved, len(report.layers), report.temperature
-    )
+    scaled = "" if report.temperature is None else f", logits scaled by {report.temperature}"
+    log.info("compensation moved %d of %d projections%s", moved, len(report.layers), scaled)
     return pruned, asdict(report) | {"self_samples": own}
 
 

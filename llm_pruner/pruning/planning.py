@@ -30,7 +30,7 @@ from ..selection.budgets import Budget, NothingRemoved, parameter_budget
 from ..selection.compose import compose_plans, scores_in_original
 from ..selection.plan import PruningPlan, name_after
 from ..selection.select import select
-from ..surgery.apply import apply
+from ..surgery.apply import TOWERS, apply
 from .context import Planning
 from .presets import default_layers
 from .settings import (
@@ -94,7 +94,10 @@ def make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
         graph = trace_towers(planning, model)
     dropped = plan_layers(planning, model, graph)
     if dropped is None:
-        return _plan_widths(planning, model, graph)
+        planned = _plan_widths(planning, model, graph)
+        if settings.calibration.towers != "language":
+            planned.plan.settings[TOWERS] = settings.calibration.towers
+        return planned
     with clock("apply"):
         shorter = apply(model, dropped, planning.place)
     log.info("without %s: %s parameters", describe_dropped(dropped), f"{parameter_count(shorter):,}")

@@ -27,7 +27,7 @@ from ..checkpoint.save import write_checkpoint
 from ..checkpoint.standalone import write_modelling
 from ..checkpoint.stored import weights_in
 from ..checkpoint.unread import UNREAD, unread_tensors
-from ..choices import DEFAULT_MODEL
+from ..choices import DEFAULT_MODEL, SYNTHETIC
 from ..display import amount, html_table
 from ..errors import PrunerError
 from ..evaluation.latency import latency
@@ -38,6 +38,7 @@ from ..flags import check_combinations
 from ..importance.scores import SCORES_FILE, Scores
 from ..inputs import InputCheck
 from ..logs import log, logging_to
+from ..media import is_media
 from ..models.inputs import reads_text_only
 from ..models.skeleton import parameter_count
 from ..peak_memory import PeakMemory
@@ -205,9 +206,11 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     if calibrates:
         settings = replace(settings, calibration=available_text(settings.calibration, model, settings.model.offload))
         warn_of_shared_texts([settings.calibration.dataset], settings.evaluation.datasets)
-    windows = evaluation_windows(settings.evaluation, model, tokenizer)
+    originals, dataset = Originals(), settings.calibration.dataset
+    fallback = dataset if calibrates and is_media(dataset) else SYNTHETIC
+    windows = evaluation_windows(settings.evaluation, model, tokenizer, originals=originals, fallback=fallback)
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
-    measure = partial(evaluate_model, settings, texts=windows, clock=clock, originals=Originals())
+    measure = partial(evaluate_model, settings, texts=windows, clock=clock, originals=originals)
     metrics["before"] = measure(model, tokenizer, when="before pruning")
     _move_to(settings.model, model, settings.model.device)
     ids = None

@@ -23,6 +23,7 @@ from .rebuild import build_from_state
 from .same_axes import find_wrong_axis
 from .slicing import check_fits, cut
 
+TOWERS = "towers"  # setting of plans that cut other towers than the language
 Place = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -68,6 +69,11 @@ def apply(
     graph = trace(model)
     known = {unit.name for unit in [*graph.units, *graph.frozen]}
     unknown = [name for name in plan.units if name not in known]
+    if unknown and plan.settings.get(TOWERS):
+        raise PrunerError(
+            f"the plan cuts towers that text alone does not show: call lp.trace(model, inputs=…) with an image or a "
+            f"sound, then lp.apply (unit {unknown[0]})"
+        )
     if unknown:
         raise PrunerError(f"the plan was made for another model: it has no unit {unknown[0]}")
     problems: list[str] = []

@@ -139,7 +139,10 @@ class Subwords:
         model["merges"] = [pair for a, b in self.merges for pair in ([a, INSIDE + b], [INSIDE + a, INSIDE + b])]
         model["continuing_subword_prefix"] = INSIDE
         document["truncation"] = document["padding"] = None
-        return Tokenizer.from_str(json.dumps(document))
+        try:
+            return Tokenizer.from_str(json.dumps(document))
+        except Exception as error:  # the tokenizers package raises nothing narrower
+            raise PrunerError(f"the merges of the tokenizer contradict its vocabulary: {error}") from error
 
 
 def cut_document(words: Subwords, kept: list[int]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..files import complete_folder, folder_for_run, strict_json, write_text
 from ..graph.units import CouplingGraph, Unit, trace
 from ..logs import log, logging_to
 from ..models.dispatch import resolve_device
+from ..models.inputs import reads_text_only
 from ..models.skeleton import parameter_count
 from ..provenance import provenance
 from ..selection.plan import PruningPlan
@@ -57,6 +58,8 @@ def prune_vocabulary(args: VocabArguments) -> Path:
         if target != Path(args.output).expanduser():
             log.info("writing to %s: %s holds another run", target, args.output)
         model, tokenizer = load_with_tokenizer(args.model, args.dtype, device, args.trust_remote_code)
+        if not reads_text_only(model):
+            raise PrunerError(f"vocab compares models on text, and {type(model).__name__} needs more: it cannot be cut")
         kept = kept_tokens(settings, model, tokenizer)
         graph = trace(model)
         unit = _vocabulary_of(model, graph)
