@@ -163,19 +163,15 @@ def media_inputs(
         PrunerError: a file cannot be read, or the checkpoint has no processor.
     """
     seed = seed if split == "train" else ~seed & 0xFFFF
-    if name != SYNTHETIC:
-        media = read_media(name, split, samples)
-    elif not reads_text_only(model):
+    if name == SYNTHETIC and not reads_text_only(model):
         drawn = example_inputs(model, rows=samples, seed=seed)
         assert isinstance(drawn, ModelInputs)
         return drawn
-    else:
-        media = []
     processor = load_processor(model)
     if name == SYNTHETIC:
         noise = np.random.default_rng(seed).integers(0, 256, (samples, SYNTHETIC_PIXELS, SYNTHETIC_PIXELS, 3), np.uint8)
         return _stacked([_process_image(model, processor, picture, CAPTION) for picture in noise])
-    return _stacked([process(model, processor, medium) for medium in media])
+    return _stacked([process(model, processor, medium) for medium in read_media(name, split, samples)])
 
 
 def load_processor(model: PreTrainedModel) -> Any:
@@ -186,7 +182,7 @@ def load_processor(model: PreTrainedModel) -> Any:
     """
     for auto_class in (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor):
         try:
-            return auto_class.from_pretrained(model.name_or_path)
+            return auto_class.from_pretrained(model.name_or_path, trust_remote_code=False)
         except Exception:  # transformers raises whatever its loaders raise
             continue
     name = model.name_or_path or type(model).__name__
