@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from ..errors import PrunerError, Unavailable
 from ..files import check_folder
 from ..inputs import InputCheck
-from ..models.tasks import OF_TOKENS, class_for, declared_class, task_of_config
+from ..models.tasks import OF_TOKENS, ask_for, declared_class, task_of_config
 from .arguments import UniformArguments
 from .config import load_config
 from .load import TOKENIZERS
@@ -41,8 +41,7 @@ def check_model(
         config = load_config(name, trust_remote_code)
     except PrunerError as error:
         raise (Unavailable if on_hub else PrunerError)(str(error)) from error
-    if task is not None:
-        config.architectures = [class_for(task, config)]
+    ask_for(task, config)
     if on_hub or gguf:
         return config
     if not any(Path(path).glob("*.safetensors")):

@@ -18,7 +18,7 @@ from transformers import (
 from ..errors import PrunerError
 from ..logs import log
 from ..models.dispatch import check_device, spread
-from ..models.tasks import auto_model_class, class_for
+from ..models.tasks import ask_for, auto_model_class
 from ..progress import Step, without_bars
 from .adapters import merge_adapter
 from .config import untie
@@ -190,8 +190,7 @@ def _read_model(
     kwargs: dict[str, Any] = {"dtype": torch.float32 if gguf and dtype == "auto" else dtype}
     try:
         config = AutoConfig.from_pretrained(path, **common)
-        if task is not None:
-            config.architectures = [class_for(task, config)]
+        ask_for(task, config)
         if gguf is None:
             shards = check_unquantized(name, Path(path), config)
             kwargs["use_safetensors"] = True

@@ -15,12 +15,12 @@ from ..errors import PrunerError
 from ..media import Medium, check_media, load_processor, process, process_sound, read_media
 from ..models.blockwise import computing
 from ..models.inputs import Inputs, ModelInputs, reads_text_only
-from ..models.running import context_length, evaluating, forward, main_output, model_inputs
+from ..models.running import evaluating, forward, main_output, model_inputs
 from ..models.tasks import CTC, FEATURES, SPEECH, task_name
 from ..progress import track
+from .similarity import token_ids
 
 CLASSIFIERS = ("text-classification", "image-classification", "audio-classification", "video-classification")
-LONGEST = 512  # tokens, of a model that reads as many
 FORMS = {
     "classes": '{"text": "…", "label": "…"}, or a folder with {"file_name": "…", "label": "…"} in metadata.jsonl',
     "scores": '{"text": "…", "score": 0.5}',
@@ -104,7 +104,6 @@ class _Runner:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device):
         self.model, self.tokenizer, self.device = model, tokenizer, device
-        self.longest = min(context_length(model) or LONGEST, LONGEST)
         self.processor = None if reads_text_only(model) else load_processor(model)
 
     def output(self, example: str | Medium) -> torch.Tensor:
@@ -115,7 +114,7 @@ class _Runner:
         elif self.tokenizer is None or not reads_text_only(self.model):
             raise PrunerError(f"--labelled: {type(self.model).__name__} reads no text: give a folder of its inputs")
         else:
-            inputs = self.tokenizer(example, truncation=True, max_length=self.longest, return_tensors="pt")["input_ids"]
+            inputs = token_ids(self.model, self.tokenizer, example)
         return main_output(forward(self.model, inputs.to(self.device)))[0].float().cpu()
 
     def embedding(self, text: str) -> torch.Tensor:

@@ -19,6 +19,7 @@ from ..models.tasks import FEATURES, OF_VALUES, task_name
 from ..progress import track
 
 PIECE = 400  # characters
+LONGEST = 512  # tokens of a piece
 MEDIA = 32  # most images or sounds that outputs are compared on
 PIECES = 256  # most pieces of a text, where no number is given
 
@@ -91,9 +92,14 @@ def _samples_of(
     """Return the inputs of each piece: token ids ``[1, tokens]``, or a sample by name."""
     if isinstance(pieces, ModelInputs):
         return [*pieces.split(1)]
-    longest = min(context_length(model) or 512, 512)
     assert tokenizer is not None
-    return [tokenizer(piece, truncation=True, max_length=longest, return_tensors="pt")["input_ids"] for piece in pieces]
+    return [token_ids(model, tokenizer, piece) for piece in pieces]
+
+
+def token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, piece: str) -> torch.Tensor:
+    """Return the ids of a piece ``[1, tokens]``, with special tokens, cut to what the model reads and to 512 tokens."""
+    longest = min(context_length(model) or LONGEST, LONGEST)
+    return tokenizer(piece, truncation=True, max_length=longest, return_tensors="pt")["input_ids"]
 
 
 def _comparable(model: PreTrainedModel, output: torch.Tensor) -> torch.Tensor:
@@ -144,8 +150,9 @@ class Originals:
         with alone, give way to ``fallback``.
         """
         names = list(names)
-        chosen = [name for name in names if is_media(name)] or [fallback] * bool(names)
-        if names and not any(map(is_media, names)):
+        chosen = [name for name in names if is_media(name)]
+        if names and not chosen:
+            chosen = [fallback]
             log.info("outputs are compared on %s: %s reads more than text", fallback, type(model).__name__)
         for name in chosen:
             if name not in self._media:

@@ -134,6 +134,16 @@ def class_for(task: str, config: PreTrainedConfig) -> str:
     return classes[0]
 
 
+def ask_for(task: str | None, config: PreTrainedConfig) -> None:
+    """Let a config declare the class of a task, if one is named, instead of its own.
+
+    Raises:
+        PrunerError: as :func:`class_for`.
+    """
+    if task is not None:
+        config.architectures = [class_for(task, config)]
+
+
 def auto_model_class(config: PreTrainedConfig) -> Any:
     """Return the class of transformers that loads a model of a config."""
     return getattr(transformers, task_of_config(config).auto_class)

@@ -27,7 +27,7 @@ def available_text(settings: CalibrationSettings, model: PreTrainedModel, offloa
     """
     if not (reads_text_only(model) and settings.towers == "language"):
         return _available_media(settings, model)
-    if settings.dataset == SYNTHETIC or is_media(settings.dataset):
+    if is_media(settings.dataset):
         name = type(model).__name__
         raise PrunerError(f"--calib_dataset {settings.dataset} has no text, and {name} is calibrated on text")
     if settings.shorter_samples:
