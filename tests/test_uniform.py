@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers.architectures import tiny_model
 from helpers.models import build, pruned_by, tokens
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +15,7 @@ import llm_pruner as lp
 from llm_pruner.checkpoint.standalone import FILE
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
+from llm_pruner.models.per_layer import has_per_layer_widths
 from llm_pruner.surgery.uniform import to_uniform
 
 # Reads checkpoints in a process that has not heard of llm_pruner, and writes their logits and what they generate.
@@ -128,3 +130,55 @@ def test_code_of_a_checkpoint_runs_only_if_trusted(home, tmp_path):
     lp.load(str(tmp_path / "model"))
     assert main(["inspect", str(tmp_path / "model")]) == 0
     assert not mark.exists()
+
+
+WIDE = {"intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize("budget", ["target_params", "target_macs", "target_memory", "target_latency", "pruning_ratio"])
+def test_uniform_runs_leave_a_plain_checkpoint(tokenizer, tmp_path, budget):
+    model = build("llama_grouped", vocab_size=len(tokenizer), intermediate_size=512)
+    lp.save(model, tokenizer, tmp_path / "model")
+    kept = "heads,neurons" if budget == "target_params" else "neurons"
+    flags = {budget: 0.25 if budget == "pruning_ratio" else 0.95, "compensate": "none", "eval_datasets": ""}
+    run = lp.prune(str(tmp_path / "model"), uniform=True, kinds=kept, pruner_type="l2", budget_tokens=16, **flags)
+    assert not has_per_layer_widths(run.model.config)
+    neurons = [c.kept.tolist() for c in run.plan.units.values() if c.kind == "neurons"]
+    assert len(neurons) == model.config.num_hidden_layers and len(set(map(len, neurons))) == 1
+    assert neurons[0] != neurons[1]  # which indices stay differs by layer
+    assert lp.verify(model, run.model, run.plan).equivalent
+
+
+def test_uniform_targets_are_met_where_a_head_of_every_layer_is_too_much():
+    """Heads go in steps of a whole head per layer; neurons do what such a step would overdo."""
+    model = build("llama_grouped", **WIDE | {"num_key_value_heads": 2, "num_attention_heads": 4})
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, criterion="l2")
+    for target in (0.95, 0.9, 0.85):
+        plan = lp.select(graph, scores, {"heads": 1, "neurons": 1}, target_params=target, uniform=True)
+        pruned = lp.apply(model, plan)
+        assert not has_per_layer_widths(pruned.config)
+        share = sum(p.numel() for p in pruned.parameters()) / sum(p.numel() for p in model.parameters())
+        assert target * 0.995 <= share <= target
+
+
+def test_uniform_reaches_both_halves_of_an_encoder_decoder_and_experts():
+    for name, kinds in (("t5:seq2seq", ("heads", "neurons")), ("mixtral", ("experts",)), ("deepseek_v3", ("neurons",))):
+        model = build(name) if name == "mixtral" else tiny_model(name)
+        graph = lp.trace(model)
+        plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.5, kinds=kinds, uniform=True)
+        assert not has_per_layer_widths(lp.apply(model, plan).config)
+
+
+def test_uniform_refuses_what_makes_layers_differ(home, capsys):
+    graph = lp.trace(build("llama"))
+    scores = lp.score(build("llama"), graph, criterion="random")
+    for wrong in ({"layers": [0]}, {"scope": "global"}):
+        with pytest.raises(PrunerError, match="uniform keeps as much in every layer"):
+            lp.select(graph, scores, 0.5, uniform=True, **wrong)
+    base = ["prune", str(home / "base"), "--uniform", "--pruner_type", "l2"]
+    for wrong in (["--global_pruning"], ["--block_mlp_layer_end", "2"], ["--drop_mlp", "1"]):
+        assert main([*base, *wrong]) == 2
+        assert f"--uniform and {wrong[0]} exclude each other" in capsys.readouterr().err
+    assert main(["prune", str(home / "pruned"), "--uniform", "--pruner_type", "l2"]) == 2
+    assert "have different widths: give the model that it was pruned from" in capsys.readouterr().err

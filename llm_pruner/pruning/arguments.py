@@ -34,6 +34,11 @@ EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
     (TARGETS, TARGETS, "each says how much stays"),
     (TARGETS, ("layer_wise", "iterative_steps"), "a target is solved in one step"),
     (SHAPES, (*TARGETS, "channel_wise", "kinds", "iterative_steps"), "a target shape says all"),
+    (
+        ("uniform",),
+        (*RANGES, "global_pruning", "drop_attention", "drop_mlp", "layer_wise"),
+        "one keeps as much in every layer, the other makes layers differ",
+    ),
     *((("layer_wise", "drop_layers", "num_layers", "num_hidden_layers"),) * 2 + ("each says which layers go",),),
     (("depth",), ("layer_wise", "drop_layers"), "one chooses layers, the other names them"),
     (("layer_wise",), ("global_pruning", "iterative_steps"), "layers are dropped by position"),
@@ -167,6 +172,11 @@ class PruneArguments(Arguments):
     floor: Share = flag(0.0, "share of every unit's indices that always stays", group="budget")
     round_to: int = flag(1, "keep a multiple of N indices in every unit", group="budget")
     tensor_parallel: int = flag(1, "keep widths that N devices can share equally", group="budget")
+    uniform: bool = flag(
+        False,
+        "keep as many indices in every layer: a plain checkpoint, which other engines read (default: layers differ)",
+        group="budget",
+    )
     hardware_align: bool | None = flag(
         None,
         "keep multiples of the widths at which kernels are fast (default: true, set by the preset)",

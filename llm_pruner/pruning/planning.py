@@ -23,6 +23,7 @@ from ..logs import log
 from ..media import media_inputs
 from ..models.inputs import ModelInputs, hash_of
 from ..models.layers import is_below
+from ..models.per_layer import has_per_layer_widths
 from ..models.skeleton import parameter_count
 from ..models.towers import tower_paths
 from ..provenance import versions
@@ -81,7 +82,8 @@ class WidthGoal:
 def needs_calibration(settings: PruneSettings) -> bool:
     """Return True if choosing what goes, or rescaling norms, takes a calibration set."""
     layers, widths = settings.layers, settings.widths
-    chooses_layers = bool(layers.keep or settings.shape or widths.proportions or "layers" in widths.kinds)
+    by_shape = any("layer" in name for name in settings.shape)
+    chooses_layers = bool(layers.keep or by_shape or widths.proportions or "layers" in widths.kinds)
     by_forward = chooses_layers and not layers.drop and layers.criterion not in BY_POSITION
     by_criterion = settings.prunes_widths and criterion_needs_calibration(settings.scoring.criterion)
     return by_forward or by_criterion or settings.refit.rescale_norms
@@ -171,6 +173,8 @@ def check_plan(planning: Planning, model: PreTrainedModel) -> None:
         PrunerError: as :func:`make_plan`, as far as no score decides.
     """
     settings, whole, graph = planning.settings, None, trace(model)
+    if settings.widths.uniform:
+        _refuse_differing_layers(model, "give the model that it was pruned from")
     dropped = plan_layers(planning, model, graph)
     if not settings.prunes_widths:
         return
@@ -218,8 +222,16 @@ def _plan_widths(
             log.info("step %d of %d: %s parameters", step, steps, f"{parameter_count(pruned):,}")
             with clock("trace"):
                 current = trace(pruned)
+    if settings.widths.uniform:
+        _refuse_differing_layers(pruned, "leave out --uniform")
     plan.settings["iterative_steps"] = steps
     return PlannedModel(plan=plan, pruned=pruned, graph=graph, scores=scores)
+
+
+def _refuse_differing_layers(model: PreTrainedModel, advice: str) -> None:
+    """Refuse a model that no plain config describes, where ``--uniform`` asks for one."""
+    if has_per_layer_widths(model.config):
+        raise PrunerError(f"--uniform: layers of this {type(model).__name__} have different widths: {advice}")
 
 
 def _width_goal(planning: Planning, model: PreTrainedModel, graph: CouplingGraph, whole: Whole | None) -> WidthGoal:
@@ -241,7 +253,7 @@ def _width_goal(planning: Planning, model: PreTrainedModel, graph: CouplingGraph
         scores = _score(planning, model, graph, kinds, plans=plans)
         with planning.clock("sensitivity"):
             proportions = measure_sensitivity(model, graph, scores, kinds=kinds, ids=planning.ids)
-    layers = None if proportions else width_layers(widths, graph, kinds)
+    layers = None if proportions or widths.uniform else width_layers(widths, graph, kinds)
     return WidthGoal(kinds=kinds, layers=layers, proportions=proportions, budget=budget)
 
 
@@ -319,6 +331,7 @@ def _select(widths: WidthSettings, graph: CouplingGraph, scores: Scores, goal: W
         floor=widths.floor,
         align=widths.align,
         tensor_parallel=widths.tensor_parallel,
+        uniform=widths.uniform,
         counts=goal.counts,
     )
 

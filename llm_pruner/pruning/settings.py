@@ -103,6 +103,7 @@ class WidthSettings:
         ranges: first and last layer (not included) by kind; None where the preset says.
         ratio: share of a unit's indices that goes, where no budget is given.
         proportions: proportions of kinds under a budget; 0 where they are to be measured.
+        uniform: keep as many indices in every layer, so that the result is a plain checkpoint.
     """
 
     preset: str
@@ -117,6 +118,7 @@ class WidthSettings:
     round_to: int = 1
     tensor_parallel: int = 1
     align: bool = False
+    uniform: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +328,7 @@ def _width_settings(arguments: PruneArguments, align: bool) -> WidthSettings:
         round_to=arguments.round_to,
         tensor_parallel=arguments.tensor_parallel,
         align=align,
+        uniform=arguments.uniform,
     )
 
 

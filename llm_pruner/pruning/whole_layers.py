@@ -199,7 +199,7 @@ def _proportional_layers(
     except NotMet as error:  # layers are large steps; widths do what one more layer would overdo
         if not kinds:
             raise
-        plan = error.above or PruningPlan()
+        plan = error.above
     return {f"{path}.layers": len(kept) for path, kept in plan.layers.items()}, layer_scores
 
 

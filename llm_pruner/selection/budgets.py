@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from math import prod
 
@@ -102,11 +102,17 @@ def parameter_budget(graph: CouplingGraph, target: float | str) -> Budget:
     return Budget("target_params", target, lambda plan: parameters(graph, plan), COUNTS, "parameters")
 
 
-def solve(graph: CouplingGraph, budget: Budget, plan_at: Callable[[float], PruningPlan]) -> PruningPlan:
+def solve(
+    graph: CouplingGraph,
+    budget: Budget,
+    plan_at: Callable[[float], PruningPlan],
+    together: Callable[[str], Hashable] | None = None,
+) -> PruningPlan:
     """Return the plan of the smallest ratio that costs no more than the budget allows, and at most 0.5% less.
 
     Args:
         plan_at: the plan at a ratio; it may raise :class:`NothingRemoved`.
+        together: key of a unit by its name; units with one key take their next step together. None: each on its own.
 
     Raises:
         PrunerError: no ratio comes so near; the message names the nearest cost that can be reached.
@@ -141,12 +147,13 @@ def solve(graph: CouplingGraph, budget: Budget, plan_at: Callable[[float], Pruni
             high, less = middle, plan
         else:
             low, more = middle, plan
-    best, above = _finest_mixture(graph, more, less, limit, cost)
+    best, above = _finest_mixture(graph, more, less, lambda plan: cost(plan) <= limit, together)
     if cost(best) < limit * (1 - NEAR):
         raise NotMet(
             f"{budget.name} {budget.target} ({limit:,.0f}) cannot be met within {NEAR:.1%}: the nearest costs in "
             f"whole units are {cost(best):,.0f} and {cost(above):,.0f} {budget.noun}; give one of these",
-            above,
+            above or PruningPlan(),
+            {name for name in best.units if above is None or not _keep_alike(best, above, name)},
         )
     best.settings[budget.name] = budget.target
     return best
@@ -157,11 +164,16 @@ class NothingRemoved(PrunerError):
 
 
 class NotMet(PrunerError):
-    """The steps in which units go are too large to come close to a target; ``above`` is the plan that is next to it."""
+    """The steps in which units go are too large to come close to a target.
 
-    def __init__(self, message: str, above: PruningPlan | None):
+    Attributes:
+        above: plan whose next step would meet the target.
+        step: names of the units that lose indices in that step.
+    """
+
+    def __init__(self, message: str, above: PruningPlan, step: set[str]):
         super().__init__(message)
-        self.above = above
+        self.above, self.step = above, step
 
 
 def _counts(plan: PruningPlan) -> tuple[tuple[str, int], ...]:
@@ -172,23 +184,27 @@ def _finest_mixture(
     graph: CouplingGraph,
     more: PruningPlan | None,
     less: PruningPlan,
-    limit: float,
-    cost: Callable[[PruningPlan | None], float],
+    fits: Callable[[PruningPlan | None], bool],
+    together: Callable[[str], Hashable] | None,
 ) -> tuple[PruningPlan, PruningPlan | None]:
-    """Return the largest plan within ``limit`` that takes its last units from ``less`` and the others from ``more``,
+    """Return the largest plan that ``fits`` and takes its last units from ``less`` and the others from ``more``,
     and the next larger plan.
 
-    Where every unit loses an index at once, the steps of a ratio are coarse; these are the steps of one unit.
+    Where every unit loses an index at once, the steps of a ratio are coarse; these are the steps of one unit, or of
+    units that go together.
     """
-    names = [name for name in less.units if more is None or not _keep_alike(more, less, name)]
+    changed = [name for name in less.units if more is None or not _keep_alike(more, less, name)]
+    steps: dict[Hashable, list[str]] = {}
+    for name in changed:
+        steps.setdefault(together(name) if together else name, []).append(name)
 
     def mixed(count: int) -> PruningPlan | None:
         if count == 0:
             return more
-        if count == len(names):
+        if count == len(steps):
             return less
         plan = PruningPlan(settings=dict(less.settings), notes=list(less.notes))
-        taken = set(names[-count:])
+        taken = {name for names in list(steps.values())[-count:] for name in names}
         for unit in graph.units:
             source = less if unit.name in taken else more
             if source is not None and unit.name in source.units:
@@ -196,10 +212,10 @@ def _finest_mixture(
                 plan.units[unit.name] = source.units[unit.name]
         return plan
 
-    too_few, enough = 0, len(names)
+    too_few, enough = 0, len(steps)
     while enough - too_few > 1:
         count = (too_few + enough) // 2
-        if cost(mixed(count)) <= limit:
+        if fits(mixed(count)):
             enough = count
         else:
             too_few = count
@@ -207,4 +223,5 @@ def _finest_mixture(
 
 
 def _keep_alike(one: PruningPlan, other: PruningPlan, name: str) -> bool:
-    return name in one.units and one.units[name].kept.tolist() == other.units[name].kept.tolist()
+    both = name in one.units and name in other.units
+    return both and one.units[name].kept.tolist() == other.units[name].kept.tolist()

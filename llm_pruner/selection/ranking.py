@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from math import ceil, prod
 
@@ -10,6 +11,8 @@ import torch
 from ..errors import PrunerError
 from ..graph.units import CouplingGraph, Unit
 from ..importance.scores import Scores
+
+ALIGNMENTS = (128, 64, 32, 16, 8, 1)  # widths in whose multiples kernels for matrix products are fast; 1: any width
 
 
 def removable_count(unit: Unit, ratio: float) -> int:
@@ -24,12 +27,24 @@ def _rounded(unit: Unit, kept: int, step: int) -> int:
     return min(-(-max(kept, unit.minimum) // step) * step, unit.size)
 
 
-def alignment(unit: Unit) -> int:
-    """Return the width in whose multiples kernels are fast at a unit's channels."""
+def alignment(unit: Unit, widest: int) -> int:
+    """Return the width, ``widest`` at most, in whose multiples kernels are fast at a unit's channels."""
     if unit.kind in ("heads", "query_heads", "experts", "layers"):
         return 1
-    fits = (width for width in (128, 64, 32, 16, 8) if unit.size % width == 0 and unit.size >= 32 * width)
-    return next(fits, 1)
+    return next(w for w in ALIGNMENTS if w == 1 or (w <= widest and unit.size % w == 0 and unit.size >= 32 * w))
+
+
+def role(unit: Unit) -> tuple[str, int]:
+    """Return what a unit has in common with its like in other layers: its name without numbers, and its size."""
+    return re.sub(r"\d+", "*", unit.name), unit.size
+
+
+def equalized(units: list[Unit], removals: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the removals cut to the fewest among units of the same role; the first of each go."""
+    fewest: dict[tuple[str, int], int] = {}
+    for unit, removed in zip(units, removals, strict=True):
+        fewest[role(unit)] = min(len(removed), fewest.get(role(unit), len(removed)))
+    return [removed[: fewest[role(unit)]] for unit, removed in zip(units, removals, strict=True)]
 
 
 def rank_locally(

@@ -14,7 +14,17 @@ from ..graph.units import KINDS, CouplingGraph, Unit
 from ..importance.scores import Scores
 from .budgets import Budget, NothingRemoved, NotMet, parameter_budget, solve
 from .plan import PruningPlan, name_after
-from .ranking import NORMALIZERS, alignment, index_costs, rank_balanced, rank_globally, rank_locally
+from .ranking import (
+    ALIGNMENTS,
+    NORMALIZERS,
+    alignment,
+    equalized,
+    index_costs,
+    rank_balanced,
+    rank_globally,
+    rank_locally,
+    role,
+)
 
 LayerChoice = Iterable[int] | Mapping[str, Iterable[int]] | None
 SHARDED = ("heads", "neurons", "channels")  # what tensor parallelism splits
@@ -36,6 +46,7 @@ def select(
     floor: float = 0.0,
     align: bool = False,
     tensor_parallel: int = 1,
+    uniform: bool = False,
     counts: Mapping[str, int] | None = None,
 ) -> PruningPlan:
     """Choose which indices of which units stay: those with the highest scores.
@@ -61,9 +72,12 @@ def select(
             ``sqrt`` (the root of that).
         floor: share of every unit's indices that stays in any case, at least 0 and below 1.
         align: keep widths multiples of 8 to 128 channels, as kernels for matrix products want them: of the largest
-            power of two that divides a unit's size and leaves it at least 32 steps. Heads go as they are.
+            power of two that divides a unit's size and leaves it at least 32 steps. Heads go as they are. Where a
+            target cannot be met in such steps, the largest smaller power of two is taken that can, and noted.
         tensor_parallel: keep heads, neurons and channels in multiples of this many, and as many of them in each of as
             many equal parts of a unit, so that a model split over that many devices stays so.
+        uniform: keep as many indices in every layer, so that a config without per-layer values describes the result.
+            Which indices stay still differs by layer. Goes with ``scope="local"`` and without ``layers``.
         counts: how many indices stay, by the name of a unit or by kind (in the layers given), whatever the ratio,
             ``round_to``, ``floor``, ``align`` and ``tensor_parallel``. Without a target and without a mapping for a
             ratio, nothing else goes.
@@ -94,8 +108,9 @@ def select(
         round_to,
         normalize,
         floor,
-        align,
+        ALIGNMENTS[0] if align else 1,
         tensor_parallel,
+        uniform,
         counts or {},
     )
     if counts is not None and not isinstance(ratio, Mapping) and target_params is None and budget is None:
@@ -111,23 +126,61 @@ def select(
     largest = max(shares.values())
     shares = {kind: share / largest for kind, share in shares.items()}
 
-    def solved(policy: Policy) -> PruningPlan:
-        return solve(graph, budget, lambda t: policy.plan({kind: t * share for kind, share in shares.items()}))
-
     policy = replace(policy, solving=True)
+    if not align:
+        return _solve_target(policy, budget, shares)
+    for widest in ALIGNMENTS:
+        try:
+            plan = _solve_target(replace(policy, align=widest), budget, shares)
+        except NotMet:
+            if widest == 1:
+                raise
+            continue
+        if widest < ALIGNMENTS[0]:
+            plan.notes.append(f"widths are multiples of {widest} at most: in larger steps the target cannot be met")
+        return plan
+    raise AssertionError("the last alignment is none")
+
+
+def _solve_target(policy: Policy, budget: Budget, shares: Mapping[str, float]) -> PruningPlan:
+    """Return the plan that meets a budget, removing kinds in the proportions ``shares``.
+
+    Where one step of units that go together is too large, as a head of every layer is, these units stay as they are
+    before that step, and the others go on.
+
+    Raises:
+        NotMet: no plan comes near the budget.
+    """
+
+    def plan_at(ratio: float) -> PruningPlan:
+        return policy.plan({kind: ratio * share for kind, share in shares.items()})
+
+    if not policy.uniform:
+        return solve(policy.graph, budget, plan_at)
     try:
-        return solved(policy)
-    except NotMet:
-        if not align:
+        return solve(policy.graph, budget, plan_at, lambda name: role(policy.graph.unit(name)))
+    except NotMet as error:
+        fixed = {name: policy.graph.unit(name).size for name in error.step}
+        fixed |= {name: len(choice.kept) for name, choice in error.above.units.items() if name in fixed}
+        if fixed.keys() <= policy.counts.keys():
             raise
-        plan = solved(replace(policy, align=False))
-        plan.notes.append("widths are not aligned: in steps that kernels like, the target cannot be met")
+        try:
+            plan = _solve_target(replace(policy, counts={**policy.counts, **fixed}), budget, shares)
+        except PrunerError:
+            raise error from None
+        plan.settings["counts"] = dict(policy.counts)
+        kinds = ", ".join(sorted({policy.graph.unit(name).kind for name in error.step}))
+        plan.notes.append(f"{kinds}: {len(error.step)} units stop where one step in every layer is too large")
         return plan
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The arguments of :func:`select` without the ratio: a policy makes a plan for any ratio."""
+    """The arguments of :func:`select` without the ratio: a policy makes a plan for any ratio.
+
+    Attributes:
+        align: largest width in whose multiples channels stay; 1 for any.
+    """
 
     graph: CouplingGraph
     scores: Scores
@@ -137,8 +190,9 @@ class Policy:
     round_to: int
     normalize: str
     floor: float
-    align: bool
+    align: int
     tensor_parallel: int
+    uniform: bool
     counts: Mapping[str, int]
     solving: bool = False  # for a target: what must stay stays, whatever the ratio
 
@@ -153,6 +207,8 @@ class Policy:
         for name in ("round_to", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise PrunerError(f"{name} {getattr(self, name)} is out of range: give 1 or more")
+        if self.uniform and (self.scope == "global" or self.layers is not None):
+            raise PrunerError("uniform keeps as much in every layer: leave out layers and scope='global'")
         if not 0 <= self.floor < 1:
             raise PrunerError(f"floor {self.floor} is out of range: give a share of at least 0 and below 1")
         known = {name for unit in self.graph.units for name in (unit.name, unit.kind)}
@@ -226,8 +282,9 @@ class Policy:
         """Return the settings that differ from their defaults, for the record."""
         layers = {kind: sorted(chosen) for kind, chosen in self.layers.items()} if self.layers is not None else None
         defaults: dict[str, Any] = {"layers": None, "normalize": "none", "floor": 0.0, "align": False}
-        defaults |= {"tensor_parallel": 1, "counts": {}}
-        settings = {**{name: getattr(self, name) for name in defaults}, "layers": layers, "counts": dict(self.counts)}
+        defaults |= {"tensor_parallel": 1, "uniform": False, "counts": {}}
+        settings = {name: getattr(self, name) for name in defaults}
+        settings |= {"layers": layers, "align": self.align > 1, "counts": dict(self.counts)}
         return {name: value for name, value in settings.items() if value != defaults[name]}
 
     def _refuse_empty_plan(self, ratios: Mapping[str, float]) -> None:
@@ -266,7 +323,7 @@ class Policy:
     def _removals(self, kind: str, units: list[Unit], ratio: float, plan: PruningPlan) -> list[torch.Tensor]:
         """Return the indices that each unit of a kind loses."""
         parts = self.tensor_parallel if kind in SHARDED else 1
-        steps = [lcm(self.round_to, parts, unit.multiple, alignment(unit) if self.align else 1) for unit in units]
+        steps = [lcm(self.round_to, parts, unit.multiple, alignment(unit, self.align)) for unit in units]
         if self.scope == "local":
             out = rank_locally(units, self.scores, ratio, steps=steps, floor=self.floor)
         else:
@@ -286,7 +343,7 @@ class Policy:
                 out[i] = rank_balanced(self.scores.of(unit, len(out[i])), len(out[i]), parts)
             if self.solving:
                 out[i] = out[i][~self.scores.of(unit, len(out[i]))[out[i]].isposinf()]
-        return out
+        return equalized(units, out) if self.uniform else out
 
     def _remove(self, plan: PruningPlan, unit: Unit, removed: torch.Tensor) -> None:
         if not removed.numel():

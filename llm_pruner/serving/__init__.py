@@ -1,0 +1,1 @@
+"""Run pruned models in other engines."""
