@@ -75,7 +75,7 @@ def test_a_named_folder_with_another_run_is_refused(home, home_text, here, capsy
         ["recover", home / "pruned", "out", "--data_path", home / "data.jsonl", "--cutoff_len", 64],
         ["vocab", base, "out", "--keep", 0.8, "--corpus", text, "--eval_dataset", text],
         ["apply", plan, base, "out"],
-        ["to-uniform", home / "pruned", "out"],
+        ["to-uniform", home / "pruned", "out", "--allow_padding"],
     ):
         assert main(list(map(str, argv))) == 2
         error = capsys.readouterr().err
@@ -88,7 +88,11 @@ def test_a_named_folder_with_another_run_is_refused(home, home_text, here, capsy
 @pytest.mark.parametrize("command", ["apply", "to-uniform"])
 def test_commands_on_files_replace_their_own_output_only(command, home, here, capsys):
     plan, pruned = home / "pruned" / "pruning_plan.json", home / "pruned"
-    argv = ["apply", plan, home / "base", "out"] if command == "apply" else ["to-uniform", pruned, "out"]
+    argv = (
+        ["apply", plan, home / "base", "out"]
+        if command == "apply"
+        else ["to-uniform", pruned, "out", "--allow_padding"]
+    )
     assert main(list(map(str, argv))) == 0 and main(list(map(str, argv))) == 0
     other = ["--standalone"] if command == "apply" else ["--trust_remote_code"]
     assert main([*map(str, argv), *other]) == 2

@@ -17,8 +17,9 @@ from helpers.models import build, pruned_by
 from transformers import LlamaConfig
 
 import llm_pruner as lp
+from llm_pruner.checkpoint.engines import why_not_vllm
 from llm_pruner.graph.units import block_of
-from llm_pruner.serving.vllm_plugin import indivisible, unservable
+from llm_pruner.serving.vllm_plugin import indivisible
 
 NEW_TOKENS = 8
 
@@ -113,8 +114,8 @@ def test_devices_that_cannot_share_a_layer_are_refused():
 
 def test_models_that_the_backend_would_get_wrong_are_refused():
     _, bloom = pruned_by(tiny_model("bloom"), kinds=("heads",), layers=[1])
-    assert "constants of their own" in unservable(bloom.config)
+    assert "constants of their own" in why_not_vllm(bloom.config)
     _, gpt2 = pruned_by(build("gpt2"), kinds=("heads",), layers=[1])
-    assert "llm-pruner to-uniform makes a plain checkpoint" in unservable(gpt2.config)
+    assert "llm-pruner to-uniform makes a plain checkpoint" in why_not_vllm(gpt2.config)
     _, llama = pruned_by(build("llama_grouped"), kinds=("heads", "neurons"), layers=[1])
-    assert unservable(llama.config) == ""
+    assert why_not_vllm(llama.config) == ""

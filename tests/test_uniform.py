@@ -83,7 +83,7 @@ def test_what_zeros_would_change_is_refused():
 
 
 def test_a_uniform_checkpoint_loads_without_us(home, tmp_path, capsys):
-    assert main(["to-uniform", str(home / "pruned"), str(tmp_path / "plain")]) == 0
+    assert main(["to-uniform", str(home / "pruned"), str(tmp_path / "plain"), "--allow_padding"]) == 0
     assert (tmp_path / "plain" / "tokenizer.json").is_file()
     model, _ = lp.load(str(home / "pruned"))
     ((logits, written),) = read_by_a_stranger(tmp_path, tmp_path / "plain", trust=False).values()
@@ -182,3 +182,12 @@ def test_uniform_refuses_what_makes_layers_differ(home, capsys):
         assert f"--uniform and {wrong[0]} exclude each other" in capsys.readouterr().err
     assert main(["prune", str(home / "pruned"), "--uniform", "--pruner_type", "l2"]) == 2
     assert "have different widths: give the model that it was pruned from" in capsys.readouterr().err
+
+
+def test_padding_that_undoes_pruning_is_refused(home, tmp_path, capsys):
+    assert main(["to-uniform", str(home / "pruned"), str(tmp_path / "plain")]) == 2
+    found = capsys.readouterr().err
+    assert "padding would add back 3,072 of the 3,072 removed parameters: prune with --uniform" in found
+    assert not (tmp_path / "plain").exists()
+    assert main(["to-uniform", str(home / "pruned"), str(tmp_path / "plain"), "--allow_padding"]) == 0
+    assert "padding adds 3,072 parameters, 100% of what pruning removed" in capsys.readouterr().err

@@ -45,6 +45,7 @@ class UniformArguments(Arguments):
     output: str = flag(
         "", "folder to write; its model has the same logits, and every layer is as wide as the widest", aliases=("out",)
     )
+    allow_padding: bool = flag(False, "pad even if that adds back more than half of the removed parameters")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
 
     def check(self) -> None:

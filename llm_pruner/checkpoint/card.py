@@ -13,10 +13,11 @@ from transformers import PreTrainedConfig
 from ..errors import PrunerError
 from ..files import CARD
 from ..models.per_layer import has_per_layer_widths
-from ..models.tasks import task_of_config
+from ..models.tasks import TEXT_GENERATION, task_of_config
 from ..selection.plan import PruningPlan
 from ..version import __version__
 from .companions import PROCESSORS
+from .engines import serving_lines
 from .locate import EMBEDDED, HUB_IDS, locate
 from .standalone import FILE
 from .unread import UNREAD
@@ -85,6 +86,8 @@ def write_card(
         "",
         _use(config, folder),
     ]
+    if task_of_config(config).name == TEXT_GENERATION:
+        lines += ["", "## Serve", "", *serving_lines(config, name)]
     if (folder / FILE).is_file():
         lines += ["", STANDALONE.format(file=FILE)]
     lines += ["", "`pruning_plan.json` says which indices of which weights stayed.", ""]

@@ -17,6 +17,7 @@ from ..models.tasks import FEATURES, OF_TOKENS, TEXT_GENERATION, TEXT_TO_TEXT, t
 from ..surgery.uniform import uniform_config
 from .checking import needs_tokenizer
 from .config import load_config, meta_model
+from .engines import BESIDE_VLLM, why_not_vllm
 from .locate import base_of, is_adapter
 from .standalone import FILE
 
@@ -49,7 +50,8 @@ def next_steps(
     """Return the lines of :func:`log_next_steps`: model, load, serve and next."""
     model = base_of(folder) if is_adapter(folder) else str(folder)
     config = load_config(model, trust_remote_code)
-    lines = [f"model: {folder}{_size(model, original, trust_remote_code)}", f"load:  {_loading(folder, config)}"]
+    whose = f"those of {original}" if command == "to-uniform" else "the original's"
+    lines = [f"model: {folder}{_size(model, original, whose, trust_remote_code)}", f"load:  {_loading(folder, config)}"]
     lines.append(f"serve: {_serving(folder, config)}")
     if command in ("prune", "apply") and task_of_config(config).name in OF_TOKENS:
         lines.append(f"next:  llm-pruner recover {_words(folder, _beside('tune_log', folder))} --merge")
@@ -59,12 +61,12 @@ def next_steps(
     return lines
 
 
-def _size(model: str, original: str, trust_remote_code: bool) -> str:
-    """Return the parameters in words, and their share of the original's where that can be read."""
+def _size(model: str, original: str, whose: str, trust_remote_code: bool) -> str:
+    """Return the parameters in words, and their ratio to ``original``'s where that can be read."""
     after, before = (_count_parameters(name, trust_remote_code) for name in (model, original))
     if after is None:
         return ""
-    share = f", {after / before:.3f} of the original's {before:,}" if before else ""
+    share = f", {after / before:.3f} times {whose}, {before:,}" if before else ""
     return f" ({after:,} parameters{share})"
 
 
@@ -96,17 +98,20 @@ def _serving(folder: Path, config: PreTrainedConfig) -> str:
         pipeline = task_of_config(config).pipeline
         pipeline = pipeline if needs_tokenizer(config) or task != FEATURES else "image-feature-extraction"
         return f'pipeline("{pipeline}", {_quoted(folder)}) of transformers'
-    if not _can_be_uniform(config):
+    if why_not_vllm(config.get_text_config()) and not _can_be_uniform(config):
         return f"llm-pruner chat {_words(folder)}"
     if is_adapter(folder):
         served = _beside(folder.parent, folder, "-merged")
         merge = f"import llm_pruner as lp; lp.save(*lp.load({_quoted(folder)}), {_quoted(served)})"
         steps.append(f"python -c {shlex.quote(merge)}")
-    if has_per_layer_widths(config):
+    differs = has_per_layer_widths(config)
+    if differs and (padded := bool(why_not_vllm(config.get_text_config()))):
         source, served = served, _beside(served.parent, served, "-uniform")
         steps.append(f"llm-pruner to-uniform {_words(source, served)}")
+        differs = not padded
     foreign = getattr(config, "auto_map", None) and not (folder / FILE).is_file()
-    return " && ".join([*steps, f"vllm serve {_words(served)}" + (" --trust-remote-code" if foreign else "")])
+    serving = f"vllm serve {_words(served)}" + (" --trust-remote-code" if foreign else "")
+    return " && ".join([*steps, serving]) + (f"  # with {BESIDE_VLLM}" if differs else "")
 
 
 def _can_be_uniform(config: PreTrainedConfig) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from ..errors import PrunerError
 from ..files import complete_folder, folder_for_run, same_folder, strict_json, write_text
-from ..logs import logging_to
+from ..logs import log, logging_to
+from ..models.skeleton import parameter_count
 from ..provenance import provenance
 from ..selection.plan import PruningPlan
 from ..surgery.uniform import to_uniform
@@ -18,14 +21,33 @@ from .locate import PLAN_FILE
 from .next_steps import log_next_steps
 from .save import write_checkpoint
 
+MOST_PADDING = 0.5  # of the parameters that pruning removed, which padding may add back unasked
 UNIFORM_FILE = "uniform.json"  # record of llm-pruner to-uniform
+
+
+def excess_padding(model: PreTrainedModel, padded: PreTrainedModel, plan: PruningPlan | None) -> str:
+    """Log how many parameters padding adds; return why that is too much, "" if it is not.
+
+    Args:
+        plan: that removed parameters; None where nobody knows how many.
+    """
+    added = parameter_count(padded) - parameter_count(model)
+    removed = plan.removed_parameters if plan is not None else 0
+    share = f", {added / removed:.0%} of what pruning removed" if removed else ""
+    log.info("padding adds %s parameters%s", f"{added:,}", share)
+    return (
+        f"padding would add back {added:,} of the {removed:,} removed parameters"
+        if added > MOST_PADDING * removed > 0
+        else ""
+    )
 
 
 def write_uniform(arguments: UniformArguments) -> Path:
     """Run ``llm-pruner to-uniform``: write a stock checkpoint of one whose layers differ; print and return its folder.
 
     Raises:
-        PrunerError: layers differ in more than widths, or the folder cannot be written.
+        PrunerError: layers differ in more than widths, padding would add back more than half of what pruning removed
+            (without --allow_padding), or the folder cannot be written.
     """
     arguments.check()
     folder = Path(arguments.output).expanduser()
@@ -37,6 +59,8 @@ def write_uniform(arguments: UniformArguments) -> Path:
     with complete_folder(folder, owned_if="config.json") as temporary, logging_to(None):
         model, tokenizer = load(arguments.model, trust_remote_code=arguments.trust_remote_code)
         padded = to_uniform(model)
+        if (reason := excess_padding(model, padded, plan)) and not arguments.allow_padding:
+            raise PrunerError(f"{reason}: prune with --uniform, serve the folder as it is, or add --allow_padding")
         write_checkpoint(padded, tokenizer, temporary, plan)
         if plan is not None:
             write_card(padded.config, temporary, plan, folder.name)

@@ -19,7 +19,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ..models.per_layer import CONSTANTS, Absent, has_per_layer_widths, overrides_of
+from ..checkpoint.engines import why_not_vllm
+from ..models.per_layer import Absent, has_per_layer_widths, overrides_of
 
 # Fields of a layer's config that tensor parallelism divides among devices.
 SHARED_WIDTHS = (
@@ -63,26 +64,12 @@ def _with_backend(original: Callable[..., Any]) -> Callable[..., Any]:
                     f"--model-impl {model_config.model_impl}: the layers of {model_config.model} have different "
                     "widths, which only --model-impl transformers serves"
                 )
-            if reason := unservable(config):
+            if reason := why_not_vllm(config):
                 raise ValueError(f"{model_config.model} cannot be served: {reason}")
             model_config.model_impl = "transformers"
         return original(self, architectures, model_config)
 
     return find_class
-
-
-def unservable(config: Any) -> str:
-    """Return why the transformers backend of vLLM would run a model wrongly, "" if it would not.
-
-    Args:
-        config: text config of a checkpoint whose layers differ.
-    """
-    if getattr(config, CONSTANTS, None):
-        return "its layers have constants of their own"
-    for path, recipe in overrides_of(config).items():
-        if any("head" in name for name in recipe.get("values", {})):
-            return f"the heads of {path} have no field in its config; llm-pruner to-uniform makes a plain checkpoint"
-    return ""
 
 
 def _with_checked_parts(original: Callable[..., Any]) -> Callable[..., Any]:

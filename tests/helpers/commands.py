@@ -92,7 +92,7 @@ def cases(home: Path, recipe: Path) -> dict[str, Case]:
     return {
         "prune": Case(["prune", "--base_model", home / "base", "--pruning_ratio", 0.5, *FEW, *text, *run], ["out/run"]),
         "apply": Case(["apply", home / "pruned/pruning_plan.json", home / "base", "out"], ["out"]),
-        "to-uniform": Case(["to-uniform", home / "pruned", "out"], ["out"]),
+        "to-uniform": Case(["to-uniform", home / "pruned", "out", "--allow_padding"], ["out"]),
         "vocab": Case(["vocab", home / "base", *vocab, "--output_dir", "out", "--save_counts", "counts.json"], ["out"]),
         "recover": Case(
             ["recover", "--prune_model", home / "pruned", "--output_dir", "out", *train], ["out", "out/merged"]
