@@ -163,6 +163,13 @@ COMMANDS: dict[str, Command] = {
         Chaining(writes=_TO_FOLDER, reads_adapter=False),
         inputs="checkpoint.checking:check_uniform_inputs",
     ),
+    "export": Command(
+        "Write a model for another engine: a plain checkpoint, GGUF, Nemotron-NAS.",
+        "serving.export:run_export",
+        "serving.arguments:ExportArguments",
+        ("model", "output"),
+        inputs="serving.export:check_export_inputs",
+    ),
     "run": Command(
         "Run a recipe stage by stage, skipping finished stages.",
         "recipes.run:run_recipe",

@@ -31,7 +31,7 @@ FUNCTIONS = [
 OPTIONAL = {
     *("accelerate", "datasets", "gradio", "lm_eval", "matplotlib", "peft", "sentencepiece", "submitit"),
     "PIL",
-    *("torch_pruning", "pydoc_data", "pyarrow", "wandb", "vllm"),
+    *("torch_pruning", "pydoc_data", "pyarrow", "wandb", "vllm", "xllamacpp"),
 }
 
 

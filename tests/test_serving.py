@@ -29,7 +29,8 @@ import json, sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
-    engine = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=64, skip_tokenizer_init=True)
+    engine = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=64, skip_tokenizer_init=True,
+                 trust_remote_code=bool(sys.argv[5]))
     settings = SamplingParams(temperature=0, max_tokens=int(sys.argv[4]), logprobs=1, ignore_eos=True, detokenize=False)
     found = [request.outputs[0] for request in engine.generate(prompts, settings, use_tqdm=False)]
     rows = [[list(o.token_ids), [d[t].logprob for t, d in zip(o.token_ids, o.logprobs)]] for o in found]
@@ -45,10 +46,19 @@ def vllm_python():
     return named
 
 
-def continued_by_vllm(python, folder, prompts, file):
+def continued_by_vllm(python, folder, prompts, file, trust_remote_code=False):
     """Return, for every prompt, the new tokens and their log-probabilities."""
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": ""}
-    command = [python, "-c", CONTINUE, str(folder), json.dumps(prompts), str(file), str(NEW_TOKENS)]
+    command = [
+        python,
+        "-c",
+        CONTINUE,
+        str(folder),
+        json.dumps(prompts),
+        str(file),
+        str(NEW_TOKENS),
+        "trust" * trust_remote_code,
+    ]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=file.parent, timeout=280)
     assert run.returncode == 0, "\n".join(line for line in (run.stdout + run.stderr).splitlines() if "rror" in line)[
         -3000:
@@ -68,14 +78,19 @@ def expected_of(model, prompts):
     return rows
 
 
-def made(name, kinds, drop=()):
-    """Return a pruned model whose second layer differs, and its plan."""
+def made(name, kinds, gone=None, model=None):
+    """Return a pruned model whose second layer differs, and its plan.
+
+    Args:
+        gone: kind of unit whose block is removed, by layer.
+    """
     wide = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = build(name, **wide, head_dim=32, vocab_size=128, num_hidden_layers=3, initializer_range=0.2)
+    if model is None:
+        model = build(name, **wide, head_dim=32, vocab_size=128, num_hidden_layers=3, initializer_range=0.2)
     graph = lp.trace(model)
     plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.5, kinds=kinds, layers=[1])
-    for kind in drop:
-        plan.drop_block(block_of(model, graph, "model.layers", 2, kind=kind), graph.shapes)
+    for layer, kind in (gone or {}).items():
+        plan.drop_block(block_of(model, graph, "model.layers", layer, kind=kind), graph.shapes)
     return lp.apply(model, plan), plan
 
 
@@ -96,7 +111,7 @@ def test_vllm_serves_layers_that_differ(vllm_python, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("block", ["heads", "neurons"])
 def test_vllm_serves_models_without_some_blocks(vllm_python, tmp_path, block):
-    served_as_expected(vllm_python, tmp_path, *made("llama_grouped", ("neurons",), drop=[block]))
+    served_as_expected(vllm_python, tmp_path, *made("llama_grouped", ("neurons",), {2: block}))
 
 
 @pytest.mark.slow

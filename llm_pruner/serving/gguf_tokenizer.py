@@ -77,8 +77,8 @@ def split_name(document: dict[str, Any]) -> str:
         if len(patterns) == 1 and patterns[0] in SPLITS:
             return SPLITS[patterns[0]]
     raise PrunerError(
-        f"--format gguf: llama.cpp has no name for this tokenizer ({document['model']['type']}, {', '.join(map(str, kinds))}); "
-        "its own converter knows more of them, and reads what --format hf writes"
+        f"--format gguf: llama.cpp has no name for this tokenizer ({document['model']['type']}; "
+        f"{', '.join(map(str, kinds))}); its own converter knows more of them, and reads what --format hf writes"
     )
 
 

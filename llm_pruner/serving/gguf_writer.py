@@ -77,7 +77,7 @@ def write_gguf(
     check_writable(model, tokenizer)
     layers = layer_shapes(model)
     arch = "deci" if len(set(layers)) > 1 else ARCHITECTURES[model.config.model_type]
-    writer = gguf.GGUFWriter(file, arch)
+    writer = gguf.GGUFWriter(file, arch, use_temp_file=True)
     writer.add_name(name or type(model).__name__)
     _add_sizes(writer, model, layers)
     add_tokenizer(writer, tokenizer, model.config.vocab_size)
@@ -107,10 +107,12 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     [LayerShape(heads=2, key_value_heads=2, neurons=12)]
     """
     size, out = _head_size(model.config), []
-    for layer in stack_of(model, model.config.num_hidden_layers) or []:
+    for layer in stack_of(model.base_model, model.config.num_hidden_layers) or []:
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
-        rows = [0, 0] if isinstance(attention, Absent) else [p.out_features for p in (attention.q_proj, attention.k_proj)]
+        rows = (
+            [0, 0] if isinstance(attention, Absent) else [p.out_features for p in (attention.q_proj, attention.k_proj)]
+        )
         neurons = 0 if isinstance(mlp, Absent) else mlp.up_proj.out_features
         out.append(LayerShape(heads=rows[0] // size, key_value_heads=rows[1] // size, neurons=neurons))
     return out

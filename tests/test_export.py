@@ -1,0 +1,179 @@
+"""Exports for other engines: what is written, what the engine computes from it, and what is refused."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from gguf import GGUFReader
+from helpers.architectures import tiny_model
+from helpers.models import build, pruned_by
+from test_serving import NEW_TOKENS, continued_by_vllm, expected_of, made, vllm_python  # noqa: F401 - a fixture
+
+import llm_pruner as lp
+from llm_pruner.cli import main
+from llm_pruner.serving import export
+from llm_pruner.serving.gguf_tokenizer import LETTERS_AND_DIGITS, split_name
+from llm_pruner.serving.gguf_writer import _llama3_factors
+from llm_pruner.serving.llama_cpp import QUANTIZER, LlamaCpp
+
+WIDE = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    """Save a pruned model with a tokenizer; return the folder."""
+
+    def save(model, plan=None):
+        lp.save(model, tokenizer, tmp_path / "model", plan)
+        return str(tmp_path / "model")
+
+    return save
+
+
+def widths(file):
+    reader = GGUFReader(file)
+    arch = reader.get_field("general.architecture").contents()
+    return arch, reader.get_field(f"{arch}.feed_forward_length").contents()
+
+
+@pytest.mark.parametrize("name", ["llama_grouped", "qwen2"])
+def test_llama_cpp_computes_the_same_from_layers_that_differ(tokenizer, saved, tmp_path, capsys, name):
+    """Heads, key-value heads and widths of layer 1, the MLP of layer 2 and the attention of layer 3."""
+    pytest.importorskip("xllamacpp")
+    model = build(name, **WIDE, vocab_size=len(tokenizer), num_hidden_layers=4, initializer_range=0.2)
+    pruned, plan = made(name, ("heads", "neurons"), {2: "neurons", 3: "heads"}, model=model)
+    assert main(["export", saved(pruned, plan), str(tmp_path / "out.gguf"), "--format", "gguf"]) == 0
+    assert "llama.cpp agrees" in capsys.readouterr().err
+    arch, neurons = widths(tmp_path / "out.gguf")
+    assert arch == "deci" and neurons == [96, 48, 32, 96]
+    engine = LlamaCpp(tmp_path / "out.gguf")
+    for prompt in torch.randint(3, len(tokenizer), (5, 20), generator=torch.Generator().manual_seed(1)).tolist():
+        with torch.no_grad():
+            expected = pruned(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        found = engine.next_log_probabilities(prompt)
+        assert max(found, key=found.get) == int(expected.argmax())
+        assert found == pytest.approx({token: float(expected[token]) for token in found}, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_layers_of_one_width_keep_their_architecture(tokenizer, saved, tmp_path, name):
+    model = build(name, **WIDE | {"num_key_value_heads": 4}, vocab_size=len(tokenizer), initializer_range=0.2)
+    _, pruned = pruned_by(model, kinds=("neurons",))
+    assert main(["export", saved(pruned), str(tmp_path / "out.gguf"), "--format", "gguf", "--type", "f32"]) == 0
+    assert widths(tmp_path / "out.gguf") == (name, 48)
+
+
+def test_quantized_files_are_smaller(tokenizer, saved, tmp_path):
+    model = build("llama", **WIDE | {"num_key_value_heads": 4}, vocab_size=len(tokenizer))
+    folder = saved(model)
+    sizes = []
+    for kind in ("f32", "f16", "q8_0"):
+        assert main(["export", folder, str(tmp_path / f"{kind}.gguf"), "--format", "gguf", "--type", kind]) == 0
+        sizes.append((tmp_path / f"{kind}.gguf").stat().st_size)
+    assert sizes[0] > 1.5 * sizes[1] > 1.5 * sizes[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(QUANTIZER) is None, reason=f"llama.cpp's {QUANTIZER} is not on the PATH")
+def test_llama_cpp_quantizes(tokenizer, saved, tmp_path):
+    model = build("llama", **WIDE | {"num_key_value_heads": 4, "hidden_size": 256}, vocab_size=len(tokenizer))
+    target = tmp_path / "out.gguf"
+    assert main(["export", saved(model), str(target), "--format", "gguf", "--type", "q4_k_m"]) == 0
+    assert any("Q4_K" in str(tensor.tensor_type) for tensor in GGUFReader(target).tensors)
+
+
+def test_an_export_that_computes_something_else_is_not_kept(tokenizer, saved, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("xllamacpp")
+    model = build("llama", **WIDE | {"num_key_value_heads": 4}, vocab_size=len(tokenizer), initializer_range=0.2)
+    monkeypatch.setattr(export.LlamaCpp, "next_log_probabilities", lambda self, ids: {5: 3.0})
+    assert main(["export", saved(model), str(tmp_path / "out.gguf"), "--format", "gguf"]) == 2
+    assert "llama.cpp computes something else from the export" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_block_configs(saved, tmp_path, capsys):
+    pruned, plan = made("llama_grouped", ("neurons",), {2: "neurons"})
+    assert main(["export", saved(pruned, plan), str(tmp_path / "nas"), "--format", "nemotron-nas"]) == 0
+    assert "vllm serve" in capsys.readouterr().err
+    config = json.loads((tmp_path / "nas" / "config.json").read_text())
+    blocks = config["block_configs"]
+    assert [block["ffn"]["intermediate_size"] for block in blocks] == [96, 48, None]
+    assert blocks[2]["ffn"]["no_op"] and not blocks[2]["attention"]["no_op"]
+    assert blocks[0]["attention"]["n_heads_in_group"] == 2 and "per_layer_config" not in config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", ["heads", "neurons"])
+def test_vllm_reads_block_configs(vllm_python, saved, tmp_path, gone):  # noqa: F811
+    pruned, plan = made("llama_grouped", ("neurons",), {2: gone})
+    assert main(["export", saved(pruned, plan), str(tmp_path / "nas"), "--format", "nemotron-nas"]) == 0
+    prompts = [[5, 6, 7, 8, 9], list(range(20, 50))]
+    found = continued_by_vllm(vllm_python, tmp_path / "nas", prompts, tmp_path / "found.json", trust_remote_code=True)
+    for (tokens, values), (expected_tokens, expected) in zip(found, expected_of(pruned, prompts), strict=True):
+        assert tokens == expected_tokens and len(tokens) == NEW_TOKENS
+        assert values == pytest.approx(expected, abs=1e-3)
+
+
+def test_plain_folders(home, tmp_path, capsys):
+    """``--format hf`` pads as to-uniform does, or keeps the widths and writes a modelling file."""
+    pruned = str(home / "pruned")
+    assert main(["export", pruned, str(tmp_path / "plain")]) == 2
+    assert "padding would add back" in capsys.readouterr().err
+    assert main(["export", pruned, str(tmp_path / "plain"), "--allow_padding"]) == 0
+    assert lp.load(str(tmp_path / "plain"))[0].config.intermediate_size == 64
+    assert main(["export", pruned, str(tmp_path / "own"), "--standalone"]) == 0
+    assert (tmp_path / "own" / "modeling_pruned.py").is_file() and (tmp_path / "own" / "pruning_plan.json").is_file()
+
+
+def test_what_a_format_cannot_express_is_refused(tokenizer, saved, tmp_path, capsys):
+    def refused(folder, *flags):
+        assert main(["export", folder, str(tmp_path / "out.gguf"), *flags]) == 2
+        assert not (tmp_path / "out.gguf").exists()
+        return capsys.readouterr().err
+
+    gpt2 = saved(build("gpt2", vocab_size=len(tokenizer)))
+    assert "and this is gpt2: export it with --format hf" in refused(gpt2, "--format", "gguf")
+    assert "is for llama, mistral, qwen2, and this is gpt2" in refused(gpt2, "--format", "nemotron-nas")
+    assert "--type q8_0 has no effect with --format hf" in refused(gpt2, "--type", "q8_0")
+    assert "--standalone has no effect with --format gguf" in refused(gpt2, "--format", "gguf", "--standalone")
+    model = build("qwen3", **WIDE | {"num_key_value_heads": 4}, vocab_size=len(tokenizer))
+    _, pruned = pruned_by(model, kinds=("neurons",), layers=[1])
+    assert "llama.cpp has no qwen3 with layers of different widths" in refused(saved(pruned), "--format", "gguf")
+    pruned, plan = made("llama_grouped", ("heads",))
+    assert "one number of query heads for all layers, and these have [2, 4]" in refused(
+        saved(pruned, plan), "--format", "nemotron-nas"
+    )
+    folder = saved(build("llama", vocab_size=len(tokenizer)))
+    assert main(["export", folder, str(tmp_path / "out"), "--format", "gguf"]) == 2
+    assert "give a name that ends in .gguf" in capsys.readouterr().err
+
+
+def test_ways_to_split_text_have_names():
+    def named(*steps, model="BPE"):
+        return split_name(
+            {"model": {"type": model}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(steps)}}
+        )
+
+    level, digits = {"type": "ByteLevel"}, {"type": "Digits", "individual_digits": True}
+    assert named(level) == "gpt-2" and named(digits, level) == "smollm"
+    split = {"type": "Split", "pattern": {"Regex": LETTERS_AND_DIGITS.replace("DIGITS", "{1,3}")}}
+    assert named(split, level) == "llama-bpe"
+    for wrong in ((split,), ({"type": "Metaspace"},), ({**split, "pattern": {"Regex": "x"}}, level)):
+        with pytest.raises(lp.PrunerError, match="has no name for this tokenizer"):
+            named(*wrong)
+
+
+def test_scaled_rotary_frequencies():
+    """As transformers scales them: its frequency divided by the factor is the unscaled one."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
+    config = tiny_model("llama").config
+    config.rope_parameters, config.head_dim = rope, 64
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1 / rope["rope_theta"] ** (torch.arange(0, 64, 2) / 64)
+    assert torch.allclose(plain / torch.from_numpy(_llama3_factors(config)), scaled, rtol=1e-4)
+    assert math.isclose(float(_llama3_factors(config)[0]), 1.0)
