@@ -22,10 +22,10 @@ from ..models.per_layer import has_per_layer_widths
 from ..optional import is_installed
 from ..selection.plan import PruningPlan
 from .arguments import ExportArguments
+from .engines import running
 from .gguf_writer import TYPES, check_writable, write_gguf
 from .llama_cpp import LlamaCpp, find_quantizer, quantize
 from .nemotron_nas import check_nemotron_nas, write_nemotron_nas
-from .vllm_engine import next_log_probabilities
 
 PROMPT_TOKENS = 32
 # Most that a log-probability may differ from ours, since llama.cpp keeps caches in float16 and activations in 8 bits.
@@ -95,7 +95,7 @@ def _export_gguf(arguments: ExportArguments) -> Path:
         find_quantizer()
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         file = Path(folder) / "model.gguf"
-        arch = write_gguf(model, tokenizer, file, kind if kind in TYPES else "f16", Path(arguments.model).name)
+        arch = write_gguf(model, tokenizer, file, kind if kind in TYPES else "f16", name=Path(arguments.model).name)
         if kind not in TYPES:
             file, source = Path(folder) / "quantized.gguf", file
             quantize(source, file, kind)
@@ -119,8 +119,8 @@ def _export_nemotron_nas(arguments: ExportArguments) -> Path:
         expected = _log_probabilities(model, ids)
         write_nemotron_nas(model, tokenizer, folder)
         if is_installed("vllm"):
-            found = next_log_probabilities(folder, ids, trust_remote_code=True)
-            _judge("vLLM", found, expected, TOLERANCE["f32"])
+            with running("vllm", folder, trust_remote_code=True) as engine:
+                _judge("vLLM", engine.next_log_probabilities(ids), expected, TOLERANCE["f32"])
         else:
             log.info("not compared with vLLM: it is not installed")
     log.info("serve: vllm serve %s --trust-remote-code", target)

@@ -62,7 +62,7 @@ def check_writable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
 
 
 def write_gguf(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, kind: str = "f16", name: str = ""
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, kind: str = "f16", *, name: str = ""
 ) -> str:
     """Write a model and its tokenizer as one GGUF file; return its architecture.
 

@@ -21,19 +21,20 @@ class LlamaCpp:
     Args:
         file: GGUF file.
         sequences: most sequences that are continued at once.
+        tokens: most tokens of a sequence.
         threads: of the CPU.
 
     Raises:
         PrunerError: xllamacpp is not installed, or llama.cpp refuses the file.
     """
 
-    def __init__(self, file: Path, *, sequences: int = 1, threads: int = 2):
+    def __init__(self, file: Path, *, sequences: int = 1, tokens: int = CONTEXT, threads: int = 2):
         require("xllamacpp", "llama-cpp", "GGUF files are run by")
         import xllamacpp
 
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(file)
-        parameters.n_ctx, parameters.n_parallel, parameters.warmup = CONTEXT * sequences, sequences, False
+        parameters.n_ctx, parameters.n_parallel, parameters.warmup = tokens * sequences, sequences, False
         parameters.cpuparams.n_threads, parameters.verbosity = threads, 0
         try:
             self._server = xllamacpp.Server(parameters)
