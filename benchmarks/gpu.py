@@ -4,7 +4,7 @@
 
 Scoring is timed in turn with a plain forward and backward pass over the same batch; memory is the most that CUDA's
 allocator held, as a multiple of the weights. Half of the heads and neurons of the middle layers are then cut out and
-the speed of both models is measured in the same run.
+the speed of both models is measured in turns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llm_pruner as lp
-from llm_pruner.evaluation.speed import speed
+from llm_pruner.evaluation.speed import speeds
 from llm_pruner.importance.taylor import VARIANTS
 from llm_pruner.models.skeleton import parameter_count
 from llm_pruner.provenance import provenance
@@ -80,10 +80,9 @@ def measure_pruning(model: LlamaForCausalLM, graph: lp.CouplingGraph, ids: torch
     out["parameters_ratio"] = round(parameter_count(pruned) / parameter_count(model), 4)
     out["speed_ratio"] = {}
     for tokens, batch in ((128, 1), (2048, 1), (128, 16)):
-        before, after = (speed(m, tokens, batch) for m in (model, pruned))
-        out["speed_ratio"][f"prefill, {batch} x {tokens}"] = round(after.prefill / before.prefill, 3)
-        if before.decode and after.decode:
-            out["speed_ratio"][f"decode, batch {batch}"] = round(after.decode / before.decode, 3)
+        _, after = speeds((model, pruned), tokens, batch)
+        ratios = {f"prefill, {batch} x {tokens}": after.prefill_ratio, f"decode, batch {batch}": after.decode_ratio}
+        out["speed_ratio"] |= {name: round(ratio.median, 3) for name, ratio in ratios.items() if ratio}
     calibration = torch.randint(0, model.config.vocab_size, (REFIT_SAMPLES, REFIT_TOKENS), device=ids.device)
     out["refit_seconds"] = round(seconds(lambda: lp.compensate(model, pruned, calibration)), 1)
     out["refit_tokens"] = calibration.numel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
 from ..files import digest
+from ..logs import log
 from ..models.generate import continue_text
 from ..models.inputs import input_embedding, reads_text_only
 from ..models.layers import LayerLocator
 from ..models.per_layer import layer_lists
-from ..models.running import context_length
 from ..models.skeleton import parameter_count
 from ..models.tasks import predicts_tokens
 from ..models.towers import tower_paths
@@ -25,7 +25,7 @@ from .cost import macs, memory
 from .labelled import measure_labelled
 from .perplexity import Perplexity, perplexity, windows
 from .similarity import Originals, Similarity, pieces_of
-from .speed import Speed, speed
+from .speed import Speed, speed, speeds, tokens_read, warnings_of
 from .zero_shot import ZeroShot, zero_shot
 
 # LLM-Pruner's.
@@ -119,11 +119,26 @@ def evaluate_model(
     """Measure a model on the device that it is on.
 
     Args:
+        settings: what to measure; the speed is measured last.
         originals: what a model that does not predict tokens is compared with; it keeps the first such model's outputs.
 
     Raises:
         PrunerError: a text is too short, a loss is not finite, or a task cannot be had.
     """
+    evaluation = _evaluate_without_speed(name, model, tokenizer, settings, originals=originals or Originals())
+    if not settings.tokens:
+        return evaluation
+    return replace(evaluation, speed=speed(model, settings.tokens, settings.batch, new_tokens=settings.new_tokens))
+
+
+def _evaluate_without_speed(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: Measurements,
+    *,
+    originals: Originals,
+) -> Evaluation:
     writes = predicts_tokens(model)
     if settings.tasks and not writes:
         raise PrunerError(f"--tasks needs a language model, and {name} is a {type(model).__name__}")
@@ -134,7 +149,7 @@ def evaluate_model(
     for_text = cast(PreTrainedTokenizerBase, tokenizer)
     perplexities = _measure_perplexities(name, model, for_text, settings) if writes else {}  # finds broken weights
     tasks = _run_tasks(model, for_text, settings) if settings.tasks else ZeroShot()
-    tokens = min(settings.tokens or DEFAULT_TOKENS, context_length(model) or 2**31) if reads_text_only(model) else 1
+    tokens = tokens_read(model, settings.tokens or DEFAULT_TOKENS)
     weight_bytes = sum(p.nbytes for p in model.parameters())
     return Evaluation(
         model=name,
@@ -145,12 +160,10 @@ def evaluate_model(
         cache_bytes=memory(model, tokens, settings.batch) - weight_bytes,
         perplexity=perplexities,
         tasks=tasks.tasks | _measure_labelled(model, tokenizer, settings),
-        speed=speed(model, tokens, settings.batch, new_tokens=settings.new_tokens) if settings.tokens else None,
+        speed=None,
         tokenizer=digest(sorted(tokenizer.get_vocab().items())) if tokenizer is not None else "",
         samples=_continue_prompts(model, for_text, settings) if writes else {},
-        similarity=_measure_similarities(model, tokenizer, settings, originals or Originals())
-        if settings.media or not writes
-        else {},
+        similarity=_measure_similarities(model, tokenizer, settings, originals) if settings.media or not writes else {},
         results=tasks.results,
     )
 
@@ -211,19 +224,34 @@ def evaluate_models(
     names: Iterable[str],
     load: Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase | None]],
     settings: Measurements,
+    *,
+    together: bool = False,
 ) -> list[Evaluation]:
     """Measure models one after the other: each is loaded, measured and dropped before the next.
 
     Args:
         load: returns model and tokenizer of a name.
+        together: keep all models loaded to time them in turns, so that their speeds compare however busy the machine
+            is; False times each by itself, and gives no ratios of speeds.
     """
-    evaluations = []
+    evaluations, models = [], []
     originals = Originals()
     for name in names:
-        evaluations.append(evaluate_model(name, *load(name), settings, originals=originals))
+        model, tokenizer = load(name)
+        if together and settings.tokens:
+            evaluations.append(_evaluate_without_speed(name, model, tokenizer, settings, originals=originals))
+            models.append(model)
+        else:
+            evaluations.append(evaluate_model(name, model, tokenizer, settings, originals=originals))
+        del model, tokenizer
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    if models:
+        measured = speeds(models, settings.tokens, settings.batch, new_tokens=settings.new_tokens)
+        evaluations = [replace(one, speed=timed) for one, timed in zip(evaluations, measured, strict=True)]
+    for warning in warnings_of([one.model for one in evaluations], [one.speed for one in evaluations]):
+        log.warning("%s", warning)
     return evaluations
 
 

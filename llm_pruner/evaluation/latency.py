@@ -30,6 +30,7 @@ from ..progress import track
 from ..selection.budgets import MICROSECONDS, Budget
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
+from .turns import in_turns
 
 SHARES = (0.2, 0.4, 0.6, 0.8)  # of a kind's indices, timed besides all of them
 LEAST_SECONDS, MOST_SECONDS = 0.05, 3.0  # of one measurement
@@ -42,16 +43,43 @@ Curve = list[tuple[float, float]]  # (share of the indices kept, microseconds), 
 def latency(model: PreTrainedModel, tokens: int = 128, batch: int = 1) -> float:
     """Measure one forward pass over ``[batch, tokens]`` without a cache: the median, in microseconds.
 
-    Passes are repeated until they agree within 10%, for 3 seconds at most, with all of torch's threads.
+    Passes are repeated until they agree within 10%, for 3 seconds at most, with all of torch's threads. To compare
+    models, measure them in turns with :func:`latencies`.
     """
+    timer = _pass_timer(model, tokens, batch)
+    with evaluating(model):
+        return timer.adaptive_autorange(min_run_time=LEAST_SECONDS, max_run_time=MOST_SECONDS).median * 1e6
+
+
+def latencies(models: Iterable[PreTrainedModel], tokens: int = 128, batch: int = 1) -> list[list[float]]:
+    """Measure a forward pass of several models in turns; return the microseconds of every round by model."""
+    clocks = [pass_clock(model, tokens, batch) for model in models]
+    for clock in clocks:
+        clock()
+    return in_turns(clocks)
+
+
+def pass_clock(model: PreTrainedModel, tokens: int, batch: int) -> Callable[[], float]:
+    """Return a function that measures a forward pass over ``[batch, tokens]``, as one of a model's repetitions.
+
+    It gives the median of the passes of 0.05 seconds, in microseconds.
+    """
+    timer = _pass_timer(model, tokens, batch)
+
+    def measure() -> float:
+        with torch.no_grad(), evaluating(model):
+            return timer.blocked_autorange(min_run_time=LEAST_SECONDS).median * 1e6
+
+    return measure
+
+
+def _pass_timer(model: PreTrainedModel, tokens: int, batch: int) -> Timer:
     inputs = model_inputs(model, example_inputs(model, batch, tokens)) | without_cache(model)
-    timer = Timer(
+    return Timer(
         "model(**inputs)",
         globals={"model": model, "inputs": inputs},
         num_threads=torch.get_num_threads(),
     )
-    with evaluating(model):
-        return timer.adaptive_autorange(min_run_time=LEAST_SECONDS, max_run_time=MOST_SECONDS).median * 1e6
 
 
 def latency_budget(

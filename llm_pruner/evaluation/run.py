@@ -22,6 +22,7 @@ from .perplexity import perplexity, windows
 from .shared_texts import warn_for_models
 from .table import Table, as_json, table
 from .tabular import TERMINAL, terminal_tables
+from .together import fit_together
 from .zero_shot import PAPER_TASKS
 
 EVALUATION_FILE = "evaluation.json"
@@ -42,7 +43,12 @@ def measure(args: EvaluateArguments) -> list[Evaluation]:
     def load_model(name: str) -> Any:
         return load(name, args.dtype, device, args.trust_remote_code, verify=args.verify, task=args.task)
 
-    return evaluate_models(args.model, load_model, resolve(args))
+    together = args.tokens > 0 and len(args.model) > 1
+    if together:
+        together = fit_together(
+            args.model, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, task=args.task
+        )
+    return evaluate_models(args.model, load_model, resolve(args), together=together)
 
 
 def resolve(args: EvaluateArguments) -> Measurements:
@@ -87,7 +93,7 @@ def run_evaluate(args: EvaluateArguments) -> None:
     for part in terminal_tables(combined.cells(TERMINAL), console.width):
         console.print(part)
     for note in combined.notes:
-        console.print(note)
+        console.print(note, markup=False)  # it may name a model
     if args.output:
         write_evaluations(evaluations, combined, Path(args.output), asdict(args))
 

@@ -11,11 +11,15 @@ from typing import Any
 
 from rich.markup import escape
 
+from ..display import percent
 from ..files import strict_json
 from .evaluate import Evaluation
+from .speed import Speed, warnings_of
 from .tabular import LATEX, MARKDOWN, TERMINAL, Marks, latex, markdown, short_bytes, short_number, short_score
+from .turns import Ratio
 
 Values = list[float | None]
+Rate = tuple[float | None, float | None, Ratio | None]  # tokens per second, spread, ratio to the first model's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,7 @@ class Column:
         head: short name where people read.
         show: formats a number for people.
         errors: standard errors; empty where none are known.
+        spreads: interquartile ranges of repetitions over the values; empty where none are known.
         lower_is_better: None for a number that is neither better nor worse.
         only_csv: too much detail for the other formats.
     """
@@ -36,6 +41,7 @@ class Column:
     show: Callable[[float], str]
     values: Values
     errors: Values
+    spreads: Values
     lower_is_better: bool | None = None
     only_csv: bool = False
 
@@ -67,8 +73,11 @@ class Table:
     def _column_cells(self, column: Column, marks: Marks) -> list[str]:
         texts = ["" if value is None else column.show(value) for value in column.values]
         best = self._best(column, texts)
-        errors = [None if error is None else column.show(error) for error in column.errors or [None] * len(texts)]
-        shown = [text if error is None else f"{text} ± {error}" for text, error in zip(texts, errors, strict=True)]
+        shown = list(texts)
+        for i, error in enumerate(column.errors):
+            shown[i] += "" if error is None else f" ± {column.show(error)}"
+        for i, spread in enumerate(column.spreads):
+            shown[i] += "" if spread is None else f" ±{percent(spread)}"
         return [cell.join(marks) if text and text == best else cell for text, cell in zip(texts, shown, strict=True)]
 
     def _best(self, column: Column, texts: list[str]) -> str:
@@ -80,7 +89,7 @@ class Table:
         return (min if column.lower_is_better else max)(entries)[1]
 
     def csv(self) -> str:
-        """Format the table as CSV with complete numbers, errors in columns of their own."""
+        """Format the table as CSV with complete numbers, errors and spreads in columns of their own."""
         heads, columns = ["model"], [list[Any](self.models)]
         for column in self.columns:
             heads.append(column.key)
@@ -88,6 +97,9 @@ class Table:
             if column.errors:
                 heads.append(f"{column.key}_stderr")
                 columns.append(column.errors)
+            if column.spreads:
+                heads.append(f"{column.key}_spread")
+                columns.append(column.spreads)
         buffer = io.StringIO()
         writer = csv.writer(buffer)
         writer.writerow(heads)
@@ -145,10 +157,11 @@ class _Columns:
         value_of: Callable[[Evaluation], float | None],
         *,
         error_of: Callable[[Evaluation], float | None] = lambda evaluation: None,
+        spread_of: Callable[[Evaluation], float | None] = lambda evaluation: None,
         lower_is_better: bool | None = None,
         only_csv: bool = False,
     ) -> None:
-        values, errors = ([of(one) for one in self.evaluations] for of in (value_of, error_of))
+        values, errors, spreads = ([of(one) for one in self.evaluations] for of in (value_of, error_of, spread_of))
         if any(value is not None for value in values):
             self.columns.append(
                 Column(
@@ -157,6 +170,7 @@ class _Columns:
                     show=show,
                     values=values,
                     errors=errors if any(error is not None for error in errors) else [],
+                    spreads=spreads if any(spread is not None for spread in spreads) else [],
                     lower_is_better=lower_is_better,
                     only_csv=only_csv,
                 )
@@ -211,15 +225,32 @@ class _Columns:
         )
 
     def add_speed(self) -> None:
-        for field, head in (("prefill", "read tok/s"), ("decode", "write tok/s")):
-            self.add(
-                f"{field}_tokens_per_second",
-                head,
-                short_score,
-                lambda e, f=field: getattr(e.speed, f) if e.speed else None,  # type: ignore[misc]
-                lower_is_better=False,
-            )
+        self.add_rate("prefill", "read", lambda s: (s.prefill, s.prefill_spread, s.prefill_ratio))
+        self.add_rate("decode", "write", lambda s: (s.decode, s.decode_spread, s.decode_ratio))
         self.add("peak_bytes", "peak", short_bytes, lambda e: e.speed.peak_bytes if e.speed else None)
+
+    def add_rate(self, key: str, head: str, rate_of: Callable[[Speed], Rate]) -> None:
+        """Add tokens per second and their ratio; no speed is the best while a ratio says nothing."""
+
+        def rate(evaluation: Evaluation) -> Rate:
+            return rate_of(evaluation.speed) if evaluation.speed else (None, None, None)
+
+        ratios = [ratio for _, _, ratio in map(rate, self.evaluations) if ratio]
+        self.add(
+            f"{key}_tokens_per_second",
+            f"{head} tok/s",
+            short_score,
+            lambda e: rate(e)[0],
+            spread_of=lambda e: rate(e)[1],
+            lower_is_better=False if all(ratio.is_clear for ratio in ratios) else None,
+        )
+        self.add(
+            f"{key}_ratio",
+            f"{head} ratio",
+            "{:.2f}".format,
+            lambda e: ratio.median if (ratio := rate(e)[2]) else None,
+            spread_of=lambda e: ratio.spread if (ratio := rate(e)[2]) else None,
+        )
 
     def names(self, names_of: Callable[[Evaluation], Iterable[str]]) -> list[str]:
         """Return the names that any evaluation has, in order."""
@@ -265,13 +296,29 @@ def _notes(evaluations: list[Evaluation], tokenizers_differ: bool) -> list[str]:
         notes.append(
             f"{titles[title]}: cosine or agreement of the outputs with the first model's on {s.pieces} pieces."
         )
-    speed = evaluations[0].speed
-    if speed:
-        size = f"{speed.batch} x {speed.tokens} tokens"
-        notes.append(f"MACs and reading: {size}. Writing: {speed.batch} x {speed.new_tokens} tokens.")
+    notes += _speed_notes(evaluations)
     if any("_stderr" in name for one in evaluations for task in one.tasks.values() for name in task):
         notes.append("±: standard error of the task's mean.")
     return notes
+
+
+def _speed_notes(evaluations: list[Evaluation]) -> list[str]:
+    """Return the sizes of what was timed, how the repetitions are summarized, and what the ratios cannot tell."""
+    speeds = [one.speed for one in evaluations]
+    first = speeds[0]
+    if first is None:
+        return []
+    size = f"{first.batch} x {first.tokens} tokens"
+    notes = [f"MACs and reading: {size}. Writing: {first.batch} x {first.new_tokens} tokens."]
+    compared = any(one.prefill_ratio for one in speeds if one)
+    if first.prefill_spread is not None:
+        ratios = " Ratios to the first model are medians of the rounds' ratios." if compared else ""
+        notes.append(f"tok/s: median of {first.rounds} rounds, ± interquartile range in percent of it.{ratios}")
+    if len(speeds) > 1 and not compared:
+        notes.append(
+            "The models were timed one after the other: a load on the machine that changed looks like a difference."
+        )
+    return notes + warnings_of(_row_names([one.model for one in evaluations]), speeds)
 
 
 def as_json(evaluations: list[Evaluation], about: dict[str, Any]) -> str:

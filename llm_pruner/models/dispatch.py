@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -42,6 +43,12 @@ def check_device(device: str | torch.device, name: str) -> None:
         raise PrunerError(f"{name} {device}: there is {available} here; give {name} cpu")
     if parsed.type == "mps" and not torch.backends.mps.is_available():
         raise PrunerError(f"{name} {device}: there is no MPS device here; give {name} cpu")
+
+
+def free_bytes(device: str | torch.device) -> int:
+    """Return the memory that is free on a device, of the whole machine where the device has none of its own."""
+    device = torch.device(device)
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def spread(model: PreTrainedModel, room: dict[torch.device, float] | None = None) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import asdict
 from typing import Any
 
@@ -9,16 +10,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import text
+from ..display import percent
 from ..evaluation.evaluate import PROMPTS
+from ..evaluation.latency import latencies
 from ..evaluation.perplexity import check_length, perplexity, windows
 from ..evaluation.similarity import Originals, pieces_of
+from ..evaluation.turns import paired_ratio, relative_spread
 from ..logs import log
 from ..models.blockwise import computing, native_compute
 from ..models.generate import Sampling, continue_text
 from ..models.inputs import reads_text_only
 from ..models.tasks import predicts_tokens
 from .context import Stopwatch
-from .settings import EvaluationSettings, PruneSettings
+from .settings import BudgetSettings, EvaluationSettings, PruneSettings
 
 
 def evaluation_windows(
@@ -103,3 +107,33 @@ def _sample(settings: PruneSettings, model: PreTrainedModel, tokenizer: PreTrain
     return continue_text(
         model, tokenizer, prompt, new_tokens, sampling=sampling, seed=settings.seed, include_prompt=True
     )
+
+
+def compare_latency(budget: BudgetSettings, model: PreTrainedModel, pruned: PreTrainedModel) -> dict[str, Any]:
+    """Time a forward pass of both models in turns.
+
+    Returns:
+        Medians in microseconds, spreads as :func:`~llm_pruner.evaluation.turns.relative_spread` gives them, and the
+        ratio of the times, the median over the rounds.
+    """
+    rounds = latencies((model, pruned), budget.tokens, budget.batch)
+    before, after = map(statistics.median, rounds)
+    ratio = paired_ratio(rounds[1], rounds[0])
+    log.info(
+        "a forward pass takes %.1f ms, %.1f before (%.3f ±%s)",
+        after / 1e3,
+        before / 1e3,
+        ratio.median,
+        percent(ratio.spread),
+    )
+    if ratio.warning:
+        log.warning("%s", ratio.warning)
+    return {
+        "before_us": before,
+        "after_us": after,
+        "before_spread": relative_spread(rounds[0]),
+        "after_spread": relative_spread(rounds[1]),
+        "ratio": asdict(ratio),
+        "tokens": budget.tokens,
+        "batch": budget.batch,
+    }

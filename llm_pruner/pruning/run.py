@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -30,7 +29,6 @@ from ..checkpoint.unread import UNREAD, unread_tensors
 from ..choices import DEFAULT_MODEL, SYNTHETIC
 from ..display import amount, html_table
 from ..errors import PrunerError
-from ..evaluation.latency import latency
 from ..evaluation.shared_texts import CALIBRATED_ON, warn_of_shared_texts
 from ..evaluation.similarity import Originals
 from ..files import complete_folder, folder_for_run, same_folder, strict_json
@@ -39,6 +37,7 @@ from ..importance.scores import SCORES_FILE, Scores
 from ..inputs import InputCheck
 from ..logs import log, logging_to
 from ..media import is_media
+from ..models.dispatch import free_bytes
 from ..models.inputs import reads_text_only
 from ..models.skeleton import parameter_count
 from ..peak_memory import PeakMemory
@@ -52,7 +51,7 @@ from .arguments import REQUIRES_SAVING, PruneArguments
 from .calibration import available_text, calibration_set
 from .checking import check_prune_inputs
 from .context import Planning, Progress, Stopwatch
-from .evaluation import evaluate_model, evaluation_windows
+from .evaluation import compare_latency, evaluate_model, evaluation_windows
 from .measurements import METRICS_FILE, before_and_after
 from .mending import mend
 from .planning import PlannedModel, make_plan, needs_calibration
@@ -232,7 +231,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     _record_parameters(metrics, parameter_count(pruned))
     if settings.budget is not None and settings.budget.kind == "target_latency":
         with clock("latency"):
-            metrics["latency"] = _compare_latency(settings, model, pruned)
+            metrics["latency"] = compare_latency(settings.budget, model, pruned)
     _save_plan(settings, planned.plan, planned.scores, folder)
     del model
     if settings.output.save:
@@ -363,8 +362,7 @@ def _is_too_large(settings: ModelSettings) -> bool:
     if not isinstance(dtype, torch.dtype):
         dtype = torch.float32 if settings.device == "cpu" else meta.dtype
     needed = 2 * dtype.itemsize * parameter_count(meta)
-    device = torch.device(settings.device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_bytes(settings.device)
     if needed > free:
         log.info(
             "offloading: the model and its pruned copy take %.1f GiB, %.1f are free on %s",
@@ -379,12 +377,3 @@ def _move_to(settings: ModelSettings, model: Any, device: str) -> None:
     """Move a model to where it is used next, unless it is offloaded or spread over several devices."""
     if not settings.offload and not settings.device_map:
         model.to(device)
-
-
-def _compare_latency(settings: PruneSettings, model: PreTrainedModel, pruned: PreTrainedModel) -> dict[str, Any]:
-    """Time a forward pass of both models, one after the other."""
-    assert settings.budget is not None
-    tokens, batch = settings.budget.tokens, settings.budget.batch
-    before, after = (latency(m, tokens, batch) for m in (model, pruned))
-    log.info("a forward pass takes %.1f ms, %.1f before (%.3f)", after / 1e3, before / 1e3, after / before)
-    return {"before_us": before, "after_us": after, "tokens": tokens, "batch": batch}
