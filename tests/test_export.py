@@ -177,3 +177,26 @@ def test_scaled_rotary_frequencies():
     plain = 1 / rope["rope_theta"] ** (torch.arange(0, 64, 2) / 64)
     assert torch.allclose(plain / torch.from_numpy(_llama3_factors(config)), scaled, rtol=1e-4)
     assert math.isclose(float(_llama3_factors(config)[0]), 1.0)
+
+
+@pytest.mark.slow
+def test_models_are_timed_in_an_engine(tokenizer, tmp_path, capsys):
+    """Original and pruned, side by side in the table and in the records."""
+    pytest.importorskip("xllamacpp")
+    model = build("llama", **WIDE | {"num_key_value_heads": 4}, vocab_size=len(tokenizer), max_position_embeddings=256)
+    lp.save(model, tokenizer, tmp_path / "base")
+    lp.save(pruned_by(model, kinds=("neurons",), layers=[1])[1], tokenizer, tmp_path / "pruned")
+    argv = ["evaluate", str(tmp_path / "base"), str(tmp_path / "pruned"), "--datasets", "", "--tokens", "0"]
+    assert main([*argv, "--engine", "llama.cpp", "--output", str(tmp_path / "out")]) == 0
+    assert "llama.cpp: xN is N sequences at once" in " ".join(capsys.readouterr().out.split())
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    for entry in record["models"]:
+        engine = entry["engine"]
+        assert engine["tokens_per_second"].keys() == {"1", "8", "32"} and engine["bytes"] > 1e6
+        assert all(speed > 0 for speed in engine["tokens_per_second"].values())
+
+
+def test_an_engine_that_is_not_installed_is_named(home, monkeypatch, capsys):
+    monkeypatch.setattr("llm_pruner.optional.is_installed", lambda module: module != "vllm")
+    assert main(["evaluate", str(home / "base"), "--datasets", "", "--engine", "vllm"]) == 2
+    assert 'pip install "llm_pruner[vllm]"' in capsys.readouterr().err

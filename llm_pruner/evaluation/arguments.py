@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..choices import DEFAULT_MODEL, GENERAL, Dtype
 from ..errors import PrunerError
 from ..flags import Arguments, check_at_least, flag
 from ..optional import require
 
+EngineChoice = Literal["vllm", "llama.cpp"]
 TEXTS = "general, wikitext2, ptb, c4, python-docs, or a .txt, .json or .jsonl file"
 
 
@@ -55,6 +57,9 @@ class EvaluateArguments(MeasuringArguments):
     tokens: int = flag(128, "tokens per sequence for speed, MACs and cache (0: measure no speed)", group="cost")
     batch: int = flag(1, "sequences per batch for speed, MACs and cache", group="cost")
     new_tokens: int = flag(32, "tokens to generate for decode speed and for each sample", group="cost")
+    engine: EngineChoice | None = flag(
+        None, "also time the models in this engine, with 1, 8 and 32 sequences at once: vllm, llama.cpp", group="cost"
+    )
     samples: bool = flag(False, "let every model continue a few prompts", group="output")
     output: str | None = flag(
         None, "folder for table.csv, table.md, table.tex, evaluation.json and lm_eval/", group="output"

@@ -21,6 +21,7 @@ from ..models.per_layer import layer_lists
 from ..models.skeleton import parameter_count
 from ..models.tasks import predicts_tokens
 from ..models.towers import tower_paths
+from ..serving.engines import EngineSpeed
 from .cost import macs, memory
 from .labelled import measure_labelled
 from .perplexity import Perplexity, perplexity, windows
@@ -87,6 +88,7 @@ class Evaluation:
         tokenizer: hash of its vocabulary; perplexities per token of different tokenizers do not compare.
         samples: continuation by prompt.
         results: lm-eval's own record.
+        engine: speeds in another engine, if one was asked for.
     """
 
     model: str
@@ -102,6 +104,7 @@ class Evaluation:
     samples: dict[str, str] = field(default_factory=dict)
     similarity: dict[str, Similarity] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict, repr=False)
+    engine: EngineSpeed | None = None
 
     @property
     def non_embedding(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..logs import logging_to
 from ..media import is_media
 from ..models.dispatch import resolve_device
 from ..provenance import provenance
+from ..serving.engines import check_engine, measure_engines
 from .arguments import EvaluateArguments, PerplexityArguments
 from .evaluate import PROMPTS, Evaluation, Measurements, evaluate_models
 from .perplexity import perplexity, windows
@@ -35,6 +36,8 @@ def measure(args: EvaluateArguments) -> list[Evaluation]:
         PrunerError: the arguments are not valid, or a model, text or task cannot be had.
     """
     args.check()
+    if args.engine is not None:
+        check_engine(args.engine)
     device = resolve_device(args.device, "--device")
     for model in args.model:
         locate(model)
@@ -48,7 +51,11 @@ def measure(args: EvaluateArguments) -> list[Evaluation]:
         together = fit_together(
             args.model, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, task=args.task
         )
-    return evaluate_models(args.model, load_model, resolve(args), together=together)
+    evaluations = evaluate_models(args.model, load_model, resolve(args), together=together)
+    if args.engine is None:
+        return evaluations
+    timed = measure_engines(args.engine, args.model, trust_remote_code=args.trust_remote_code)
+    return [replace(one, engine=speed) for one, speed in zip(evaluations, timed, strict=True)]
 
 
 def resolve(args: EvaluateArguments) -> Measurements:

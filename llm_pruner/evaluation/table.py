@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from ..display import percent
 from ..files import strict_json
+from ..serving.engines import NEW_TOKENS, PROMPT_TOKENS, ROUNDS
 from .evaluate import Evaluation
 from .speed import Speed, warnings_of
 from .tabular import LATEX, MARKDOWN, TERMINAL, Marks, latex, markdown, short_bytes, short_number, short_score
@@ -252,6 +253,34 @@ class _Columns:
             spread_of=lambda e: ratio.spread if (ratio := rate(e)[2]) else None,
         )
 
+    def add_engine(self) -> None:
+        """Add tokens per second in another engine by sequences at once, time to the first token, and memory."""
+        first = self.evaluations[0].engine
+        if first is None:
+            return
+        for batch in first.tokens_per_second:
+            self.add(
+                f"{first.engine}_tokens_per_second_{batch}",
+                f"{first.engine} x{batch} tok/s",
+                short_score,
+                lambda e, b=batch: e.engine.tokens_per_second[b],  # type: ignore[misc]
+                spread_of=lambda e, b=batch: e.engine.spread[b],  # type: ignore[misc]
+                lower_is_better=False,
+            )
+        self.add(
+            f"{first.engine}_first_token_seconds",
+            f"{first.engine} first ms",
+            short_score,
+            lambda e: 1000 * e.engine.first_token_seconds if e.engine else None,
+            lower_is_better=True,
+        )
+        self.add(
+            f"{first.engine}_bytes",
+            f"{first.engine} memory",
+            short_bytes,
+            lambda e: e.engine.bytes if e.engine else None,
+        )
+
     def names(self, names_of: Callable[[Evaluation], Iterable[str]]) -> list[str]:
         """Return the names that any evaluation has, in order."""
         return list(dict.fromkeys(name for one in self.evaluations for name in names_of(one)))
@@ -264,6 +293,7 @@ def table(evaluations: list[Evaluation]) -> Table:
     columns.add_size()
     columns.add_quality(per_byte=tokenizers_differ)
     columns.add_speed()
+    columns.add_engine()
     first, *others = (one.parameters for one in evaluations)
     return Table(
         models=_row_names([one.model for one in evaluations]),
@@ -297,6 +327,11 @@ def _notes(evaluations: list[Evaluation], tokenizers_differ: bool) -> list[str]:
             f"{titles[title]}: cosine or agreement of the outputs with the first model's on {s.pieces} pieces."
         )
     notes += _speed_notes(evaluations)
+    if (engine := evaluations[0].engine) is not None:
+        notes.append(
+            f"{engine.engine}: xN is N sequences at once, each of {PROMPT_TOKENS} tokens read and {NEW_TOKENS} written; "
+            f"medians of {ROUNDS} rounds in turns."
+        )
     if any("_stderr" in name for one in evaluations for task in one.tasks.values() for name in task):
         notes.append("±: standard error of the task's mean.")
     return notes

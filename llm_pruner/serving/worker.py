@@ -26,7 +26,7 @@ from .llama_cpp import LlamaCpp
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, where vLLM runs on a CPU
 ANSWER = "llm-pruner answer: "  # marks answers among what engines print
-IDS = 997  # random prompts are of so many different tokens
+IDS = 256  # random prompts are of so many different tokens, which every vocabulary has
 Complete = Callable[[list[list[int]], int], Any]  # continue prompts by so many tokens
 Next = Callable[[list[int]], dict[int, float]]  # log-probabilities of the most probable next tokens
 
