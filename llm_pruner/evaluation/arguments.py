@@ -58,7 +58,10 @@ class EvaluateArguments(MeasuringArguments):
     batch: int = flag(1, "sequences per batch for speed, MACs and cache", group="cost")
     new_tokens: int = flag(32, "tokens to generate for decode speed and for each sample", group="cost")
     engine: EngineChoice | None = flag(
-        None, "also time the models in this engine, with 1, 8 and 32 sequences at once: vllm, llama.cpp", group="cost"
+        None,
+        "also time the models in this engine, with 1, 8 and 32 sequences at once: vllm (which then runs --tasks too), "
+        "llama.cpp",
+        group="cost",
     )
     samples: bool = flag(False, "let every model continue a few prompts", group="output")
     output: str | None = flag(

@@ -16,7 +16,7 @@ from ..logs import logging_to
 from ..media import is_media
 from ..models.dispatch import resolve_device
 from ..provenance import provenance
-from ..serving.engines import check_engine, measure_engines
+from ..serving.engines import check_engine, in_format, measure_engines
 from .arguments import EvaluateArguments, PerplexityArguments
 from .evaluate import PROMPTS, Evaluation, Measurements, evaluate_models
 from .perplexity import perplexity, windows
@@ -24,7 +24,7 @@ from .shared_texts import warn_for_models
 from .table import Table, as_json, table
 from .tabular import TERMINAL, terminal_tables
 from .together import fit_together
-from .zero_shot import PAPER_TASKS
+from .zero_shot import PAPER_TASKS, zero_shot_in_vllm
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -55,7 +55,25 @@ def measure(args: EvaluateArguments) -> list[Evaluation]:
     if args.engine is None:
         return evaluations
     timed = measure_engines(args.engine, args.model, trust_remote_code=args.trust_remote_code)
-    return [replace(one, engine=speed) for one, speed in zip(evaluations, timed, strict=True)]
+    evaluations = [replace(one, engine=speed) for one, speed in zip(evaluations, timed, strict=True)]
+    return [_with_tasks_in_vllm(one, args) for one in evaluations] if _runs_tasks_in_vllm(args) else evaluations
+
+
+def _runs_tasks_in_vllm(args: EvaluateArguments) -> bool:
+    return args.engine == "vllm" and bool(args.tasks)
+
+
+def _with_tasks_in_vllm(evaluation: Evaluation, args: EvaluateArguments) -> Evaluation:
+    """Return an evaluation with accuracies of a model that vLLM runs."""
+    with in_format("vllm", evaluation.model, args.trust_remote_code) as folder:
+        found = zero_shot_in_vllm(
+            folder,
+            task_names(args),
+            include_path=args.include_path,
+            limit=args.limit,
+            num_fewshot=args.num_fewshot,
+        )
+    return replace(evaluation, tasks=evaluation.tasks | found.tasks, results=found.results)
 
 
 def resolve(args: EvaluateArguments) -> Measurements:
@@ -71,7 +89,7 @@ def resolve(args: EvaluateArguments) -> Measurements:
         stride=args.stride or None,
         max_windows=args.max_windows or None,
         batch_size=args.batch_size or None,
-        tasks=task_names(args),
+        tasks=() if _runs_tasks_in_vllm(args) else task_names(args),
         labelled=tuple(args.labelled),
         include_path=args.include_path,
         limit=args.limit,

@@ -329,7 +329,7 @@ def _notes(evaluations: list[Evaluation], tokenizers_differ: bool) -> list[str]:
     notes += _speed_notes(evaluations)
     if (engine := evaluations[0].engine) is not None:
         notes.append(
-            f"{engine.engine}: xN is N sequences at once, each of {PROMPT_TOKENS} tokens read and {NEW_TOKENS} written; "
+            f"{engine.engine}: xN is N sequences at once, of {PROMPT_TOKENS} tokens read and {NEW_TOKENS} written; "
             f"medians of {ROUNDS} rounds in turns."
         )
     if any("_stderr" in name for one in evaluations for task in one.tasks.values() for name in task):

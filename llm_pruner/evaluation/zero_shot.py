@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import logging
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,10 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError, Unavailable
+from ..files import read_json
 from ..optional import require
+from ..serving.engines import check_engine
 
 # Tasks of LLM-Pruner's table 1.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -83,6 +89,34 @@ def zero_shot(
             ) from error
     assert record is not None
     results: dict[str, Any] = dict(record)
+    return ZeroShot({task: _metrics(values) for task, values in results["results"].items()}, results)
+
+
+def zero_shot_in_vllm(
+    folder: Path,
+    tasks: Iterable[str],
+    *,
+    include_path: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+) -> ZeroShot:
+    """Measure tasks as :func:`zero_shot` does, the model run by vLLM: lm-eval's own program in a process of its own.
+
+    Raises:
+        PrunerError: vLLM is not installed or refuses the folder, or the data of a task cannot be had.
+    """
+    check_engine("vllm")
+    flags = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
+    given = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
+    with tempfile.TemporaryDirectory() as output:
+        command = [sys.executable, "-m", "lm_eval", "--model", "vllm", "--tasks", ",".join(tasks), *given]
+        command += ["--model_args", f"pretrained={folder},enforce_eager={not torch.cuda.is_available()}"]
+        run = subprocess.run([*command, "--output_path", output], capture_output=True, text=True)
+        file = next(Path(output).rglob("results*.json"), None)
+        if run.returncode or file is None:
+            errors = [line for line in run.stderr.splitlines() if "Error: " in line] or ["no results"]
+            raise PrunerError(f"lm-eval cannot run {folder} in vLLM: {errors[-1].strip()}")
+        results = read_json(file)
     return ZeroShot({task: _metrics(values) for task, values in results["results"].items()}, results)
 
 

@@ -223,6 +223,9 @@ def _evaluated_model(evaluation: Mapping[str, Any]) -> MeasuredModel:
         speeds[_reading(speed["batch"], speed["tokens"])] = speed["prefill"]
     if speed.get("decode"):
         speeds[f"writing {speed['batch']} x {speed['new_tokens']}"] = speed["decode"]
+    engine = evaluation.get("engine") or {}
+    for batch, value in engine.get("tokens_per_second", {}).items():
+        speeds[f"{engine['engine']}, writing {batch} at once"] = value
     metrics = [next((m for m in ("acc_norm", "acc") if m in task), None) for task in evaluation["tasks"].values()]
     scored = [(task, m) for task, m in zip(evaluation["tasks"].values(), metrics, strict=True) if m is not None]
     accuracies = [task[metric] for task, metric in scored]

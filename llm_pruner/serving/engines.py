@@ -133,11 +133,10 @@ def measure_engines(engine: EngineName, models: Sequence[str], *, trust_remote_c
     """
     check_engine(engine)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sizes = {"sequences": max(BATCHES), "tokens": PROMPT_TOKENS + NEW_TOKENS + 16}
         engines = []
-        for i, name in enumerate(models):
-            file = _in_format(engine, name, folder / str(i), trust_remote_code)
+        for name in models:
+            file = stack.enter_context(in_format(engine, name, trust_remote_code))
             engines.append(stack.enter_context(running(engine, file, trust_remote_code=trust_remote_code, **sizes)))
         rows = [_Rounds() for _ in engines]
         for number in track(range(-1, ROUNDS), f"timing in {engine}"):  # the first round warms up
@@ -178,23 +177,29 @@ class _Rounds:
         )
 
 
-def _in_format(engine: EngineName, name: str, place: Path, trust_remote_code: bool) -> Path:
-    """Return a model's file or folder in an engine's format; written to ``place`` where it has none.
+@contextmanager
+def in_format(engine: EngineName, name: str, trust_remote_code: bool = False) -> Iterator[Path]:
+    """Yield a model's file or folder in an engine's format; written for the block where it has none.
 
     Raises:
         PrunerError: the model cannot be loaded or written.
     """
     folder, file = locate(name)
     if engine == "vllm" and Path(folder).is_dir() and file is None:
-        return Path(folder)
+        yield Path(folder)
+        return
     if engine == "llama.cpp" and name.endswith(".gguf"):
-        return Path(name)
-    log.info("%s: writing %s in the format of %s", engine, name, engine)
+        yield Path(name)
+        return
+    log.info("writing %s in the format of %s", name, engine)
     model, tokenizer = load(name, trust_remote_code=trust_remote_code)
-    if engine == "vllm":
-        save(model, tokenizer, place)
-        return place
-    if tokenizer is None:
-        raise PrunerError(f"{name} has no tokenizer, which --engine llama.cpp needs")
-    write_gguf(model, tokenizer, place.with_suffix(".gguf"), "f16", name=Path(name).name)
-    return place.with_suffix(".gguf")
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) / "model.gguf"
+        if engine == "vllm":
+            save(model, tokenizer, temporary)
+        elif tokenizer is None:
+            raise PrunerError(f"{name} has no tokenizer, which --engine llama.cpp needs")
+        else:
+            write_gguf(model, tokenizer, place, "f16", name=Path(name).name)
+        del model
+        yield Path(temporary) if engine == "vllm" else place
