@@ -16,6 +16,7 @@ from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.evaluation.similarity import outputs, similarity
 from llm_pruner.files import read_json
 from llm_pruner.importance.gradients import visit_gradients
+from llm_pruner.models.per_layer import REFUSAL
 from llm_pruner.models.tasks import predicts_tokens, task_of, task_of_config
 from llm_pruner.surgery.slicing import mask
 
@@ -235,6 +236,18 @@ def test_models_that_read_images_keep_all_that_is_not_cut(name, tmp_path):
     kept, before = stock.state_dict(), model.state_dict()
     assert kept.keys() == before.keys()
     assert all(torch.equal(kept[key], before[key]) for key in kept if key not in plan.kept)
+
+
+@pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "Gemma3ForConditionalGeneration"])
+def test_the_refusal_of_a_language_tower_stands_in_the_config_of_the_whole_model(name, tmp_path):
+    """There transformers reads it: what a part's config says is replaced by what the whole model's says."""
+    model = model_with_images(name)
+    graph = lp.trace(model)
+    plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.5, ("neurons",), layers=[1])
+    lp.save(lp.apply(model, plan), None, tmp_path / "pruned", plan)
+    assert read_json(tmp_path / "pruned" / "config.json")["experts_implementation"] == REFUSAL
+    loaded, _ = lp.load(str(tmp_path / "pruned"))
+    assert type(loaded) is type(model)
 
 
 def test_an_image_gives_what_it_gave_the_masked_original(tmp_path):

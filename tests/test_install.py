@@ -94,6 +94,43 @@ def test_layers_are_left_to_a_transformers_that_builds_them(monkeypatch):
     model.load_state_dict(state)
 
 
+def test_blocks_that_transformers_leaves_out_are_left_to_it(monkeypatch, tmp_path):
+    """A stand-in for transformers' own half builds layers from their configs and puts nothing in place of skipped
+    blocks."""
+    plan, _ = pruned_by(build("llama_grouped"), kinds=("neurons",), layers=[2])
+    graph = lp.trace(build("llama_grouped"))
+    plan.drop_block("model.layers.1.self_attn", graph.shapes)
+    pruned = lp.apply(build("llama_grouped"), plan)
+    lp.save(pruned, None, tmp_path / "m")
+
+    class Nothing(nn.Module):
+        def forward(self, hidden_states, **_):
+            return torch.zeros_like(hidden_states), None
+
+    class OwnLayer(modeling_llama.LlamaDecoderLayer):
+        def __init__(self, config, layer_idx):
+            super().__init__(config.per_layer_config[layer_idx], layer_idx)
+            if "attention" in config.per_layer_config[layer_idx].skip:
+                self.self_attn = Nothing()
+
+    monkeypatch.setattr(modeling_utils, "apply_heterogeneous_modeling", lambda model: None, raising=False)
+    monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", OwnLayer)
+    monkeypatch.setattr(per_layer, "rebuild", lambda *_: pytest.fail("a layer was built twice"))
+    model = type(pruned).from_pretrained(tmp_path / "m").eval()
+    assert type(model.model.layers[1].self_attn) is Nothing and type(model.model.layers[2]) is OwnLayer
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, pruned(ids).logits)
+
+
+def test_layers_that_transformers_does_not_build_are_built_here(monkeypatch):
+    """Its own half may know some architectures only."""
+    _, pruned = pruned_by(build("llama_grouped"), layers=[1])
+    monkeypatch.setattr(modeling_utils, "apply_heterogeneous_modeling", lambda model: None, raising=False)
+    assert per_layer.transformers_builds_layers()
+    type(pruned)(pruned.config).load_state_dict(pruned.state_dict())
+
+
 def test_a_model_class_that_names_heterogeneous_configs_builds_its_layers(monkeypatch):
     def post_init(self):
         return self.config.is_heterogeneous

@@ -1,5 +1,6 @@
 """Removal of whole layers and of their attention or MLP blocks."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -103,6 +104,7 @@ def test_blocks_of_layers_go(family, tmp_path):
     again = lp.PruningPlan.load(tmp_path / "out" / "pruning_plan.json", verify=True)
     assert again.blocks == found.plan.blocks
     loaded, ids = type(model).from_pretrained(tmp_path / "out").eval(), tokens(2, 8)
+    assert [layer.skip for layer in loaded.config.per_layer_config][:3] == [["mlp"], ["attention"], ["mlp"]]
     assert relative_difference(loaded(ids).logits, found.pruned(ids).logits) < 1e-6
     with_cache, without = (
         loaded.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False)
@@ -110,6 +112,31 @@ def test_blocks_of_layers_go(family, tmp_path):
     assert torch.equal(with_cache, without)
     plan = lp.select(lp.trace(loaded), lp.score(loaded, lp.trace(loaded), criterion="random"), 0.5, kinds=["neurons"])
     assert lp.verify(loaded, lp.apply(loaded, plan), plan).equivalent
+
+
+def test_checkpoints_that_name_gone_blocks_in_one_place_only_load_as_before(tmp_path):
+    """Folders from before ``skip`` and the refusal were written."""
+    pruned = planned(build("llama_grouped"), drop_attention="1", drop_mlp="2").pruned
+    lp.save(pruned, None, tmp_path / "old")
+    file = tmp_path / "old" / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("per_layer_config") == {"1": {"skip": ["attention"]}, "2": {"skip": ["mlp"]}}
+    del config["experts_implementation"]
+    file.write_text(json.dumps(config))
+    loaded, _ = lp.load(str(tmp_path / "old"))
+    assert torch.equal(loaded(tokens()).logits, pruned(tokens()).logits)
+
+
+def test_names_of_gone_blocks_follow_their_layers():
+    """Widths are cut and a layer is dropped from a model without some blocks."""
+    first = planned(build("llama_grouped", num_hidden_layers=4), drop_attention="2", drop_mlp="2,3").pruned
+    graph = lp.trace(first)
+    plan = lp.select(graph, lp.score(first, graph, criterion="l2"), 0.5, kinds=("neurons",), layers=[0])
+    narrow = lp.apply(first, plan)
+    assert narrow.config.per_layer_config[0].intermediate_size < narrow.config.per_layer_config[1].intermediate_size
+    assert [layer.skip for layer in narrow.config.per_layer_config] == [[], [], ["attention", "mlp"], ["mlp"]]
+    fewer = planned(narrow, drop_layers="1").pruned
+    assert [layer.skip for layer in fewer.config.per_layer_config] == [[], ["attention", "mlp"], ["mlp"]]
 
 
 def test_a_block_that_is_gone_comes_back_as_zeros():

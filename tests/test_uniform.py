@@ -12,10 +12,11 @@ from helpers.models import build, pruned_by, tokens
 from transformers import AutoModelForCausalLM
 
 import llm_pruner as lp
+from llm_pruner.checkpoint.apply_files import apply_to_files
 from llm_pruner.checkpoint.standalone import FILE
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
-from llm_pruner.models.per_layer import has_per_layer_widths
+from llm_pruner.models.per_layer import REFUSAL, has_per_layer_widths
 from llm_pruner.surgery.uniform import to_uniform
 
 # Reads checkpoints in a process that has not heard of llm_pruner, and writes their logits and what they generate.
@@ -31,6 +32,22 @@ for folder in sys.argv[2:]:
         model.save_pretrained(folder + ".again")
     found[folder] = [model(ids).logits[0, -1].tolist(), out.tolist()]
 assert not any(name == "llm_pruner" or name.startswith("llm_pruner.") for name in sys.modules)
+print(json.dumps(found))
+"""
+
+
+# Tries every folder in a process that has not heard of llm_pruner, also with the flag that fills gaps at random.
+REFUSED = """
+import sys, json
+from transformers import AutoConfig, AutoModelForCausalLM
+found = {}
+for folder in sys.argv[1:]:
+    AutoConfig.from_pretrained(folder)
+    for flags in ({}, {"ignore_mismatched_sizes": True}):
+        try:
+            AutoModelForCausalLM.from_pretrained(folder, **flags)
+        except ValueError as error:
+            found.setdefault(folder, []).append(str(error))
 print(json.dumps(found))
 """
 
@@ -103,6 +120,35 @@ def test_standalone_checkpoints_load_without_us(tmp_path):
         expected |= dict.fromkeys(map(str, folders[-2:]), expected_of(pruned))
         assert expected_of(AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()) == expected[str(folders[-1])]
     assert read_by_a_stranger(tmp_path, *folders) == expected
+
+
+def test_transformers_alone_refuses_layers_that_differ(tmp_path):
+    """Its error says what to do, wherever a model was saved from; with llm_pruner the same folders load."""
+    for name in ("llama_grouped", "gpt2"):
+        plan, pruned = pruned_by(build(name), layers=[1])
+        lp.save(pruned, None, tmp_path / name, plan, standalone=name == "gpt2")
+    graph = lp.trace(build("llama_grouped"))
+    plan = lp.PruningPlan()
+    plan.drop_block("model.layers.1.self_attn", graph.shapes)  # no tensor has another shape: some are not there
+    lp.apply(build("llama_grouped"), plan).save_pretrained(tmp_path / "no_attention")
+    lp.save(build("llama_grouped"), None, tmp_path / "whole")
+    apply_to_files(plan, str(tmp_path / "whole"), tmp_path / "streamed")
+    for name in ("llama_grouped", "gpt2", "no_attention"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).save_pretrained(tmp_path / f"{name}.again")
+    folders = [str(f) for f in tmp_path.iterdir() if f.name != "whole"]
+    run = subprocess.run(
+        [sys.executable, "-c", REFUSED, *folders], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
+    )
+    errors = json.loads(run.stdout.splitlines()[-1])
+    assert len(folders) == 7 and errors.keys() == set(folders)
+    assert all(len(found) == 2 and all(REFUSAL in error for error in found) for found in errors.values())
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "llama"])
+def test_what_transformers_builds_itself_is_not_refused(name, tmp_path):
+    """Gemma 4 reads per-layer configs in its own modelling file."""
+    lp.save(tiny_model(name), None, tmp_path / name)
+    read_by_a_stranger(tmp_path, tmp_path / name, trust=False)
 
 
 @pytest.mark.slow

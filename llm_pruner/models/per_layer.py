@@ -2,28 +2,11 @@
 
 transformers 5 reads and writes configs with values of their own for each layer, but builds no model from them yet.
 This module does, for any architecture: a layer that differs is built again by its own constructor, from its own config,
-and replaces the uniform layer before any weight is loaded. Where transformers builds such layers itself, this part
-yields to it.
+and replaces the uniform layer before any weight is loaded. It yields to layers that transformers has built itself.
+docs/reference/file-formats.md describes the entries of such a config.
 
-Some widths have no field. GPT-2 derives the width of its attention from the hidden size, so no config has fewer heads;
-BART has two stacks of layers and one config. For these blocks the config carries ``submodule_overrides``::
-
-    {"h.3.attn": {"values": {"n_embd": 512, "n_head": 8}, "shapes": {"c_attn.weight": [768, 1536], ...}}}
-
-The block is built as if the whole model were narrower, which makes its head count, split sizes and scales right; then
-its leaves that face the hidden size get the stated shapes. ``attributes`` are set on the finished block: factors that
-must not change with the hidden size. A block with ``absent`` is removed: its stand-in adds nothing to the residual
-stream and returns that many values (0: no tuple). Paths begin at the smallest inner model that holds every stack of
-layers built from this config.
-
-Some heads depend on a constant that the model computes for all heads, such as ALiBi's slopes. The model keeps computing
-it for all of them, and each layer takes the part of its own heads, stated in ``constant_slices``::
-
-    {"h.3": [{"argument": "alibi", "dim": 0, "size": 16, "inner": 1, "kept": [0, 2, ...]}]}
-
-Importing this module installs it in transformers, and :mod:`llm_pruner` sees to that, so that
-``AutoModelForCausalLM.from_pretrained`` works. The file imports nothing else of the package: a checkpoint may carry a
-copy of it, to be loaded without llm_pruner.
+Importing this module installs it in transformers. It imports nothing else of the package: a checkpoint may carry a
+copy of the file, to be loaded without llm_pruner.
 """
 
 from __future__ import annotations
@@ -37,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -48,6 +32,13 @@ CONFIG_LOGGER = "transformers.integrations.heterogeneity.configuration_utils"
 SUBMODULES = "submodule_overrides"
 CONSTANTS = "constant_slices"
 Overrides = dict[str, Any]
+SKIP = "skip"  # in per_layer_config: kinds of blocks that a layer lacks, for transformers' own modelling half
+# In config.json where a kernel's name is expected: transformers checks it before it builds layers, and repeats it.
+REFUSAL_FIELD = "experts_implementation"
+REFUSAL = (
+    "this checkpoint has layers of different widths: pip install llm_pruner and import llm_pruner first; with a "
+    "modeling_pruned.py in its folder, trust_remote_code=True does as well"
+)
 
 # Where a config keeps how its blocks run: private names of transformers, checked on 5.23.
 IMPLEMENTATION_SLOTS = {"attn": "_attn_implementation_internal", "experts": "_experts_implementation_internal"}
@@ -65,6 +56,8 @@ def install() -> None:
 
     @functools.wraps(init)
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        if isinstance(config, PreTrainedConfig):  # anything else is transformers' to refuse
+            _lift_refusal(config)
         if has_per_layer_widths(config) or _open_recordings:  # an inner model's file may be another than its outer's
             recording = ExitStack()
             recording.enter_context(recording_constructors(type(self)))
@@ -74,8 +67,9 @@ def install() -> None:
 
     @functools.wraps(post_init)
     def with_layers(self: PreTrainedModel) -> None:
-        if has_per_layer_widths(self.config):
-            _rebuild_layers(self)
+        rebuilt = has_per_layer_widths(self.config) and _rebuild_layers(self)
+        if rebuilt or any(map(_refuses, _parts_of(self.config))):
+            setattr(self.config, REFUSAL_FIELD, REFUSAL)
         if (end_recording := self.__dict__.pop("_end_recording", None)) is not None:
             end_recording()
         post_init(self)
@@ -88,14 +82,10 @@ def install() -> None:
 
 
 def transformers_builds_layers() -> bool:
-    """Return True if transformers builds layers from per-layer configs itself; 5.23 does not.
-
-    Its model class would have to name the feature, which its configs call heterogeneity.
-    """
-    names = set(vars(modeling_utils))
-    for function in map(inspect.unwrap, filter(callable, vars(PreTrainedModel).values())):
-        names.update(getattr(getattr(function, "__code__", None), "co_names", ()))
-    return any("heterogene" in name.lower() for name in names)
+    """Return True if transformers' model class names per-layer configs ("heterogeneous"); that of 5.23 does not."""
+    methods = map(inspect.unwrap, filter(callable, vars(PreTrainedModel).values()))
+    used = (name for method in methods for name in getattr(getattr(method, "__code__", None), "co_names", ()))
+    return any("heterogene" in name.lower() for name in (*vars(modeling_utils), *used))
 
 
 def overrides_of(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
@@ -111,6 +101,25 @@ def layer_overrides_of(config: PreTrainedConfig) -> dict[int, Overrides]:
 def has_per_layer_widths(config: PreTrainedConfig) -> bool:
     """Return True if a config gives layers or blocks of its model values of their own."""
     return bool(getattr(config, "is_heterogeneous", False) or overrides_of(config) or getattr(config, CONSTANTS, None))
+
+
+def _parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """List a config and those inside it."""
+    return [config, *(p for v in vars(config).values() if isinstance(v, PreTrainedConfig) for p in _parts_of(v))]
+
+
+def _refuses(config: PreTrainedConfig, field: str = REFUSAL_FIELD) -> bool:
+    return "llm_pruner" in str(config.__dict__.get(field))
+
+
+def _lift_refusal(config: PreTrainedConfig) -> None:
+    """Let a model be built from a config that was read from a file; drop a refusal that has no reason any more."""
+    parts, read = _parts_of(config), IMPLEMENTATION_SLOTS["experts"]  # where transformers keeps what the file says
+    for part in parts:
+        if _refuses(part, read):
+            part.__dict__[read] = None
+        if _refuses(part) and not any(map(has_per_layer_widths, parts)):
+            delattr(part, REFUSAL_FIELD)
 
 
 def _reaching_layers(setter: Callable[..., None]) -> Callable[..., None]:
@@ -134,10 +143,7 @@ def recording_constructors(*classes: type) -> Iterator[None]:
     """Let modules that are constructed meanwhile remember their arguments; those of the classes' modelling files.
 
     A module's constructor is the only thing that knows how to make it right; its arguments are needed to call
-    it again with another config. Classes of torch are left alone.
-
-    Args:
-        classes: classes of models or of parts of models; every class that their files define or import is recorded.
+    it again with another config. Every class that their files define or import is recorded, except torch's.
     """
     recorded = _recordable(classes)
     _open_recordings.append(recorded)
@@ -148,15 +154,12 @@ def recording_constructors(*classes: type) -> Iterator[None]:
             module_class.__init__ = _recording(original)  # type: ignore[misc]
         _recorders[module_class][0] += 1
 
-    def drop_warning(_: logging.LogRecord) -> bool:
-        """Drop the warning that a global value is read: layers are built from it first, then anew from their own."""
-        return False
-
-    logging.getLogger(CONFIG_LOGGER).addFilter(drop_warning)
+    # Layers are built from global values first, then anew from their own: no reason to warn.
+    logging.getLogger(CONFIG_LOGGER).addFilter(drop_all := logging.Filter("nothing"))
     try:
         yield
     finally:
-        logging.getLogger(CONFIG_LOGGER).removeFilter(drop_warning)
+        logging.getLogger(CONFIG_LOGGER).removeFilter(drop_all)
         _open_recordings.pop()
         for module_class in recorded:
             _recorders[module_class][0] -= 1
@@ -171,19 +174,15 @@ _recorders: dict[type, list[Any]] = {}  # how many contexts record a class, and 
 def _recordable(classes: Iterable[type]) -> list[type]:
     """List the module classes in the files of some classes and their bases, without models and without torch's."""
     files = dict.fromkeys(base.__module__ for c in classes for base in c.__mro__ if issubclass(base, nn.Module))
-    found = [value for file in files if not _is_torch(file) for value in vars(sys.modules[file]).values()]
+    found = [value for file in files if not file.startswith("torch.") for value in vars(sys.modules[file]).values()]
     return [
         value
         for value in dict.fromkeys(value for value in found if isinstance(value, type))
         if issubclass(value, nn.Module)
         and not issubclass(value, PreTrainedModel)
-        and not _is_torch(value.__module__)
+        and not value.__module__.startswith("torch.")
         and "__init__" in value.__dict__
     ]
-
-
-def _is_torch(module_name: str) -> bool:
-    return module_name.partition(".")[0] == "torch"
 
 
 def _recording(original: Callable[..., None]) -> Callable[..., None]:
@@ -206,8 +205,7 @@ def rebuild(module: nn.Module, overrides: Overrides | PreTrainedConfig) -> nn.Mo
     A value that is also an argument of the constructor (some blocks are given ``num_heads``) is passed as argument.
 
     Raises:
-        ValueError: the module's constructor was not recorded. The constructor may raise anything else for values
-            that make no sense.
+        ValueError: the module's constructor was not recorded; for values that make no sense it may raise anything.
     """
     if "_constructed_with" not in module.__dict__:
         raise ValueError(f"{type(module).__name__} cannot be built again: its class is not of a modelling file")
@@ -252,16 +250,12 @@ def global_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the stacks of decoder (or encoder) layers by path: the outermost module lists of the model.
-
-    A list with a member without parameters is not a stack.
-    """
+    """Return the stacks of decoder (or encoder) layers by path: the outermost lists of modules with parameters."""
     out: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         nested = any(path.startswith(f"{outer}.") for outer in out)
-        if isinstance(module, nn.ModuleList) and len(module) and not nested:
-            if any(next(member.parameters(), None) is None for member in module):
-                continue
+        members = list(module) if isinstance(module, nn.ModuleList) and not nested else []
+        if members and all(list(member.parameters()) for member in members):
             out[path] = module
     return out
 
@@ -269,34 +263,42 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 def stack_of(model: nn.Module, layers: int) -> nn.ModuleList | None:
     """Return the model's own list of decoder layers, not that of an inner model with a config of its own."""
     for path, stack in layer_lists(model).items():
-        parents = [model.get_submodule(p) for p in _ancestors(path)]
+        parents = [model.get_submodule(p) for p in accumulate(path.split(".")[:-1], "{}.{}".format)]
         if len(stack) == layers and not any(isinstance(p, PreTrainedModel) and p is not model for p in parents):
             return stack
     return None
 
 
-def _ancestors(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-def _rebuild_layers(model: PreTrainedModel) -> None:
-    """Replace the layers and blocks that a model's config gives values of their own."""
+def _rebuild_layers(model: PreTrainedModel) -> bool:
+    """Replace layers and blocks that a config gives values of their own; return True if that takes this module."""
     config = model.config
-    if (differing := layer_overrides_of(config)) and not transformers_builds_layers():
+    before = [(name, parameter.shape) for name, parameter in model.named_parameters()]
+    if differing := layer_overrides_of(config):
         stack = stack_of(model, config.num_hidden_layers) or nn.ModuleList()
         for i in range(len(stack)):
-            if differing.get(i):
+            if differing.get(i, {}).keys() - {SKIP} and not (transformers_builds_layers() and _is_built(stack[i])):
                 stack[i] = rebuild(stack[i], config.per_layer_config[i])
     overrides = overrides_of(config)
     for path in sorted(overrides, key=lambda path: path.count(".")):  # a layer before the blocks in it
         _override_block(model, path, overrides[path])
-    for path, entries in (getattr(config, CONSTANTS, None) or {}).items():
+    constants = getattr(config, CONSTANTS, None) or {}
+    for path, entries in constants.items():
         if (layer := _submodule(model, path)) is None:
             continue
         for entry in entries:  # in the order in which they were cut
             constant = Constant(path, entry["argument"], entry["dim"], entry["size"], entry["inner"])
             layer.register_forward_pre_hook(hook_selecting([(constant, entry["kept"])]), with_kwargs=True)
+    stated = constants or any("absent" not in recipe for recipe in overrides.values())
+    # Some architectures build layers from per-layer configs themselves: nothing changes then.
+    return bool(stated) or before != [(name, parameter.shape) for name, parameter in model.named_parameters()]
+
+
+def _is_built(layer: nn.Module) -> bool:
+    """Return True if the parts of a layer were constructed from a config without per-layer values."""
+    parts = [vars(part).get("_constructed_with", (None, (), {})) for part in layer.modules() if part is not layer]
+    given = [value for _, args, kwargs in parts for value in (*args, *kwargs.values())]
+    configs = [value for value in given if isinstance(value, PreTrainedConfig)]
+    return bool(configs) and not any(config.is_heterogeneous for config in configs)
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
@@ -313,7 +315,8 @@ def _override_block(model: PreTrainedModel, path: str, recipe: dict[str, Any]) -
     if block is None:
         return
     if "absent" in recipe:
-        model.set_submodule(path, Absent(recipe["absent"]))
+        if list(block.parameters()):  # otherwise transformers has left it out already
+            model.set_submodule(path, Absent(recipe["absent"]))
         return
     if recipe["values"] or recipe["shapes"]:
         block = rebuild(block, recipe["values"])
@@ -326,8 +329,7 @@ def _override_block(model: PreTrainedModel, path: str, recipe: dict[str, Any]) -
 
 
 class Absent(nn.Module):
-    """The stand-in of a removed block: it adds nothing to the residual stream and returns ``outputs`` values (0: no
-    tuple)."""
+    """The stand-in of a removed block: it adds nothing to the residual stream. ``outputs`` of 0 means no tuple."""
 
     def __init__(self, outputs: int):
         super().__init__()

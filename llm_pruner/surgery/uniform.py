@@ -14,7 +14,15 @@ from ..graph.units import CouplingGraph, Unit, trace
 from ..models.blockwise import native_compute
 from ..models.constructors import refusal
 from ..models.inputs import example_inputs
-from ..models.per_layer import CONSTANTS, SUBMODULES, global_config, has_per_layer_widths, overrides_of
+from ..models.per_layer import (
+    CONSTANTS,
+    SKIP,
+    SUBMODULES,
+    global_config,
+    has_per_layer_widths,
+    layer_overrides_of,
+    overrides_of,
+)
 from ..models.running import relative_difference
 from ..models.skeleton import canonical_names, skeleton
 from .equivalence import _changed_logits
@@ -65,8 +73,8 @@ def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
         )
     out = global_config(config)
     out.__dict__.pop(SUBMODULES, None)  # these blocks are as wide as they were before any pruning
-    spec = config._heterogeneity_spec.per_layer_overrides if config.is_heterogeneous else {}
-    for field in dict.fromkeys(field for overrides in spec.values() for field in overrides):
+    differing = layer_overrides_of(config).values()
+    for field in dict.fromkeys(field for overrides in differing for field in overrides if field != SKIP):
         values = [getattr(config.per_layer_config[i], field) for i in range(config.num_hidden_layers)]
         if None in values:  # that is, as wide as the hidden size makes it: more than any that was cut
             setattr(out, field, None)

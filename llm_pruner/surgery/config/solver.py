@@ -71,7 +71,7 @@ def solve(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> It
         PrunerError: no config expresses the shapes; the message names the first tensors that do not fit.
     """
     targets = _target_shapes(model, plan)
-    config = _config_without_dropped(model, plan)
+    config = _config_without_dropped(model, plan, graph)
     base = skeleton(type(model), config)
     stacks = stacks_of(base)
     jobs = [job for stack in stacks for job in _jobs(base, stack, targets, _layer_cuts(model, plan, graph))]
@@ -107,7 +107,7 @@ def _target_shapes(model: PreTrainedModel, plan: PruningPlan) -> Shapes:
     }
 
 
-def _config_without_dropped(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedConfig:
+def _config_without_dropped(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> PreTrainedConfig:
     """Return the model's config without the layers, tokens and blocks that a plan drops; widths are as before."""
     config = copy.deepcopy(model.config)
     if plan.layers:
@@ -120,7 +120,7 @@ def _config_without_dropped(model: PreTrainedModel, plan: PruningPlan) -> PreTra
                 setattr(text, name, len(plan.tokens))
         renumber(config, plan.tokens)
     if plan.blocks:
-        without_blocks(model, config, plan)
+        without_blocks(model, config, plan, graph)
     return config
 
 

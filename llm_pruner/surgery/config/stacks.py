@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,14 +14,16 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import PrunerError
+from ...graph.units import CouplingGraph, block_of
 from ...models.constructors import fields_of
 from ...models.hooks import forward_hooks
 from ...models.layers import is_below
-from ...models.per_layer import CONSTANTS, SUBMODULES, layer_lists, overrides_of, set_field
+from ...models.per_layer import CONSTANTS, SKIP, SUBMODULES, layer_lists, layer_overrides_of, overrides_of, set_field
 from ...models.running import MetaReads, forward, tracing_mode
 from ...models.skeleton import skeleton
 from ...selection.plan import PruningPlan, name_after
 
+BLOCK_NAMES = {"heads": "attention", "neurons": "mlp"}  # in per_layer_config, by kind of the units that a block holds
 LEADING_LAYERS = ("max_window_layers", "first_k_dense_replace")  # fields: so many layers come first, of another kind
 
 
@@ -125,8 +128,10 @@ def without_layers(
     return _fit_layer_pattern(type(model), config, wanted)
 
 
-def without_blocks(model: PreTrainedModel, config: PreTrainedConfig, plan: PruningPlan) -> None:
+def without_blocks(model: PreTrainedModel, config: PreTrainedConfig, plan: PruningPlan, graph: CouplingGraph) -> None:
     """Note in a config, which has the layers that the plan leaves, what blocks are gone.
+
+    A block that transformers has a name for is in ``per_layer_config``, too, for a modelling half of transformers' own.
 
     Raises:
         PrunerError: a block is in no layer.
@@ -144,6 +149,21 @@ def without_blocks(model: PreTrainedModel, config: PreTrainedConfig, plan: Pruni
         entry = {"values": {}, "shapes": {}, "absent": _outputs(model, path)}
         part = parts[stack.config]
         setattr(part, SUBMODULES, overrides_of(part) | {stack.inside(int(layer), inner): entry})
+        if stack.standard and (name := _name_in_transformers(model, graph, stack, path)):
+            layers = {i: dict(own) for i, own in layer_overrides_of(part).items()}
+            own = layers.setdefault(int(layer), {})
+            own[SKIP] = sorted({*own.get(SKIP, []), name})
+            part.per_layer_config = cast(Any, layers)
+
+
+def _name_in_transformers(model: PreTrainedModel, graph: CouplingGraph, stack: Stack, path: str) -> str | None:
+    """Return the name for ``skip`` of a block that holds all heads or all neurons of its layer, None for another."""
+    layer = int(path[len(stack.path) + 1 :].partition(".")[0])
+    for kind, name in BLOCK_NAMES.items():
+        with suppress(PrunerError):
+            if block_of(model, graph, stack.path, layer, kind=kind) == path:
+                return name
+    return None
 
 
 @torch.no_grad()
