@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checkpoint.save import write_checkpoint
 from ..errors import PrunerError
 from ..files import strict_json, write_text
-from ..models.per_layer import SUBMODULES, stack_of
+from ..models.per_layer import REFUSAL_FIELD, SUBMODULES, stack_of
 from .gguf_writer import LIKE_LLAMA, layer_shapes
 
+WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")  # fields of Qwen2
 CONFIG_FILE = "configuration_decilm.py"
 # The config class, for engines that ask transformers for it with trust_remote_code.
 CONFIG_SOURCE = '''"""Config of a checkpoint with ``block_configs``: Llama's, with sizes by layer."""
@@ -80,9 +81,8 @@ def write_nemotron_nas(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     write_checkpoint(model, tokenizer, folder)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    for name in (SUBMODULES, "per_layer_config", "sliding_window", "use_sliding_window", "max_window_layers"):
+    for name in (SUBMODULES, REFUSAL_FIELD, "per_layer_config", *WINDOWS):
         config.pop(name, None)
-    config.pop("layer_types", None)
     heads = max(layer.heads for layer in layers)
     blocks: list[dict[str, Any]] = []
     for layer in layers:
