@@ -101,7 +101,10 @@ def test_block_configs(saved, tmp_path, capsys):
     blocks = config["block_configs"]
     assert [block["ffn"]["intermediate_size"] for block in blocks] == [96, 48, None]
     assert blocks[2]["ffn"]["no_op"] and not blocks[2]["attention"]["no_op"]
-    assert blocks[0]["attention"]["n_heads_in_group"] == 2 and not config.keys() & {"per_layer_config", "experts_implementation"}
+    assert blocks[0]["attention"]["n_heads_in_group"] == 2 and not config.keys() & {
+        "per_layer_config",
+        "experts_implementation",
+    }
 
 
 @pytest.mark.slow
