@@ -31,7 +31,7 @@ RANGES = tuple(f"block_{block}_layer_{end}" for block in ("attention", "mlp") fo
 EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
     (MODES, MODES, "each says what is pruned"),
     (("kinds",), ("shares",), "each says what is pruned"),
-    (TARGETS, TARGETS, "each says how much stays"),
+    (TARGETS, (*TARGETS, "pruning_ratio"), "each says how much stays"),
     (TARGETS, ("layer_wise", "iterative_steps"), "a target is solved in one step"),
     (SHAPES, (*TARGETS, "channel_wise", "kinds", "iterative_steps"), "a target shape says all"),
     (
