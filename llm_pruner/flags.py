@@ -181,7 +181,8 @@ def check_combinations(
             raise PrunerError(f"--{first} and --{second} exclude each other ({why}): give one")
     for name, needed in requires:
         if name in given and not given.intersection(needed):
-            raise PrunerError(f"--{name} needs --{' or --'.join(needed)}")
+            *others, last = (f"--{flag}" for flag in needed)
+            raise PrunerError(f"--{name} needs " + (f"one of {', '.join(others)} or {last}" if others else last))
 
 
 def default_of(one: Field[Any]) -> Any:

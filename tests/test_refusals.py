@@ -20,7 +20,7 @@ APPLY = "apply {home}/pruned/pruning_plan.json {home}/base out "
 # A command line, and words of its error.
 REFUSED = [
     # sizes and fractions
-    (PRUNE + "--target_params 1.5", "--target_params '1.5' is not valid: use a fraction"),
+    (PRUNE + "--target_params 1.5", "--target_params '1.5' is not valid: 1.5 is above 1; use a fraction"),
     (PRUNE + "--target_params 0", "--target_params '0' is not valid: use a fraction"),
     (PRUNE + "--target_params x", "--target_params 'x' is not valid: use a fraction"),
     (PRUNE + "--target_params 120%", "--target_params '120%' is not valid"),
@@ -31,22 +31,23 @@ REFUSED = [
     (PRUNE + "--target_macs 9T --budget_tokens 16", "--target_macs 9T", "give less"),
     (PRUNE + "--target_params 0.01", "cannot be reached"),
     (PRUNE + "--target_params 0.8 --pruning_ratio 0.2", "--target_params and --pruning_ratio exclude each other"),
-    (PRUNE + "--pruning_ratio 150%", "--pruning_ratio 1.5 is out of range"),
+    (PRUNE + "--pruning_ratio 150%", "--pruning_ratio 1.5 is out of range: give a share between 0 and 1 (0.2 or 20%)"),
+    (PRUNE + "--shares layers=1", "--shares needs one of --target_params, --target_macs, --target_memory or"),
     (PRUNE + "--pruning_ratio much", "--pruning_ratio 'much' is not valid: give a share such as 0.8 or 80%"),
     (VOCAB + "--keep 0", "--keep '0' is not valid"),
     (VOCAB + "--keep 150%", "--keep '150%' is not valid"),
     (VOCAB + "--keep coverage=2", "--keep 'coverage=2' is not valid"),
     ("demo --output out --pruning_ratio 1.5", "--pruning_ratio 1.5 is out of range"),
     # layers
-    (PRUNE + "--layer_wise --layer 9", "--layer: cannot keep 9 of 3"),
-    (PRUNE + "--drop_layers 7", "--drop_layers 7 is out of range"),
-    (PRUNE + "--num_layers 7", "--num_layers: cannot keep 7 of 3"),
-    (PRUNE + "--drop_attention 9", "--drop_attention 9: layer 9 is out of range"),
+    (PRUNE + "--layer_wise --layer 9", "--layer: cannot keep 9 layers, the model has 3 layers: give 1 to 2"),
+    (PRUNE + "--drop_layers 7", "--drop_layers 7 is out of range: the model has layers 0 to 2"),
+    (PRUNE + "--num_layers 7", "--num_layers: cannot keep 7 layers, the model has 3 layers: give 1 to 2"),
+    (PRUNE + "--drop_attention 9", "--drop_attention 9: layer 9 is out of range: the model has layers 0 to 2"),
     (PRUNE + "--drop_mlp encoder.1", "--drop_mlp does not say which stack"),
     (PRUNE + "--block_mlp_layer_start 2 --block_mlp_layer_end 30", "--block_mlp_layer_end 30 is out of range"),
     (PRUNE + "--block_attention_layer_start 3 --block_attention_layer_end 3", "is out of range"),
     # shapes and kinds
-    (PRUNE + "--hidden_size 33", "the shape cannot be reached"),
+    (PRUNE + "--hidden_size 33", "LlamaConfig refuses it: The hidden size (33) is not a multiple", "(4); with all"),
     (PRUNE + "--num_attention_heads 3", "the shape cannot be reached"),
     (PRUNE + "--num_hidden_layers 7", "cannot keep 7"),
     (PRUNE + "--kinds experts", "the model has no experts to prune"),

@@ -50,7 +50,7 @@ from .arguments import REQUIRES_SAVING, PruneArguments
 from .calibration import available_text, calibration_set
 from .checking import check_prune_inputs
 from .context import Planning, Progress, Stopwatch
-from .evaluation import evaluate_model, evaluation_windows
+from .evaluation import evaluate_model, evaluation_windows, warn_of_lost_quality
 from .measurements import METRICS_FILE, before_and_after
 from .mending import mend
 from .planning import PlannedModel, make_plan, needs_calibration
@@ -237,6 +237,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
         with clock("save"):
             write_checkpoint(pruned, tokenizer, folder, planned.plan, standalone=settings.output.standalone)
     metrics["after"] = measure(pruned, tokenizer, when="after pruning")
+    warn_of_lost_quality(metrics)
     return PruneRun(model=pruned, tokenizer=tokenizer, plan=planned.plan, metrics=metrics, folder=folder)
 
 
