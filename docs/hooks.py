@@ -44,7 +44,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def _flags_page() -> str:
     lines = ["# All flags", "", "`llm-pruner COMMAND --help` prints these texts.", ""]
     for name, command in COMMANDS.items():
-        parser = build_parser(command.arguments_class, f"llm-pruner {name}", command.summary)
+        parser = build_parser(
+            command.arguments_class, f"llm-pruner {name}", command.summary, positionals=command.positionals
+        )
         lines += [f"## {name}", "", "```text", parser.format_help().rstrip(), "```", ""]
     return "\n".join(lines)
 

@@ -53,7 +53,11 @@ def run_command(command: Command, argv: Sequence[str], program: str) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         arguments: Any = parse_flags(
-            command.arguments_class, _name_positionals(command, argv), program, command.summary
+            command.arguments_class,
+            _name_positionals(command, argv),
+            program,
+            command.summary,
+            positionals=() if program in SCRIPTS else command.positionals,
         )
         with showing(quiet=getattr(arguments, "quiet", False)), warnings.catch_warnings():
             if not sys.warnoptions:
@@ -62,7 +66,7 @@ def run_command(command: Command, argv: Sequence[str], program: str) -> int:
             command.check_inputs(arguments, InputCheck())
             command.run(arguments)
     except PrunerError as error:
-        return _fail(str(error))
+        return _fail(_without_unwritten_flag(command, argv, str(error)))
     except MemoryError as error:
         return _fail(_explain_out_of_memory(str(error)))
     except KeyboardInterrupt:
@@ -87,6 +91,19 @@ def _name_positionals(command: Command, argv: Sequence[str]) -> list[str]:
         return list(argv)
     named = [part for name, word in zip(command.positionals, words, strict=False) for part in (f"--{name}", word)]
     return [*named, *words[len(command.positionals) :], *argv[len(words) :]]
+
+
+def _without_unwritten_flag(command: Command, argv: Sequence[str], message: str) -> str:
+    """Leave out the flag before the value in an error, where the user wrote the value as a leading word; a value that
+    stands twice is written once."""
+    words = list(takewhile(lambda word: not word.startswith("-"), argv))
+    for i, word in enumerate(words if command.positionals else ()):
+        flag = f"--{command.positionals[min(i, len(command.positionals) - 1)]} {word}"
+        if message == flag or message.startswith((f"{flag}:", f"{flag} ")):
+            reason = message.removeprefix(f"{flag}: ")
+            named = reason.startswith(f"{word} ") or f" {word}: " in reason or reason.endswith(f" {word}")
+            return reason if named else message.removeprefix(flag.removesuffix(word))
+    return message
 
 
 def _fail(message: str) -> int:

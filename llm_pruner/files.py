@@ -289,6 +289,7 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[Path | None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=wait)
     except Timeout:
+        _check_parent(path.resolve())  # filelock takes a folder that refuses files for another holder
         yield None
         return
     except OSError as error:

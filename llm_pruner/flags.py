@@ -181,7 +181,8 @@ def check_combinations(
             raise PrunerError(f"--{first} and --{second} exclude each other ({why}): give one")
     for name, needed in requires:
         if name in given and not given.intersection(needed):
-            raise PrunerError(f"--{name} needs --{' or --'.join(needed)}")
+            *others, last = (f"--{flag}" for flag in needed)
+            raise PrunerError(f"--{name} needs " + (f"one of {', '.join(others)} or {last}" if others else last))
 
 
 def default_of(one: Field[Any]) -> Any:
@@ -228,17 +229,40 @@ def _boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-def build_parser(arguments_class: type, program: str, summary: str) -> argparse.ArgumentParser:
-    """Build the parser of a command from the fields of its arguments, in the groups that they name."""
+def _positional_usage(arguments_class: type, names: Sequence[str]) -> str:
+    """Return the leading words of a command line as a usage line shows them: ``[MODEL [OUTPUT]]``, ``RUN [RUN ...]``.
+
+    A flag whose default is empty text or an empty list has to be given.
+    """
+    defaults = {one.name: default_of(one) for one in fields(arguments_class)}
+    usage = ""
+    for name in reversed(names):
+        several = value_type(arguments_class, name).several
+        word = name.removesuffix("s").upper() if several else name.upper()
+        words = f"{word} [{word} ...]" if several else word
+        words = f"{words} {usage}".rstrip()
+        usage = words if defaults[name] in ("", []) else f"[{words}]"
+    return usage
+
+
+def build_parser(
+    arguments_class: type, program: str, summary: str, *, positionals: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Build the parser of a command from the fields of its arguments, in the groups that they name.
+
+    Args:
+        positionals: flags that the usage line shows as leading words.
+    """
+    usage = [program, _positional_usage(arguments_class, positionals), "[flags]"]
     parser = _Parser(
         prog=program,
         description=summary,
-        usage=f"{program} [flags]",
+        usage=" ".join(filter(None, usage)),
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    groups: dict[str, Any] = {}
+    groups: dict[str, Any] = {"options": parser}  # argparse's own heading, below which --help stands
     for one in fields(arguments_class):
         title = one.metadata["group"]
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
@@ -268,13 +292,20 @@ def _add_flag(group: Any, one: Field[Any], kind: ValueType) -> None:
     group.add_argument(*names, dest=one.name, type=convert, metavar=metavar, help=text, **extra)
 
 
-def parse_flags(arguments_class: type[T], argv: Sequence[str], program: str = "", summary: str = "") -> T:
-    """Read flags into a dataclass.
+def parse_flags(
+    arguments_class: type[T],
+    argv: Sequence[str],
+    program: str = "",
+    summary: str = "",
+    *,
+    positionals: Sequence[str] = (),
+) -> T:
+    """Read flags into a dataclass; ``program``, ``summary`` and ``positionals`` are for ``--help``.
 
     Raises:
         PrunerError: a flag is unknown (the message names the nearest), lacks its value or has one of another type.
     """
-    parser = build_parser(arguments_class, program, summary)
+    parser = build_parser(arguments_class, program, summary, positionals=positionals)
     known, unknown = parser.parse_known_args(list(argv))
     if unknown:
         spellings = [option for action in parser._actions for option in action.option_strings]

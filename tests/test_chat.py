@@ -11,6 +11,7 @@ from helpers.browser import browser_page
 import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
+from llm_pruner.tools import chat
 from llm_pruner.tools.arguments import ChatArguments, GenerateArguments
 from llm_pruner.tools.chat import AnswerSettings, answer, page_of, titles_of
 
@@ -165,7 +166,7 @@ def test_the_stop_button_stops_the_model(home, monkeypatch):
     ("argv", "message"),
     [
         (["chat"], "name one to three"),
-        (["chat", "a", "b", "c", "d"], "name one to three"),
+        (["chat", "a", "b", "c", "d"], "4 models given; at most 3"),
         (["chat", "/nowhere"], "there is no model folder"),
         (["chat", "smollm2-135m", "--port", "0"], "--port 0"),
     ],
@@ -173,6 +174,17 @@ def test_the_stop_button_stops_the_model(home, monkeypatch):
 def test_bad_input_of_the_command(argv, message, capsys):
     assert main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_command_says_at_once_what_it_loads(monkeypatch, capsys):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+
+    def stop(name, *_):
+        raise PrunerError(capsys.readouterr().out)
+
+    monkeypatch.setattr(chat, "load_with_tokenizer", stop)
+    with pytest.raises(PrunerError, match=r"^loading smollm2-135m, a \.\.\.\n$"):
+        chat.serve_chat(ChatArguments(model=["smollm2-135m", "a"]))
 
 
 def test_generate_leaves_its_flags_alone():

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 from helpers.recipes import FOUR_STAGES, PRUNE, printed_table, save_config, write_recipe
 
+from llm_pruner.checkpoint.config import load_config
 from llm_pruner.cli import main
 from llm_pruner.recipes import dry_run
 from llm_pruner.recipes.arguments import RunArguments
@@ -83,6 +84,14 @@ def test_an_absolute_latency_makes_that_stage_and_later_ones_unknown(home, tmp_p
     assert table["recover"] == [""] * 9 and "?" not in table["original"]
 
 
+def test_tables_fit_eighty_columns_and_the_hidden_size_is_that_of_the_config(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["run", str(write_recipe(tmp_path, home, PRUNE)), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80 and printed.count("ratio") == 2
+    assert printed_table(printed)["original"][1] == str(load_config(home / "base").hidden_size)
+
+
 ALL_LAYERS = ", ".join(f"block_{block}_layer_start: 0, block_{block}_layer_end: 3" for block in ("attention", "mlp"))
 
 
@@ -112,13 +121,17 @@ def test_every_recipe_has_a_config():
     read("smollm2_demo")
 
 
-def predict_sweep(recipe, capsys, *flags, code=0):
-    """Return the head and the rows of a sweep's table, and the last line of the errors."""
-    assert main(["run", str(recipe), "--dry_run", *flags]) == code
-    captured = capsys.readouterr()
-    head = next(line for line in captured.out.splitlines() if line.startswith("┃"))
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in captured.out.splitlines() if line[:1] == "│"]
-    return [cell.strip() for cell in head.split("┃")[1:-1]], rows, captured.err.strip()
+@pytest.fixture
+def wide(monkeypatch):
+    """Print every table in one part."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def sweep_table(printed):
+    """Return the head and the rows of a sweep's table."""
+    heads = [line.split("┃")[1:-1] for line in printed.splitlines() if line.startswith("┃")]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line[:1] == "│"]
+    return [" ".join("".join(cells).split()) for cells in zip(*heads, strict=True)], rows
 
 
 SWEEP = """sweep:
@@ -127,7 +140,7 @@ seeds: [1, 2, 3]
 """
 
 
-def test_a_sweep_has_a_row_per_point_and_folds_its_seeds(home, tmp_path, capsys, monkeypatch):
+def test_a_sweep_has_a_row_per_point_and_folds_its_seeds(home, tmp_path, capsys, monkeypatch, wide):
     calls = Counter()
     for name in ("load_config", "meta_model", "make_plan"):
         original = getattr(dry_run, name)
@@ -135,7 +148,8 @@ def test_a_sweep_has_a_row_per_point_and_folds_its_seeds(home, tmp_path, capsys,
             dry_run, name, lambda *args, name=name, call=original: (calls.update([name]), call(*args))[1]
         )
     stages = "  - prune: {compensate: none, hardware_align: false}\n  - recover: {data_path: python-docs}\n"
-    head, rows, _ = predict_sweep(write_recipe(tmp_path, home, stages, SWEEP), capsys)
+    assert main(["run", str(write_recipe(tmp_path, home, stages, SWEEP)), "--dry_run"]) == 0
+    head, rows = sweep_table(capsys.readouterr().out)
     assert head[:4] == ["pruner_type", "pruning_ratio", "seeds", "layers"] and head[-2].startswith("MACs")
     assert [row[:3] for row in rows] == [[c, r, "3"] for c in ("l1", "taylor") for r in ("0.25", "0.5")]
     assert rows[0][3:] == rows[2][3:] != rows[1][3:] == rows[3][3:]
@@ -144,14 +158,17 @@ def test_a_sweep_has_a_row_per_point_and_folds_its_seeds(home, tmp_path, capsys,
     assert single["prune"] == rows[0][3:]
 
 
-def test_a_sweep_shows_why_points_cannot_run_and_ends_with_2(home, tmp_path, capsys):
+def test_a_sweep_shows_why_points_cannot_run_and_ends_with_2(home, tmp_path, capsys, wide):
     stages = "  - prune: {pruner_type: l2, compensate: none, hardware_align: false}\n"
     sweep = "sweep: {points: [{prune.num_layers: 2}, {prune.num_layers: 7}, {prune.pruning_ratio: 1.5}]}\n"
-    head, rows, error = predict_sweep(write_recipe(tmp_path, home, stages, sweep), capsys, code=2)
-    assert head[-1] == "cannot run" and head[:2] == ["num_layers", "pruning_ratio"]
-    starts = [row for row in rows if row[0] or row[1]]
-    assert [row[:2] for row in starts] == [["2", ""], ["7", ""], ["", "1.5"]]
-    assert [bool(row[2]) for row in starts] == [True, False, False] and not starts[0][-1]
+    assert main(["run", str(write_recipe(tmp_path, home, stages, sweep)), "--dry_run"]) == 2
+    printed, error = capsys.readouterr()
+    head, rows = sweep_table(printed)
+    assert head[:3] == ["num_layers", "pruning_ratio", "layers"]
+    assert [row[:2] for row in rows] == [["2", ""], ["7", ""], ["", "1.5"]]
+    assert [bool(row[2]) for row in rows] == [True, False, False]
+    problems = [line for line in printed.splitlines() if line.startswith("cannot work: ")]
+    assert ["run 2: num_layers 7: " in problems[0], "run 3: pruning_ratio 1.5: " in problems[1]] == [True, True]
     assert "2 of 3 runs cannot work; the first is run 2: num_layers 7" in error and "recipe.yaml:5" in error
     assert not (tmp_path / "out").exists()
 

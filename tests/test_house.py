@@ -9,12 +9,14 @@ import pytest
 
 import llm_pruner as lp
 from llm_pruner.choices import Aggregation, Compensation, Dtype, Kind, LayerCriterion, Normalizer, TaylorVariant
+from llm_pruner.cli import main
 from llm_pruner.commands import COMMANDS, SCRIPTS
 from llm_pruner.flags import build_parser
 from llm_pruner.graph.units import KINDS
 from llm_pruner.importance.aggregate import AGGREGATIONS
 from llm_pruner.importance.layers import STRATEGIES
 from llm_pruner.importance.taylor import VARIANTS
+from llm_pruner.provenance import command_line, provenance
 from llm_pruner.refit.compensate import METHODS
 from llm_pruner.selection.ranking import NORMALIZERS
 
@@ -95,6 +97,36 @@ def test_commands_of_the_table_exist_and_show_each_flag_once(name):
     flags = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
     assert len(flags) == len(set(flags)) > 0
     assert all(line.count("(default") <= 1 for line in text.split("\n  --"))
+
+
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("prune", "prune [MODEL [OUTPUT]] [flags]"),
+        ("recover", "recover MODEL [OUTPUT] [flags]"),
+        ("run", "run RECIPE [flags]"),
+        ("evaluate", "evaluate MODEL [MODEL ...] [flags]"),
+        ("report", "report RUN [RUN ...] [flags]"),
+        ("demo", "demo [flags]"),
+    ],
+)
+def test_help_shows_leading_words_and_one_group_of_options(name, usage, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    assert f"usage: llm-pruner {usage}\n" in text and text.count("\noptions:\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("/opt/venv/bin/llm-pruner", "llm-pruner prune 'a b'"),
+        ("/src/llm_pruner/__main__.py", "python -m llm_pruner prune 'a b'"),
+    ],
+)
+def test_a_recorded_command_names_no_folder_of_this_machine(program, command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "prune", "a b"])
+    assert command_line() == provenance()["command"] == command
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -10,6 +10,8 @@ from helpers.shapes import FAMILIES, planned
 
 import llm_pruner as lp
 from llm_pruner.models.running import relative_difference
+from llm_pruner.pruning.whole_layers import describe_dropped
+from llm_pruner.selection.plan import PruningPlan
 
 
 @pytest.mark.parametrize("strategy", ("last", "spaced_middle", "block_influence", "cosine", "loss", "contiguous"))
@@ -162,7 +164,7 @@ def test_a_block_that_is_gone_comes_back_as_zeros():
         ({"drop_layers": "1", "depth": "loss"}, "give one"),
         ({"drop_attention": "0"}, "caches are measured by it"),
         ({"drop_mlp": "7"}, "out of range"),
-        ({"shares": "layers=1,neurons=1"}, "--shares needs --target_params or"),
+        ({"shares": "layers=1,neurons=1"}, "--shares needs one of --target_params, --target_macs"),
         ({"shares": "layers", "target_params": "0.5"}, "is not valid: give proportions"),
         ({"shares": "vocabulary=1", "target_params": "0.5"}, "tokens are pruned by llm-pruner vocab"),
         ({"shares": "measured:heds", "target_params": "0.5"}, "choose from heads"),
@@ -172,6 +174,13 @@ def test_a_block_that_is_gone_comes_back_as_zeros():
 def test_bad_depth(flags, message):
     with pytest.raises(lp.PrunerError, match=message):
         planned(build("llama"), **flags)
+
+
+def test_dropped_layers_are_named_without_the_path_of_the_only_stack():
+    graph = lp.trace(build("llama"))
+    plan = PruningPlan()
+    plan.keep(graph.unit("model.layers.layers"), torch.tensor([0, 2]), graph.shapes)
+    assert describe_dropped(plan, graph) == "layers 1"
 
 
 def test_depth_and_width_in_one_plan(tmp_path):

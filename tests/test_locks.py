@@ -90,6 +90,12 @@ def test_a_lock_leaves_no_file_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="/proc refuses new files even to root")
+def test_a_place_that_refuses_files_has_no_other_writer():
+    with pytest.raises(PrunerError, match=r"^cannot write /proc/x: /proc: "), complete_folder("/proc/x", "x.txt"):
+        pass
+
+
 def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
     (tmp_path / "file").touch()
     reason = r"^cannot write .*file/a: (Not a directory|File exists)$"

@@ -9,7 +9,9 @@ from helpers.models import build
 from transformers import AutoModelForCausalLM
 
 import llm_pruner as lp
+from llm_pruner.logs import log
 from llm_pruner.pruning.arguments import HfPruneArguments, PruneArguments
+from llm_pruner.pruning.evaluation import warn_of_lost_quality
 from llm_pruner.pruning.settings import resolve_settings
 
 QUICK = {"pruner_type": "l2", "compensate": "none", "eval_datasets": "", "hardware_align": False}
@@ -146,3 +148,12 @@ def test_a_call_refuses_its_inputs_before_the_model_is_read(home, monkeypatch):
     ):
         with pytest.raises(lp.PrunerError, match=words):
             lp.prune(str(home / "base"), **flags)
+
+
+@pytest.mark.parametrize(("after", "warnings"), [(99.0, 0), (1234.0, 1)])
+def test_a_destroyed_model_is_warned_of(after, warnings, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    measured = {when: {"perplexity": {"t": {"perplexity": p}}} for when, p in (("before", 10.0), ("after", after))}
+    warn_of_lost_quality(measured)
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * warnings
+    assert all("perplexity on t is 123 times the original's" in r.message for r in caplog.records)

@@ -73,6 +73,8 @@ def locate(name: str) -> tuple[str, str | None]:
         return str(path), None
     if path.is_file() and path.suffix == ".json":
         return str(path), None
+    if path.suffix in (".json", ".safetensors") and not path.exists():
+        raise PrunerError(f"there is no file or folder {name}")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise PrunerError(f"there is no model folder {name}")
     return name, None
@@ -88,9 +90,16 @@ def explain(name: str, path: str, error: Exception) -> str:
     if path == name and not Path(path).exists():
         return (
             f"cannot load {name!r}: it is not an alias ({', '.join(EMBEDDED)}), there is no such folder or .gguf file, "
-            f"and the hub did not give it ({type(error).__name__}: {text[:200]})"
+            f"and {_why_not_from_hub(error, text)}"
         )
     return f"cannot load {name}: {type(error).__name__}: {text[:300]}"
+
+
+def _why_not_from_hub(error: Exception, text: str) -> str:
+    """Say why a model did not come from the hub; what libraries say of a missing network is left out."""
+    if any(sign in text for sign in ("couldn't connect", "offline mode")):
+        return "the hub cannot be reached"
+    return f"the hub did not give it ({type(error).__name__}: {text[:200]})"
 
 
 def folder_of(name: str) -> str:

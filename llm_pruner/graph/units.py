@@ -372,7 +372,8 @@ def block_of(model: nn.Module, graph: CouplingGraph, stack: str, layer: int, *, 
     """
     count = len(layer_lists(model)[stack])
     if layer >= count:
-        raise TraceError(f"layer {layer} is out of range: {stack} has layers 0 to {count - 1}")
+        where = stack if len(graph.of_kind("layers")) > 1 else "the model"
+        raise TraceError(f"layer {layer} is out of range: {where} has layers 0 to {count - 1}")
     start = f"{stack}.{layer}."
     units = [u for u in [*graph.units, *graph.frozen] if u.kind == kind]
     names = [name for unit in units for name in unit.parameters if name.startswith(start)]

@@ -31,7 +31,7 @@ RANGES = tuple(f"block_{block}_layer_{end}" for block in ("attention", "mlp") fo
 EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
     (MODES, MODES, "each says what is pruned"),
     (("kinds",), ("shares",), "each says what is pruned"),
-    (TARGETS, TARGETS, "each says how much stays"),
+    (TARGETS, (*TARGETS, "pruning_ratio"), "each says how much stays"),
     (TARGETS, ("layer_wise", "iterative_steps"), "a target is solved in one step"),
     (SHAPES, (*TARGETS, "channel_wise", "kinds", "iterative_steps"), "a target shape says all"),
     (
@@ -263,7 +263,9 @@ class PruneArguments(Arguments):
 
     def _check_ranges(self) -> None:
         if not self.layer_wise and not 0 < self.pruning_ratio < 1:
-            raise PrunerError(f"--pruning_ratio {self.pruning_ratio} is out of range: give a share between 0 and 1")
+            raise PrunerError(
+                f"--pruning_ratio {self.pruning_ratio} is out of range: give a share between 0 and 1 (0.2 or 20%)"
+            )
         if not 0 <= self.floor < 1:
             raise PrunerError(f"--floor {self.floor} is out of range: give a share of at least 0 and below 1")
         if self.device_map not in (None, "auto"):

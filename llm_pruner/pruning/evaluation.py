@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +24,8 @@ from ..models.inputs import reads_text_only
 from ..models.tasks import predicts_tokens
 from .context import Stopwatch
 from .settings import BudgetSettings, EvaluationSettings, PruneSettings
+
+UNUSABLE = 10.0  # times the original's perplexity
 
 
 def evaluation_windows(
@@ -95,8 +98,21 @@ def evaluate_model(
         with clock("perplexity"):
             result = perplexity(model, ids, compute=compute, text_name=name)
         metrics["perplexity"][name] = asdict(result)
-        log.info("perplexity %s on %s: %.4f (%d tokens)", when, name, result.perplexity, result.tokens)
+        log.info("perplexity %s on %s: %.2f (%d tokens)", when, name, result.perplexity, result.tokens)
     return metrics
+
+
+def warn_of_lost_quality(metrics: Mapping[str, Any]) -> None:
+    """Warn of a pruned model whose perplexity is many times the original's."""
+    for name, after in metrics["after"]["perplexity"].items():
+        before = metrics["before"]["perplexity"][name]["perplexity"]
+        if after["perplexity"] > UNUSABLE * before:
+            log.warning(
+                "perplexity on %s is %.0f times the original's: the model is hardly usable; remove less, or train it "
+                "with llm-pruner recover",
+                name,
+                after["perplexity"] / before,
+            )
 
 
 def _sample(settings: PruneSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

@@ -102,7 +102,8 @@ def make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
         return planned
     with clock("apply"):
         shorter = apply(model, dropped, planning.place)
-    log.info("without %s: %s parameters", describe_dropped(dropped), f"{parameter_count(shorter):,}")
+    size = f"{parameter_count(shorter):,}"
+    log.info("%s removed: %s parameters stay", describe_dropped(dropped, graph), size)
     only_layers = PlannedModel(plan=dropped, pruned=shorter, graph=graph)
     budget = settings.budget
     proportional = bool(settings.widths.proportions) and budget is not None and budget.kind == "target_params"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +40,7 @@ from ..models.inputs import reads_text_only
 from ..models.skeleton import parameter_count
 from ..peak_memory import PeakMemory
 from ..progress import showing, without_bars
-from ..provenance import provenance
+from ..provenance import command_line, provenance
 from ..selection.plan import PruningPlan
 from ..surgery.apply import in_memory
 from ..surgery.equivalence import verify
@@ -51,7 +49,7 @@ from .arguments import REQUIRES_SAVING, PruneArguments
 from .calibration import available_text, calibration_set
 from .checking import check_prune_inputs
 from .context import Planning, Progress, Stopwatch
-from .evaluation import compare_latency, evaluate_model, evaluation_windows
+from .evaluation import compare_latency, evaluate_model, evaluation_windows, warn_of_lost_quality
 from .measurements import METRICS_FILE, before_and_after
 from .mending import mend
 from .planning import PlannedModel, make_plan, needs_calibration
@@ -158,7 +156,7 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
     with complete_folder(folder, owned_if=METRICS_FILE) as temporary, logging_to(temporary / LOG_FILE):
         if folder != output.folder:
             log.info("writing to %s: %s holds another run", folder, output.folder)
-        log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
+        log.info("llm-pruner %s: %s", __version__, command_line())
         if not output.save and not arguments["no_save"]:
             log.info("no checkpoint will be kept: add --save_model, or --output FOLDER, to keep it")
         set_seed(settings.seed)
@@ -238,6 +236,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
         with clock("save"):
             write_checkpoint(pruned, tokenizer, folder, planned.plan, standalone=settings.output.standalone)
     metrics["after"] = measure(pruned, tokenizer, when="after pruning")
+    warn_of_lost_quality(metrics)
     return PruneRun(model=pruned, tokenizer=tokenizer, plan=planned.plan, metrics=metrics, folder=folder)
 
 
@@ -345,7 +344,7 @@ def _cut_files(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Prune
 
 def _save_plan(settings: PruneSettings, plan: PruningPlan, scores: Scores | None, folder: Path) -> None:
     """Write the plan, and the scores that it was made by."""
-    plan.settings |= {"base_model": settings.model.name, "command": shlex.join(sys.argv)}
+    plan.settings |= {"base_model": settings.model.name, "command": command_line()}
     if settings.shape:
         plan.settings["shape"] = dict(settings.shape)
     plan.save(folder / PLAN_FILE)

@@ -74,7 +74,8 @@ def _named_layers(graph: CouplingGraph, drop: tuple[tuple[str, int], ...]) -> tu
     for where, layer in drop:
         name = _stack_path(graph, where, "drop_layers") + ".layers"
         if layer >= units[name].size:
-            raise PrunerError(f"--drop_layers {layer} is out of range: {name} are 0 to {units[name].size - 1}")
+            has = f"{_stack_title(graph, name)} has layers 0 to {units[name].size - 1}"
+            raise PrunerError(f"--drop_layers {layer} is out of range: {has}")
         values[name][layer] = 0.0
     counts = {name: int(value.isinf().sum()) for name, value in values.items()}
     return _only_fewer(units, counts), Scores(values, {"criterion": "named"})
@@ -87,9 +88,8 @@ def _counted_layers(planning: Planning, model: PreTrainedModel, graph: CouplingG
     for name, count in counts.items():
         if not 1 <= count <= units[name].size:
             flag = "--layer: " if settings.layers.first else "--num_layers: " if settings.layers.keep else ""
-            raise PrunerError(
-                f"{flag}cannot keep {count} of {units[name].size} {name}: give 1 to {units[name].size - 1}"
-            )
+            has = f"{_stack_title(graph, name)} has {units[name].size} layers"
+            raise PrunerError(f"{flag}cannot keep {count} layers, {has}: give 1 to {units[name].size - 1}")
     fewer = _only_fewer(units, counts)
     if counts and not fewer and not settings.shape:
         raise PrunerError("as many layers would stay as the model has: give fewer")
@@ -146,12 +146,18 @@ def _stack_path(graph: CouplingGraph, where: str, flag: str) -> str:
     return matching[0]
 
 
-def describe_dropped(plan: PruningPlan) -> str:
-    """Return the layers and blocks that a plan drops, for the log."""
-    parts = []
+def _stack_title(graph: CouplingGraph, unit_name: str) -> str:
+    """Return the name of a stack of layers for messages: its path where the model has several."""
+    return unit_name.removesuffix(".layers") if len(graph.of_kind("layers")) > 1 else "the model"
+
+
+def describe_dropped(plan: PruningPlan, graph: CouplingGraph) -> str:
+    """Return the layers and blocks that a plan drops, for the log; stacks are named where there are several."""
+    parts, several = [], len(graph.of_kind("layers")) > 1
     for path, kept in plan.layers.items():
         stays = set(kept.tolist())
-        parts.append(f"{path} {', '.join(str(i) for i in range(plan.units[f'{path}.layers'].size) if i not in stays)}")
+        gone = [str(i) for i in range(plan.units[f"{path}.layers"].size) if i not in stays]
+        parts.append(f"{path if several else 'layers'} {', '.join(gone)}")
     return "; ".join([*parts, *plan.blocks])
 
 

@@ -8,12 +8,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from rich.table import Table as TerminalTable
 from transformers import PreTrainedModel
 
 from ..checkpoint.config import load_config, meta_model
 from ..errors import PrunerError
 from ..evaluation.cost import macs
-from ..graph.units import trace
+from ..evaluation.tabular import terminal_tables
+from ..graph.units import CouplingGraph, trace
 from ..models.per_layer import layer_lists
 from ..models.skeleton import parameter_count, skeleton
 from ..pruning.arguments import PruneArguments
@@ -38,9 +40,9 @@ SIZES = [
     "neurons",
     "vocabulary",
     "parameters",
-    "",
+    "ratio",
     f"MACs ({MACS_TOKENS} tokens)",
-    "",
+    "ratio",
 ]
 KINDS = SIZES[1:5]
 UNKNOWN, ESTIMATED = "?", "~"
@@ -69,7 +71,7 @@ class Prediction:
         """Cells of layers and widths."""
         assert self.model is not None
         units = trace(self.model)
-        by_kind = [sorted({u.size for u in [*units.units, *units.frozen] if u.kind == kind}) for kind in KINDS]
+        by_kind = [_sizes(units, kind) for kind in KINDS]
         widths = ["-".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))) if sizes else "" for sizes in by_kind]
         return ["+".join(str(len(stack)) for stack in layer_lists(self.model).values()), *widths]
 
@@ -81,6 +83,14 @@ class Prediction:
         shares = zip(self.sizes, original.sizes, strict=True)
         costs = [cell for n, whole in shares for cell in (f"{n:,}", f"{n / whole:.3f}")]
         return [*self.shape_cells, *(f"{mark}{cell}" for cell in costs)]
+
+
+def _sizes(graph: CouplingGraph, kind: str) -> list[int]:
+    """Return the sizes of a kind's units, frozen ones too; frozen parts of the hidden size, such as the halves that
+    rotary positions combine, are no hidden size."""
+    prunable = graph.of_kind(kind)
+    frozen = [] if kind == "hidden" and prunable else [unit for unit in graph.frozen if unit.kind == kind]
+    return sorted({unit.size for unit in [*prunable, *frozen]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,18 +213,30 @@ def _predict_alike(
 
 
 def sweep_cells(rows: Sequence[PointRow]) -> list[list[str]]:
-    """Return the cells of a table with a row per point, head first.
-
-    Seeds have a column where there are several, and problems one where there are any.
-    """
+    """Return the cells of a table with a row per point, head first; seeds have a column where there are several."""
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
-    seeds, problems = any(row.runs > 1 for row in rows), any(row.problem for row in rows)
-    head = [*_short_names(keys), *["seeds"] * seeds, *SIZES, *["cannot run"] * problems]
+    seeds = any(row.runs > 1 for row in rows)
+    head = [*_short_names(keys), *["seeds"] * seeds, *SIZES]
     body = []
     for row in rows:
         values = [str(row.values.get(key, "")) for key in keys]
-        body.append([*values, *[str(row.runs)] * seeds, *row.cells, *[row.problem] * problems])
+        body.append([*values, *[str(row.runs)] * seeds, *row.cells])
     return [head, *body]
+
+
+def dry_run_tables(cells: list[list[str]], width: int) -> list[TerminalTable]:
+    """Format the cells of a dry run for a terminal; costs are a table of their own where the width does not hold all.
+
+    Args:
+        cells: columns that name the row, then :data:`SIZES`.
+    """
+    labels = cells[0].index(SIZES[0])
+    tables = terminal_tables(cells, width, labels)
+    if len(tables) == 1:
+        return tables
+    costs = labels + SIZES.index("parameters")
+    halves = [row[:costs] for row in cells], [[*row[:labels], *row[costs:]] for row in cells]
+    return [part for half in halves for part in terminal_tables(half, width, labels)]
 
 
 def _fold_seeds(points: Sequence[SweepPoint]) -> list[tuple[dict[str, Any], list[SweepPoint]]]:

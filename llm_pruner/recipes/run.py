@@ -13,18 +13,18 @@ from rich.console import Console
 
 from ..checkpoint.next_steps import log_next_steps
 from ..errors import PrunerError
-from ..evaluation.tabular import TERMINAL, terminal_table, terminal_tables
+from ..evaluation.tabular import TERMINAL, terminal_tables
 from ..files import folder_lock, lock_holder, strict_json, write_text
 from ..logs import log, logging_to
 from ..provenance import provenance
 from ..pruning.run import keeping_model
 from .arguments import RunArguments
-from .dry_run import predict_points, predict_stages, sweep_cells
+from .dry_run import dry_run_tables, predict_points, predict_stages, sweep_cells
 from .executors import EXECUTORS, Work, check_executor, worker_command
 from .recipe import Recipe, read
 from .results import Row, stage_cells, summarize, write_points, write_stages
 from .run_point import read_record, run_points, write_record
-from .status import TABLE_WIDTH, show_status
+from .status import show_status
 from .steps import measure_original, measure_step, run_step
 from .sweep import RUN_LOG, SweepPoint, check_point, points_of
 from .torchrun import Launch
@@ -108,17 +108,19 @@ def _predict(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
     Raises:
         PrunerError: a run cannot work; of a sweep the first, after the table.
     """
-    console = Console(width=TABLE_WIDTH)
+    console = Console()
     unavailable: list[str] = []
     if not recipe.is_sweep:
         check_point(points[0], unavailable)
-        console.print(terminal_table(predict_stages(points[0].recipe, points[0].steps)))
     rows = predict_points(points, unavailable) if recipe.is_sweep else []
-    if rows:
-        console.print(terminal_table(sweep_cells(rows)))
+    cells = sweep_cells(rows) if rows else predict_stages(points[0].recipe, points[0].steps)
+    for part in dry_run_tables(cells, console.width):
+        console.print(part)
     for message in dict.fromkeys(unavailable):
         print(f"not on this machine, and refused when the recipe is run here: {message}")
     refused = [row for row in rows if row.problem]
+    for row in refused:
+        print(f"cannot work: {row.point.title}: {row.problem}")
     if refused:
         runs = sum(row.runs for row in refused)
         raise PrunerError(

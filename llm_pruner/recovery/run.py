@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import shutil
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +25,7 @@ from ..files import MODEL_CONFIGS, digest, file_lock, folder_for_run, same_folde
 from ..logs import log, logging_to
 from ..models.running import context_length
 from ..models.skeleton import parameter_count
-from ..provenance import provenance
+from ..provenance import command_line, provenance
 from ..selection.plan import PruningPlan
 from ..version import __version__
 from .adapters import make_trainable
@@ -64,7 +62,7 @@ def recover(arguments: RecoverArguments) -> Path:
             with logging_to(folder / LOG_FILE, quiet=not _is_main_process()):
                 if folder != default:
                     log.info("writing to %s: %s holds another run", folder, default)
-                log.info("llm-pruner %s: %s", __version__, shlex.join(sys.argv))
+                log.info("llm-pruner %s: %s", __version__, command_line())
                 _run(settings, plan, asdict(arguments))
     except OSError as error:
         raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -85,10 +85,11 @@ def read_target(name: str, target: float | str, units: dict[str, int]) -> tuple[
         is_amount = suffix in units and (bool(suffix) or number.is_integer())
     if number > 0 and (is_fraction or is_amount):
         return number, None if is_fraction else units[suffix]
+    above = f"{number:g} is above 1; " if parsed and not suffix and number > 1 else ""
     suffixes = ", ".join(unit for unit in units if unit)
     raise PrunerError(
-        f"--{name} {str(target)!r} is not valid: use a fraction between 0 and 1 (0.8 or 80%) or an amount (suffixes: "
-        f"{suffixes})"
+        f"--{name} {str(target)!r} is not valid: {above}use a fraction between 0 and 1 (0.8 or 80%) or an amount "
+        f"(suffixes: {suffixes})"
     )
 
 

@@ -39,7 +39,9 @@ class ChatArguments(Arguments):
         return self._check(self.model)
 
     def _check(self, models: list[str]) -> list[str]:
-        if not 1 <= len(models) <= 3 or len(set(models)) < len(models):
+        if len(models) > 3:
+            raise PrunerError(f"{len(models)} models given; at most 3")
+        if not models or len(set(models)) < len(models):
             raise PrunerError("name one to three different models: llm-pruner chat MODEL [MODEL [MODEL]]")
         if not 0 < self.port < 65536:
             raise PrunerError(f"--port {self.port} is out of range: give 1 to 65535")
@@ -115,4 +117,6 @@ class DemoArguments(Arguments):
         """
         check_at_least(self, 1, "steps")
         if self.pruning_ratio is not None and not 0 < self.pruning_ratio < 1:
-            raise PrunerError(f"--pruning_ratio {self.pruning_ratio} is out of range: give a share between 0 and 1")
+            raise PrunerError(
+                f"--pruning_ratio {self.pruning_ratio} is out of range: give a share between 0 and 1 (0.2 or 20%)"
+            )

@@ -160,6 +160,7 @@ def serve_chat(args: ChatArguments) -> None:
     for name in names:
         locate(name)
     device = resolve_device(args.device, "--device")
+    print(f"loading {', '.join(names)} ...", flush=True)
     models = {
         _short_name(name, names): load_with_tokenizer(name, args.dtype, device, args.trust_remote_code)
         for name in names

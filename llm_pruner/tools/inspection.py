@@ -31,7 +31,8 @@ def run_inspect(args: InspectArguments) -> None:
     """Print a plan, or what was pruned of a model and what can be; weights are read only with ``--verify``.
 
     Raises:
-        PrunerError: the model or plan cannot be read, or with ``--verify``, the plan was changed.
+        PrunerError: the model or plan cannot be read, it has no layer ``--layer``, or with ``--verify``, the plan was
+            changed.
     """
     if is_plan(Path(args.model)):
         _inspect_plan(args)
@@ -49,6 +50,7 @@ def run_inspect(args: InspectArguments) -> None:
             graph = trace(model)
         except TraceError as error:
             raise PrunerError(f"{error}: add --verify, which reads them") from error
+    _check_layer(graph, args.layer)
     parameters = parameter_count(model)
     if args.json:
         document = as_json(graph, reports) | {"parameters": parameters}
@@ -58,6 +60,12 @@ def run_inspect(args: InspectArguments) -> None:
     if plan is not None:
         _print_history(console, plan, Path(args.model), parameters)
     _print_graph(console, graph, 0 if args.layer is None else args.layer, reports)
+
+
+def _check_layer(graph: CouplingGraph, layer: int | None) -> None:
+    last = max((unit.layer for unit in [*graph.units, *graph.frozen] if unit.layer is not None), default=0)
+    if layer is not None and not -1 <= layer <= last:
+        raise PrunerError(f"--layer {layer} is out of range: give 0 to {last}, or -1 for all")
 
 
 def is_plan(path: Path) -> bool:

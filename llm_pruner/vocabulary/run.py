@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from ..logs import log, logging_to
 from ..models.dispatch import resolve_device
 from ..models.inputs import reads_text_only
 from ..models.skeleton import parameter_count
-from ..provenance import provenance
+from ..provenance import command_line, provenance
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
 from .arguments import DEFAULT_OUTPUT, VocabArguments
@@ -68,7 +66,7 @@ def prune_vocabulary(args: VocabArguments) -> Path:
                 f"the model has rows for {unit.size} tokens, and its tokenizer has others, such as id {kept[-1]}: "
                 "resize the embeddings, or give the tokenizer that belongs to the model"
             )
-        plan = PruningPlan(settings={"base_model": args.model, "command": shlex.join(sys.argv)})
+        plan = PruningPlan(settings={"base_model": args.model, "command": command_line()})
         if left_out := unread_tensors(model):
             plan.settings[UNREAD] = left_out
         plan.keep(unit, torch.tensor(kept), graph.shapes)

@@ -69,6 +69,9 @@ def save_config(folder: Path, kind: str, **fields) -> Path:
 
 
 def printed_table(text: str) -> dict[str, list[str]]:
-    """Return the cells of a printed table by its first column."""
+    """Return the cells of a table by its first column; the table may be printed in several parts."""
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
-    return {cells[0]: cells[1:] for cells in lines}
+    table: dict[str, list[str]] = {}
+    for first, *cells in lines:
+        table.setdefault(first, []).extend(cells)
+    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import compress
@@ -211,6 +212,12 @@ def layer_counts(graph: CouplingGraph, shapes: Shapes) -> dict[str, int]:
     return out
 
 
+def _reason(error: Exception) -> str:
+    """Return why a config refuses its fields, without the names of validators and exceptions around the reason."""
+    text = " ".join(str(error).split())
+    return re.sub(r"Class validation error for validator '\w+': (\w+: )?", "", text).rstrip(".")
+
+
 def shapes_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes:
     """Return the shapes of the model of a config.
 
@@ -221,7 +228,7 @@ def shapes_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
         config.validate()
         return shapes_of(skeleton(model_class, config))
     except Exception as error:  # a constructor may refuse a config in any way it likes
-        raise PrunerError(f"{type(config).__name__} refuses this shape: {' '.join(str(error).split())}") from error
+        raise PrunerError(f"{type(config).__name__} refuses it: {_reason(error)}") from error
 
 
 def target_config(model: PreTrainedModel, wanted: Mapping[str, Any]) -> PreTrainedConfig:
