@@ -162,4 +162,4 @@ def test_the_reference_has_every_public_name(site):
 
 def test_the_page_of_flags_has_every_command(site):
     text = (site / "reference" / "flags.html").read_text(encoding="utf-8")
-    assert [name for name in COMMANDS if f"usage: llm-pruner {name} [flags]" not in text] == []
+    assert [name for name in COMMANDS if f"usage: llm-pruner {name} " not in text] == []

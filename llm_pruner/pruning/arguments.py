@@ -190,7 +190,9 @@ class PruneArguments(Arguments):
         group="calibration",
     )
     num_examples: int | None = flag(
-        None, "samples in the calibration set (default: 128, set by the preset)", group="calibration"
+        None,
+        "samples in the calibration set, at least 32 with --compensate (default: 128, set by the preset)",
+        group="calibration",
     )
     calib_seq_len: int | None = flag(
         None, "tokens per calibration sample (default: 128, set by the preset)", group="calibration"
