@@ -137,7 +137,8 @@ def select(
                 raise
             continue
         if widest < ALIGNMENTS[0]:
-            plan.notes.append(f"widths are multiples of {widest} at most: in larger steps the target cannot be met")
+            steps = f"multiples of {widest} at most" if widest > 1 else "not aligned"
+            plan.notes.append(f"widths are {steps}: in larger steps the target cannot be met")
         return plan
     raise AssertionError("the last alignment is none")
 
