@@ -17,6 +17,7 @@ from llm_pruner.checkpoint.standalone import FILE
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
 from llm_pruner.models.per_layer import REFUSAL, has_per_layer_widths
+from llm_pruner.selection.budgets import UNITS, Budget
 from llm_pruner.surgery.uniform import to_uniform
 
 # Reads checkpoints in a process that has not heard of llm_pruner, and writes their logits and what they generate.
@@ -181,7 +182,7 @@ def test_code_of_a_checkpoint_runs_only_if_trusted(home, tmp_path):
 WIDE = {"intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}
 
 
-@pytest.mark.parametrize("budget", ["target_params", "target_macs", "target_memory", "target_latency", "pruning_ratio"])
+@pytest.mark.parametrize("budget", ["target_params", "target_macs", "target_memory", "pruning_ratio"])
 def test_uniform_runs_leave_a_plain_checkpoint(tokenizer, tmp_path, budget):
     model = build("llama_grouped", vocab_size=len(tokenizer), intermediate_size=512)
     lp.save(model, tokenizer, tmp_path / "model")
@@ -193,6 +194,22 @@ def test_uniform_runs_leave_a_plain_checkpoint(tokenizer, tmp_path, budget):
     assert len(neurons) == model.config.num_hidden_layers and len(set(map(len, neurons))) == 1
     assert neurons[0] != neurons[1]  # which indices stay differs by layer
     assert lp.verify(model, run.model, run.plan).equivalent
+
+
+def test_uniform_meets_a_latency():
+    """By a stand-in for the clock: microseconds that grow with the neurons of all layers."""
+    model = build("llama", intermediate_size=512)
+    graph = lp.trace(model)
+
+    def microseconds(plan):
+        return 1000 + sum(
+            len(plan.units[u.name].kept) if u.name in plan.units else u.size for u in graph.of_kind("neurons")
+        )
+
+    budget = Budget("target_latency", 0.8, microseconds, UNITS["target_latency"], "microseconds")
+    plan = lp.select(graph, lp.score(model, graph, criterion="l2"), kinds=("neurons",), budget=budget, uniform=True)
+    assert 0.795 * microseconds(lp.PruningPlan()) <= microseconds(plan) <= 0.8 * microseconds(lp.PruningPlan())
+    assert not has_per_layer_widths(lp.apply(model, plan).config)
 
 
 def test_uniform_targets_are_met_where_a_head_of_every_layer_is_too_much():
