@@ -1,5 +1,6 @@
 """Speed and latency: they follow the model's size, and decoding is timed by itself."""
 
+import gc
 import threading
 import time
 
@@ -51,6 +52,7 @@ def test_an_encoder_decoder_has_no_decode_speed():
 def test_peak_memory_is_that_of_the_measurement(monkeypatch):
     model, size = build("llama"), 256 * 2**20
     forward = model.forward
+    gc.collect()  # what other tests left must not be freed meanwhile
 
     sampled, samples, seen, resident = threading.Condition(), [], [], PeakMemory._resident
 
