@@ -18,6 +18,7 @@ LayerCriterion = Literal["last", "spaced_middle", "block_influence", "cosine", "
 Normalizer = Literal["none", "mean", "sqrt"]
 Compensation = Literal["none", "least_squares", "bias"]
 Preset = Literal["best", "paper"]
+EngineName = Literal["vllm", "llama.cpp"]
 Tower = Literal["language", "vision", "audio", "all"]
 
 # Flags that name a shape whatever an architecture calls its fields, and the kind of unit that each counts.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from .choices import EngineName
 from .errors import PrunerError
+
+ENGINES = {"vllm": ("vllm", "vllm"), "llama.cpp": ("xllamacpp", "llama-cpp")}  # module and extra
 
 
 def is_installed(module: str) -> bool:
@@ -29,3 +32,12 @@ def require(module: str, extra: str, need: str) -> None:
     """
     if not is_installed(module):
         raise PrunerError(f'{need} {module.replace("_", "-")}: pip install "llm_pruner[{extra}]"')
+
+
+def require_engine(engine: EngineName) -> None:
+    """Refuse an engine whose package is not installed.
+
+    Raises:
+        PrunerError: with the line that installs it.
+    """
+    require(*ENGINES[engine], f"--engine {engine} needs")

@@ -16,13 +16,14 @@ from rich.console import Console
 from test_evaluation import made_up
 
 import llm_pruner as lp
+from llm_pruner import turns
 from llm_pruner.cli import main
-from llm_pruner.evaluation import evaluate, latency, speed, together, turns
+from llm_pruner.evaluation import evaluate, latency, speed, together
 from llm_pruner.evaluation.evaluate import Measurements, evaluate_models
 from llm_pruner.evaluation.speed import Speed, speeds, warnings_of
 from llm_pruner.evaluation.table import table
-from llm_pruner.evaluation.turns import ROUNDS, Ratio, paired_ratio, relative_spread
 from llm_pruner.recipes.demo import GENERAL, PROMPTS, comparison
+from llm_pruner.turns import ROUNDS, Ratio, paired_ratio, relative_spread
 
 LOADS = [1.0, 1.0, 4.0, 4.0, 1.5, 9.0, 1.0]  # how much slower the machine is in each round
 SETTINGS = Measurements(texts={"docs": "some words of text " * 40}, seq_len=16, tokens=16, new_tokens=2)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from ..choices import DEFAULT_MODEL, GENERAL, Dtype
+from ..choices import DEFAULT_MODEL, GENERAL, Dtype, EngineName
 from ..errors import PrunerError
 from ..flags import Arguments, check_at_least, flag
-from ..optional import require
+from ..optional import require, require_engine
 
-EngineChoice = Literal["vllm", "llama.cpp"]
 TEXTS = "general, wikitext2, ptb, c4, python-docs, or a .txt, .json or .jsonl file"
 
 
@@ -57,7 +55,7 @@ class EvaluateArguments(MeasuringArguments):
     tokens: int = flag(128, "tokens per sequence for speed, MACs and cache (0: measure no speed)", group="cost")
     batch: int = flag(1, "sequences per batch for speed, MACs and cache", group="cost")
     new_tokens: int = flag(32, "tokens to generate for decode speed and for each sample", group="cost")
-    engine: EngineChoice | None = flag(
+    engine: EngineName | None = flag(
         None,
         "also time the models in this engine, with 1, 8 and 32 sequences at once: vllm (which then runs --tasks too), "
         "llama.cpp",
@@ -73,7 +71,8 @@ class EvaluateArguments(MeasuringArguments):
         """Refuse arguments that cannot work.
 
         Raises:
-            PrunerError: no model is named, a number is out of range, or tasks are named and lm-eval is not installed.
+            PrunerError: no model is named, a number is out of range, or lm-eval or the engine is named and not
+                installed.
         """
         if not self.model:
             raise PrunerError("name at least one model: llm-pruner evaluate MODEL [MODEL ...]")
@@ -82,6 +81,8 @@ class EvaluateArguments(MeasuringArguments):
         check_at_least(self, 2, "seq_len")
         if self.tasks:
             require("lm_eval", "eval", "tasks need")
+        if self.engine is not None:
+            require_engine(self.engine)
 
 
 @dataclass(kw_only=True)

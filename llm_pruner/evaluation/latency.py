@@ -30,7 +30,7 @@ from ..progress import track
 from ..selection.budgets import MICROSECONDS, Budget
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
-from .turns import in_turns
+from ..turns import in_turns
 
 SHARES = (0.2, 0.4, 0.6, 0.8)  # of a kind's indices, timed besides all of them
 LEAST_SECONDS, MOST_SECONDS = 0.05, 3.0  # of one measurement

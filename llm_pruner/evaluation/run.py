@@ -16,7 +16,7 @@ from ..logs import logging_to
 from ..media import is_media
 from ..models.dispatch import resolve_device
 from ..provenance import provenance
-from ..serving.engines import check_engine, in_format, measure_engines
+from ..serving.engines import in_format, measure_engines
 from .arguments import EvaluateArguments, PerplexityArguments
 from .evaluate import PROMPTS, Evaluation, Measurements, evaluate_models
 from .perplexity import perplexity, windows
@@ -36,8 +36,6 @@ def measure(args: EvaluateArguments) -> list[Evaluation]:
         PrunerError: the arguments are not valid, or a model, text or task cannot be had.
     """
     args.check()
-    if args.engine is not None:
-        check_engine(args.engine)
     device = resolve_device(args.device, "--device")
     for model in args.model:
         locate(model)

@@ -14,8 +14,8 @@ from ..models.generate import TokenClock, generate
 from ..models.inputs import example_inputs, reads_text_only
 from ..models.running import context_length
 from ..peak_memory import PeakMemory
+from ..turns import ROUNDS, Ratio, in_turns, paired_ratio, relative_spread
 from .latency import pass_clock
-from .turns import ROUNDS, Ratio, in_turns, paired_ratio, relative_spread
 
 PROMPT_TOKENS = 16
 LEAST_PEAK = 2**20  # bytes; memory that was free in the heap before does not show in a process's account

@@ -14,10 +14,10 @@ from rich.markup import escape
 from ..display import percent
 from ..files import strict_json
 from ..serving.engines import NEW_TOKENS, PROMPT_TOKENS, ROUNDS
+from ..turns import Ratio
 from .evaluate import Evaluation
 from .speed import Speed, warnings_of
 from .tabular import LATEX, MARKDOWN, TERMINAL, Marks, latex, markdown, short_bytes, short_number, short_score
-from .turns import Ratio
 
 Values = list[float | None]
 Rate = tuple[float | None, float | None, Ratio | None]  # tokens per second, spread, ratio to the first model's

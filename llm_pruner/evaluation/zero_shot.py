@@ -19,8 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError, Unavailable
 from ..files import read_json
-from ..optional import require
-from ..serving.engines import check_engine
+from ..optional import require, require_engine
 
 # Tasks of LLM-Pruner's table 1.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -105,7 +104,7 @@ def zero_shot_in_vllm(
     Raises:
         PrunerError: vLLM is not installed or refuses the folder, or the data of a task cannot be had.
     """
-    check_engine("vllm")
+    require_engine("vllm")
     flags = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
     given = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as output:

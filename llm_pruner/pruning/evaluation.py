@@ -16,12 +16,12 @@ from ..evaluation.evaluate import PROMPTS
 from ..evaluation.latency import latencies
 from ..evaluation.perplexity import check_length, perplexity, windows
 from ..evaluation.similarity import Originals, pieces_of
-from ..evaluation.turns import paired_ratio, relative_spread
 from ..logs import log
 from ..models.blockwise import computing, native_compute
 from ..models.generate import Sampling, continue_text
 from ..models.inputs import reads_text_only
 from ..models.tasks import predicts_tokens
+from ..turns import paired_ratio, relative_spread
 from .context import Stopwatch
 from .settings import BudgetSettings, EvaluationSettings, PruneSettings
 
@@ -129,7 +129,7 @@ def compare_latency(budget: BudgetSettings, model: PreTrainedModel, pruned: PreT
     """Time a forward pass of both models in turns.
 
     Returns:
-        Medians in microseconds, spreads as :func:`~llm_pruner.evaluation.turns.relative_spread` gives them, and the
+        Medians in microseconds, spreads as :func:`~llm_pruner.turns.relative_spread` gives them, and the
         ratio of the times, the median over the rounds.
     """
     rounds = latencies((model, pruned), budget.tokens, budget.batch)

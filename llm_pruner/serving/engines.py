@@ -11,21 +11,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from ..checkpoint.load import load
 from ..checkpoint.locate import locate
 from ..checkpoint.save import save
+from ..choices import EngineName
 from ..errors import PrunerError
 from ..logs import log
-from ..optional import require
+from ..optional import require_engine
 from ..progress import track
+from ..turns import relative_spread
 from .gguf_writer import write_gguf
+from .worker import ANSWER
 
-EngineName = Literal["vllm", "llama.cpp"]
 WORKER = "llm_pruner.serving.worker"
-ANSWER = "llm-pruner answer: "
-NEEDS = {"vllm": ("vllm", "vllm"), "llama.cpp": ("xllamacpp", "llama-cpp")}  # module and extra
 BATCHES = (1, 8, 32)
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 32, 3
 
@@ -77,7 +77,7 @@ def running(
     Raises:
         PrunerError: the engine is not installed or refuses the model.
     """
-    check_engine(engine)
+    require_engine(engine)
     command = [sys.executable, "-m", WORKER, engine, str(model), str(sequences), str(tokens)]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -92,15 +92,6 @@ def running(
         finally:
             process.kill()
             process.communicate()
-
-
-def check_engine(engine: EngineName) -> None:
-    """Refuse an engine whose package is not installed.
-
-    Raises:
-        PrunerError: with the line that installs it.
-    """
-    require(*NEEDS[engine], f"--engine {engine} needs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +122,7 @@ def measure_engines(engine: EngineName, models: Sequence[str], *, trust_remote_c
     Raises:
         PrunerError: the engine is not installed, or refuses a model.
     """
-    check_engine(engine)
+    require_engine(engine)
     with ExitStack() as stack:
         sizes = {"sequences": max(BATCHES), "tokens": PROMPT_TOKENS + NEW_TOKENS + 16}
         engines = []
@@ -164,14 +155,10 @@ class _Rounds:
                 self.first.append(first)
 
     def summary(self, name: str, engine: Engine) -> EngineSpeed:
-        spread = {}
-        for batch, values in self.speeds.items():
-            low, middle, high = statistics.quantiles(values, n=4)
-            spread[batch] = (high - low) / middle
         return EngineSpeed(
             engine=name,
             tokens_per_second={batch: statistics.median(values) for batch, values in self.speeds.items()},
-            spread=spread,
+            spread={batch: relative_spread(values) for batch, values in self.speeds.items()},
             first_token_seconds=statistics.median(self.first),
             bytes=engine.ask(bytes=True),
         )

@@ -23,9 +23,9 @@ from ..optional import is_installed
 from ..selection.plan import PruningPlan
 from .arguments import ExportArguments
 from .engines import running
-from .gguf_writer import TYPES, check_writable, write_gguf
+from .gguf_writer import TYPES, write_gguf
 from .llama_cpp import LlamaCpp, find_quantizer, quantize
-from .nemotron_nas import check_nemotron_nas, write_nemotron_nas
+from .nemotron_nas import write_nemotron_nas
 
 PROMPT_TOKENS = 32
 # Most that a log-probability may differ from ours, since llama.cpp keeps caches in float16 and activations in 8 bits.
@@ -89,8 +89,6 @@ def _export_gguf(arguments: ExportArguments) -> Path:
     _check_gguf_file(arguments)
     kind, target = arguments.type or "f16", Path(arguments.output).expanduser()
     model, tokenizer = load(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    check_writable(model, tokenizer)
-    assert tokenizer is not None
     if kind not in TYPES:
         find_quantizer()
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -113,12 +111,11 @@ def _export_gguf(arguments: ExportArguments) -> Path:
 def _export_nemotron_nas(arguments: ExportArguments) -> Path:
     target = Path(arguments.output).expanduser()
     model, tokenizer = load(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    check_nemotron_nas(model)
-    ids = _prompt(model)
     with complete_folder(target, owned_if="config.json", reads=arguments.model) as folder:
-        expected = _log_probabilities(model, ids)
         write_nemotron_nas(model, tokenizer, folder)
         if is_installed("vllm"):
+            ids = _prompt(model)
+            expected = _log_probabilities(model, ids)
             with running("vllm", folder, trust_remote_code=True) as engine:
                 _judge("vLLM", engine.next_log_probabilities(ids), expected, TOLERANCE["f32"])
         else:

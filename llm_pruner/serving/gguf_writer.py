@@ -62,7 +62,7 @@ def check_writable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
 
 
 def write_gguf(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, kind: str = "f16", *, name: str = ""
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, file: Path, kind: str = "f16", *, name: str = ""
 ) -> str:
     """Write a model and its tokenizer as one GGUF file; return its architecture.
 
@@ -75,6 +75,7 @@ def write_gguf(
         PrunerError: as :func:`check_writable`.
     """
     check_writable(model, tokenizer)
+    assert tokenizer is not None
     layers = layer_shapes(model)
     arch = "deci" if len(set(layers)) > 1 else ARCHITECTURES[model.config.model_type]
     writer = gguf.GGUFWriter(file, arch, use_temp_file=True)
@@ -106,7 +107,7 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     ...                                           num_hidden_layers=1, num_attention_heads=2)))
     [LayerShape(heads=2, key_value_heads=2, neurons=12)]
     """
-    size, out = _head_size(model.config), []
+    size, out = head_size(model.config), []
     for layer in stack_of(model.base_model, model.config.num_hidden_layers) or []:
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
@@ -118,7 +119,8 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     return out
 
 
-def _head_size(config: Any) -> int:
+def head_size(config: Any) -> int:
+    """Return the channels of each attention head of a Llama-like model."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -137,7 +139,7 @@ def _add_sizes(writer: gguf.GGUFWriter, model: PreTrainedModel, layers: list[Lay
     writer.add_head_count([layer.heads for layer in layers] if differ else layers[0].heads)
     writer.add_head_count_kv([layer.key_value_heads for layer in layers] if differ else layers[0].key_value_heads)
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(_head_size(config))
+        add(head_size(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = _rope(config)
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -189,7 +191,7 @@ def _neighbouring_pairs(values: np.ndarray, heads: int) -> np.ndarray:
 
 def _llama3_factors(config: Any) -> np.ndarray:
     """Return what divides each rotary frequency under the scaling of Llama 3.1."""
-    rope, size = _rope(config), _head_size(config)
+    rope, size = _rope(config), head_size(config)
     longest = rope["original_max_position_embeddings"]
     waves = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, size, 2).double() / size)
     low, high = longest / rope["low_freq_factor"], longest / rope["high_freq_factor"]

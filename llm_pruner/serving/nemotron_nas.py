@@ -18,7 +18,7 @@ from ..checkpoint.save import write_checkpoint
 from ..errors import PrunerError
 from ..files import strict_json, write_text
 from ..models.per_layer import REFUSAL_FIELD, SUBMODULES, stack_of
-from .gguf_writer import LIKE_LLAMA, layer_shapes
+from .gguf_writer import LIKE_LLAMA, head_size, layer_shapes
 
 WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")  # fields of Qwen2
 CONFIG_FILE = "configuration_decilm.py"
@@ -83,7 +83,6 @@ def write_nemotron_nas(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     config = json.loads(file.read_text(encoding="utf-8"))
     for name in (SUBMODULES, REFUSAL_FIELD, "per_layer_config", *WINDOWS):
         config.pop(name, None)
-    heads = max(layer.heads for layer in layers)
     blocks: list[dict[str, Any]] = []
     for layer in layers:
         group = layer.heads // layer.key_value_heads if layer.heads else None
@@ -95,12 +94,10 @@ def write_nemotron_nas(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         "model_type": "nemotron-nas",
         "auto_map": {"AutoConfig": f"{Path(CONFIG_FILE).stem}.DeciLMConfig"},
         "block_configs": blocks,
-        "num_attention_heads": heads,
+        "num_attention_heads": max(layer.heads for layer in layers),
         "num_key_value_heads": max(layer.key_value_heads for layer in layers),
         "intermediate_size": max(layer.neurons for layer in layers),
-        "head_dim": model.config.head_dim
-        if getattr(model.config, "head_dim", None)
-        else model.config.hidden_size // heads,
+        "head_dim": head_size(model.config),
     }
     if model.config.model_type == "qwen2":
         config["qkv_bias"] = True

@@ -23,8 +23,6 @@ import torch
 
 from .llama_cpp import LlamaCpp
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, where vLLM runs on a CPU
 ANSWER = "llm-pruner answer: "  # marks answers among what engines print
 IDS = 256  # random prompts are of so many different tokens, which every vocabulary has
 Complete = Callable[[list[list[int]], int], Any]  # continue prompts by so many tokens
@@ -32,6 +30,8 @@ Next = Callable[[list[int]], dict[int, float]]  # log-probabilities of the most 
 
 
 def main() -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, where vLLM runs on a CPU
     engine, model, sequences, tokens, *trust = sys.argv[1:]
     load = {"vllm": _load_vllm, "llama.cpp": _load_llama_cpp}[engine]
     complete, next_tokens = load(model, int(sequences), int(tokens), bool(trust))

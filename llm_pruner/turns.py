@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..display import percent
+from .display import percent
 
 T = TypeVar("T")
 ROUNDS = 7  # of two equally fast models, noise alone gives a clear ratio once in 17 times; with 5 rounds once in 6
