@@ -15,9 +15,10 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 demo: $(READY_FOR_DEMO)
 	$(BIN)/llm-pruner demo
 
-# One worker per core, each with one thread: most tests run Python, not kernels.
+# One worker per core, each with one thread: most tests run Python, not kernels. A test that hangs fails.
 test: $(READY)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile \
+	  -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true --max-worker-restart 2
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu"

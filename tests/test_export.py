@@ -13,10 +13,10 @@ from test_serving import NEW_TOKENS, continued_by_vllm, expected_of, made, vllm_
 
 import llm_pruner as lp
 from llm_pruner.cli import main
-from llm_pruner.serving import export
+from llm_pruner.serving.engines import Engine, running
 from llm_pruner.serving.gguf_tokenizer import LETTERS_AND_DIGITS, split_name
 from llm_pruner.serving.gguf_writer import _llama3_factors
-from llm_pruner.serving.llama_cpp import QUANTIZER, LlamaCpp
+from llm_pruner.serving.llama_cpp import QUANTIZER
 
 WIDE = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 
@@ -48,11 +48,12 @@ def test_llama_cpp_computes_the_same_from_layers_that_differ(tokenizer, saved, t
     assert "llama.cpp agrees" in capsys.readouterr().err
     arch, neurons = widths(tmp_path / "out.gguf")
     assert arch == "deci" and neurons == [96, 48, 32, 96]
-    engine = LlamaCpp(tmp_path / "out.gguf")
-    for prompt in torch.randint(3, len(tokenizer), (5, 20), generator=torch.Generator().manual_seed(1)).tolist():
+    prompts = torch.randint(3, len(tokenizer), (5, 20), generator=torch.Generator().manual_seed(1)).tolist()
+    with running("llama.cpp", tmp_path / "out.gguf") as engine:
+        answers = [engine.next_log_probabilities(prompt) for prompt in prompts]
+    for prompt, found in zip(prompts, answers, strict=True):
         with torch.no_grad():
             expected = pruned(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        found = engine.next_log_probabilities(prompt)
         assert max(found, key=found.get) == int(expected.argmax())
         assert found == pytest.approx({token: float(expected[token]) for token in found}, abs=0.05)
 
@@ -87,7 +88,7 @@ def test_llama_cpp_quantizes(tokenizer, saved, tmp_path):
 def test_an_export_that_computes_something_else_is_not_kept(tokenizer, saved, tmp_path, monkeypatch, capsys):
     pytest.importorskip("xllamacpp")
     model = build("llama", **WIDE | {"num_key_value_heads": 4}, vocab_size=len(tokenizer), initializer_range=0.2)
-    monkeypatch.setattr(export.LlamaCpp, "next_log_probabilities", lambda self, ids: {5: 3.0})
+    monkeypatch.setattr(Engine, "next_log_probabilities", lambda self, ids: {5: 3.0})
     assert main(["export", saved(model), str(tmp_path / "out.gguf"), "--format", "gguf"]) == 2
     assert "llama.cpp computes something else from the export" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["model"]

@@ -13,18 +13,19 @@ from ..checkpoint.load import load
 from ..checkpoint.locate import PLAN_FILE
 from ..checkpoint.run import write_uniform
 from ..checkpoint.save import save
+from ..choices import EngineName
 from ..errors import PrunerError
 from ..files import check_file, complete_folder
 from ..inputs import InputCheck
 from ..logs import log, logging_to
 from ..models.inputs import example_inputs
 from ..models.per_layer import has_per_layer_widths
-from ..optional import is_installed
+from ..optional import ENGINES, is_installed
 from ..selection.plan import PruningPlan
 from .arguments import ExportArguments
 from .engines import running
 from .gguf_writer import TYPES, write_gguf
-from .llama_cpp import LlamaCpp, find_quantizer, quantize
+from .llama_cpp import find_quantizer, quantize
 from .nemotron_nas import write_nemotron_nas
 
 PROMPT_TOKENS = 32
@@ -98,12 +99,7 @@ def _export_gguf(arguments: ExportArguments) -> Path:
             file, source = Path(folder) / "quantized.gguf", file
             quantize(source, file, kind)
         log.info("gguf: architecture %s, %s, %s bytes", arch, kind, f"{file.stat().st_size:,}")
-        if is_installed("xllamacpp"):
-            ids = _prompt(model)
-            found = LlamaCpp(file).next_log_probabilities(ids)
-            _judge("llama.cpp", found, _log_probabilities(model, ids), TOLERANCE.get(kind))
-        else:
-            log.info("not compared with llama.cpp: xllamacpp is not installed")
+        _compare(model, "llama.cpp", file, TOLERANCE.get(kind))
         file.replace(target)
     return target
 
@@ -113,15 +109,22 @@ def _export_nemotron_nas(arguments: ExportArguments) -> Path:
     model, tokenizer = load(arguments.model, trust_remote_code=arguments.trust_remote_code)
     with complete_folder(target, owned_if="config.json", reads=arguments.model) as folder:
         write_nemotron_nas(model, tokenizer, folder)
-        if is_installed("vllm"):
-            ids = _prompt(model)
-            expected = _log_probabilities(model, ids)
-            with running("vllm", folder, trust_remote_code=True) as engine:
-                _judge("vLLM", engine.next_log_probabilities(ids), expected, TOLERANCE["f32"])
-        else:
-            log.info("not compared with vLLM: it is not installed")
+        _compare(model, "vllm", folder, TOLERANCE["f32"])
     log.info("serve: vllm serve %s --trust-remote-code", target)
     return target
+
+
+def _compare(model: PreTrainedModel, engine: EngineName, written: Path, tolerance: float | None) -> None:
+    """Compare what an engine computes from what was written with the model, where the engine is installed."""
+    module, _ = ENGINES[engine]
+    if not is_installed(module):
+        log.info("not compared with %s: %s is not installed", engine, module)
+        return
+    ids = _prompt(model)
+    expected = _log_probabilities(model, ids)
+    with running(engine, written, trust_remote_code=True) as process:  # code of ours
+        found = process.next_log_probabilities(ids)
+    _judge(engine, found, expected, tolerance)
 
 
 def _prompt(model: PreTrainedModel) -> list[int]:
