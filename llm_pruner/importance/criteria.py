@@ -16,6 +16,7 @@ import torch
 
 from ..errors import PrunerError
 from .activation import activation
+from .experts import OF_OUTPUT, OF_ROUTING, output_scores, routing_scores
 from .layers import BY_POSITION, STRATEGIES
 from .magnitude import magnitude
 from .request import Criterion, Request, Result
@@ -72,6 +73,13 @@ CRITERIA: dict[str, Entry] = {
             builtin=True,
         )
         for name in ("activation", "wanda", "flap")
+    },
+    **{
+        name: Entry(
+            function=partial(function, name), needs_calibration=True, skips="it is of no stack of experts", builtin=True
+        )
+        for function, names in ((routing_scores, OF_ROUTING), (output_scores, OF_OUTPUT))
+        for name in names
     },
 }
 

@@ -247,7 +247,7 @@ def _check_equivalence(planning: Planning, model: PreTrainedModel, planned: Plan
         PrunerError: the two differ, and no target shape explains that.
     """
     plan = planned.plan
-    flagged = {u.kind for u in planned.graph.units if u.name in plan.units and u.flags and u.kind != "hidden"}
+    flagged = {u.kind for u in planned.graph.units if u.name in plan.units and u.flags and u.kind not in ("hidden", "experts")}
     if flagged:
         log.info("mask equivalence does not apply: %s are normalised over or scaled by", ", ".join(sorted(flagged)))
         return {}

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import psutil
 
 from ..checkpoint.load import load
 from ..checkpoint.locate import locate
@@ -23,7 +25,6 @@ from ..optional import require_engine
 from ..progress import track
 from ..turns import relative_spread
 from .gguf_writer import write_gguf
-from .worker import ANSWER
 
 WORKER = "llm_pruner.serving.worker"
 BATCHES = (1, 8, 32)
@@ -54,10 +55,8 @@ class Engine:
 
     def _read(self) -> Any:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if ANSWER in line:
-                return json.loads(line.partition(ANSWER)[2])
-            self._errors.write(line)
+        if line := self._process.stdout.readline():
+            return json.loads(line)
         self._errors.seek(0)
         said = [line.strip() for line in self._errors if "Error: " in line]
         raise PrunerError(f"{self._model} does not run: {(said or ['the engine ended without a word'])[-1]}")
@@ -90,8 +89,18 @@ def running(
         try:
             yield Engine(process, errors, str(model))
         finally:
-            process.kill()
-            process.communicate()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End an engine with the processes that it started, which would keep its memory and its pipes otherwise."""
+    started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()
+    for child in started:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    with process:  # closes the pipes and waits
+        pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,6 @@ import torch
 
 from .llama_cpp import LlamaCpp
 
-ANSWER = "llm-pruner answer: "  # marks answers among what engines print
 IDS = 256  # random prompts are of so many different tokens, which every vocabulary has
 Complete = Callable[[list[list[int]], int], Any]  # continue prompts by so many tokens
 Next = Callable[[list[int]], dict[int, float]]  # log-probabilities of the most probable next tokens
@@ -32,12 +31,15 @@ Next = Callable[[list[int]], dict[int, float]]  # log-probabilities of the most 
 def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, where vLLM runs on a CPU
+    # Answers have standard output to themselves: what engines and the processes that they start print goes elsewhere.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     engine, model, sequences, tokens, *trust = sys.argv[1:]
     load = {"vllm": _load_vllm, "llama.cpp": _load_llama_cpp}[engine]
     complete, next_tokens = load(model, int(sequences), int(tokens), bool(trust))
-    print(f"{ANSWER}{{}}", flush=True)
+    answers.write("{}\n")
     for line in sys.stdin:
-        print(f"{ANSWER}{json.dumps(_answer(json.loads(line), complete, next_tokens))}", flush=True)
+        answers.write(f"{json.dumps(_answer(json.loads(line), complete, next_tokens))}\n")
 
 
 def _answer(request: dict[str, Any], complete: Complete, next_tokens: Next) -> Any:

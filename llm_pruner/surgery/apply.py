@@ -18,7 +18,7 @@ from ..selection.plan import PruningPlan, name_after
 from .config.shape import target_config
 from .config.solver import solve
 from .config.token_ids import renumber
-from .equivalence import MASKABLE, _compare, norm_modes
+from .equivalence import MASKABLE, _compare, masking_modes
 from .rebuild import build_from_state
 from .same_axes import find_wrong_axis
 from .slicing import check_fits, cut
@@ -121,7 +121,7 @@ def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: Pruning
         return ""
     half = model.dtype in (torch.float16, torch.bfloat16)
     ids = example_inputs(pruned, rows=2, tokens=16)
-    report = _compare(model, pruned, plan, ids, model.dtype, 0.05 if half else 0.01, norm_modes(graph, plan))
+    report = _compare(model, pruned, plan, ids, model.dtype, 0.05 if half else 0.01, masking_modes(model, plan))
     if report.equivalent:
         return ""
     return f"it computes something from the hidden size that must not change (logits are off by {report.relative:.1e})"

@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from ..graph.units import CouplingGraph, trace
+from ..graph.units import trace
 from ..models.blockwise import native_compute, standing_in
+from ..models.experts import Unrouted
 from ..models.inputs import IDS, Inputs, ModelInputs, as_inputs, example_inputs
 from ..models.running import (
     equal_draws,
@@ -25,8 +26,8 @@ from ..models.running import (
 from ..selection.plan import PruningPlan
 from .slicing import check_fits, mask
 
-# Kinds of units whose removal is the same as zeros in their place, given norms that know.
-MASKABLE = {"hidden", "heads", "query_heads", "neurons", "layers", "vocabulary"}
+# Kinds of units whose removal is the same as zeros in their place, given norms and routers that know.
+MASKABLE = {"hidden", "heads", "query_heads", "neurons", "experts", "layers", "vocabulary"}
 
 
 @dataclass
@@ -61,8 +62,8 @@ def verify(
 ) -> EquivalenceReport:
     """Compare the pruned model's logits with the original's whose removed slices are zeroed (mask equivalence).
 
-    Both agree for units without flags, and for hidden channels, for which norms are restricted to the kept channels.
-    They differ in the order of sums, which a badly damaged model can amplify beyond any tolerance; where they differ,
+    Both agree for units without flags; for hidden channels, for which norms are restricted to the kept channels; and for
+    experts, which routers are kept from choosing (:class:`llm_pruner.models.experts.Unrouted`). They differ in the order of sums, which a badly damaged model can amplify beyond any tolerance; where they differ,
     they are compared again in float64, one model at a time, which tells rounding from a mistake.
 
     Args:
@@ -88,8 +89,7 @@ def verify(
     """
     check_fits({name: tuple(t.shape) for name, t in stored_tensors(model).items()}, plan)
     ids = example_inputs(pruned, rows=2, tokens=16, seed=seed) if tokens is None else as_inputs(tokens)
-    hidden = any(choice.kind == "hidden" for choice in plan.units.values())
-    modes = norm_modes(trace(model), plan) if hidden else []
+    modes = masking_modes(model, plan)
     report = _compare(model, pruned, plan, ids, native_compute(model).dtype, tolerance, modes)
     if not report.equivalent and model.dtype is not torch.float64:
         with suppress(RuntimeError):  # some models insist on float32 somewhere
@@ -104,7 +104,7 @@ def _compare(
     ids: Inputs,
     dtype: torch.dtype,
     tolerance: float,
-    modes: list[KeptNorms],
+    modes: Modes,
 ) -> EquivalenceReport:
     held, stored = stored_tensors(model), model.dtype
     tables = {n: b for n, b in pruned.named_buffers() if n not in held}  # computed anew, in a precision of their own
@@ -112,11 +112,12 @@ def _compare(
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name in tables and _rounded_off(tables[name], tensor, stored):
             return tables[name].to(tensor.device)
-        return mask(name, tensor, plan) if name in plan.kept else tensor
+        tensor = mask(name, tensor, plan) if name in plan.kept else tensor
+        return modes.routers.stand_in(name, tensor)
 
     tokens = None if plan.tokens is None else torch.tensor(plan.tokens)
     with ExitStack() as stack:
-        for mode in modes:
+        for mode in (*modes.norms, modes.routers):
             stack.enter_context(mode)
         expected = _changed_logits(model, ids if tokens is None else _original_ids(ids, tokens), dtype, change)
     found = _changed_logits(pruned, ids, dtype, lambda _, tensor: tensor)
@@ -202,11 +203,24 @@ class KeptNorms(TorchDispatchMode):
         return (whole.flatten(-2), *statistics)
 
 
-def norm_modes(graph: CouplingGraph, plan: PruningPlan) -> list[KeptNorms]:
-    """Return the modes that a plan needs: one for every hidden unit that it cuts."""
-    modes = []
-    for unit in graph.of_kind("hidden"):
-        if unit.name in plan.units:
+@dataclass(frozen=True, kw_only=True)
+class Modes:
+    """Modes in which a model whose removed slices are zeroed computes what the pruned one does."""
+
+    norms: list[KeptNorms]
+    routers: Unrouted
+
+
+def masking_modes(model: PreTrainedModel, plan: PruningPlan) -> Modes:
+    """Return the modes that a plan needs: one for every hidden unit that it cuts, and one for all experts."""
+    names = [name for name, choice in plan.units.items() if choice.kind in ("hidden", "experts")]
+    cut = [unit for unit in trace(model).units if unit.name in names] if names else []
+    norms: list[KeptNorms] = []
+    removed: dict[str, dict[int, torch.Tensor]] = {}
+    for unit in cut:
+        if unit.kind == "experts":
+            removed |= unit.slices(sorted(set(range(unit.size)) - set(plan.units[unit.name].kept.tolist())))
+        else:
             (name, dim), label = next((key, label) for key, label in unit.dims.items() if int((label >= 0).all()))
-            modes.append(KeptNorms(plan.kept[name][dim], len(label)))
-    return modes
+            norms.append(KeptNorms(plan.kept[name][dim], len(label)))
+    return Modes(norms=norms, routers=Unrouted(removed))

@@ -1,0 +1,228 @@
+"""Criteria of experts: forward passes that watch which experts tokens are routed to, and what these compute.
+
+With X_j the calibration tokens that are routed to expert j of a layer, g_j(x) its gate as the model normalises it and
+f_j(x) its output, an expert is worth
+
+    frequency       |X_j| / |X|
+    ean             sum over X_j of ||f_j(x)||_2                  (EAN: REAP, arXiv 2510.13999, section 4)
+    reap            mean over X_j of g_j(x) ||f_j(x)||_2          (REAP, the same, equation 9)
+    mone            |X_j| / |X| times || std over X_j of f_j(x) ||_2   (MoNE, arXiv 2507.00390, section 3.2)
+    expert_loss     sum over X_j of ||y(x) - y_j(x)||^2 / |X|     (one expert at a time; Lu et al., arXiv 2402.14800,
+                                                                   section 3.2, enumerates sets)
+    expert_cosine   sum over X_j of 1 - cos(y(x), y_j(x)), / |X|
+
+where y is the output of the layer's block of experts and y_j its output when expert j is gone and tokens are routed
+anew. The standard deviation is per channel, from n - 1. Where a model scales what experts read instead of what they
+return (Llama 4), f_j is their output as it is and g_j is 1. An expert that no token is routed to is worth 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import cosine_similarity
+
+from ..errors import PrunerError
+from ..graph.places import common_path
+from ..graph.units import Unit
+from ..logs import log
+from ..models.blockwise import standing_in
+from ..models.experts import Routing, Unrouted, watching
+from ..models.per_layer import layer_lists
+from ..models.running import evaluating, forward
+from ..progress import track
+from .activation import SAMPLES_PER_PASS
+from .request import Request
+
+OF_ROUTING = ("frequency", "ean", "reap", "mone")
+OF_OUTPUT = ("expert_loss", "expert_cosine")
+
+
+@dataclass
+class _Sums:
+    """Sums over the tokens that are routed to each expert, float64: ``[experts]``, or ``[experts, hidden]``."""
+
+    tokens: torch.Tensor
+    norms: torch.Tensor
+    gated_norms: torch.Tensor
+    read: int = 0
+    outputs: torch.Tensor | None = None
+    squares: torch.Tensor | None = None
+
+    def add(self, routing: Routing, *, moments: bool) -> None:
+        expert, output = routing.expert.cpu(), routing.output.double()
+        norms = output.norm(dim=-1)
+        self.read += routing.tokens
+        self.tokens.index_add_(0, expert, torch.ones_like(norms).cpu())
+        self.norms.index_add_(0, expert, norms.cpu())
+        self.gated_norms.index_add_(0, expert, (routing.gate.double() * norms).cpu())
+        if not moments:
+            return
+        if self.outputs is None or self.squares is None:
+            self.outputs, self.squares = (torch.zeros(len(self.tokens), output.shape[-1]).double() for _ in range(2))
+        self.outputs.index_add_(0, expert, output.cpu())
+        self.squares.index_add_(0, expert, output.square().cpu())
+
+    @property
+    def deviation(self) -> torch.Tensor:
+        """Return the norm of the standard deviation of each expert's output; 0 for fewer than two tokens."""
+        assert self.outputs is not None and self.squares is not None
+        n = self.tokens[:, None]
+        variance = (self.squares - self.outputs.square() / n.clamp_min(1)) / (n - 1).clamp_min(1)
+        return variance.clamp_min(0).sum(1).sqrt() * (self.tokens > 1)
+
+    def score(self, criterion: str) -> torch.Tensor:
+        if criterion == "ean":
+            return self.norms
+        if criterion == "reap":
+            return self.gated_norms / self.tokens.clamp_min(1)
+        frequency = self.tokens / max(self.read, 1)
+        return frequency if criterion == "frequency" else frequency * self.deviation
+
+
+def routing_scores(criterion: str, request: Request) -> dict[str, torch.Tensor]:
+    """Score experts by ``frequency``, ``ean``, ``reap`` or ``mone``.
+
+    Raises:
+        PrunerError: there are no experts, they are not called in a known way, or an output is not finite.
+    """
+    units = experts_by_path(criterion, request)
+    sums = {path: _Sums(*(torch.zeros(unit.size).double() for _ in range(3))) for path, unit in units.items()}
+
+    def visit(path: str, routing: Routing) -> None:
+        if not routing.output.isfinite().all():
+            raise PrunerError(f"an expert of {path} returns a number that is not finite: load with --dtype float32")
+        sums[path].add(routing, moments=criterion == "mone")
+
+    with watching(request.model, {path: unit.size for path, unit in units.items()}, visit):
+        _run(request)
+    _name_unreached({unit.name: sums[path].tokens for path, unit in units.items()})
+    return {unit.name: sums[path].score(criterion) for path, unit in units.items()}
+
+
+def output_scores(criterion: str, request: Request) -> dict[str, torch.Tensor]:
+    """Score experts by ``expert_loss`` or ``expert_cosine``: a layer's block runs once more per expert, on the tokens
+    that are routed to it.
+
+    Raises:
+        PrunerError: there are no experts, or their router lies outside of their block.
+    """
+    units = experts_by_path(criterion, request)
+    blocks = {path: _Block(request.model, path, unit, criterion) for path, unit in units.items()}
+    sizes = {path: unit.size for path, unit in units.items()}
+    with ExitStack() as stack:
+        for block in blocks.values():
+            stack.enter_context(block.measuring())
+        stack.enter_context(watching(request.model, sizes, lambda path, routing: blocks[path].note(routing)))
+        _run(request)
+    return {unit.name: blocks[path].total / max(blocks[path].tokens, 1) for path, unit in units.items()}
+
+
+class _Block:
+    """The block of a layer's experts and their router, and what removing each expert changes in its output."""
+
+    def __init__(self, model: nn.Module, path: str, unit: Unit, criterion: str):
+        self.path = common_path(unit.parameters)
+        if any(self.path in (f"{stack}.{i}" for i in range(len(layers))) for stack, layers in layer_lists(model).items()):
+            raise PrunerError(f"{criterion}: the router of {path} lies outside of a block with its experts; use reap")
+        self.module, self.unit, self.criterion = model.get_submodule(self.path), unit, criterion
+        self.total, self.tokens = torch.zeros(unit.size).double(), 0
+        self._routings: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._busy = False
+
+    def note(self, routing: Routing) -> None:
+        """Remember which tokens are routed to which experts."""
+        if not self._busy:
+            self._routings.append((routing.token, routing.expert))
+            self.tokens += routing.tokens
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        handle = self.module.register_forward_hook(self._measure, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _measure(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._busy:
+            return
+        (states, *others) = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if others:
+            raise PrunerError(f"{self.criterion}: {self.path} reads more than hidden states; use reap")
+        rows, results = (t.reshape(-1, t.shape[-1]) for t in (states, _first(output)))
+        token, expert = (torch.cat(parts) for parts in zip(*self._routings, strict=True))
+        self._routings.clear()
+        self._busy = True
+        for j in expert.unique().tolist():
+            routed = token[expert == j].unique()
+            changed = self._without(j, rows[routed].view(*[1] * (states.ndim - 2), len(routed), -1))
+            self.total[j] += _change(self.criterion, results[routed], changed.reshape(len(routed), -1))
+        self._busy = False
+
+    def _without(self, expert: int, states: torch.Tensor) -> torch.Tensor:
+        """Return the block's output when its router does not choose an expert."""
+        tensors = dict([*self.module.named_parameters(), *self.module.named_buffers()])
+        with Unrouted(self.unit.slices(expert)) as mode:
+            names = [name.removeprefix(f"{self.path}.") for name in mode.removed]
+            replaced = {name: mode.stand_in(f"{self.path}.{name}", tensors[name]) for name in names}
+            return _first(functional_call(self.module, replaced, (states,)))
+
+
+def _change(criterion: str, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    before, after = before.double().cpu(), after.double().cpu()
+    if criterion == "expert_cosine":
+        return (1 - cosine_similarity(before, after, dim=-1)).sum()
+    return (before - after).square().sum()
+
+
+def _first(output: Any) -> torch.Tensor:
+    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return first
+
+
+def experts_by_path(criterion: str, request: Request) -> dict[str, Unit]:
+    """Return the units of experts by the path of the module that owns their stacked weights.
+
+    Raises:
+        PrunerError: there is none.
+    """
+    ranks, found = {name: parameter.ndim for name, parameter in request.model.named_parameters()}, {}
+    for unit in request.units:
+        stacks = [name for name, dim in unit.dims if dim == 0 and ranks.get(name) == 3]
+        if unit.kind == "experts" and stacks:
+            found[common_path(stacks)] = unit
+    if not found:
+        raise PrunerError(f"{criterion} scores experts, and this model has none: choose another criterion")
+    return found
+
+
+@torch.no_grad()
+def _run(request: Request) -> None:
+    """Run the calibration set through the model."""
+    compute, tokens = request.compute, request.tokens
+    with evaluating(request.model), standing_in(request.model, lambda _, tensor: compute.convert(tensor)):
+        for ids in track(tokens.to(compute.device).split(SAMPLES_PER_PASS), "scoring, forward passes"):
+            forward(request.model, ids)
+
+
+def _name_unreached(tokens: dict[str, torch.Tensor]) -> None:
+    """Warn of experts that the calibration set does not reach."""
+    unreached = {name: (count == 0).nonzero().flatten().tolist() for name, count in tokens.items()}
+    unreached = {name: experts for name, experts in unreached.items() if experts}
+    if unreached:
+        name, experts = next(iter(unreached.items()))
+        log.warning(
+            "no calibration token is routed to %d experts of %d layers (%s: %s): they score 0 and go first; a larger or "
+            "more varied calibration set reaches more",
+            sum(map(len, unreached.values())),
+            len(unreached),
+            name,
+            ", ".join(map(str, experts)),
+        )

@@ -1,0 +1,163 @@
+"""Watch the experts of a mixture at work, and keep a router from choosing some of them.
+
+A mixture of experts in transformers has a module that owns the stacked weights of all its experts. It is called either
+with hidden states ``[tokens, hidden]``, the indices of each token's experts ``[tokens, k]`` and their gates ``[tokens,
+k]`` (the contract of ``use_experts_implementation``), or with what every expert reads, ``[experts x tokens, hidden]``,
+gated and zero for tokens that are routed elsewhere (Llama 4). Both are told by the arguments, not by the model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from ..errors import PrunerError
+
+TOKENS_PER_CALL = 4096  # tokens whose experts' outputs are in memory at once
+CASTS = (torch.Tensor.to, torch.Tensor.type, torch.Tensor.float, torch.Tensor.double, torch.Tensor.type_as)
+PRODUCTS = (linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """What the experts of one module computed: an entry per token and expert that it is routed to.
+
+    Attributes:
+        tokens: number of tokens that the module read.
+        token: index of the token in the call, LongTensor ``[entries]``.
+        expert: index of the expert, LongTensor ``[entries]``.
+        gate: factor of the expert's output in the sum, ``[entries]``; 1 where the model scales what experts read.
+        output: the expert's output ``[entries, hidden]``, before its gate.
+    """
+
+    tokens: int
+    token: torch.Tensor
+    expert: torch.Tensor
+    gate: torch.Tensor
+    output: torch.Tensor
+
+
+Visit = Callable[[str, Routing], None]
+
+
+@contextmanager
+def watching(model: nn.Module, experts: dict[str, int], visit: Visit) -> Iterator[None]:
+    """Call ``visit(path, routing)`` for what modules of experts compute, in chunks of tokens.
+
+    The model's output stays the same but for the order in which a token's experts are summed. Every expert computes
+    each of its tokens once, as without the watch.
+
+    Args:
+        experts: number of experts by the path of the module that owns their stacked weights.
+
+    Raises:
+        PrunerError: when the model runs, if a module is called with other arguments than the two kinds above.
+    """
+    modules = {path: model.get_submodule(path) for path in experts}
+    before = {path: module.__dict__.get("forward") for path, module in modules.items()}
+    try:
+        for path, module in modules.items():
+            module.forward = _watched(path, module.forward, experts[path], visit)
+        yield
+    finally:
+        for path, module in modules.items():
+            module.__dict__.pop("forward", None)  # the class's own shows again
+            if before[path] is not None:
+                module.forward = before[path]  # type: ignore[assignment]
+
+
+def _watched(path: str, forward: Callable[..., Any], experts: int, visit: Visit) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        index = next((t for t in tensors if not t.is_floating_point()), None)
+        floats = [t for t in tensors if t.is_floating_point()]
+        if len(tensors) == 1 and len(floats) == 1 and floats[0].ndim == 2 and len(floats[0]) % experts == 0:
+            return _of_gated_inputs(path, forward, experts, visit, floats[0])
+        if index is None or index.ndim != 2 or len(floats) != 2 or floats[1].shape != index.shape:
+            shapes = ", ".join(str(list(t.shape)) for t in tensors)
+            raise PrunerError(f"the experts of {path} are called with tensors {shapes}: not known how they are routed")
+        return _of_top_k(path, forward, visit, (floats[0], index, floats[1]))
+
+    return run
+
+
+def _of_top_k(path: str, forward: Callable[..., Any], visit: Visit, call: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Run experts one per token, each with a gate of 1, and sum their outputs as the module would."""
+    hidden, index, gates = call
+    sums = []
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    for start in range(0, len(rows), TOKENS_PER_CALL):
+        part = slice(start, start + TOKENS_PER_CALL)
+        (tokens, k), chosen, gate = index[part].shape, index[part].reshape(-1, 1), gates[part].reshape(-1, 1)
+        output = forward(rows[part].repeat_interleave(k, 0), chosen, torch.ones_like(gate)).reshape(tokens * k, -1)
+        token = torch.arange(tokens, device=index.device).repeat_interleave(k) + start
+        visit(path, Routing(tokens=tokens, token=token, expert=chosen[:, 0], gate=gate[:, 0], output=output))
+        sums.append((output * gate).view(tokens, k, -1).sum(1))
+    return torch.cat(sums).to(hidden.dtype).view_as(hidden)
+
+
+def _of_gated_inputs(
+    path: str, forward: Callable[..., Any], experts: int, visit: Visit, gated: torch.Tensor
+) -> torch.Tensor:
+    output: torch.Tensor = forward(gated)
+    expert, token = gated.view(experts, -1, gated.shape[-1]).any(-1).nonzero(as_tuple=True)
+    chosen = output.view(experts, -1, output.shape[-1])[expert, token]
+    gate, tokens = torch.ones_like(chosen[:, 0]), len(gated) // experts
+    visit(path, Routing(tokens=tokens, token=token, expert=expert, gate=gate, output=chosen))
+    return output
+
+
+class Unrouted(TorchFunctionMode):
+    """A mode in which routers do not choose some experts: their logits are minus infinity.
+
+    That is what removing the experts comes to: the softmax, the sigmoid and the choice of the largest run over the
+    others alone. Of the tensors that hold one number per expert, biases that are added to the routers' scores have to
+    be minus infinity too; :meth:`stand_in` returns them so.
+
+    Args:
+        removed: positions of the removed experts, ``{tensor name: {dim: LongTensor}}``, in all tensors that have them.
+    """
+
+    def __init__(self, removed: Mapping[str, Mapping[int, torch.Tensor]]):
+        super().__init__()
+        self.removed = removed
+        self._weights: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
+
+    def stand_in(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what takes a tensor's place: itself, or a copy with minus infinity for removed experts."""
+        for dim, positions in self.removed.get(name, {}).items():
+            if tensor.numel() == tensor.shape[dim]:
+                return tensor.index_fill(dim, positions.to(tensor.device), -torch.inf)
+            if tensor.ndim == 2 and dim == 0:
+                return self._register(tensor, positions)
+        return tensor
+
+    def _register(self, tensor: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
+        self._weights[tensor.untyped_storage().data_ptr()] = weakref.ref(tensor), removed
+        return tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in CASTS and (known := self._known(args[0])) is not None:
+            return self._register(out, known)
+        if func in PRODUCTS:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other"))
+            known = self._known(weight)
+            if known is not None and out.shape[-1] == weight.shape[0 if func is linear else -1]:
+                return out.index_fill(-1, known.to(out.device), -torch.inf)
+        return out
+
+    def _known(self, tensor: Any) -> torch.Tensor | None:
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.ndim != 2:
+            return None
+        reference, removed = self._weights.get(tensor.untyped_storage().data_ptr(), (lambda: None, None))
+        return removed if reference() is not None else None
