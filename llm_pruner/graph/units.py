@@ -25,6 +25,7 @@ from .constants import COMBINED, by_leaf
 from .fingerprint import fingerprint
 from .kinds import Occurrence, kind_of
 from .places import Part, by_layer, common_path
+from .routing import fewest, groups_of, join_groups
 from .tracer import TraceError, run
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Unit:
         multiple: what the number of kept indices must be a multiple of (8 inside stacked experts, whose kernels
             want rows of 16 bytes, and in the shared experts beside them; a hidden size, where the config wants its
             attention heads to divide it).
+        groups: number of equal groups, of consecutive indices, in each of which as many must stay.
         constants: what every call of a layer is given of it, beside weights: ALiBi slopes.
     """
 
@@ -61,6 +63,7 @@ class Unit:
     frozen: str | None = None
     minimum: int = 1
     multiple: int = 1
+    groups: int = 1
     dims: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, repr=False)
     constants: list[Constant] = field(default_factory=list, repr=False)
 
@@ -262,7 +265,7 @@ def _trace(model: nn.Module) -> CouplingGraph:
     tracer, dims = run(model)
     shapes = {name: tuple(t.shape) for name, t in stored_tensors(model).items()}
     constants = by_leaf(tracer.constants)
-    found = _occurrences(dims)
+    found = join_groups(_occurrences(dims))
     layer_of = LayerLocator(list(layer_lists(model)))
     units = [_unit(atom, where, layer_of, found, constants.get(id(atom), [])) for atom, where in found]
     units += _layer_units(model, shapes)
@@ -338,14 +341,11 @@ def _unit(atom: Atom, where: dict, layer_of: LayerLocator, found: list[Occurrenc
         atom.size,
         frozenset(atom.flags),
         frozen,
-        _minimum(atom),
+        fewest(atom),
+        groups=groups_of(atom),
         dims=where,
         constants=constants,
     )
-
-
-def _minimum(atom: Atom) -> int:
-    return max([1, *(int(tag.removeprefix("top-k ")) for tag in atom.tags if tag.startswith("top-k "))])
 
 
 def _layer_units(model: nn.Module, shapes: dict[str, tuple]) -> list[Unit]:

@@ -319,12 +319,18 @@ class Policy:
             return torch.tensor([], dtype=torch.long)
         if count % unit.multiple and unit.kind != "hidden":  # a shape may give that other heads to divide it
             raise PrunerError(f"{unit.name} cannot keep {count}: the model runs with multiples of {unit.multiple} only")
-        return torch.argsort(self.scores.of(unit, unit.size - count), stable=True)[: unit.size - count]
+        if count % unit.groups:
+            raise PrunerError(f"{unit.name} cannot keep {count}: its router has {unit.groups} groups of equal size")
+        gone = unit.size - count
+        return rank_balanced(self.scores.of(unit, gone), gone, unit.groups)
 
     def _removals(self, kind: str, units: list[Unit], ratio: float, plan: PruningPlan) -> list[torch.Tensor]:
         """Return the indices that each unit of a kind loses."""
-        parts = self.tensor_parallel if kind in SHARDED else 1
-        steps = [lcm(self.round_to, parts, unit.multiple, alignment(unit, self.align)) for unit in units]
+        parts = [self.tensor_parallel if kind in SHARDED else unit.groups for unit in units]
+        steps = [
+            lcm(self.round_to, n, unit.multiple, alignment(unit, self.align))
+            for unit, n in zip(units, parts, strict=True)
+        ]
         if self.scope == "local":
             out = rank_locally(units, self.scores, ratio, steps=steps, floor=self.floor)
         else:
@@ -338,10 +344,10 @@ class Policy:
                 normalizer=NORMALIZERS[self.normalize],
             )
         for i, unit in enumerate(units):
-            if unit.size % parts:
-                plan.notes.append(f"{unit.name} has {unit.size} indices, which {parts} devices cannot share equally")
-            elif parts > 1:
-                out[i] = rank_balanced(self.scores.of(unit, len(out[i])), len(out[i]), parts)
+            if unit.size % parts[i]:
+                plan.notes.append(f"{unit.name} has {unit.size} indices, which {parts[i]} devices cannot share equally")
+            elif parts[i] > 1:
+                out[i] = rank_balanced(self.scores.of(unit, len(out[i])), len(out[i]), parts[i])
             if self.solving:
                 out[i] = out[i][~self.scores.of(unit, len(out[i]))[out[i]].isposinf()]
         return equalized(units, out) if self.uniform else out

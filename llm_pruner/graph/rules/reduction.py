@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..axes import Dim, flag, freeze, fresh, tag
+from ..axes import Dim, flag, freeze, fresh, size_of, tag
 from ..call import Call, rule, tensors_in
+from ..routing import top_k_tag
 from .pointwise import pointwise
 
 
@@ -53,7 +54,7 @@ def top_k(call: Call) -> None:
     flag(source, "norm")
     outs = list(tensors_in(call.out))
     if call["k"] is not None:
-        tag(source, f"top-k {call['k']}")
+        tag(source, top_k_tag(call["k"], size_of(source)))
     dims[axis] = fresh(outs[0].shape[axis], "the slots of a top-k or sort")
     for out in outs:
         call.set(dims, out, None if out.is_floating_point() else source)
