@@ -18,10 +18,14 @@ class InputCheck:
         written_later: folder that earlier stages of a recipe write; what it will hold is not looked for.
         unavailable: collects what is not on this machine (see :class:`~llm_pruner.errors.Unavailable`); None where that
             is an error.
+        origin: model that the stages of a recipe start from, whose class what they write has; None outside of recipes.
+        task: task whose class an earlier stage of a recipe loads instead, if any.
     """
 
     written_later: Path | None = None
     unavailable: list[str] | None = None
+    origin: str | None = None
+    task: str | None = None
 
     def skips(self, path: str | Path) -> bool:
         """Return True for a path inside the folder that is written later."""

@@ -21,6 +21,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 from .choices import SYNTHETIC
 from .data import check_text
 from .errors import PrunerError
+from .graph.units import CouplingGraph, trace
 from .models.inputs import ModelInputs, example_inputs, needed_inputs, reads_text_only
 from .models.running import model_inputs
 from .models.tasks import predicts_tokens
@@ -172,6 +173,19 @@ def media_inputs(
         noise = np.random.default_rng(seed).integers(0, 256, (samples, SYNTHETIC_PIXELS, SYNTHETIC_PIXELS, 3), np.uint8)
         return _stacked([_process_image(model, processor, picture, CAPTION) for picture in noise])
     return _stacked([process(model, processor, medium) for medium in read_media(name, split, samples)])
+
+
+def trace_media(model: PreTrainedModel, inputs: ModelInputs | None = None) -> CouplingGraph:
+    """Trace a model that reads images or sounds beside text on both, so that all of its towers have units.
+
+    Args:
+        inputs: as :func:`media_inputs` returns them (default: noise).
+
+    Raises:
+        PrunerError: the checkpoint has no processor, or the model cannot be traced.
+    """
+    inputs = media_inputs(model, SYNTHETIC, samples=1) if inputs is None else inputs
+    return trace(model, inputs[:1].tensors())
 
 
 def load_processor(model: PreTrainedModel) -> Any:

@@ -11,6 +11,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
+from helpers.media import save_llava
 from helpers.models import ARCHITECTURES, SHARED, require_embedded_model
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -104,3 +105,9 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the measuring data is not here ({SHARED})")
     return SHARED
+
+
+@pytest.fixture
+def llava(tokenizer, tmp_path) -> Path:
+    """A folder with a tiny model of images and text, and its processor."""
+    return save_llava(tokenizer, tmp_path / "llava")

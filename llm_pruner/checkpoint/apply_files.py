@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..errors import PrunerError
 from ..files import complete_folder, write_text
+from ..graph.tracer import TraceError
 from ..logs import log
 from ..models.skeleton import canonical_names
 from ..progress import Step
@@ -27,7 +28,7 @@ from .save import write_checkpoint
 from .shards import SINGLE, Shards, ShardWriter, TensorType, write_index
 from .standalone import forget_modelling, write_modelling
 from .stored import OtherForm, model_of, stored_names
-from .unread import UNREAD, check_unquantized, forget_unread
+from .unread import UNREAD, check_unquantized, forget_unread, unread_tensors
 
 APPLY_FILE = "apply.json"  # record of llm-pruner apply
 
@@ -39,6 +40,7 @@ def apply_to_files(
     trust_remote_code: bool = False,
     *,
     standalone: bool = False,
+    task: str | None = None,
     record: str = "",
 ) -> Path:
     """Write the checkpoint that a plan leaves of another, shard by shard; no shard is ever in memory.
@@ -52,6 +54,7 @@ def apply_to_files(
         source: folder of safetensors.
         target: new folder; it appears complete or not at all.
         standalone: as in :func:`llm_pruner.save`.
+        task: class that the plan was made for, as in :func:`llm_pruner.load`.
         record: content of ``apply.json``, which tells a later run who wrote the folder; "": no such file.
 
     Raises:
@@ -66,7 +69,7 @@ def apply_to_files(
         log.warning("the plan's run was refitted on calibration data and this checkpoint is not: --refit does it again")
     target = Path(target).expanduser()
     with complete_folder(target, owned_if="config.json", reads=source) as folder:
-        pruned = cut_files(plan, source, folder, trust_remote_code)
+        pruned = cut_files(plan, source, folder, trust_remote_code, task=task)
         if standalone:
             write_modelling(pruned, folder)
         write_card(pruned.config, folder, plan, target.name)
@@ -75,14 +78,16 @@ def apply_to_files(
     return target
 
 
-def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def cut_files(
+    plan: PruningPlan, source: str, folder: Path, trust_remote_code: bool = False, *, task: str | None = None
+) -> PreTrainedModel:
     """Write the files of :func:`apply_to_files` into a folder that the caller completes.
 
     Returns:
         The pruned model, on the meta device unless its weights had to be mapped.
     """
     path = Path(locate(source)[0])
-    config = load_config(source, trust_remote_code)
+    config = load_config(source, trust_remote_code, task=task)
     shards = check_unquantized(source, path, config) or Shards(path)
     model = model_of(source, config, shards, trust_remote_code=trust_remote_code)
     forget_modelling(model)
@@ -93,11 +98,14 @@ def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: b
     except OtherForm:
         names = {}
     hidden = any(choice.kind == "hidden" for choice in plan.units.values())  # factors of its size show in logits only
-    if hidden or not names:
-        pruned = apply(load_model(source, trust_remote_code=trust_remote_code), plan, on_disk(folder))
+    pruned = None if hidden or not names else _pruned_shapes(model, plan)
+    if pruned is None:
+        loaded = load_model(source, trust_remote_code=trust_remote_code, task=task)
+        if left_out := unread_tensors(loaded):
+            plan.settings[UNREAD] = left_out
+        pruned = apply(loaded, plan, on_disk(folder))
         write_checkpoint(pruned, None, folder, plan)
     else:
-        pruned = apply(model, plan)
         if left_out := forget_unread(pruned.config, source, shards.tensors.keys() - names.keys()):
             plan.settings[UNREAD] = left_out
         plan = replace(plan, weights=_cut_shards(plan, shards, names, model, pruned, folder))
@@ -110,6 +118,14 @@ def cut_files(plan: PruningPlan, source: str, folder: Path, trust_remote_code: b
     if plan.tokens is not None:
         cut_tokenizer(AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code), plan.tokens, folder)
     return pruned
+
+
+def _pruned_shapes(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel | None:
+    """Apply a plan to a model on the meta device; return None for a model that is traced on its weights only."""
+    try:
+        return apply(model, plan)
+    except TraceError:
+        return None
 
 
 def _cut_shards(

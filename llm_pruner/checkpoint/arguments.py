@@ -22,7 +22,11 @@ class ApplyArguments(Arguments):
     refit: bool = flag(False, "load the model and repeat the refit of the plan's run (compensation, rescaled norms)")
     calib_dataset: str | None = flag(
         None,
-        "calibration text of --refit: a data set's name or a .txt, .json or .jsonl file (default: that of the run)",
+        "calibration set of --refit: a text, as prune takes it, or a folder of images or sounds (default: that of the "
+        "run)",
+    )
+    task: str | None = flag(
+        None, "load the class of this task, such as text-generation (default: that of the plan's run)"
     )
 
     def check(self) -> None:

@@ -13,7 +13,7 @@ from ..inputs import InputCheck
 from ..models.tasks import OF_TOKENS, ask_for, declared_class, task_of_config
 from .arguments import UniformArguments
 from .config import load_config
-from .load import TOKENIZERS
+from .load import TOKENIZERS, no_tokenizer
 from .locate import base_of, is_adapter, locate
 from .shards import INDEX, shard_files
 from .unread import check_unquantized
@@ -52,7 +52,7 @@ def check_model(
         shard_files(Path(path))
     check_unquantized(name, Path(path), config)
     if tokenizer and needs_tokenizer(config) and not any(any(Path(path).glob(pattern)) for pattern in TOKENIZERS):
-        raise Unavailable(f"{name} has no tokenizer: put the original's files there ({TOKENIZERS[0]} and others)")
+        raise no_tokenizer(name)
     return config
 
 
@@ -73,6 +73,21 @@ def check_language_model(config: PreTrainedConfig, name: str, needed_by: str) ->
     """
     if task_of_config(config).name not in OF_TOKENS:
         raise PrunerError(f"{needed_by} needs a language model, and {name} is a {declared_class(config)}")
+
+
+def check_later_language_model(check: InputCheck, needed_by: str, trust_remote_code: bool = False) -> None:
+    """Refuse a model that earlier stages of a recipe write, if the model that they start from predicts no tokens.
+
+    Raises:
+        PrunerError: as :func:`check_language_model`.
+    """
+    if check.origin is None:
+        return
+    try:
+        config = load_config(check.origin, trust_remote_code, task=check.task)
+    except PrunerError:  # the first stage says what is wrong with it
+        return
+    check_language_model(config, check.origin, needed_by)
 
 
 def check_uniform_inputs(arguments: UniformArguments, check: InputCheck) -> None:

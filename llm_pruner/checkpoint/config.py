@@ -7,21 +7,33 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
 from ..logs import log
-from ..models.tasks import auto_model_class
+from ..models.tasks import ask_for, auto_model_class
 from .gguf_reader import parsed_once
 from .locate import explain, locate
 
 
-def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+def load_config(
+    name: str, trust_remote_code: bool = False, revision: str | None = None, *, task: str | None = None
+) -> PreTrainedConfig:
     """Load the config alone, of any model that :func:`llm_pruner.load` takes, or from a ``config.json`` file.
 
+    Args:
+        task: let the config declare the class of this task instead of its own.
+
     Raises:
-        PrunerError: the model does not exist, or its config cannot be read.
+        PrunerError: the model does not exist, its config cannot be read, or it has no class for the task.
     """
+    config = _read_config(name, trust_remote_code, revision)
+    ask_for(task, config)
+    return config
+
+
+def _read_config(name: str, trust_remote_code: bool, revision: str | None) -> PreTrainedConfig:
     path, gguf = locate(name)
     try:
         if gguf:
@@ -57,6 +69,11 @@ def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
     """
     try:
         with torch.device("meta"):
-            return auto_model_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
+            model = auto_model_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
     except Exception as error:  # constructors raise what they like
         raise PrunerError(explain(config.name_or_path or type(config).__name__, "", error)) from error
+    for module in model.modules():  # weight norms, for one, make their parameters on the CPU
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    return model

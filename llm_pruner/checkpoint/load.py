@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..errors import PrunerError
+from ..errors import PrunerError, Unavailable
 from ..logs import log
 from ..models.dispatch import check_device, spread
 from ..models.tasks import ask_for, auto_model_class
@@ -98,8 +98,13 @@ def load_with_tokenizer(name: str, *arguments: Any, **options: Any) -> tuple[Pre
     """
     model, tokenizer = load(name, *arguments, **options)
     if tokenizer is None:
-        raise PrunerError(f"{name} has no tokenizer: put the original's files there ({TOKENIZERS[0]} and others)")
+        raise no_tokenizer(name)
     return model, tokenizer
+
+
+def no_tokenizer(name: str) -> Unavailable:
+    """Return the error for a folder without the tokenizer that its model, or a command, cannot do without."""
+    return Unavailable(f"{name} has no tokenizer: put the original's files there ({TOKENIZERS[0]} and others)")
 
 
 def load_tokenizer(

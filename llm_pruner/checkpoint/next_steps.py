@@ -13,7 +13,7 @@ from ..errors import PrunerError
 from ..logs import inside_another_run, log
 from ..models.per_layer import has_per_layer_widths
 from ..models.skeleton import parameter_count
-from ..models.tasks import FEATURES, OF_TOKENS, TEXT_GENERATION, TEXT_TO_TEXT, task_of_config
+from ..models.tasks import FEATURES, OF_TOKENS, TEXT_GENERATION, TEXT_TO_TEXT, declared_class, task_of_config
 from ..surgery.uniform import uniform_config
 from .checking import needs_tokenizer
 from .config import load_config, meta_model
@@ -51,29 +51,49 @@ def next_steps(
     model = base_of(folder) if is_adapter(folder) else str(folder)
     config = load_config(model, trust_remote_code)
     whose = f"those of {original}" if command == "to-uniform" else "the original's"
-    lines = [f"model: {folder}{_size(model, original, whose, trust_remote_code)}", f"load:  {_loading(folder, config)}"]
+    declared, before = _declared_and_read(original, config, trust_remote_code)
+    lines = [f"model: {folder}{_size(config, before, whose, trust_remote_code)}", f"load:  {_loading(folder, config)}"]
     lines.append(f"serve: {_serving(folder, config)}")
     if command in ("prune", "apply") and task_of_config(config).name in OF_TOKENS:
         lines.append(f"next:  llm-pruner recover {_words(folder, _beside('tune_log', folder))} --merge")
     else:
         models = dict.fromkeys(str(one) for one in (original, *compare, folder) if one)
-        lines.append(f"next:  llm-pruner evaluate {_words(*models)}")
+        asked_for = declared and before and declared_class(before) == declared_class(config) != declared
+        task = f" --task {task_of_config(config).name}" if asked_for else ""
+        lines.append(f"next:  llm-pruner evaluate {_words(*models)}{task}")
     return lines
 
 
-def _size(model: str, original: str, whose: str, trust_remote_code: bool) -> str:
-    """Return the parameters in words, and their ratio to ``original``'s where that can be read."""
-    after, before = (_count_parameters(name, trust_remote_code) for name in (model, original))
+def _declared_and_read(name: str, like: PreTrainedConfig, trust: bool) -> tuple[str | None, PreTrainedConfig | None]:
+    """Return the class that a model declares, and its config with the class of ``like``, in which both are counted.
+
+    The config is None for a model that is not at hand.
+    """
+    try:
+        config = load_config(name, trust) if name else None
+    except PrunerError:
+        return None, None
+    if config is None:
+        return None, None
+    declared = declared_class(config)
+    if config.model_type == like.model_type and like.architectures:
+        config.architectures = like.architectures
+    return declared, config
+
+
+def _size(config: PreTrainedConfig, original: PreTrainedConfig | None, whose: str, trust_remote_code: bool) -> str:
+    """Return the parameters in words, and their ratio to the original's where that can be read."""
+    after, before = (_count_parameters(one, trust_remote_code) for one in (config, original))
     if after is None:
         return ""
     share = f", {after / before:.3f} times {whose}, {before:,}" if before else ""
     return f" ({after:,} parameters{share})"
 
 
-def _count_parameters(name: str, trust_remote_code: bool) -> int | None:
+def _count_parameters(config: PreTrainedConfig | None, trust_remote_code: bool) -> int | None:
     """Count parameters by a model's config; None for a model that is not at hand."""
     try:
-        return parameter_count(meta_model(load_config(name, trust_remote_code), trust_remote_code)) if name else None
+        return None if config is None else parameter_count(meta_model(config, trust_remote_code))
     except PrunerError:
         return None
 

@@ -19,14 +19,20 @@ class OtherForm(PrunerError):
     """A checkpoint holds its tensors in another form than the model, such as every expert by itself."""
 
 
-def weights_in(source: str, trust_remote_code: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+def weights_in(
+    source: str, trust_remote_code: bool = False, *, task: str | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights of a folder one by one, under the model's names.
+
+    Args:
+        task: read them as the class of this task instead of the declared class.
 
     Raises:
         PrunerError: as :class:`Shards`, and where the files hold the weights in another form.
     """
     shards = Shards(locate(source)[0])
-    model = model_of(source, load_config(source, trust_remote_code), shards, trust_remote_code=trust_remote_code)
+    config = load_config(source, trust_remote_code, task=task)
+    model = model_of(source, config, shards, trust_remote_code=trust_remote_code)
     canonical = canonical_names(model)
     for stored, name in stored_names(model, shards).items():
         yield canonical[name], shards.read(stored)

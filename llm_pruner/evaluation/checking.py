@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.checking import check_language_model, check_model
+from ..checkpoint.checking import check_language_model, check_later_language_model, check_model
 from ..data import check_text
 from ..files import check_file
 from ..inputs import InputCheck
@@ -18,7 +18,10 @@ from .zero_shot import check_task_data, check_tasks
 def check_evaluation_inputs(arguments: EvaluateArguments, check: InputCheck) -> None:
     """Refuse what ``llm-pruner evaluate`` cannot use."""
     for name in arguments.model:
-        if not check.skips(name):
+        if check.skips(name):
+            if arguments.tasks:
+                check_later_language_model(check, "--tasks", arguments.trust_remote_code)
+        else:
             with check.flag("model", name):
                 config = check_model(name, arguments.trust_remote_code, tokenizer=True, task=arguments.task)
                 if arguments.tasks:

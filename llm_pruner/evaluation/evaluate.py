@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoint.load import no_tokenizer
 from ..errors import PrunerError
 from ..files import digest
 from ..logs import log
@@ -146,7 +147,7 @@ def _evaluate_without_speed(
     if settings.tasks and not writes:
         raise PrunerError(f"--tasks needs a language model, and {name} is a {type(model).__name__}")
     if tokenizer is None and reads_text_only(model):
-        raise PrunerError(f"{name} has no tokenizer: put the original's files there")
+        raise no_tokenizer(name)
     if settings.media and reads_text_only(model) and not tower_paths(model):
         raise PrunerError(f"{name} reads text and no images or sounds: name texts instead of {settings.media[0]}")
     for_text = cast(PreTrainedTokenizerBase, tokenizer)
@@ -205,6 +206,16 @@ def _measure_similarities(
     return originals.compare(model, tokenizer, texts)
 
 
+def keep_outputs(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase | None], settings: Measurements, originals: Originals
+) -> None:
+    """Keep the outputs of a model, loaded with its tokenizer, on the data sets of an evaluation."""
+    model, tokenizer = loaded
+    if tokenizer is None and reads_text_only(model):
+        raise no_tokenizer(str(model.name_or_path))
+    _measure_similarities(model, tokenizer, settings, originals)
+
+
 def _continue_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements
 ) -> dict[str, str]:
@@ -229,6 +240,7 @@ def evaluate_models(
     settings: Measurements,
     *,
     together: bool = False,
+    originals: Originals | None = None,
 ) -> list[Evaluation]:
     """Measure models one after the other: each is loaded, measured and dropped before the next.
 
@@ -236,9 +248,10 @@ def evaluate_models(
         load: returns model and tokenizer of a name.
         together: keep all models loaded to time them in turns, so that their speeds compare however busy the machine
             is; False times each by itself, and gives no ratios of speeds.
+        originals: outputs to compare those of all models with (default: those of the first).
     """
     evaluations, models = [], []
-    originals = Originals()
+    originals = originals or Originals()
     for name in names:
         model, tokenizer = load(name)
         if together and settings.tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,22 @@ from ..models.inputs import Inputs, ModelInputs, reads_text_only
 from ..models.running import evaluating, forward, main_output, model_inputs
 from ..models.tasks import CTC, FEATURES, SPEECH, task_name
 from ..progress import track
-from .similarity import token_ids
+from .similarity import text_inputs
 
 CLASSIFIERS = ("text-classification", "image-classification", "audio-classification", "video-classification")
+# Names of the columns of two texts, as data sets have them; the second of a classifier may be missing.
+PAIRS = (
+    ("text", "other"),
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("query", "passage"),
+)
 FORMS = {
-    "classes": '{"text": "…", "label": "…"}, or a folder with {"file_name": "…", "label": "…"} in metadata.jsonl',
-    "scores": '{"text": "…", "score": 0.5}',
+    "classes": '{"text": "…", "label": "…"}, with a second text under "other", or a folder with {"file_name": "…", '
+    '"label": "…"} in metadata.jsonl',
+    "scores": '{"text": "…", "score": 0.5}, with a second text under "other"',
     "pairs": '{"text": "…", "other": "…", "score": 0.5}',
     "speech": 'a folder of .wav files with {"file_name": "…", "text": "…"} in metadata.jsonl',
 }
@@ -85,15 +96,15 @@ def measure_labelled(
             return _word_errors(run, _media(name, "text", form, most))
         if form == "classes":
             return _accuracy(run, name, most)
-        rows = _text_rows(name, ("text", "score") if form == "scores" else ("text", "other", "score"), form, most)
+        rows = _text_rows(name, "score", form, most)
         if form == "scores":
-            found = [run.output(row["text"]).item() for row in track(rows, f"scores on {name}")]
+            found = [run.output(row.texts).item() for row in track(rows, f"scores on {name}")]
         else:
             found = [
-                torch.cosine_similarity(run.embedding(row["text"]), run.embedding(row["other"]), dim=0).item()
+                torch.cosine_similarity(run.embedding(row.texts[0]), run.embedding(row.texts[1]), dim=0).item()
                 for row in track(rows, f"pairs of {name}")
             ]
-    table = pandas.DataFrame({"found": found, "given": [float(row["score"]) for row in rows]})
+    table = pandas.DataFrame({"found": found, "given": [float(row.value) for row in rows]})
     if table["given"].nunique() < 2 or table["found"].nunique() < 2:
         raise PrunerError(f"--labelled {name}: all scores are equal, so there is no order to compare")
     return {"spearman": float(table.corr(method="spearman").iloc[0, 1])}
@@ -106,20 +117,20 @@ class _Runner:
         self.model, self.tokenizer, self.device = model, tokenizer, device
         self.processor = None if reads_text_only(model) else load_processor(model)
 
-    def output(self, example: str | Medium) -> torch.Tensor:
-        """Return the main output for one example, without the dim of rows."""
+    def output(self, example: Sequence[str] | Medium) -> torch.Tensor:
+        """Return the main output for one example, one or two texts or a medium, without the dim of rows."""
         inputs: Inputs
         if isinstance(example, Medium):
             inputs = ModelInputs(process(self.model, self.processor, example))
         elif self.tokenizer is None or not reads_text_only(self.model):
             raise PrunerError(f"--labelled: {type(self.model).__name__} reads no text: give a folder of its inputs")
         else:
-            inputs = token_ids(self.model, self.tokenizer, example)
+            inputs = text_inputs(self.model, self.tokenizer, *example)
         return main_output(forward(self.model, inputs.to(self.device)))[0].float().cpu()
 
     def embedding(self, text: str) -> torch.Tensor:
         """Return the mean of the last hidden states of a text, ``[hidden]``."""
-        return self.output(text).mean(dim=0)
+        return self.output((text,)).mean(dim=0)
 
     def transcript(self, medium: Medium) -> str:
         """Return the words that a model of speech hears."""
@@ -132,11 +143,11 @@ class _Runner:
 
 
 def _accuracy(run: _Runner, name: str, most: int | None) -> dict[str, float]:
-    examples: list[tuple[str | Medium, Any]]
+    examples: list[tuple[Sequence[str] | Medium, Any]]
     if Path(name).expanduser().is_dir():
         examples = [(medium, medium.label) for medium in _media(name, "label", "classes", most)]
     else:
-        examples = [(row["text"], row["label"]) for row in _text_rows(name, ("text", "label"), "classes", most)]
+        examples = [(row.texts, row.value) for row in _text_rows(name, "label", "classes", most)]
     wanted = [_class_of(run.model, label, name) for _, label in examples]
     right = [
         int(run.output(example).argmax()) == label
@@ -180,20 +191,43 @@ def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
     return before[-1]
 
 
-def _text_rows(name: str, columns: tuple[str, ...], form: str, most: int | None) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class LabelledText:
+    """A row of a labelled file: one text or two, and its label or score."""
+
+    texts: tuple[str, ...]
+    value: Any
+
+
+def _text_rows(name: str, field: str, form: str, most: int | None) -> list[LabelledText]:
+    """Read the rows of a file; those of one file have the same columns of texts.
+
+    Args:
+        field: ``label`` or ``score``.
+    """
     path = Path(name).expanduser()
     rows = list(read_rows(path))[:most] if path.is_file() else []
     if not rows:
         raise PrunerError(f"--labelled {name} must be a file of rows such as {FORMS[form]}")
+    columns = _text_columns(rows[0], form)
+    examples = []
     for number, row in enumerate(rows, 1):
-        values = {column: row.get(column) for column in columns} if isinstance(row, dict) else {}
-        texts = [values.get(column) for column in columns if column in ("text", "other")]
-        score = values.get("score", 0.0)
-        if not all(isinstance(text, str) and text.strip() for text in texts) or type(score) not in (int, float):
+        values = row if isinstance(row, dict) else {}
+        texts: tuple[Any, ...] = tuple(values.get(column) for column in columns)
+        score = values.get("score") if field == "score" else 0.0
+        whole = all(isinstance(text, str) and text.strip() for text in texts) and type(score) in (int, float)
+        if not whole or _text_columns(row, form) != columns:
             raise PrunerError(f"--labelled {name}, row {number}: rows must be such as {FORMS[form]}")
-        if "label" in columns and ("label" not in row or row.keys() - {*columns, "id", "idx"}):
+        if field == "label" and ("label" not in row or row.keys() - {*columns, "label", "id", "idx"}):
             raise PrunerError(f"--labelled {name}, row {number} has {', '.join(row)}: give {FORMS[form]}")
-    return rows
+        examples.append(LabelledText(texts=texts, value=row[field]))
+    return examples
+
+
+def _text_columns(row: Any, form: str) -> tuple[str, ...]:
+    """Return the columns of the texts, by the first row: two where it has two that belong together."""
+    pair = next((pair for pair in PAIRS if isinstance(row, dict) and row.keys() >= {*pair}), None)
+    return ("text", "other") if form == "pairs" else pair or ("text",)
 
 
 def _media(name: str, field: str, form: str, most: int | None) -> list[Medium]:

@@ -18,9 +18,10 @@ from ..models.dispatch import resolve_device
 from ..provenance import provenance
 from ..serving.engines import in_format, measure_engines
 from .arguments import EvaluateArguments, PerplexityArguments
-from .evaluate import PROMPTS, Evaluation, Measurements, evaluate_models
+from .evaluate import PROMPTS, Evaluation, Measurements, evaluate_models, keep_outputs
 from .perplexity import perplexity, windows
 from .shared_texts import warn_for_models
+from .similarity import Originals
 from .table import Table, as_json, table
 from .tabular import TERMINAL, terminal_tables
 from .together import fit_together
@@ -29,8 +30,12 @@ from .zero_shot import PAPER_TASKS, zero_shot_in_vllm
 EVALUATION_FILE = "evaluation.json"
 
 
-def measure(args: EvaluateArguments) -> list[Evaluation]:
+def measure(args: EvaluateArguments, *, against: str | None = None, task: str | None = None) -> list[Evaluation]:
     """Measure the models that the arguments name, side by side.
+
+    Args:
+        against: model to compare the outputs of all of them with (default: the first of them).
+        task: task whose class ``against`` is loaded in, instead of the declared class.
 
     Raises:
         PrunerError: the arguments are not valid, or a model, text or task cannot be had.
@@ -41,15 +46,18 @@ def measure(args: EvaluateArguments) -> list[Evaluation]:
         locate(model)
     warn_for_models(args.model, args.datasets)
 
-    def load_model(name: str) -> Any:
-        return load(name, args.dtype, device, args.trust_remote_code, verify=args.verify, task=args.task)
+    def load_model(name: str, task: str | None = args.task) -> Any:
+        return load(name, args.dtype, device, args.trust_remote_code, verify=args.verify, task=task)
 
     together = args.tokens > 0 and len(args.model) > 1
     if together:
         together = fit_together(
             args.model, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, task=args.task
         )
-    evaluations = evaluate_models(args.model, load_model, resolve(args), together=together)
+    settings, originals = resolve(args), Originals()
+    if against is not None:
+        keep_outputs(load_model(against, task or args.task), settings, originals)
+    evaluations = evaluate_models(args.model, load_model, settings, together=together, originals=originals)
     if args.engine is None:
         return evaluations
     timed = measure_engines(args.engine, args.model, trust_remote_code=args.trust_remote_code)

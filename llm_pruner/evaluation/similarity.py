@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -98,8 +99,21 @@ def _samples_of(
 
 def token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, piece: str) -> torch.Tensor:
     """Return the ids of a piece ``[1, tokens]``, with special tokens, cut to what the model reads and to 512 tokens."""
+    return _encode(model, tokenizer, piece)["input_ids"]
+
+
+def text_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *texts: str) -> Inputs:
+    """Return the :func:`token_ids` of a text; of two, the ids of both in one and, where the model reads it, which of
+    them each token is of."""
+    if len(texts) == 1:
+        return token_ids(model, tokenizer, *texts)
+    names = {"input_ids", "token_type_ids"} & inspect.signature(model.forward).parameters.keys()
+    return ModelInputs({name: ids for name, ids in _encode(model, tokenizer, *texts).items() if name in names})
+
+
+def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *texts: str) -> dict[str, torch.Tensor]:
     longest = min(context_length(model) or LONGEST, LONGEST)
-    return tokenizer(piece, truncation=True, max_length=longest, return_tensors="pt")["input_ids"]
+    return dict(tokenizer(*texts, truncation=True, max_length=longest, return_tensors="pt"))
 
 
 def _comparable(model: PreTrainedModel, output: torch.Tensor) -> torch.Tensor:

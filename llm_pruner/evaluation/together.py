@@ -13,7 +13,6 @@ from ..errors import PrunerError
 from ..logs import log
 from ..models.dispatch import free_bytes
 from ..models.skeleton import parameter_count
-from ..models.tasks import ask_for
 from .tabular import short_bytes
 
 SHARE = 0.5  # of the free memory, for all weights; the rest is for activations, caches and samples
@@ -55,8 +54,7 @@ def weight_bytes(name: str, dtype: str, trust_remote_code: bool = False, *, task
     path, gguf = locate(name)
     if is_adapter(path):  # merged into its base
         return weight_bytes(base_of(path), dtype, trust_remote_code, task=task)
-    config = load_config(name, trust_remote_code)
-    ask_for(task, config)
+    config = load_config(name, trust_remote_code, task=task)
     model = meta_model(config, trust_remote_code)
     given = torch.float32 if gguf and dtype == "auto" else torch_dtype(dtype)
     if isinstance(given, torch.dtype):

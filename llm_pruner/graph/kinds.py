@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from .axes import Atom
 
 Occurrence = tuple[Atom, dict[tuple[str, int], torch.Tensor]]
+FIXED = "torch's attention has no size of heads apart from its width"
+
+
+def fixed_heads(model: nn.Module) -> set[str]:
+    """Return the parameters of torch's attention, whose heads are as large as its width over their number."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for name, _ in module.named_parameters()
+    }
 
 
 def kind_of(atom: Atom, where: dict, layers: set[tuple[str, int] | None], found: list[Occurrence]) -> str:

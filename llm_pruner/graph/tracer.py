@@ -18,7 +18,16 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from ..errors import PrunerError
-from ..models.inputs import IDS, ModelInputs, example_inputs, has_remembered_inputs, input_embedding, reads_text_only
+from ..models.inputs import (
+    IDS,
+    ModelInputs,
+    ended,
+    example_inputs,
+    has_remembered_inputs,
+    input_embedding,
+    reads_text_only,
+    reads_text_twice,
+)
 from ..models.per_layer import Constant
 from ..models.running import answer_on_meta, main_output, model_inputs, stored_tensors, tracing_mode
 from ..models.tasks import has_token_logits
@@ -318,5 +327,6 @@ def _inputs_to_trace(model: nn.Module, vocabulary: Dim | None) -> dict[str, torc
     if vocabulary is not None:
         for name in IDS & inputs.keys():
             ids = torch.arange(TRACE_ROWS * TRACE_TOKENS).view(TRACE_ROWS, TRACE_TOKENS) * 31
-            inputs[name] = ids % size_of(vocabulary)
+            ids = ids % size_of(vocabulary)
+            inputs[name] = ended(model, ids) if reads_text_twice(model) else ids
     return inputs

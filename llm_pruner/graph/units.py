@@ -20,10 +20,10 @@ from ..models.inputs import check_inputs, remember_inputs
 from ..models.layers import LayerLocator
 from ..models.per_layer import Constant, layer_lists
 from ..models.running import stored_tensors
-from .axes import Atom, Dim, labels, leaves
+from .axes import Atom, Dim, labels, leaves, size_of
 from .constants import COMBINED, by_leaf
 from .fingerprint import fingerprint
-from .kinds import Occurrence, kind_of
+from .kinds import FIXED, Occurrence, fixed_heads, kind_of
 from .places import Part, by_layer, common_path
 from .routing import fewest, groups_of, join_groups
 from .tracer import TraceError, run
@@ -260,7 +260,7 @@ _traced: WeakKeyDictionary[nn.Module, tuple[Hashable, CouplingGraph]] = WeakKeyD
 
 def _trace(model: nn.Module) -> CouplingGraph:
     for name, parameter in model.named_parameters():
-        if 0 in parameter.shape:
+        if 0 in parameter.shape and type(_owner(model, name)).__module__.startswith("torch."):
             raise TraceError(f"{name} is {list(parameter.shape)}: a model with an empty weight cannot be pruned")
     tracer, dims = run(model)
     shapes = {name: tuple(t.shape) for name, t in stored_tensors(model).items()}
@@ -269,9 +269,12 @@ def _trace(model: nn.Module) -> CouplingGraph:
     layer_of = LayerLocator(list(layer_lists(model)))
     units = [_unit(atom, where, layer_of, found, constants.get(id(atom), [])) for atom, where in found]
     units += _layer_units(model, shapes)
+    fixed = fixed_heads(model)
     for unit in units:
         if unit.frozen is None and tracer.idle.issuperset(unit.parameters):
             unit.frozen = "the output does not depend on it"
+        if unit.frozen is None and unit.kind in ("heads", "query_heads") and fixed & {*unit.parameters}:
+            unit.frozen = FIXED
     stacked = {n for n, s in shapes.items() if len(s) == 3 and not isinstance(_owner(model, n), nn.Conv1d)}
     routed = {u.layer for u in units if u.kind == "neurons" and any(name in stacked for name, _ in u.dims)}
     for unit in units:
@@ -314,7 +317,7 @@ def _occurrences(dims: dict[str, list[Dim]]) -> list[Occurrence]:
     atoms: dict[int, Atom] = {}
     where: dict[int, dict[tuple[str, int], torch.Tensor]] = defaultdict(dict)
     for name, parameter in dims.items():
-        for axis, dim in enumerate(parameter):
+        for axis, dim in enumerate(parameter if all(map(size_of, parameter)) else ()):  # an empty tensor has no index
             by_leaf = labels(dim)
             for leaf in leaves(dim):
                 atoms[id(leaf)] = leaf

@@ -129,7 +129,9 @@ class _Block:
 
     def __init__(self, model: nn.Module, path: str, unit: Unit, criterion: str):
         self.path = common_path(unit.parameters)
-        if any(self.path in (f"{stack}.{i}" for i in range(len(layers))) for stack, layers in layer_lists(model).items()):
+        if any(
+            self.path in (f"{stack}.{i}" for i in range(len(layers))) for stack, layers in layer_lists(model).items()
+        ):
             raise PrunerError(f"{criterion}: the router of {path} lies outside of a block with its experts; use reap")
         self.module, self.unit, self.criterion = model.get_submodule(self.path), unit, criterion
         self.total, self.tokens = torch.zeros(unit.size).double(), 0

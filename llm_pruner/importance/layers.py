@@ -11,6 +11,7 @@ contiguous        the block of n layers over which hidden states turn least: arc
 last              the last layers go first (LLM-Pruner's ``--layer_wise``)
 spaced_middle     n layers around the middle, as far apart as the stack allows (Pruning-LLMs, OpenBA-V2)
 
+A model that does not predict the next token has no loss, and is scored by the others.
 A layer that holds a tensor that no other layer has (T5's first holds the position bias of all) stays.
 """
 
@@ -33,7 +34,7 @@ from ..models.blockwise import Compute, computing
 from ..models.hooks import forward_hooks
 from ..models.inputs import Inputs, tokens_per_sample
 from ..models.layers import hidden_in, hidden_out
-from ..models.loss import total_loss
+from ..models.loss import has_loss, total_loss
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, forward
 from ..progress import track
@@ -88,7 +89,7 @@ class CachedPass:
     Attributes:
         states: hidden states in front of every layer and behind the last, ``[layers + 1]`` tensors.
         extras: what each layer returns beside hidden states, None where it returns these alone.
-        loss: summed loss of the pass, over ``tokens`` predicted tokens.
+        loss: summed loss of the pass, over ``tokens`` predicted tokens; 0 for a model that predicts none.
     """
 
     def __init__(self, stack: LayerStack, ids: Inputs):
@@ -101,9 +102,16 @@ class CachedPass:
             self.extras.append(output[1:] if isinstance(output, tuple) else None)
 
         with forward_hooks([(layer, cache) for layer in stack.layers], with_kwargs=True):
-            self.loss, self.tokens = total_loss(stack.model, [ids])
+            self.loss, self.tokens = self._run()
         if len(self.extras) != len(stack.layers):
             raise PrunerError("the layers of this model do not run once each, in order: they cannot be compared")
+
+    def _run(self) -> tuple[float, int]:
+        """Run the batch; return its summed loss over predicted tokens, 0 for a model that predicts none."""
+        if has_loss(self.stack.model):
+            return total_loss(self.stack.model, [self.ids])
+        forward(self.stack.model, self.ids)
+        return 0.0, 0
 
     @contextmanager
     def without(self, gone: set[int], start: int) -> Iterator[list[torch.Tensor]]:
@@ -136,12 +144,12 @@ class CachedPass:
     def loss_without(self, gone: set[int], start: int) -> float:
         """Return the summed loss without some layers, of which ``start`` is the first."""
         with self.without(gone, start):
-            return total_loss(self.stack.model, [self.ids])[0]
+            return self._run()[0]
 
     def remove(self, gone: set[int], start: int) -> None:
         """Cache the pass without some layers, for passes to come."""
         with self.without(gone, start) as states:
-            self.loss, _ = total_loss(self.stack.model, [self.ids])
+            self.loss, _ = self._run()
         self.states[start:] = states
 
 
@@ -289,6 +297,7 @@ STRATEGIES: dict[str, Callable[[LayerStack], torch.Tensor]] = {
     "contiguous": _contiguous,
 }
 BY_POSITION = ("last", "spaced_middle")
+BY_LOSS = ("loss_change", "loss")
 
 
 @torch.no_grad()
@@ -309,7 +318,11 @@ def score_layers(
         unit: stack of layers, a unit of kind ``layers``.
         calibration: LongTensor ``[samples, tokens]``; None for a strategy of :data:`BY_POSITION`.
         most: largest number of layers that will go (default: any number); ``loss`` measures no further.
+
+    Raises:
+        PrunerError: the strategy compares losses, and the model has none.
     """
+    check_strategy(model, strategy)
     layers = list(layer_lists(model)[unit.name.removesuffix(".layers")])
     batches: Any = ()
     if strategy not in BY_POSITION:
@@ -321,6 +334,20 @@ def score_layers(
         return STRATEGIES[strategy](stack)
     with evaluating(model), computing(model, compute):
         return STRATEGIES[strategy](stack)
+
+
+def check_strategy(model: nn.Module, strategy: str) -> None:
+    """Refuse strategies that compare losses for a model that has none.
+
+    Raises:
+        PrunerError: as above.
+    """
+    if strategy in BY_LOSS and not has_loss(model):
+        others = ", ".join(name for name in STRATEGIES if name not in BY_LOSS)
+        raise PrunerError(
+            f"--depth {strategy}: {type(model).__name__} does not predict the next token of a text, so layers have no "
+            f"loss to be chosen by: give {others}"
+        )
 
 
 def irreplaceable_layers(layers: list[nn.Module]) -> set[int]:

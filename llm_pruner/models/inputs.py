@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import PrunerError
+from .tasks import task_name
 
 IDS = {"input_ids", "decoder_input_ids"}
 IMAGE_SIZE, CHANNELS, SAMPLES_OF_SOUND, MEL_FRAMES = 224, 3, 16_000, 64  # where a config states none
@@ -174,13 +175,18 @@ def needed_inputs(model: nn.Module) -> list[str]:
     that compares two kinds of inputs, known by its ``return_loss``.
     """
     main = getattr(model, "main_input_name", "input_ids")
-    names = [main] if isinstance(main, str) else [*main]
     parameters = inspect.signature(model.forward).parameters
-    for name, parameter in parameters.items():
-        named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        if named and parameter.default is parameter.empty:
-            names.append(name)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+    required = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
+    # An encoder that is a part of a larger class has the name of the main input of that, which it need not read.
+    names = [name for name in ([main] if isinstance(main, str) else main) if name in parameters or not required]
+    names += required
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if encoder_decoder and "decoder_input_ids" in parameters and not reads_text_twice(model):
         names.append("decoder_input_ids")
     if "return_loss" in parameters:
         names += [name for name in ("input_ids", "pixel_values", "input_features") if name in parameters][:2]
@@ -202,11 +208,12 @@ def example_inputs(model: nn.Module, rows: int = 2, tokens: int = 16, seed: int 
     if model in _remembered:
         return _remembered[model].to(device)
     if reads_text_only(model):
-        return _random_ids(model, rows, tokens, generator).to(device)
+        ids = _random_ids(model, rows, tokens, generator)
+        return (ended(model, ids) if reads_text_twice(model) else ids).to(device)
     drawn = {}
     for name in needed_inputs(model):
         if name in IDS:
-            drawn[name] = _ended(model, _random_ids(model, rows, tokens, generator))
+            drawn[name] = ended(model, _random_ids(model, rows, tokens, generator))
             continue
         drawn[name] = torch.rand((rows, *_shape(model, name)), generator=generator) * 2 - 1
     return ModelInputs(drawn).to(device)
@@ -219,12 +226,24 @@ def _random_ids(model: nn.Module, rows: int, tokens: int, generator: torch.Gener
     return torch.randint(0, embedding.weight.shape[0], (rows, tokens), generator=generator)
 
 
-def _ended(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Let ids end as a tokenizer ends them: models that compare texts with images read the embedding at that token."""
-    end = getattr(model.config.get_text_config(), "eos_token_id", None)  # type: ignore[operator,union-attr]
-    if isinstance(end, int) and 0 <= end <= int(ids.max()):
-        ids[ids == end] -= 1 if end else -1
-        ids[:, -1] = end
+def reads_text_twice(model: nn.Module) -> bool:
+    """Return True for a classifier that gives a whole text to its encoder and its decoder, as T5's and BART's do."""
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(encoder_decoder) and task_name(model) == "text-classification"
+
+
+def ended(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Return ids that end as a tokenizer ends them, and only there: some models read what they answer at that token.
+
+    Ids that do so already are returned as they are.
+    """
+    end, embedding = getattr(model.config.get_text_config(), "eos_token_id", None), input_embedding(model)  # type: ignore[operator,union-attr]
+    if not isinstance(end, int) or embedding is None or not 0 <= end < embedding.weight.shape[0]:
+        return ids
+    if bool((ids[:, -1] == end).all()) and len({*(ids == end).sum(1).tolist()}) == 1:
+        return ids
+    ids = torch.where(ids == end, end - 1 if end else 1, ids)
+    ids[:, -1] = end
     return ids
 
 

@@ -15,6 +15,11 @@ from .running import model_inputs, target_ids
 from .tasks import predicts_tokens
 
 
+def has_loss(model: nn.Module) -> bool:
+    """Return True for a model that predicts the next token of a text."""
+    return predicts_tokens(model) and reads_text_only(model)
+
+
 @torch.no_grad()
 def total_loss(model: nn.Module, batches: Iterable[Any], fresh: int | None = None) -> tuple[float, int]:
     """Return the summed cross entropy of all predicted tokens in nats, and their number.
@@ -27,7 +32,7 @@ def total_loss(model: nn.Module, batches: Iterable[Any], fresh: int | None = Non
     Raises:
         PrunerError: the model is no language model.
     """
-    if not (predicts_tokens(model) and reads_text_only(model)):
+    if not has_loss(model):
         raise PrunerError(f"{type(model).__name__} does not predict the next token: it has no loss on a text")
     total, tokens = 0.0, 0
     for ids in batches:

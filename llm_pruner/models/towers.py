@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from transformers import PreTrainedModel
 
+from .layers import is_below
 from .tasks import predicts_tokens
 
 MODALITIES = {"vision": "image", "audio": "audio"}  # of transformers' ``get_encoder``
@@ -17,3 +20,9 @@ def tower_paths(model: PreTrainedModel) -> dict[str, str]:
     found = {tower: names.get(id(model.get_encoder(modality)), "") for tower, modality in MODALITIES.items()}
     language = {"", names.get(id(model.base_model), ""), names.get(id(model.get_decoder()), "")}
     return {tower: path for tower, path in found.items() if path not in language}
+
+
+def reach_towers(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Return True if any of the names of units lies in a tower beside the language."""
+    paths = tower_paths(model).values()
+    return any(is_below(path, name) for name in names for path in paths)

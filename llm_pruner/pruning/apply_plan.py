@@ -12,18 +12,18 @@ from ..checkpoint.apply_files import APPLY_FILE, apply_to_files
 from ..checkpoint.arguments import ApplyArguments
 from ..checkpoint.card import write_card
 from ..checkpoint.integrity import check
-from ..checkpoint.load import load_with_tokenizer
+from ..checkpoint.load import load, no_tokenizer
 from ..checkpoint.next_steps import log_next_steps
 from ..checkpoint.save import write_checkpoint
 from ..checkpoint.unread import UNREAD, unread_tensors
 from ..data import self_calibration
 from ..files import complete_folder, folder_for_run, same_folder, strict_json, write_text
 from ..logs import log, logging_to
-from ..models.inputs import Inputs
+from ..models.inputs import Inputs, reads_text_only
 from ..provenance import provenance
 from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
-from ..surgery.apply import apply
+from ..surgery.apply import TASK, apply, task_of_plan
 from .calibration import calibration_set
 from .mending import compensate_plan
 from .refit_record import RefitRecord
@@ -37,6 +37,8 @@ def apply_plan(arguments: ApplyArguments) -> Path:
     """
     arguments.check()
     plan = PruningPlan.load(arguments.plan, arguments.verify)
+    task = arguments.task or task_of_plan(plan)
+    plan.settings |= {TASK: task} if task else {}
     target = Path(arguments.output).expanduser()
     if not same_folder(target, arguments.model):  # refused below, with that reason
         target = folder_for_run(target, APPLY_FILE, asdict(arguments), named=True)
@@ -47,7 +49,7 @@ def apply_plan(arguments: ApplyArguments) -> Path:
             folder = _apply_and_refit(plan, arguments, target, record)
         else:
             folder = apply_to_files(
-                plan, arguments.model, target, trust, standalone=arguments.standalone, record=record
+                plan, arguments.model, target, trust, standalone=arguments.standalone, task=task, record=record
             )
         if arguments.verify:
             check(folder, trust)
@@ -65,7 +67,10 @@ def _apply_and_refit(plan: PruningPlan, arguments: ApplyArguments, target: Path,
     settings.pop("without_refit", None)
     plan = replace(plan, settings=settings)
     with complete_folder(target, owned_if="config.json", reads=arguments.model) as folder:
-        model, tokenizer = load_with_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        trust = arguments.trust_remote_code
+        model, tokenizer = load(arguments.model, trust_remote_code=trust, task=task_of_plan(plan))
+        if tokenizer is None and reads_text_only(model):
+            raise no_tokenizer(arguments.model)
         if left_out := unread_tensors(model):
             plan.settings[UNREAD] = left_out
         calibration = calibration_set(refit.calibration, tokenizer, model, refit.seed)

@@ -5,28 +5,32 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.arguments import ApplyArguments
-from ..checkpoint.checking import check_model
+from ..checkpoint.checking import check_model, needs_tokenizer
 from ..checkpoint.config import meta_model
 from ..checkpoint.locate import locate
 from ..choices import SELF
-from ..data import check_text
 from ..errors import PrunerError
 from ..files import check_file, check_folder
 from ..graph.tracer import TraceError
-from ..graph.units import trace
+from ..importance.layers import BY_LOSS, check_strategy
 from ..inputs import InputCheck
-from ..media import check_dataset
+from ..media import check_dataset, load_processor
+from ..models.inputs import example_inputs
+from ..models.loss import has_loss
 from ..models.running import stored_tensors
+from ..models.towers import reach_towers
 from ..selection.plan import PruningPlan
+from ..surgery.apply import TOWERS, task_of_plan
 from ..surgery.slicing import check_fits
 from .arguments import PruneArguments
 from .context import Planning
 from .planning import check_plan, needs_calibration, without_scores
 from .refit_record import RefitRecord
 from .settings import PruneSettings, resolve_settings
+from .towers import LANGUAGE, check_towers, trace_towers
 
 
 def check_prune_inputs(arguments: PruneArguments, check: InputCheck) -> None:
@@ -42,6 +46,9 @@ def check_prune_inputs(arguments: PruneArguments, check: InputCheck) -> None:
                 task=settings.model.task,
             )
     if config is not None:
+        _check_inputs(config, settings)
+        _check_towers(config, settings)
+        _check_losses(config, settings)
         _check_against_config(config, settings)
     calibrates = needs_calibration(settings) or settings.refit.compensation != "none"
     if calibrates and not settings.calibration.replaceable and settings.calibration.dataset != SELF:
@@ -53,6 +60,34 @@ def check_prune_inputs(arguments: PruneArguments, check: InputCheck) -> None:
     if settings.scoring.cache is not None:
         with check.flag("score_cache", settings.scoring.cache):
             check_file(settings.scoring.cache / "scores")
+
+
+def _check_inputs(config: PreTrainedConfig, settings: PruneSettings) -> None:
+    """Refuse a model of images or sounds whose inputs neither its signature nor its config tells."""
+    if not needs_tokenizer(config):
+        example_inputs(meta_model(config, settings.model.trust_remote_code), rows=1)
+
+
+def _check_towers(config: PreTrainedConfig, settings: PruneSettings) -> None:
+    """Refuse towers that the model does not have, before it is loaded."""
+    if settings.calibration.towers != LANGUAGE:
+        check_towers(meta_model(config, settings.model.trust_remote_code), settings.calibration.towers)
+
+
+def _check_losses(config: PreTrainedConfig, settings: PruneSettings) -> None:
+    """Refuse criteria and proportions that compare losses, for a model that has none."""
+    layers, proportions = settings.layers, settings.widths.proportions
+    measured = bool(proportions) and not all(proportions.values())
+    if not measured and (layers.replaceable or layers.criterion not in BY_LOSS):
+        return
+    model = meta_model(config, settings.model.trust_remote_code)
+    if not layers.replaceable:
+        check_strategy(model, layers.criterion)
+    if measured and not has_loss(model):
+        raise PrunerError(
+            f"--shares measured: {type(model).__name__} has no loss on a text to measure: give proportions such as "
+            "layers=2,neurons=1"
+        )
 
 
 def _check_against_config(config: PreTrainedConfig, settings: PruneSettings) -> None:
@@ -67,7 +102,7 @@ def _check_against_config(config: PreTrainedConfig, settings: PruneSettings) -> 
         settings = replace(settings, budget=None)  # only timing tells
     model = meta_model(config, trust_remote_code)
     try:
-        trace(model)
+        trace_towers(model, settings.calibration.towers)
     except TraceError:
         return  # the model is traced on its weights
     check_plan(Planning(settings=settings), model)
@@ -83,16 +118,23 @@ def check_apply_inputs(arguments: ApplyArguments, check: InputCheck) -> None:
         text = arguments.calib_dataset or RefitRecord.of(plan.settings.get("refit")).calibration.dataset
         if text != SELF:
             with check.flag("calib_dataset", text):
-                check_text(text)
+                check_dataset(text)
     if not check.skips(arguments.model):
         with check.flag("model", arguments.model):
-            config = check_model(arguments.model, arguments.trust_remote_code, tokenizer=arguments.refit)
+            task = arguments.task or (task_of_plan(plan) if plan is not None else None)
+            config = check_model(arguments.model, arguments.trust_remote_code, tokenizer=arguments.refit, task=task)
             path, gguf = locate(arguments.model)
             if not arguments.refit and (gguf is not None or not Path(path).is_dir()):
                 raise PrunerError("this is not a folder of safetensors: only these are cut file by file")
             if plan is not None:
-                tensors = stored_tensors(meta_model(config, arguments.trust_remote_code))
-                check_fits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, plan)
+                _check_plan_fits(meta_model(config, arguments.trust_remote_code), plan)
     if not check.skips(arguments.output):
         with check.flag("output", arguments.output):
             check_folder(arguments.output, "config.json", arguments.model)
+
+
+def _check_plan_fits(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Refuse a plan for another model, and one that cuts towers which the folder has no processor to show."""
+    check_fits({name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}, plan)
+    if plan.settings.get(TOWERS) or reach_towers(model, plan.units):
+        load_processor(model)

@@ -66,7 +66,14 @@ def _compensate(
         return planned.pruned, {"none": str(error)}
     moved = sum(layer.ridge is not None for layer in report.layers)
     scaled = "" if report.temperature is None else f", logits scaled by {report.temperature}"
-    log.info("compensation moved %d of %d projections%s", moved, len(report.layers), scaled)
+    if report.layers:
+        log.info("compensation moved %d of %d projections%s", moved, len(report.layers), scaled)
+    else:
+        log.info(
+            "no projection was refitted: the layers of %s change what their projections write before they add it%s",
+            type(model).__name__,
+            scaled,
+        )
     return pruned, asdict(report) | {"self_samples": own}
 
 

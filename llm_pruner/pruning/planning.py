@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.locate import identity
-from ..choices import SYNTHETIC
 from ..errors import PrunerError
 from ..evaluation.cost import macs_budget, memory_budget
 from ..evaluation.latency import latency_budget
@@ -20,12 +19,9 @@ from ..importance.criteria import needs_calibration as criterion_needs_calibrati
 from ..importance.layers import BY_POSITION
 from ..importance.scores import Scores
 from ..logs import log
-from ..media import media_inputs
 from ..models.inputs import ModelInputs, hash_of
-from ..models.layers import is_below
 from ..models.per_layer import has_per_layer_widths
 from ..models.skeleton import parameter_count
-from ..models.towers import tower_paths
 from ..provenance import versions
 from ..selection.budgets import Budget, NothingRemoved, parameter_budget
 from ..selection.compose import compose_plans, scores_in_original
@@ -45,6 +41,7 @@ from .settings import (
     ScoringSettings,
     WidthSettings,
 )
+from .towers import LANGUAGE, freeze_others, trace_towers
 from .whole_layers import describe_dropped, measure_sensitivity, plan_layers, reachable_shape
 
 
@@ -91,15 +88,19 @@ def needs_calibration(settings: PruneSettings) -> bool:
 
 def make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
     """Choose what goes. Whole layers go first; the widths of what is left are scored and chosen then."""
+    planned = _make_plan(planning, model)
+    if (towers := planning.settings.calibration.towers) != LANGUAGE:
+        planned.plan.settings[TOWERS] = towers
+    return planned
+
+
+def _make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
     settings, clock = planning.settings, planning.clock
     with clock("trace"):
-        graph = trace_towers(planning, model)
+        graph = _trace(planning, model)
     dropped = plan_layers(planning, model, graph)
     if dropped is None:
-        planned = _plan_widths(planning, model, graph)
-        if settings.calibration.towers != "language":
-            planned.plan.settings[TOWERS] = settings.calibration.towers
-        return planned
+        return _plan_widths(planning, model, graph)
     with clock("apply"):
         shorter = apply(model, dropped, planning.place)
     size = f"{parameter_count(shorter):,}"
@@ -115,7 +116,7 @@ def make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
         kept = ((new, t) for name, t in planning.weights if (new := name_after(name, dropped)) is not None)
         planning = replace(planning, weights=kept)
     with clock("trace"):
-        left = trace(shorter)
+        left = freeze_others(trace(shorter), shorter, settings.calibration.towers)
     try:
         planned = _plan_widths(planning, shorter, left, Whole(model=model, graph=graph, dropped=dropped))
     except NothingRemoved:
@@ -125,27 +126,9 @@ def make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
     return PlannedModel(plan=compose_plans(dropped, graph, planned.plan, left), pruned=planned.pruned, graph=graph)
 
 
-def trace_towers(planning: Planning, model: PreTrainedModel) -> CouplingGraph:
-    """Trace a model, with images or sounds where others than its language are pruned; freeze the other towers.
-
-    Raises:
-        PrunerError: the model has no such tower.
-    """
-    towers = planning.settings.calibration.towers
-    if towers == "language":
-        return trace(model)
-    paths = tower_paths(model)
-    if towers != "all" and towers not in paths:
-        raise PrunerError(f"--towers {towers}: {type(model).__name__} has {' and '.join(('language', *paths))}")
-    inputs = planning.ids
-    if inputs is None:
-        inputs = media_inputs(model, SYNTHETIC, samples=1)
-    assert isinstance(inputs, ModelInputs)
-    graph = trace(model, inputs[:1].tensors())
-    for unit in list(graph.units) if towers != "all" else []:
-        if not is_below(paths[towers], unit.name):
-            graph.freeze(unit, f"--towers {towers} leaves it")
-    return graph
+def _trace(planning: Planning, model: PreTrainedModel) -> CouplingGraph:
+    inputs = planning.ids if isinstance(planning.ids, ModelInputs) else None
+    return trace_towers(model, planning.settings.calibration.towers, inputs)
 
 
 def without_scores(settings: PruneSettings) -> PruneSettings:
@@ -158,7 +141,7 @@ def without_scores(settings: PruneSettings) -> PruneSettings:
         seed=0,
         model=ModelSettings(name=""),
         scoring=ScoringSettings(criterion="random", taylor="param_first", aggregation="sum", seed=0),
-        calibration=CalibrationSettings(dataset="", samples=0, tokens=0),
+        calibration=CalibrationSettings(dataset="", samples=0, tokens=0, towers=settings.calibration.towers),
         layers=replace(layers, criterion=criterion),
         widths=replace(widths, proportions=proportions, iterative_steps=1),
         refit=RefitSettings(),
@@ -173,7 +156,7 @@ def check_plan(planning: Planning, model: PreTrainedModel) -> None:
     Raises:
         PrunerError: as :func:`make_plan`, as far as no score decides.
     """
-    settings, whole, graph = planning.settings, None, trace(model)
+    settings, whole, graph = planning.settings, None, _trace(planning, model)
     if settings.widths.uniform:
         _refuse_differing_layers(model, "give the model that it was pruned from")
     dropped = plan_layers(planning, model, graph)
@@ -184,18 +167,34 @@ def check_plan(planning: Planning, model: PreTrainedModel) -> None:
             return  # widths go on from as many layers as scores leave
         whole = Whole(model=model, graph=graph, dropped=dropped)
         model = apply(model, dropped)
-        graph = trace(model)
+        graph = freeze_others(trace(model), model, settings.calibration.towers)
     try:
         goal = _width_goal(planning, model, graph, whole)
     except NothingRemoved:
         if whole is None or not settings.shape:
             raise
         return
+    if "hidden" in goal.kinds and goal.config is None:
+        _try_hidden(planning, model, graph, replace(goal, budget=None, proportions={}))
     if goal.budget is None:
         return
     goal.budget.limit()
     if goal.budget.name == "target_params" and settings.widths.scope == "local":
         _select(settings.widths, graph, _score(planning, model, graph, goal.kinds, plans=[]), goal, step=1)
+
+
+def _try_hidden(planning: Planning, model: PreTrainedModel, graph: CouplingGraph, goal: WidthGoal) -> None:
+    """Refuse hidden channels that no config expresses, by a random choice of them on the shapes alone.
+
+    Raises:
+        PrunerError: as above.
+    """
+    scores = _score(planning, model, graph, goal.kinds, plans=[])
+    plan = _select(planning.settings.widths, graph, scores, goal, step=1)
+    try:
+        apply(model, plan)
+    except PrunerError as error:
+        raise PrunerError(f"hidden channels of {type(model).__name__} cannot be pruned: {error}") from error
 
 
 def _plan_widths(
@@ -222,7 +221,7 @@ def _plan_widths(
         if step < steps:
             log.info("step %d of %d: %s parameters", step, steps, f"{parameter_count(pruned):,}")
             with clock("trace"):
-                current = trace(pruned)
+                current = freeze_others(trace(pruned), pruned, settings.calibration.towers)
     if settings.widths.uniform:
         _refuse_differing_layers(pruned, "leave out --uniform")
     plan.settings["iterative_steps"] = steps
@@ -347,6 +346,7 @@ def _cache_file(planning: Planning, kinds: tuple[str, ...], plans: list[PruningP
     key += [[{name: c.kept.tolist() for name, c in plan.units.items()}, plan.blocks] for plan in plans]
     key += [settings.scoring.criterion, settings.scoring.taylor]
     key += [settings.model.dtype, settings.model.device, settings.model.offload]
+    key += [settings.model.task, settings.calibration.towers]
     return settings.scoring.cache / f"{digest(key)}.safetensors"
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from ..checkpoint.apply_files import cut_files
 from ..checkpoint.card import upload, write_card
 from ..checkpoint.config import load_config, meta_model
-from ..checkpoint.load import load, torch_dtype
+from ..checkpoint.load import load, no_tokenizer, torch_dtype
 from ..checkpoint.locate import PLAN_FILE, locate
 from ..checkpoint.next_steps import log_next_steps
 from ..checkpoint.on_disk import on_disk
@@ -42,7 +42,7 @@ from ..peak_memory import PeakMemory
 from ..progress import showing, without_bars
 from ..provenance import command_line, provenance
 from ..selection.plan import PruningPlan
-from ..surgery.apply import in_memory
+from ..surgery.apply import TASK, in_memory
 from ..surgery.equivalence import verify
 from ..version import __version__
 from .arguments import REQUIRES_SAVING, PruneArguments
@@ -54,6 +54,7 @@ from .measurements import METRICS_FILE, before_and_after
 from .mending import mend
 from .planning import PlannedModel, make_plan, needs_calibration
 from .settings import ModelSettings, PruneSettings, filled_arguments, resolve_settings
+from .towers import LANGUAGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -197,7 +198,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     with clock("load"):
         model, tokenizer = load_or_reuse(settings.model)
     if tokenizer is None and reads_text_only(model):
-        raise PrunerError(f"{settings.model.name} has no tokenizer: put the original's files there")
+        raise no_tokenizer(settings.model.name)
     log.info("loaded %s: %s parameters; preset %s", settings.model.name, f"{parameter_count(model):,}", settings.preset)
     calibrates = needs_calibration(settings) or settings.refit.compensation != "none"
     if calibrates:
@@ -247,7 +248,9 @@ def _check_equivalence(planning: Planning, model: PreTrainedModel, planned: Plan
         PrunerError: the two differ, and no target shape explains that.
     """
     plan = planned.plan
-    flagged = {u.kind for u in planned.graph.units if u.name in plan.units and u.flags and u.kind not in ("hidden", "experts")}
+    flagged = {
+        u.kind for u in planned.graph.units if u.name in plan.units and u.flags and u.kind not in ("hidden", "experts")
+    }
     if flagged:
         log.info("mask equivalence does not apply: %s are normalised over or scaled by", ", ".join(sorted(flagged)))
         return {}
@@ -317,6 +320,7 @@ def _works_on_files(settings: PruneSettings) -> bool:
         or settings.widths.iterative_steps > 1
         or settings.widths.proportions
         or settings.refit.compensation != "none"
+        or settings.calibration.towers != LANGUAGE  # traced on images or sounds, often by weights
     )
     path, gguf = locate(settings.model.name)
     return bool(settings.model.offload and not evaluates and not computes and not gguf and Path(path).is_dir())
@@ -325,8 +329,10 @@ def _works_on_files(settings: PruneSettings) -> bool:
 def _cut_files(settings: PruneSettings, folder: Path, clock: Stopwatch) -> PruneRun:
     """Score and cut a checkpoint tensor by tensor, without loading it."""
     name, trust = settings.model.name, settings.model.trust_remote_code
-    model = meta_model(load_config(name, trust), trust)
-    planned = make_plan(Planning(settings=settings, clock=clock, weights=weights_in(name, trust)), model)
+    task = settings.model.task
+    model = meta_model(load_config(name, trust, task=task), trust)
+    weights = weights_in(name, trust, task=task)
+    planned = make_plan(Planning(settings=settings, clock=clock, weights=weights), model)
     for line in planned.plan.summary().splitlines():
         log.info("%s", line)
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
@@ -335,7 +341,7 @@ def _cut_files(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Prune
     _save_plan(settings, planned.plan, planned.scores, folder)
     if settings.output.save:
         with clock("save"):
-            cut_files(planned.plan, name, folder, trust)
+            cut_files(planned.plan, name, folder, trust, task=task)
             if settings.output.standalone:
                 write_modelling(planned.pruned, folder)
     metrics |= {"before": {"perplexity": {}}, "after": {"perplexity": {}}}
@@ -347,6 +353,8 @@ def _save_plan(settings: PruneSettings, plan: PruningPlan, scores: Scores | None
     plan.settings |= {"base_model": settings.model.name, "command": command_line()}
     if settings.shape:
         plan.settings["shape"] = dict(settings.shape)
+    if settings.model.task:
+        plan.settings[TASK] = settings.model.task
     plan.save(folder / PLAN_FILE)
     if scores is not None:
         scores.save(folder / SCORES_FILE)
@@ -356,7 +364,8 @@ def _is_too_large(settings: ModelSettings) -> bool:
     """Return True if original and pruned weights do not fit side by side, so that the model must be offloaded."""
     if locate(settings.name)[1] is not None:  # GGUF: nothing to map, it is dequantized in memory
         return False
-    meta = meta_model(load_config(settings.name, settings.trust_remote_code), settings.trust_remote_code)
+    trust = settings.trust_remote_code
+    meta = meta_model(load_config(settings.name, trust, task=settings.task), trust)
     dtype = torch_dtype(settings.dtype)
     if not isinstance(dtype, torch.dtype):
         dtype = torch.float32 if settings.device == "cpu" else meta.dtype

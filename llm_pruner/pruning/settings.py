@@ -78,6 +78,7 @@ class LayerSettings:
         drop_attention: layers whose attention goes, as (stack, index).
         drop_mlp: layers whose MLP goes.
         criterion: that chooses layers.
+        replaceable: use another criterion for a model without the loss that this one compares.
         samples: calibration samples for it.
     """
 
@@ -87,6 +88,7 @@ class LayerSettings:
     drop_attention: tuple[tuple[str, int], ...] = ()
     drop_mlp: tuple[tuple[str, int], ...] = ()
     criterion: str = "loss"
+    replaceable: bool = False
     samples: int = 16
 
     @property
@@ -298,6 +300,7 @@ def _layer_settings(arguments: PruneArguments) -> LayerSettings:
         drop_attention=tuple(arguments.layer_numbers("drop_attention")),
         drop_mlp=tuple(arguments.layer_numbers("drop_mlp")),
         criterion="last" if first else arguments.depth or "loss",
+        replaceable=arguments.depth is None,
         samples=arguments.depth_examples,
     )
 

@@ -12,13 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PrunerError
 from ..graph.tracer import TraceError
 from ..graph.units import CouplingGraph, Unit, block_of
-from ..importance.layers import BY_POSITION
+from ..importance.layers import BY_LOSS, BY_POSITION
 from ..importance.score import score
 from ..importance.scores import Scores
 from ..logs import log
 from ..models.blockwise import computing
 from ..models.inputs import Inputs
-from ..models.loss import total_loss
+from ..models.loss import has_loss, total_loss
 from ..models.running import evaluating
 from ..models.skeleton import parameter_count
 from ..progress import track
@@ -29,10 +29,11 @@ from ..selection.select import select
 from ..surgery.apply import apply
 from ..surgery.config.shape import counts_fitting, layer_counts, nearest, shapes_for, target_config
 from .context import Planning
-from .settings import PruneSettings
+from .settings import LayerSettings, PruneSettings
 
 PROBE = 0.05  # share of the parameters that each kind loses to measure what that costs
 SAMPLES_PER_PASS = 16
+WITHOUT_LOSS = "cosine"  # chooses layers of models that predict no tokens
 
 
 def plan_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph) -> PruningPlan | None:
@@ -129,9 +130,18 @@ def _only_fewer(units: Mapping[str, Unit], counts: Mapping[str, int]) -> dict[st
 
 def _score_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph, most: int | None = None) -> Scores:
     layers, ids, device = planning.settings.layers, planning.ids, planning.settings.model.device
-    samples = None if ids is None or layers.criterion in BY_POSITION else ids[: layers.samples]
+    criterion = _layer_criterion(layers, model)
+    samples = None if ids is None or criterion in BY_POSITION else ids[: layers.samples]
     with planning.clock("depth"):
-        return score(model, graph, samples, layers.criterion, kinds=["layers"], device=device, most=most)
+        return score(model, graph, samples, criterion, kinds=["layers"], device=device, most=most)
+
+
+def _layer_criterion(layers: LayerSettings, model: PreTrainedModel) -> str:
+    """Return the criterion that chooses layers: another one where the default compares losses and there are none."""
+    if layers.replaceable and layers.criterion in BY_LOSS and not has_loss(model):
+        log.info("layers are chosen by --depth %s: %s has no loss on a text", WITHOUT_LOSS, type(model).__name__)
+        return WITHOUT_LOSS
+    return layers.criterion
 
 
 def _stack_path(graph: CouplingGraph, where: str, flag: str) -> str:

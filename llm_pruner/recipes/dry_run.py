@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,16 +16,19 @@ from ..checkpoint.config import load_config, meta_model
 from ..errors import PrunerError
 from ..evaluation.cost import macs
 from ..evaluation.tabular import terminal_tables
+from ..graph.tracer import TraceError
 from ..graph.units import CouplingGraph, trace
 from ..models.per_layer import layer_lists
 from ..models.skeleton import parameter_count, skeleton
+from ..models.tasks import ask_for, class_for
 from ..pruning.arguments import PruneArguments
 from ..pruning.context import Planning
 from ..pruning.planning import make_plan, without_scores
 from ..pruning.settings import PruneSettings, resolve_settings
+from ..pruning.towers import LANGUAGE
 from ..selection.budgets import UNITS, NotMet, read_target
 from ..selection.plan import PruningPlan
-from ..surgery.apply import apply
+from ..surgery.apply import apply, task_of_plan
 from ..surgery.uniform import uniform_config
 from ..vocabulary.arguments import VocabArguments
 from ..vocabulary.choosing import token_budget
@@ -99,10 +103,14 @@ class Change:
 
     Attributes:
         decisive: settings of ``prune``, ``--keep`` of ``vocab``, the plan of ``apply``; None for ``to-uniform``.
+        task: task whose class the stage loads, None for the declared class.
+        trust_remote_code: as the flag of the stage.
     """
 
     command: str
     decisive: PruneSettings | str | None = None
+    task: str | None = None
+    trust_remote_code: bool = False
 
 
 class Predictor:
@@ -262,12 +270,14 @@ def _short_names(keys: Sequence[str]) -> list[str]:
 def _change(step: Step) -> Change | None:
     """Return how a stage changes shapes, None for a stage that changes none."""
     arguments, command = step.arguments(), step.stage.command
+    task, trust = getattr(arguments, "task", None), getattr(arguments, "trust_remote_code", False)
     if isinstance(arguments, PruneArguments):
-        return Change(command=command, decisive=without_scores(resolve_settings(arguments)))
+        settings = without_scores(resolve_settings(arguments))
+        return Change(command=command, decisive=settings, task=task, trust_remote_code=trust)
     if isinstance(arguments, VocabArguments):
         return Change(command=command, decisive=arguments.keep)
     if command == "apply":
-        return Change(command=command, decisive=arguments.plan)
+        return Change(command=command, decisive=arguments.plan, task=task, trust_remote_code=trust)
     return Change(command=command) if command == "to-uniform" else None
 
 
@@ -276,14 +286,25 @@ def _predict(before: Prediction, change: Change) -> Prediction:
     if model is None:
         return before
     if isinstance(decisive, PruneSettings):
-        after = _prune(decisive, model)
+        after = _prune(decisive, _in_class_for(change.task, model, change.trust_remote_code))
     elif change.command == "vocab":
         after = _cut_vocabulary(decisive, model)
     elif change.command == "apply":
-        after = Prediction(model=apply(model, PruningPlan.load(str(decisive))))
+        plan = PruningPlan.load(str(decisive))
+        model = _in_class_for(change.task or task_of_plan(plan), model, change.trust_remote_code)
+        after = Prediction(model=apply(model, plan))
     else:
         after = Prediction(model=skeleton(type(model), uniform_config(model.config)).eval())
     return replace(after, estimated=before.estimated or after.estimated)
+
+
+def _in_class_for(task: str | None, model: PreTrainedModel, trust_remote_code: bool) -> PreTrainedModel:
+    """Return the model in the class of a task, if one is named."""
+    if task is None or class_for(task, model.config) == type(model).__name__:
+        return model
+    config = copy.deepcopy(model.config)
+    ask_for(task, config)
+    return meta_model(config, trust_remote_code)
 
 
 def _prune(settings: PruneSettings, model: PreTrainedModel) -> Prediction:
@@ -296,6 +317,10 @@ def _prune(settings: PruneSettings, model: PreTrainedModel) -> Prediction:
         settings, estimated = replace(settings, budget=replace(budget, kind="target_macs")), True
     try:
         return Prediction(model=make_plan(Planning(settings=settings), model).pruned, estimated=estimated)
+    except TraceError:
+        if settings.calibration.towers == LANGUAGE:
+            raise
+        return Prediction(model=None)  # some models find the places of images in a text by reading values
     except NotMet:
         if not timed:
             raise

@@ -27,6 +27,7 @@ ABBREVIATIONS = {
 ORIGINAL = "original"
 LARGE = 10_000  # from here counts have a prefix
 NOT_MEASURED = ("point", "seed", "seconds")  # numbers that do not measure a model
+COMPARED = ("cosine ", "agreement ")  # measurements that are ratios to the original already
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +158,7 @@ def _cell(row: Mapping[str, Any], key: str, base: Any) -> str:
     value = row.get(key)
     text = format_value(value)
     compared = isinstance(value, (int, float)) and key not in NOT_MEASURED and base
+    compared = compared and not key.startswith(COMPARED)
     return f"{text} ({value / base:.3f})" if compared else text
 
 
@@ -166,9 +168,10 @@ def lower_is_better(key: str) -> bool | None:
     >>> lower_is_better("perplexity wikitext2"), lower_is_better("piqa acc"), lower_is_better("parameters")
     (True, False, None)
     """
-    if key.startswith(("perplexity", "per byte")):
+    if key.startswith(("perplexity", "per byte")) or key.endswith(" wer"):
         return True
-    return False if key.endswith(("acc", "acc_norm", "tokens/s")) else None
+    higher = key.startswith(COMPARED) or key.endswith(("acc", "acc_norm", "spearman", "tokens/s"))
+    return False if higher else None
 
 
 def write_stages(rows: Sequence[Row], output: Path) -> None:

@@ -9,10 +9,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.config import load_config
 from ..checkpoint.locate import base_of, is_adapter
 from ..commands import COMMANDS
 from ..evaluation.evaluate import Evaluation
@@ -22,6 +24,8 @@ from ..files import digest, folder_lock, strict_json, write_text
 from ..flags import canonical_flags
 from ..inputs import InputCheck
 from ..logs import log
+from ..media import is_media
+from ..models.tasks import OF_TOKENS, task_of_config
 from ..provenance import provenance, versions
 from .recipe import Recipe, Stage
 from .source import Location, Source
@@ -83,6 +87,7 @@ def check_steps(steps: list[Step], recipe: Recipe, check: InputCheck, note: str 
             and cannot; with file and line.
     """
     adapter: Step | None = None
+    check = replace(check, origin=recipe.model)
     for i, step in enumerate(steps):
         command, location = COMMANDS[step.stage.command], ("stages", i)
         rules = chaining(step.stage.command)
@@ -96,6 +101,7 @@ def check_steps(steps: list[Step], recipe: Recipe, check: InputCheck, note: str 
             command.check_inputs(arguments, check)
         if rules.leaves is not None:
             adapter = step if rules.leaves_adapter(arguments) else None
+            check = replace(check, task=getattr(arguments, "task", None) or check.task)
 
 
 @contextmanager
@@ -218,11 +224,33 @@ def measure_original(recipe: Recipe) -> dict[str, Any]:
 
 def measure_step(recipe: Recipe, steps: list[Step], index: int, launch: Launch) -> dict[str, Any]:
     """Measure the checkpoint of a stage, once; return a row of a table."""
-    step = steps[index]
-    return _measure(recipe, str(step.leaves), step.key, lambda: restore_weights(steps[: index + 1], launch))
+    step, before = steps[index], steps[: index + 1]
+    tasks = [getattr(one.arguments(), "task", None) for one in before if one.leaves is not None]
+    task = next(filter(None, reversed(tasks)), None)
+    against = recipe.model if _compares_outputs(recipe, task) else None
+    prepare = partial(restore_weights, before, launch)
+    return _measure(recipe, str(step.leaves), step.key, prepare, against=against, task=task)
 
 
-def _measure(recipe: Recipe, model: str, model_key: str, prepare: Callable[[], None]) -> dict[str, Any]:
+def _compares_outputs(recipe: Recipe, task: str | None) -> bool:
+    """Return True if an evaluation compares outputs with the original's: those of images, sounds or no next tokens."""
+    arguments = evaluation_arguments(recipe, recipe.model)
+    if any(map(is_media, arguments.datasets)):
+        return True
+    name = base_of(recipe.model) if is_adapter(recipe.model) else recipe.model
+    config = load_config(name, arguments.trust_remote_code, task=task or arguments.task)
+    return bool(arguments.datasets) and task_of_config(config).name not in OF_TOKENS
+
+
+def _measure(
+    recipe: Recipe,
+    model: str,
+    model_key: str,
+    prepare: Callable[[], None],
+    *,
+    against: str | None = None,
+    task: str | None = None,
+) -> dict[str, Any]:
     key = digest([model_key, recipe.evaluate or {}])
     file = Path(recipe.output) / EVALUATIONS / key / "evaluation.json"
     with folder_lock(Path(recipe.output), key):
@@ -232,7 +260,7 @@ def _measure(recipe: Recipe, model: str, model_key: str, prepare: Callable[[], N
             pass
         prepare()
         log.info("measuring %s", model)
-        evaluations = measure(evaluation_arguments(recipe, model))
+        evaluations = measure(evaluation_arguments(recipe, model), against=against, task=task)
         row = _row_of(evaluations)
         write_text(file, as_json(evaluations, {"row": row, **provenance()}))
     gc.collect()
@@ -245,6 +273,10 @@ def _row_of(evaluations: list[Evaluation]) -> dict[str, Any]:
     titles = short_names(evaluation.perplexity)
     for name, result in evaluation.perplexity.items():
         row |= {f"perplexity {titles[name]}": result.perplexity, f"per byte {titles[name]}": result.byte_perplexity}
+    titles = short_names(evaluation.similarity)
+    for name, compared in evaluation.similarity.items():
+        values = {"cosine": compared.cosine, "agreement": compared.agreement}
+        row |= {f"{key} {titles[name]}": value for key, value in values.items() if value is not None}
     for task, metrics in evaluation.tasks.items():
         row |= {f"{task} {metric}": metrics[metric] for metric in metrics_of(evaluations, task)}
     if evaluation.speed:

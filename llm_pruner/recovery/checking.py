@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from ..checkpoint.checking import check_language_model, check_model
+from ..checkpoint.checking import check_language_model, check_later_language_model, check_model
 from ..checkpoint.config import meta_model
 from ..checkpoint.locate import folder_of
 from ..data import check_text
@@ -23,7 +23,9 @@ from .run import LOG_FILE, check_output, find_checkpoint, load_plan
 def check_recovery_inputs(arguments: RecoverArguments, check: InputCheck) -> None:
     """Refuse what ``llm-pruner recover`` cannot use."""
     model, original = folder_of(arguments.model), ""
-    if not check.skips(model):
+    if check.skips(model):
+        check_later_language_model(check, "recover", arguments.trust_remote_code)
+    else:
         with check.flag("model", model):
             original = str(load_plan(model).settings.get("base_model", ""))
             _check_config(check_model(model, arguments.trust_remote_code, tokenizer=True), arguments, check)

@@ -34,7 +34,7 @@ def with_biases(model: PreTrainedModel, calibration: Inputs) -> PreTrainedModel:
     path = next(iter(layer_lists(model)), "")
     calibration = check_calibration(model, calibration)
     projections = added_projections(model, calibration)
-    biases = {f"{path}.{i}.{name}.bias" for i, names in enumerate(projections) for name in names}
+    biases = {f"{path}.{i}.{one.name}.bias" for i, added in enumerate(projections) for one in added}
     state = model.state_dict()
     if biases <= state.keys():
         return model

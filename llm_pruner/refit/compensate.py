@@ -13,6 +13,8 @@ before, each layer also mends what those left. lambda is chosen on calibration s
 bias has one more channel, always 1, whose column moves the bias; with the method ``bias`` that is the only one, which
 is FLAP's compensation (arXiv 2312.11983, section 3) of what all layers so far have lost on average.
 
+Layers of BERT's kind normalise the stream behind each sum. There h_t and p_t are the sums in front of the norms.
+
 At the end, the logits are scaled (:mod:`llm_pruner.refit.temperature`).
 """
 
@@ -33,7 +35,7 @@ from ..models.inputs import Inputs, input_embedding
 from ..models.running import check_calibration, evaluating
 from ..progress import track
 from .regression import RegressionSums
-from .stream import ResidualStream, added_projections, single_stack
+from .stream import Projection, ResidualStream, added_projections, single_stack
 from .temperature import scale_logits
 
 TEMPERATURE_SAMPLES = 32
@@ -127,7 +129,7 @@ def compensate(
         raise PrunerError(f"compensation needs at least {MIN_SAMPLES} calibration samples, not {len(calibration)}")
     projections = added_projections(pruned, calibration)
     if method == "bias" and not any(
-        _bias(layers[i].get_submodule(name)) is not None for i, names in enumerate(projections) for name in names
+        _bias(layers[i].get_submodule(one.name)) is not None for i, added in enumerate(projections) for one in added
     ):
         raise PrunerError("no projection whose output is added to the stream has a bias: use least_squares")
     batches = list(calibration.split(SAMPLES_PER_PASS))
@@ -138,10 +140,10 @@ def compensate(
             raise PrunerError("compensation compares hidden states, and the pruned model's are narrower")
         for dropped in range(kept[0]):
             before.advance(dropped, [])
-        for i, names in enumerate(track(projections, "compensating layers")):
+        for i, added in enumerate(track(projections, "compensating layers")):
             dropped_next = range(kept[i] + 1, [*kept, len(original)][i + 1])
-            targets = _targets(before, kept[i], names, dropped_next)
-            for refit in _refit_layer(after, i, targets, before.hidden, only_bias=method == "bias"):
+            targets = _targets(before, kept[i], added, dropped_next)
+            for refit in _refit_layer(after, i, targets, added, only_bias=method == "bias"):
                 refit.module = f"{path}.{i}.{refit.module}"
                 report.layers.append(refit)
             after.advance(i, [])
@@ -163,38 +165,50 @@ def _bias(module: nn.Module) -> torch.Tensor | None:
     return cast("torch.Tensor | None", module.bias)
 
 
-def _targets(stream: ResidualStream, layer: int, names: list[str], dropped: range) -> dict[str, list[torch.Tensor]]:
-    """Advance the original over a layer and those dropped behind it; return the target of every projection."""
-    targets = stream.advance(layer, names)
+Targets = dict[str, list[torch.Tensor]]  # by projection and batch; the stream behind the layer is under ""
+
+
+def _targets(stream: ResidualStream, layer: int, added: list[Projection], dropped: range) -> Targets:
+    """Advance the original over a layer and those dropped behind it; return the target of every projection.
+
+    A sum that is normalised aims at the layer's own: that of a dropped layer is read by a norm with other weights.
+    """
+    targets = stream.advance(layer, added)
     for gone in dropped:
         stream.advance(gone, [])
-        targets |= {name: list(stream.hidden) for name in names[-1:]}
-    return targets
+        targets |= {one.name: list(stream.hidden) for one in added[-1:] if not one.norm}
+    return targets | {"": list(stream.hidden)}
 
 
 def _refit_layer(
     stream: ResidualStream,
     layer: int,
-    targets: dict[str, list[torch.Tensor]],
-    hidden: list[torch.Tensor],
+    targets: Targets,
+    added: list[Projection],
     *,
     only_bias: bool,
 ) -> list[Refit]:
-    """Refit the projections of a layer, in order; ``hidden`` is the original's stream behind it."""
-    floor = torch.cat([h.float().square().sum(-1).flatten() for h in hidden]).median().item()
+    """Refit the projections of a layer, in order."""
     refits = []
-    for name in targets:
+    for one in added:
+        name = one.name
+        floor = _median_power(targets[name if one.norm else ""])
         module = stream.layers[layer].get_submodule(name)
         bias = _bias(module)
         fitted, held_out = RegressionSums(floor), RegressionSums(floor)
         for i, target in enumerate(targets[name]):
-            reads, behind = stream.run_noting(layer, i, list(targets))
+            reads, behind = stream.run_noting(layer, i, added)
             read = reads[name][..., :0] if only_bias else reads[name]
             if bias is not None:
                 read = torch.cat([read, torch.ones_like(reads[name][..., :1])], -1)
             (held_out if i % HELD_OUT == HELD_OUT - 1 else fitted).add(read, target, behind[name])
         refits.append(_move(name, module, fitted, held_out))
     return refits
+
+
+def _median_power(hidden: list[torch.Tensor]) -> float:
+    """Return the median over tokens of the squared norm of hidden states."""
+    return torch.cat([h.float().square().sum(-1).flatten() for h in hidden]).median().item()
 
 
 def _move(name: str, module: nn.Module, fitted: RegressionSums, held_out: RegressionSums) -> Refit:

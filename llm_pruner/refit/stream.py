@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ from ..models.running import evaluating, forward
 from ..progress import track
 
 PROBE_TOKENS = 16  # tokens on which projections are probed
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projection of a layer whose output is added to the residual stream.
+
+    Attributes:
+        name: path in the layer.
+        norm: path of the norm that reads the sum; "" where the stream goes on as the sum.
+    """
+
+    name: str
+    norm: str = ""
 
 
 class ResidualStream:
@@ -72,15 +86,17 @@ class ResidualStream:
         return hidden_out(self.layers[layer](hidden, *args, **kwargs))
 
     def run_noting(
-        self, layer: int, batch: int, names: list[str]
+        self, layer: int, batch: int, projections: list[Projection]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Run a layer on its batch; return what each projection reads, and the stream just behind each.
 
         Args:
-            names: added projections of the layer, in order. The stream behind the layer itself is under "".
+            projections: added projections of the layer, in order. The stream behind the layer itself is under "".
         """
         reads: dict[str, torch.Tensor] = {}
         adds: dict[str, torch.Tensor] = {}
+        block = self.layers[layer]
+        sums: dict[str, torch.Tensor] = {}
 
         def note(name: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -88,23 +104,41 @@ class ResidualStream:
 
             return hook
 
-        with forward_hooks([(self.layers[layer].get_submodule(name), note(name)) for name in names]):
+        normalized = [(block.get_submodule(one.norm), _keep_first(sums, one.name)) for one in projections if one.norm]
+        with forward_hooks([(block.get_submodule(one.name), note(one.name)) for one in projections], before=normalized):
             stream = self.run(layer, batch, self.hidden[batch])
-        behind = {"": stream}
-        for name in reversed(names):  # what comes later is added as it is, and can be taken away again
-            behind[name] = stream
-            stream = stream - adds[name].view(stream.shape)
+        behind = {"": stream} | sums
+        for one in reversed(projections):  # what comes later is added as it is, and can be taken away again
+            if not one.norm:
+                behind[one.name] = stream
+                stream = stream - adds[one.name].view(stream.shape)
         return reads, behind
 
-    def advance(self, layer: int, names: list[str]) -> dict[str, list[torch.Tensor]]:
+    def norm_inputs(self, layer: int, norms: list[str]) -> dict[str, torch.Tensor]:
+        """Run a layer on its first batch; return what each of its norms reads, in the order in which they run."""
+        block, read = self.layers[layer], dict[str, torch.Tensor]()
+        with forward_hooks(before=[(block.get_submodule(name), _keep_first(read, name)) for name in norms]):
+            self.run(layer, 0, self.hidden[0])
+        return read
+
+    def advance(self, layer: int, projections: list[Projection]) -> dict[str, list[torch.Tensor]]:
         """Move the stream behind ``layer``; return the stream behind each of its projections, batch by batch."""
-        streams: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        streams: dict[str, list[torch.Tensor]] = {one.name: [] for one in projections}
         for batch in range(len(self.hidden)):
-            _, behind = self.run_noting(layer, batch, names)
+            _, behind = self.run_noting(layer, batch, projections)
             self.hidden[batch] = behind[""]
-            for name in names:
-                streams[name].append(behind[name])
+            for name, kept in streams.items():
+                kept.append(behind[name])
         return streams
+
+
+def _keep_first(kept: dict[str, torch.Tensor], name: str) -> Any:
+    """Return a hook before a forward that keeps its first argument under a name."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        kept[name] = args[0]
+
+    return hook
 
 
 def single_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -120,8 +154,10 @@ def single_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 @torch.no_grad()
-def added_projections(model: PreTrainedModel, calibration: Inputs) -> list[list[str]]:
+def added_projections(model: PreTrainedModel, calibration: Inputs) -> list[list[Projection]]:
     """Return, for every layer, its projections whose output is added to the residual stream unchanged, in order.
+
+    In layers that normalise the stream behind each sum, as BERT's do, the sum is what counts.
 
     Args:
         calibration: LongTensor ``[samples, tokens]``; the beginning of the first sample is used.
@@ -134,14 +170,14 @@ def added_projections(model: PreTrainedModel, calibration: Inputs) -> list[list[
         sample = calibration[:1]
         short = sample if isinstance(sample, ModelInputs) else sample[:, :PROBE_TOKENS]  # it is run many times
         stream = ResidualStream(model, layers, [short])
-        projections: list[list[str]] = []
+        projections: list[list[Projection]] = []
         for i in track(range(len(layers)), "finding projections to compensate"):
-            projections.append(_added_in_layer(stream, i))
+            projections.append(_added_in_layer(stream, i) or _normalized_in_layer(stream, i))
             stream.advance(i, [])
     return projections
 
 
-def _added_in_layer(stream: ResidualStream, layer: int) -> list[str]:
+def _added_in_layer(stream: ResidualStream, layer: int) -> list[Projection]:
     """Return the added projections of a layer, last first found.
 
     Moving the last one's output moves the layer's output alike; with that one silenced, so does the one before.
@@ -156,7 +192,7 @@ def _added_in_layer(stream: ResidualStream, layer: int) -> list[str]:
         with forward_hooks([(block.get_submodule(name), silence) for name in names]):
             last = _last_added(stream, layer, names)
         if last is None:
-            return names
+            return [Projection(name) for name in names]
         names.insert(0, last)
 
 
@@ -164,8 +200,8 @@ def _last_added(stream: ResidualStream, layer: int, silenced: list[str]) -> str 
     """Return the last linear module of a layer whose moved output moves the layer's output alike."""
     hidden = stream.hidden[0]
     plain = stream.run(layer, 0, hidden)
-    moved = 0.1 * plain.abs().mean() * torch.randn(plain.shape, generator=torch.Generator().manual_seed(0)).to(plain)
-    linear = [(n, m) for n, m in stream.layers[layer].named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    moved = _movement(plain)
+    linear = _linear_modules(stream.layers[layer])
     for name, module in reversed([(n, m) for n, m in linear if n not in silenced]):
         fits: list[bool] = []
 
@@ -175,6 +211,47 @@ def _last_added(stream: ResidualStream, layer: int, silenced: list[str]) -> str 
 
         with forward_hooks([(module, move)]):
             change = stream.run(layer, 0, hidden) - plain
-        if fits == [True] and torch.allclose(change.float(), moved.float(), atol=0.02 * moved.abs().max().item()):
+        if fits == [True] and _is_moved_by(change, moved):
             return name
     return None
+
+
+def _normalized_in_layer(stream: ResidualStream, layer: int) -> list[Projection]:
+    """Return the projections of a layer whose sum with the stream is normalised, as in layers of BERT's kind, in order.
+
+    Moving the output of such a projection moves what the norm reads alike, and the norm reads more than that output.
+    """
+    block, movement = stream.layers[layer], _movement(stream.hidden[0])
+    norms = [name for name, module in block.named_modules() if type(module).__name__.endswith("Norm")]
+    plain = stream.norm_inputs(layer, norms)
+    found: dict[str, str] = {}
+    for name, module in _linear_modules(block):
+        outputs: list[torch.Tensor] = []
+
+        def move(_: nn.Module, __: Any, output: torch.Tensor, outputs: list[torch.Tensor] = outputs) -> torch.Tensor:
+            outputs.append(output)
+            return output + movement.view(output.shape) if output.numel() == movement.numel() else output
+
+        with forward_hooks([(module, move)]):
+            moved = stream.norm_inputs(layer, norms)
+        if len(outputs) != 1 or outputs[0].numel() != movement.numel():
+            continue
+        for norm, read in plain.items():
+            alike = read.shape == movement.shape and _is_moved_by(moved[norm] - read, movement)
+            if alike and not torch.allclose(read, outputs[0].view(read.shape)):
+                found.setdefault(norm, name)
+    return [Projection(found[norm], norm) for norm in plain if norm in found]
+
+
+def _linear_modules(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def _movement(hidden: torch.Tensor) -> torch.Tensor:
+    """Return small noise of the shape of hidden states, the same whenever it is drawn."""
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+    return 0.1 * hidden.abs().mean() * noise.to(hidden)
+
+
+def _is_moved_by(change: torch.Tensor, movement: torch.Tensor) -> bool:
+    return torch.allclose(change.float(), movement.float(), atol=0.02 * movement.abs().max().item())

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import psutil
 
-from ..checkpoint.load import load
+from ..checkpoint.load import load, no_tokenizer
 from ..checkpoint.locate import locate
 from ..checkpoint.save import save
 from ..choices import EngineName
@@ -194,7 +194,7 @@ def in_format(engine: EngineName, name: str, trust_remote_code: bool = False) ->
         if engine == "vllm":
             save(model, tokenizer, temporary)
         elif tokenizer is None:
-            raise PrunerError(f"{name} has no tokenizer, which --engine llama.cpp needs")
+            raise no_tokenizer(name)
         else:
             write_gguf(model, tokenizer, place, "f16", name=Path(name).name)
         del model

@@ -11,9 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PrunerError
 from ..graph.tracer import TraceError
 from ..graph.units import CouplingGraph, share_graph, trace
+from ..media import trace_media
 from ..models.inputs import example_inputs, share_inputs
 from ..models.running import model_inputs, stored_tensors, tracing_mode
 from ..models.skeleton import canonical_names, skeleton
+from ..models.towers import reach_towers
 from ..selection.plan import PruningPlan, name_after
 from .config.shape import target_config
 from .config.solver import solve
@@ -24,7 +26,14 @@ from .same_axes import find_wrong_axis
 from .slicing import check_fits, cut
 
 TOWERS = "towers"  # setting of plans that cut other towers than the language
+TASK = "task"  # setting of plans for the class of a task, where the checkpoint declares another
 Place = Callable[[torch.Tensor], torch.Tensor]
+
+
+def task_of_plan(plan: PruningPlan) -> str | None:
+    """Return the task that the run of a plan loaded the class of, None where it loaded the declared class."""
+    task = plan.settings.get(TASK)
+    return task if isinstance(task, str) else None
 
 
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -50,7 +59,8 @@ def apply(
             A plan that was made for a shape (``settings["shape"]``) brings its own.
 
     Raises:
-        PrunerError: the plan is for another model, or no config expresses what it leaves.
+        PrunerError: the plan is for another model, no config expresses what it leaves, or it cuts a tower of images or
+            sounds of a model whose checkpoint has no processor (call ``lp.trace(model, inputs=…)`` first).
 
     Example:
         >>> import llm_pruner as lp
@@ -66,16 +76,7 @@ def apply(
     check_fits({name: tuple(t.shape) for name, t in stored_tensors(model).items()}, plan)
     if config is None and isinstance(shape := plan.settings.get("shape"), dict):
         config = target_config(model, shape)
-    graph = trace(model)
-    known = {unit.name for unit in [*graph.units, *graph.frozen]}
-    unknown = [name for name in plan.units if name not in known]
-    if unknown and plan.settings.get(TOWERS):
-        raise PrunerError(
-            f"the plan cuts towers that text alone does not show: call lp.trace(model, inputs=…) with an image or a "
-            f"sound, then lp.apply (unit {unknown[0]})"
-        )
-    if unknown:
-        raise PrunerError(f"the plan was made for another model: it has no unit {unknown[0]}")
+    graph = _traced_for(model, plan)
     problems: list[str] = []
     configs = solve(model, plan, graph) if config is None else iter([config])
     for found in configs:
@@ -99,6 +100,27 @@ def apply(
                 break
         problems.append(problem)
     raise PrunerError(f"no config of {type(model.config).__name__} carries the plan: {problems[0]}")
+
+
+def _traced_for(model: PreTrainedModel, plan: PruningPlan) -> CouplingGraph:
+    """Trace a model so that it has the units of a plan: on an image or a sound too, where the plan cuts other towers.
+
+    Raises:
+        PrunerError: the model has no such unit.
+    """
+    graph = trace(model)
+    unknown = _unknown_units(plan, graph)
+    if unknown and (plan.settings.get(TOWERS) or reach_towers(model, unknown)):
+        graph = trace_media(model)
+        unknown = _unknown_units(plan, graph)
+    if unknown:
+        raise PrunerError(f"the plan was made for another model: it has no unit {unknown[0]}")
+    return graph
+
+
+def _unknown_units(plan: PruningPlan, graph: CouplingGraph) -> list[str]:
+    known = {unit.name for unit in [*graph.units, *graph.frozen]}
+    return [name for name in plan.units if name not in known]
 
 
 def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> str:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..graph.units import trace
 from ..models.blockwise import native_compute, standing_in
 from ..models.experts import Unrouted
+from ..models.hooks import forward_hooks
 from ..models.inputs import IDS, Inputs, ModelInputs, as_inputs, example_inputs
+from ..models.layers import hidden_in
+from ..models.per_layer import layer_lists
 from ..models.running import (
     equal_draws,
     forward,
@@ -62,9 +67,11 @@ def verify(
 ) -> EquivalenceReport:
     """Compare the pruned model's logits with the original's whose removed slices are zeroed (mask equivalence).
 
-    Both agree for units without flags; for hidden channels, for which norms are restricted to the kept channels; and for
-    experts, which routers are kept from choosing (:class:`llm_pruner.models.experts.Unrouted`). They differ in the order of sums, which a badly damaged model can amplify beyond any tolerance; where they differ,
-    they are compared again in float64, one model at a time, which tells rounding from a mistake.
+    Both agree for units without flags; for hidden channels, for which norms are restricted to the kept channels; and
+    for experts, which routers are kept from choosing (:class:`llm_pruner.models.experts.Unrouted`). Removed layers are
+    masked too; where norms behind their sums forbid that, they are skipped. The logits differ in the order of sums,
+    which a badly damaged model can amplify beyond any tolerance; where they differ, they are compared again in
+    float64, one model at a time, which tells rounding from a mistake.
 
     Args:
         tokens: LongTensor ``[rows, tokens]`` of the pruned model's token ids, or inputs by name, as a processor returns
@@ -89,12 +96,35 @@ def verify(
     """
     check_fits({name: tuple(t.shape) for name, t in stored_tensors(model).items()}, plan)
     ids = example_inputs(pruned, rows=2, tokens=16, seed=seed) if tokens is None else as_inputs(tokens)
-    modes = masking_modes(model, plan)
-    report = _compare(model, pruned, plan, ids, native_compute(model).dtype, tolerance, modes)
+    compare = partial(_compare, model, pruned, plan, ids, tolerance=tolerance, modes=masking_modes(model, plan))
+    report = _compare_finely(model, compare)
+    if not report.equivalent and plan.layers:  # a norm behind a layer's sums does not pass on what is masked
+        with _skipped_layers(model, plan):
+            report = _compare_finely(model, compare)
+    return report
+
+
+def _compare_finely(model: PreTrainedModel, compare: Callable[[torch.dtype], EquivalenceReport]) -> EquivalenceReport:
+    """Compare in the model's precision and, where that differs, in float64."""
+    report = compare(native_compute(model).dtype)
     if not report.equivalent and model.dtype is not torch.float64:
         with suppress(RuntimeError):  # some models insist on float32 somewhere
-            report = _compare(model, pruned, plan, ids, torch.float64, tolerance, modes)
+            report = compare(torch.float64)
     return report
+
+
+@contextmanager
+def _skipped_layers(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
+    """Let the layers that a plan drops pass on the hidden states that they are given."""
+
+    def skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = hidden_in(args, kwargs)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    layers = {path: enumerate(layer_lists(model)[path]) for path in plan.layers}
+    gone = [layer for path, kept in plan.layers.items() for i, layer in layers[path] if i not in set(kept.tolist())]
+    with forward_hooks([(layer, skip) for layer in gone], with_kwargs=True):
+        yield
 
 
 def _compare(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..checkpoint.locate import base_of, folder_of
-from ..choices import DEFAULT_MODEL, Dtype, Kind
+from ..choices import DEFAULT_MODEL, Dtype, Kind, Tower
 from ..errors import PrunerError
 from ..files import same_folder
 from ..flags import Arguments, Share, check_at_least, flag
@@ -96,6 +96,10 @@ class InspectArguments(Arguments):
     verify: bool = flag(False, "load the weights and test every unit by permutation; for a plan, check its hash")
     json: bool = flag(False, "print JSON")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
+    task: str | None = flag(None, "load the class of this task, such as text-generation, instead of the declared class")
+    towers: Tower = flag(
+        "language", "parts to show of a model that reads images or sounds and writes text: language, vision, audio, all"
+    )
 
 
 @dataclass(kw_only=True)

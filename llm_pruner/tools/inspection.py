@@ -13,11 +13,17 @@ from ..checkpoint.config import load_config, meta_model
 from ..checkpoint.load import load
 from ..checkpoint.locate import PLAN_FILE
 from ..errors import PrunerError
+from ..evaluation.cost import macs
+from ..evaluation.evaluate import DEFAULT_TOKENS
+from ..evaluation.speed import tokens_read
+from ..evaluation.tabular import short_number
 from ..files import read_json, strict_json
 from ..graph.permutation import PermutationReport, verify_units
 from ..graph.tracer import TraceError
-from ..graph.units import CouplingGraph, Unit, trace
+from ..graph.units import CouplingGraph, Unit
+from ..models.inputs import has_remembered_inputs, reads_text_only
 from ..models.skeleton import parameter_count
+from ..pruning.towers import LANGUAGE, trace_towers
 from ..selection.plan import FORMAT, PruningPlan
 from .arguments import InspectArguments
 from .plan_tables import plan_document, print_measurements, print_plan
@@ -41,25 +47,39 @@ def run_inspect(args: InspectArguments) -> None:
     plan = PruningPlan.load(plan_file, verify=args.verify) if plan_file.is_file() else None
     reports: list[PermutationReport] = []
     if args.verify:
-        model: Any = load(args.model, "float32", "cpu", args.trust_remote_code)[0]
-        graph = trace(model)
+        model: Any = load(args.model, "float32", "cpu", args.trust_remote_code, task=args.task)[0]
+        graph = trace_towers(model, args.towers)
         reports = verify_units(model, graph)
     else:
-        model = meta_model(load_config(args.model, args.trust_remote_code), args.trust_remote_code)
+        config = load_config(args.model, args.trust_remote_code, task=args.task)
+        model = meta_model(config, args.trust_remote_code)
         try:
-            graph = trace(model)
+            graph = trace_towers(model, args.towers)
         except TraceError as error:
             raise PrunerError(f"{error}: add --verify, which reads them") from error
     _check_layer(graph, args.layer)
-    parameters = parameter_count(model)
+    parameters, of_sample = parameter_count(model), _macs_of_sample(model)
     if args.json:
         document = as_json(graph, reports) | {"parameters": parameters}
+        document |= {"macs": of_sample} if of_sample else {}
         print(strict_json(document | ({"pruned": plan_document(plan)} if plan else {})), end="")
         return
     console = Console(soft_wrap=False)
     if plan is not None:
         _print_history(console, plan, Path(args.model), parameters)
     _print_graph(console, graph, 0 if args.layer is None else args.layer, reports)
+    if of_sample:
+        console.print(f"multiply-accumulates for one image or sound: {short_number(of_sample)}")
+
+
+def _macs_of_sample(model: Any) -> int | None:
+    """Count the multiply-accumulates for one image or sound; None for a text, and where they cannot be counted."""
+    if reads_text_only(model) and not has_remembered_inputs(model):
+        return None
+    try:
+        return macs(model, tokens_read(model, DEFAULT_TOKENS))
+    except (PrunerError, RuntimeError):  # some operators have no shapes on the meta device
+        return None
 
 
 def _check_layer(graph: CouplingGraph, layer: int | None) -> None:
@@ -77,6 +97,9 @@ def is_plan(path: Path) -> bool:
 
 
 def _inspect_plan(args: InspectArguments) -> None:
+    for name, value in (("task", args.task), ("towers", args.towers)):
+        if value not in (None, LANGUAGE):
+            raise PrunerError(f"--{name} {value} is for a model, and {args.model} is a plan: leave it out")
     plan = PruningPlan.load(args.model, verify=args.verify)
     if args.json:
         print(Path(args.model).read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoint.checking import check_model
-from ..checkpoint.load import load_tokenizer
+from ..checkpoint.load import load_tokenizer, no_tokenizer
 from ..checkpoint.locate import locate
 from ..data import check_text
 from ..errors import PrunerError, Unavailable
@@ -55,7 +55,7 @@ def _check_tokenizer(name: str, trust_remote_code: bool) -> None:
     except PrunerError as error:
         raise (PrunerError if Path(path).exists() else Unavailable)(str(error)) from error
     if tokenizer is None:
-        raise PrunerError("the folder has no tokenizer: give one with a tokenizer")
+        raise no_tokenizer(name)
 
 
 def _check_corpus(sources: list[str], check: InputCheck) -> None:

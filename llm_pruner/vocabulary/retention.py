@@ -8,7 +8,7 @@ from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint.load import load_tokenizer
+from ..checkpoint.load import load_tokenizer, no_tokenizer
 from ..errors import PrunerError
 from ..surgery.config.token_ids import ids_in
 from ..surgery.tokenizer import Subwords, keeps_words
@@ -74,7 +74,7 @@ def _permitted(settings: Retention, words: Subwords, tokenizer: PreTrainedTokeni
     if settings.to_tokenizer:
         other = load_tokenizer(settings.to_tokenizer, trust_remote_code=settings.trust_remote_code)
         if other is None:
-            raise PrunerError(f"--to_tokenizer {settings.to_tokenizer} has no tokenizer: give a folder with one")
+            raise no_tokenizer(f"--to_tokenizer {settings.to_tokenizer}")
         permitted = ids_of_tokenizer(words, Subwords(other))
     if settings.scripts:
         in_those = in_scripts(words, tokenizer, settings.scripts)

@@ -1,0 +1,60 @@
+"""Trace the towers that ``--towers`` names of a model that reads images or sounds beside text."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from ..errors import PrunerError
+from ..graph.units import CouplingGraph, trace
+from ..media import load_processor, trace_media
+from ..models.inputs import ModelInputs
+from ..models.layers import is_below
+from ..models.towers import tower_paths
+
+LANGUAGE, ALL = "language", "all"
+
+
+def check_towers(model: PreTrainedModel, towers: str) -> None:
+    """Refuse towers that a model does not have, or that its checkpoint has no processor to show anything.
+
+    Raises:
+        PrunerError: as above.
+    """
+    if towers == LANGUAGE:
+        return
+    paths = tower_paths(model)
+    if not paths:
+        raise PrunerError(
+            f"--towers {towers}: {type(model).__name__} has no towers beside a language model: leave it out, all of "
+            "the model is pruned"
+        )
+    if towers != ALL and towers not in paths:
+        raise PrunerError(f"--towers {towers}: {type(model).__name__} has {' and '.join((LANGUAGE, *paths))}")
+    load_processor(model)
+
+
+def trace_towers(model: PreTrainedModel, towers: str, inputs: ModelInputs | None = None) -> CouplingGraph:
+    """Trace a model, with images or sounds where others than its language are pruned; freeze the other towers.
+
+    Args:
+        towers: ``language``, ``vision``, ``audio`` or ``all``.
+        inputs: images or sounds with their texts (default: noise).
+
+    Raises:
+        PrunerError: the model has no such tower.
+    """
+    if towers == LANGUAGE:
+        return trace(model)
+    check_towers(model, towers)
+    return freeze_others(trace_media(model, inputs), model, towers)
+
+
+def freeze_others(graph: CouplingGraph, model: PreTrainedModel, towers: str) -> CouplingGraph:
+    """Freeze the units outside the tower that is pruned; return the graph."""
+    if towers in (LANGUAGE, ALL):
+        return graph
+    path = tower_paths(model)[towers]
+    for unit in list(graph.units):
+        if not is_below(path, unit.name):
+            graph.freeze(unit, f"--towers {towers} leaves it")
+    return graph
