@@ -54,7 +54,7 @@ def squares(request):
     """``l2`` by hand, as numbers per channel."""
     weights = dict(request.weights)
     numbers = {}
-    for name, dims in request.slices.items():
+    for name, dims in request.dims.items():
         for dim in dims:
             channels = weights[name].detach().square().movedim(dim, 0)
             numbers[name, dim] = channels.reshape(len(channels), -1).sum(1)

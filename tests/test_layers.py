@@ -162,7 +162,7 @@ def test_a_block_that_is_gone_comes_back_as_zeros():
         ({"num_layers": "2", "drop_layers": "1"}, "each says which layers go"),
         ({"num_layers": "2", "depth": "best"}, "choose from"),
         ({"drop_layers": "1", "depth": "loss"}, "give one"),
-        ({"drop_attention": "0"}, "caches are measured by it"),
+        ({"drop_attention": "0"}, "reads the length of the cache from it"),
         ({"drop_mlp": "7"}, "out of range"),
         ({"shares": "layers=1,neurons=1"}, "--shares needs one of --target_params, --target_macs"),
         ({"shares": "layers", "target_params": "0.5"}, "is not valid: give proportions"),

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 import llm_pruner as lp
 from llm_pruner.checkpoint.engines import why_not_vllm
-from llm_pruner.graph.units import block_of
+from llm_pruner.graph.blocks import block_of
 from llm_pruner.serving.vllm_plugin import indivisible
 
 NEW_TOKENS = 8

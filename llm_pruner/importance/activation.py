@@ -104,7 +104,7 @@ class Moments:
 
 
 def moments(
-    model: nn.Module, slices: dict[str, list[int]], calibration: Inputs, compute: Compute | None = None
+    model: nn.Module, dims: dict[str, list[int]], calibration: Inputs, compute: Compute | None = None
 ) -> dict[tuple[str, int], Moments]:
     """Return moments of the inputs of every slice that reads its axis.
 
@@ -114,7 +114,7 @@ def moments(
     by_slice: dict[tuple[str, int], Moments] = {}
 
     def add(name: str, dim: int, inputs: torch.Tensor) -> None:
-        if dim not in slices.get(name, ()) or not len(inputs):
+        if dim not in dims.get(name, ()) or not len(inputs):
             return
         x = inputs.double()
         sums = [x.sum(0).cpu(), x.abs().sum(0).cpu(), x.square().sum(0).cpu()]
@@ -139,7 +139,7 @@ FORMULAS: dict[str, Callable[[torch.Tensor, Moments, int], torch.Tensor]] = {
 
 
 def activation(
-    model: nn.Module, slices: Dims, calibration: Inputs, criterion: str, *, compute: Compute | None = None
+    model: nn.Module, dims: Dims, calibration: Inputs, criterion: str, *, compute: Compute | None = None
 ) -> Salience:
     """Return ``activation``, ``wanda`` or ``flap`` of every channel read: ``{(parameter, dim): [size of dim]}``.
 
@@ -149,5 +149,5 @@ def activation(
     weights = dict(model.named_parameters())
     return {
         (name, dim): FORMULAS[criterion](weights[name].detach().double().cpu(), inputs, dim)
-        for (name, dim), inputs in moments(model, slices, calibration, compute).items()
+        for (name, dim), inputs in moments(model, dims, calibration, compute).items()
     }

@@ -24,8 +24,8 @@ class Request:
         units: units to score: ``unit.name``, ``unit.kind``, ``unit.layer``, ``unit.size``, and ``unit.positions(name,
             dim)``, a LongTensor ``[unit.size, channels per index]``, for each ``(parameter name, dim)`` of
             ``unit.dims``.
-        slices: ``{parameter name: [dim, ...]}``, the channels that need a number: dim 0 of ``gate_proj.weight`` ``[out,
-            in]`` is its rows, dim 1 its columns.
+        dims: ``{parameter name: [dim, ...]}``, the dims whose channels need numbers: dim 0 of ``gate_proj.weight``
+            ``[out, in]`` has its rows, dim 1 its columns.
         calibration: token ids, LongTensor ``[samples, tokens]``, unchecked; None where the caller gave none.
         taylor: variant of ``taylor``, from ``--taylor``.
         seed: seed for whatever is random, from ``--seed``.
@@ -36,7 +36,7 @@ class Request:
 
     model: PreTrainedModel
     units: list[Unit]
-    slices: Dims
+    dims: Dims
     calibration: Any
     taylor: str = "param_first"
     seed: int = 0

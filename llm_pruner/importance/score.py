@@ -13,7 +13,7 @@ from ..errors import PrunerError
 from ..graph.units import KINDS, CouplingGraph, Unit
 from ..models.blockwise import Compute, native_compute
 from ..models.running import check_calibration, stored_tensors
-from .aggregate import AGGREGATIONS, slices_of
+from .aggregate import AGGREGATIONS, dims_to_score
 from .criteria import Entry, resolve_criterion
 from .layers import BY_POSITION, STRATEGIES, score_layers
 from .request import Request, Result
@@ -99,7 +99,7 @@ def score(
     request = Request(
         model=model,
         units=units,
-        slices=slices_of(units, {n: p.ndim for n, p in model.named_parameters()}),
+        dims=dims_to_score(units, {n: p.ndim for n, p in model.named_parameters()}),
         calibration=calibration,
         taylor=taylor,
         seed=seed,

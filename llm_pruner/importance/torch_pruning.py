@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
 from ..graph.units import Unit
-from .aggregate import scored_slices
+from .aggregate import scored_dims
 from .gradients import visit_gradients
 from .request import Request
 
@@ -147,16 +147,16 @@ class _GroupBuilder:
         self.ranks = {name: parameter.ndim for name, parameter in self.request.model.named_parameters()}
 
     def build(self, unit: Unit) -> tuple[Any, int]:
-        """Return the group of a unit, empty where no parameter has a slice, and its root channels per index."""
+        """Return the group of a unit, empty where no parameter is scored, and its root channels per index."""
         from torch_pruning import Dependency, Group
         from torch_pruning.dependency import Node
 
-        slices = [(name, dim, unit.positions(name, dim)) for name, dim in scored_slices(unit, self.ranks)]
-        widths = [positions.shape[1] for _, _, positions in slices] or [1]
+        dims = [(name, dim, unit.positions(name, dim)) for name, dim in scored_dims(unit, self.ranks)]
+        widths = [positions.shape[1] for _, _, positions in dims] or [1]
         width = min(widths) if all(w % min(widths) == 0 for w in widths) else 1
-        stand_ins = {path: self._stand_in(path) for path in dict.fromkeys(_path(name) for name, _, _ in slices)}
+        stand_ins = {path: self._stand_in(path) for path in dict.fromkeys(_path(name) for name, _, _ in dims)}
         group, root, members = Group(), None, set()
-        for name, dim, positions in slices:
+        for name, dim, positions in dims:
             target, handler, axis = _operation(
                 self.request.model.get_submodule(_path(name)), stand_ins[_path(name)], name, dim
             )

@@ -249,7 +249,9 @@ def _check_equivalence(planning: Planning, model: PreTrainedModel, planned: Plan
     plan = planned.plan
     flagged = {u.kind for u in planned.graph.units if u.name in plan.units and u.flags and u.kind != "hidden"}
     if flagged:
-        log.info("mask equivalence does not apply: %s are normalised over or scaled by", ", ".join(sorted(flagged)))
+        log.info(
+            "mask equivalence does not apply: removing %s is not the same as zeroing them", ", ".join(sorted(flagged))
+        )
         return {}
     with planning.clock("verify"):
         report = verify(model, planned.pruned, plan)

@@ -352,7 +352,9 @@ class Policy:
         scores = self.scores.of(unit, len(removed))
         if bool(scores[removed].isposinf().any()):
             stay = ", ".join(str(i) for i in scores.isposinf().nonzero().flatten().tolist())
-            raise PrunerError(f"{unit.name}: {len(removed)} cannot go, since {stay} must stay; remove fewer")
+            raise PrunerError(
+                f"{unit.name}: {len(removed)} indices cannot be removed, since {stay} must stay: remove fewer"
+            )
         stays = torch.ones(unit.size, dtype=torch.bool)
         stays[removed] = False
         plan.keep(unit, stays.nonzero().flatten(), self.graph.shapes)

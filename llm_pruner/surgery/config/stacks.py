@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import PrunerError
-from ...graph.units import CouplingGraph, block_of
+from ...graph.blocks import block_of
+from ...graph.units import CouplingGraph
 from ...models.constructors import fields_of
 from ...models.hooks import forward_hooks
 from ...models.layers import is_below
