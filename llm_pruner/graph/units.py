@@ -176,7 +176,7 @@ class CouplingGraph:
         self.frozen.append(unit)
 
     def parameters_of(self, unit: Unit) -> float:
-        """Return the number of parameters that a unit runs through, all of which go with its indices."""
+        """Return the number of parameters that removing all indices of a unit would remove."""
         stays: dict[str, float] = defaultdict(lambda: 1.0)
         for (name, _), label in unit.dims.items():
             stays[name] *= 1 - int((label >= 0).sum()) / len(label)

@@ -21,7 +21,7 @@ from ..models.skeleton import parameter_count
 from ..selection.plan import FORMAT, PruningPlan
 from .arguments import InspectArguments
 from .plan_tables import plan_document, print_measurements, print_plan
-from .tables import print_table
+from .tables import print_table, print_text
 
 SHOWN_DIMS = 12  # of a unit; the others are counted
 FREE, FROZEN = "prunable units", "frozen axes"
@@ -85,7 +85,7 @@ def _inspect_plan(args: InspectArguments) -> None:
     print_plan(console, plan, None if layer is None else lambda of: _is_shown(of, layer))
     print_measurements(console, Path(args.model).parent)
     if args.verify:
-        console.print("the plan was checked: its hash fits its contents")
+        print_text(console, "the plan was checked: its hash fits its contents")
 
 
 def _print_history(console: Console, plan: PruningPlan, folder: Path, parameters: int) -> None:
@@ -130,24 +130,24 @@ def as_json(graph: CouplingGraph, reports: list[PermutationReport]) -> dict[str,
 
 
 def _print_graph(console: Console, graph: CouplingGraph, layer: int, reports: list[PermutationReport]) -> None:
-    print_table(console, graph.title(), graph.table(), breakable=(0, 4))
+    print_table(console, graph.title(), graph.table(), texts=(4,))
     units = [unit for unit in graph.units if _is_shown(unit.layer, layer)]
     which = "" if layer == -1 else f" of layer {layer} and of the whole model"
     cells = [["unit", "size", "flags", "parameters[dim] (layers)"]]
     cells += [[u.name, f"{u.size:,}", " ".join(sorted(u.flags)), _parameters(u)] for u in units]
-    print_table(console, FREE + which, cells, breakable=(0, 2, 3))
+    print_table(console, FREE + which, cells, texts=(2,), details=3)
     frozen = [unit for unit in graph.frozen if len(unit.dims) > 1 and _is_shown(unit.layer, layer)]
     if frozen:
         cells = [["axis", "size", "why", "parameters[dim] (layers)"]]
         cells += [[unit.name, f"{unit.size:,}", unit.frozen or "", _parameters(unit)] for unit in frozen]
-        print_table(console, FROZEN + which, cells, breakable=(0, 2, 3))
+        print_table(console, FROZEN + which, cells, texts=(2,), details=3)
     if len(units) < len(graph.units):
-        console.print("--layer N shows another layer, --layer -1 all")
+        print_text(console, "--layer N shows another layer, --layer -1 all layers")
     for name, where in graph.unknown_operators.items():
-        console.print(f"no rule for operator {name} (first used in {where}): every axis that enters it is frozen")
+        print_text(console, f"no rule for operator {name} (first used in {where}): every axis that enters it is frozen")
     if reports:
         for line in permutation_summary(graph, reports):
-            console.print(line)
+            print_text(console, line)
 
 
 def permutation_summary(graph: CouplingGraph, reports: list[PermutationReport]) -> list[str]:

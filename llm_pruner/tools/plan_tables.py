@@ -16,7 +16,7 @@ from ..files import read_json
 from ..pruning.measurements import METRICS_FILE, before_and_after
 from ..selection.plan import Choice, PruningPlan, removed_share
 from ..selection.plan_file import to_ranges
-from .tables import print_table
+from .tables import print_table, print_text
 
 SETTINGS = ("criterion", "taylor", "aggregation", "ratio", "target_params", "scope", "layers_kept", "calibration")
 EXPLANATION = (
@@ -36,7 +36,7 @@ def print_plan(console: Console, plan: PruningPlan, shown: Callable[[int | None]
     if len(cells) > 1:
         print_table(console, "units that lose indices", cells)
     for line in [*(EXPLANATION if "margin" in cells[0] else ()), *_removed_parts(plan), *plan.notes]:
-        console.print(line, highlight=False, markup=False)
+        print_text(console, line)
     console.print()
 
 
