@@ -33,18 +33,9 @@ from .steps import Step
 from .sweep import CALIBRATION_SEED, SEED, SweepPoint, check_point
 
 MACS_TOKENS = 128
-SIZES = [
-    "layers",
-    "hidden",
-    "heads",
-    "neurons",
-    "vocabulary",
-    "parameters",
-    "ratio",
-    f"MACs ({MACS_TOKENS} tokens)",
-    "ratio",
-]
-KINDS = SIZES[1:5]
+SHAPES = ["layers", "hidden", "heads", "neurons", "vocabulary"]
+SIZES = [*SHAPES, "parameters", "ratio", f"MACs ({MACS_TOKENS} tokens)", "ratio"]
+KINDS = SHAPES[1:]
 UNKNOWN, ESTIMATED = "?", "~"
 NO_SIZES = [""] * len(SIZES)
 
@@ -224,19 +215,38 @@ def sweep_cells(rows: Sequence[PointRow]) -> list[list[str]]:
     return [head, *body]
 
 
-def dry_run_tables(cells: list[list[str]], width: int) -> list[TerminalTable]:
+def dry_run_tables(cells: list[list[str]], width: int) -> tuple[str, list[TerminalTable]]:
     """Format the cells of a dry run for a terminal; costs are a table of their own where the width does not hold all.
 
     Args:
         cells: columns that name the row, then :data:`SIZES`.
+
+    Returns:
+        a line of the shapes that are the same in every row, "" without any; tables of all other columns.
     """
-    labels = cells[0].index(SIZES[0])
+    labels = len(cells[0]) - len(SIZES)
+    shared, cells = _take_shared_shapes(cells, labels)
     tables = terminal_tables(cells, width, labels)
-    if len(tables) == 1:
-        return tables
-    costs = labels + SIZES.index("parameters")
-    halves = [row[:costs] for row in cells], [[*row[:labels], *row[costs:]] for row in cells]
-    return [part for half in halves for part in terminal_tables(half, width, labels)]
+    costs = cells[0].index("parameters", labels)
+    if len(tables) > 1 and costs > labels:
+        halves = [row[:costs] for row in cells], [[*row[:labels], *row[costs:]] for row in cells]
+        tables = [part for half in halves for part in terminal_tables(half, width, labels)]
+    return f"the same in every row: {shared}" if shared else "", tables
+
+
+def _take_shared_shapes(cells: list[list[str]], labels: int) -> tuple[str, list[list[str]]]:
+    """Remove the columns of shapes in which at least two rows have one value, and return them as text.
+
+    >>> _take_shared_shapes([["stage", "layers", "hidden"], ["original", "30", "576"], ["depth", "24", "576"]], 1)
+    ('hidden 576', [['stage', 'layers'], ['original', '30'], ['depth', '24']])
+    """
+    head, *body = cells
+    shared = {}
+    for i, name in enumerate(head):
+        values = [row[i] for row in body if row[i]]
+        if labels <= i < labels + len(SHAPES) and len(values) > 1 and len(set(values)) == 1:
+            shared[i] = f"{name} {values[0]}"
+    return ", ".join(shared.values()), [[cell for i, cell in enumerate(row) if i not in shared] for row in cells]
 
 
 def _fold_seeds(points: Sequence[SweepPoint]) -> list[tuple[dict[str, Any], list[SweepPoint]]]:

@@ -114,8 +114,11 @@ def _predict(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
         check_point(points[0], unavailable)
     rows = predict_points(points, unavailable) if recipe.is_sweep else []
     cells = sweep_cells(rows) if rows else predict_stages(points[0].recipe, points[0].steps)
-    for part in dry_run_tables(cells, console.width):
-        console.print(part)
+    shared_shapes, tables = dry_run_tables(cells, console.width)
+    if shared_shapes:
+        print(shared_shapes)
+    for table in tables:
+        console.print(table)
     for message in dict.fromkeys(unavailable):
         print(f"not on this machine, and refused when the recipe is run here: {message}")
     refused = [row for row in rows if row.problem]
