@@ -305,13 +305,13 @@ def test_what_torch_pruning_cannot_express_is_refused_or_left_out():
     model = build("mixtral")
     graph = lp.trace(model)
     for kind in ("neurons", "layers", "vocabulary"):
-        with pytest.raises(lp.PrunerError, match=r"MagnitudeImportance says nothing of .*target_types"):
+        with pytest.raises(lp.PrunerError, match=r"MagnitudeImportance does not score .*target_types"):
             lp.score(model, graph, None, tp.MagnitudeImportance(), kinds=[kind])
     scores = lp.score(model, graph, None, tp.MagnitudeImportance())
     assert (
         "model.layers.0.self_attn.heads" in scores.values and "model.layers.0.mlp.experts.neurons" not in scores.values
     )
-    with pytest.raises(lp.PrunerError, match="BNScaleImportance says nothing of"):
+    with pytest.raises(lp.PrunerError, match="BNScaleImportance does not score"):
         lp.score(model, graph, None, tp.BNScaleImportance(), kinds=["heads"])
 
 

@@ -129,7 +129,7 @@ REFUSED = [
         (EVALUATE + "--tasks piqua --include_path {tmp}/tasks", "lm-eval has no task 'piqua'"), marks=pytest.mark.slow
     ),
     (EVALUATE + "--tasks piqa --include_path nowhere", "--include_path nowhere is not a folder"),
-    (EVALUATE + "--tasks piqa --include_path {tmp}/tasks", "--tasks piqa: the data of piqa cannot be had"),
+    (EVALUATE + "--tasks piqa --include_path {tmp}/tasks", "--tasks piqa: the data of piqa is not available"),
 ]
 
 

@@ -30,10 +30,10 @@ FORMS = {
 
 
 def form_of(model: PreTrainedModel) -> str:
-    """Return which of :data:`FORMS` the labelled examples of a model have.
+    """Return the key of :data:`FORMS` for the labelled examples of a model.
 
     Raises:
-        PrunerError: no labels are compared with what such a model gives.
+        PrunerError: the outputs of such a model cannot be compared with labels.
     """
     task = task_name(model)
     if task in (SPEECH, CTC):
@@ -51,7 +51,7 @@ def check_labelled(name: str) -> None:
     """Refuse a labelled file or folder that cannot be read or is empty.
 
     Raises:
-        PrunerError: as the reading of it.
+        PrunerError: the file or folder cannot be read, or holds no rows.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -100,7 +100,7 @@ def measure_labelled(
 
 
 class _Runner:
-    """A model with what reads its inputs."""
+    """A model with the tokenizer or processor that reads its inputs."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device):
         self.model, self.tokenizer, self.device = model, tokenizer, device
@@ -122,7 +122,7 @@ class _Runner:
         return self.output(text).mean(dim=0)
 
     def transcript(self, medium: Medium) -> str:
-        """Return the words that a model of speech hears."""
+        """Return the words that a model of speech recognises in a sound."""
         inputs = model_inputs(self.model, ModelInputs(process_sound(self.processor, medium)).to(self.device))
         if task_name(self.model) == SPEECH:
             ids = self.model.generate(**inputs)  # type: ignore[operator]

@@ -66,7 +66,7 @@ def outputs(
     compute: Compute | None = None,
     text_name: str = "the text",
 ) -> list[torch.Tensor]:
-    """Return of every piece what :func:`similarity` compares; text is read with the tokenizer's special tokens.
+    """Return the output for each piece that :func:`similarity` compares; text is read with the special tokens.
 
     Returns:
         Of a model without a head, the mean of its last hidden states ``[hidden]`` or its embeddings; of one that gives
@@ -144,7 +144,7 @@ class Originals:
     def media(
         self, names: Iterable[str], model: PreTrainedModel, most: int | None = None, fallback: str = SYNTHETIC
     ) -> dict[str, ModelInputs]:
-        """Return what to compare the outputs of models on that read images or sounds, by data set.
+        """Return the inputs on which the outputs of models of images or sounds are compared, by data set.
 
         The first model's processor reads them, and all models are given the same. Texts, which such a model cannot do
         with alone, give way to ``fallback``.

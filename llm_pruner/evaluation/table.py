@@ -338,7 +338,7 @@ def _notes(evaluations: list[Evaluation], tokenizers_differ: bool) -> list[str]:
 
 
 def _speed_notes(evaluations: list[Evaluation]) -> list[str]:
-    """Return the sizes of what was timed, how the repetitions are summarized, and what the ratios cannot tell."""
+    """Return notes on speeds: the sizes that were timed, the summary of the repetitions, and ratios that are noise."""
     speeds = [one.speed for one in evaluations]
     first = speeds[0]
     if first is None:

@@ -1,4 +1,4 @@
-"""Tell the kind of a unit from what operators did to its axis."""
+"""Derive the kind of a unit from the operators that its axis met."""
 
 from __future__ import annotations
 

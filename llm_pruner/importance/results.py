@@ -1,4 +1,4 @@
-"""From what a criterion returns to checked scores, one tensor per unit."""
+"""Check the result of a criterion, and turn it into one tensor of scores per unit."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def score(
 
 
 def _compute(entry: Entry, request: Request, cache: Path | None) -> Result:
-    """Return what a criterion gives for a request, from the cache if it is there."""
+    """Return the result of a criterion for a request, from the cache if possible."""
     if cache is None or not entry.builtin:
         return entry.function(request)
     salience = load_salience(cache)
@@ -154,10 +154,10 @@ def _check_complete(
     if entry.skips is None:
         raise PrunerError(
             f"criterion {name!r} returned nothing for unit {missing.name}: return a tensor [{missing.size}] under its "
-            "name or a number per channel for one of its slices, or score other kinds"
+            "name or a number per channel for one of its dims, or score other kinds"
         )
     if requested or not values:
-        raise PrunerError(f"{name} says nothing of {missing.name}: {entry.skips}")
+        raise PrunerError(f"{name} does not score {missing.name}: {entry.skips}")
 
 
 def _check_choice(what: str, value: str, choices: Iterable[str]) -> None:

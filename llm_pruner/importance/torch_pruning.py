@@ -1,10 +1,10 @@
-"""Importance classes of torch-pruning (DepGraph, arXiv 2301.12900) on our units.
+"""Score units with importance classes of torch-pruning (DepGraph, arXiv 2301.12900).
 
-A unit becomes one of its groups. Its members are stand-ins for the model's modules, with the same weights and, for
-criteria that read gradients, those of the calibration loss; the model itself is not touched. Every member has one entry
-per *root channel*: ``unit.size * width`` of them, ordered by index. A slice with more channels per index (the query
-heads of a key-value group) becomes several members, which torch-pruning's ``group_reduction`` combines. The root
-channels of one index are summed.
+A unit becomes a group of torch-pruning. The members of the group are stand-ins for the model's modules, with the same
+weights and, for criteria that read gradients, those of the calibration loss; the model itself is not touched. Every
+member has one entry per *root channel*: ``unit.size * width`` of them, ordered by index. A dim with more channels per
+index (the query heads of a key-value group) becomes several members, which torch-pruning's ``group_reduction``
+combines. The root channels of one index are summed.
 
 GroupMagnitudeImportance(p, group_reduction="sum", normalizer=None)   sum |w|^p          = l1, l2
 GroupTaylorImportance(group_reduction="sum", normalizer=None)         sum |w g|          = taylor, param_first
@@ -47,11 +47,12 @@ def score_groups(importance: Any, request: Request) -> dict[str, torch.Tensor]:
     Args:
         importance: callable that maps a ``torch_pruning.Group`` to a tensor ``[root channels]``.
 
-    Returns ``{unit.name: [unit.size]}``, without the units that its groups cannot express or that the importance has
-    nothing to say of (it returns None, since no module is of its ``target_types``).
+    Returns ``{unit.name: [unit.size]}``, without units that torch-pruning's groups cannot express and units for which
+    the importance returns None (no module is of its ``target_types``).
 
     Raises:
-        PrunerError: it needs gradients and there is no calibration set, or it returns another number of channels.
+        PrunerError: the importance needs gradients and there is no calibration set, or it returns another number of
+            channels.
     """
     units = [unit for unit in request.units if unit.kind not in ("layers", "vocabulary")]
     builder = _GroupBuilder(request=request, gradients=_gradients(importance, units, request))
@@ -71,7 +72,7 @@ def score_groups(importance: Any, request: Request) -> dict[str, torch.Tensor]:
 
 
 def _gradients(importance: Any, units: Iterable[Unit], request: Request) -> Gradients:
-    """Return what ``parameter.grad`` is to hold: g, for Hessians (1/N) sum_n g_n^2, nothing where it is not read.
+    """Return the tensors for ``parameter.grad``: g, or (1/N) sum_n g_n^2 for Hessians; none for classes that read none.
 
     Classes of users get g if there is a calibration set.
     """
@@ -207,7 +208,7 @@ def _add_member(group: Any, dependency: Any, positions: torch.Tensor) -> None:
 
 
 def _operation(module: nn.Module, stand_in: nn.Module, name: str, dim: int) -> tuple[Any, Any, int]:
-    """Return what torch-pruning would prune of a slice: a module or parameter, its function, and the dim.
+    """Return torch-pruning's view of a parameter dim: module or parameter, pruning function, and dim.
 
     Parameters of modules that it does not know (RMSNorm, stacked experts) are members of their own, as in its graphs.
     """
