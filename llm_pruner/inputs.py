@@ -15,9 +15,9 @@ class InputCheck:
     """Context of an input check.
 
     Attributes:
-        written_later: folder that earlier stages of a recipe write; what it will hold is not looked for.
-        unavailable: collects what is not on this machine (see :class:`~llm_pruner.errors.Unavailable`); None where that
-            is an error.
+        written_later: folder that earlier stages of a recipe write; paths inside it are not checked.
+        unavailable: collects messages about inputs that this machine lacks
+            (:class:`~llm_pruner.errors.Unavailable`); None makes them errors.
     """
 
     written_later: Path | None = None

@@ -149,7 +149,7 @@ def _metadata(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def media_inputs(
     model: PreTrainedModel, name: str, split: str | None = "train", samples: int = 16, *, seed: int = 0
 ) -> ModelInputs:
-    """Return what a model reads of images or sounds, by the processor of its checkpoint.
+    """Return the inputs that the processor of a checkpoint makes of images or sounds.
 
     A model that writes text about images is given each in a turn of a chat. A model of speech without texts is given
     the tokens that it writes itself.
@@ -229,7 +229,7 @@ def _process_chat(processor: Any, image: Any, text: str) -> Any:
 
 
 def process_sound(processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
-    """Return what a model of speech hears, by the names of its arguments."""
+    """Return a sound as the inputs of a model of speech, by the names of its arguments."""
     extractor = getattr(processor, "feature_extractor", processor)
     rate = getattr(extractor, "sampling_rate", None)
     if rate is None:
@@ -259,7 +259,7 @@ def _stacked(parts: list[dict[str, torch.Tensor]]) -> ModelInputs:
 
 
 def describe(name: str) -> str:
-    """Return how messages call a data set of images or sounds."""
+    """Return the name of a data set of images or sounds for messages."""
     if name == SYNTHETIC:
         return "noise (give a folder of images or .wav files for better ones)"
     return name

@@ -90,7 +90,7 @@ def test_such_a_model_is_pruned_without_text_of_its_own(nano, tokenizer, tmp_pat
         device="cpu",
     )
     log = next((tmp_path / "out").glob("*.log")).read_text()
-    assert "compensating without text of the model's own: NanoModel cannot generate" in log
+    assert "compensating without self-written samples: NanoModel cannot generate" in log
     assert run.model.num_parameters() < nano.num_parameters()
 
 

@@ -59,7 +59,7 @@ def apply_to_files(
     """
     path, gguf = locate(source)
     if gguf is not None or not Path(path).is_dir():
-        raise PrunerError(f"{source} is not a folder of safetensors files, the only ones cut without loading: give one")
+        raise PrunerError(f"{source} is not a folder of safetensors files, which apply needs: give one")
     plan = replace(plan, settings={"base_model": source, **plan.settings})
     if "refit" in plan.settings:
         plan.settings["without_refit"] = True

@@ -33,7 +33,7 @@ def measure(args: EvaluateArguments) -> list[Evaluation]:
     """Measure the models that the arguments name, side by side.
 
     Raises:
-        PrunerError: the arguments are not valid, or a model, text or task cannot be had.
+        PrunerError: the arguments are not valid, or a model, text or task is not available.
     """
     args.check()
     device = resolve_device(args.device, "--device")

@@ -1,4 +1,4 @@
-"""Read what modules were constructed with: configs, sizes, fields."""
+"""Read the arguments that modules were constructed with: configs, sizes, fields."""
 
 from __future__ import annotations
 

@@ -134,11 +134,11 @@ def target_ids(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def main_output(output: Any) -> torch.Tensor:
-    """Return what a model's output is about.
+    """Return the main tensor of a model's output.
 
-    Logits ``[rows, tokens, vocabulary]`` or ``[rows, classes]``; those of starts and ends ``[rows, tokens, 2]`` of a
-    model for question answering; the embeddings ``[rows, sides x size]`` of a model that compares texts with images or
-    sounds; the last hidden states ``[rows, tokens, hidden]`` of a model without a head.
+    The main tensor is: logits ``[rows, tokens, vocabulary]`` or ``[rows, classes]``; for question answering, the logits
+    of starts and ends ``[rows, tokens, 2]``; for a model that compares texts with images or sounds, the embeddings
+    ``[rows, sides x size]``; for a model without a head, the last hidden states ``[rows, tokens, hidden]``.
     """
     if getattr(output, "start_logits", None) is not None:
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
@@ -160,7 +160,7 @@ def forward(model: nn.Module, ids: Inputs) -> Any:
 
 @contextmanager
 def equal_draws() -> Iterator[None]:
-    """Let a model that draws random numbers on its way, such as a mask, draw the same whenever it runs in the block."""
+    """Give a model that draws random numbers, such as a mask, the same numbers whenever it runs in the block."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield

@@ -1,4 +1,4 @@
-"""The task of a class of transformers: what a model gives for a text, and which auto class loads it."""
+"""Tasks of transformers' model classes, and the auto class that loads the models of each task."""
 
 from __future__ import annotations
 

@@ -174,7 +174,8 @@ class PruneArguments(Arguments):
     tensor_parallel: int = flag(1, "keep widths that N devices can share equally", group="budget")
     uniform: bool = flag(
         False,
-        "keep as many indices in every layer: a plain checkpoint, which other engines read (default: layers differ)",
+        "keep the same number of indices in every layer: a plain checkpoint, which other engines read "
+        "(default: layers differ)",
         group="budget",
     )
     hardware_align: bool | None = flag(
@@ -298,10 +299,10 @@ class PruneArguments(Arguments):
         return out
 
     def proportions(self) -> dict[str, float]:
-        """Return what ``--shares`` says, by kind; 0 for kinds whose proportion is to be measured.
+        """Return the proportions of ``--shares`` by kind; 0 for kinds whose proportion is to be measured.
 
         Raises:
-            PrunerError: an entry is no proportion or names no kind of unit.
+            PrunerError: an entry is not a proportion, or its kind of unit is not known.
         """
         mode, _, listed = (self.shares or "").partition(":")
         if mode == "measured":

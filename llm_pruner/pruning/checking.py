@@ -69,7 +69,7 @@ def _check_against_config(config: PreTrainedConfig, settings: PruneSettings) -> 
     try:
         trace(model)
     except TraceError:
-        return  # the model is traced on its weights
+        return  # the model can only be traced on its weights
     check_plan(Planning(settings=settings), model)
 
 
@@ -89,7 +89,9 @@ def check_apply_inputs(arguments: ApplyArguments, check: InputCheck) -> None:
             config = check_model(arguments.model, arguments.trust_remote_code, tokenizer=arguments.refit)
             path, gguf = locate(arguments.model)
             if not arguments.refit and (gguf is not None or not Path(path).is_dir()):
-                raise PrunerError("this is not a folder of safetensors: only these are cut file by file")
+                raise PrunerError(
+                    "this is not a folder of safetensors files, which apply needs: give one"
+                )
             if plan is not None:
                 tensors = stored_tensors(meta_model(config, arguments.trust_remote_code))
                 check_fits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, plan)

@@ -1,4 +1,4 @@
-"""Settings of a pruning run: what its flags and preset resolve to, once. Frozen; nothing changes them on their way."""
+"""Settings of a pruning run, resolved once from its flags and preset, and frozen."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class CalibrationSettings:
     """Calibration set: ``samples`` of ``tokens`` from a text.
 
     Attributes:
-        replaceable: use another text where this one cannot be had (:func:`available_text`).
+        replaceable: use another text if this one is not available (:func:`available_text`).
         fewer_samples: accept fewer samples where the text is short.
         shorter_samples: accept samples cut to the model's context length.
         towers: parts of a model that reads more than text; others than ``language`` take images or sounds.
@@ -69,16 +69,16 @@ class CalibrationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSettings:
-    """Whole layers and blocks that go.
+    """Whole layers and blocks to remove.
 
     Attributes:
-        first: keep only so many first layers.
-        drop: layers to drop, as (stack, index).
-        keep: layer counts to keep, as (stack, count).
-        drop_attention: layers whose attention goes, as (stack, index).
-        drop_mlp: layers whose MLP goes.
-        criterion: that chooses layers.
-        samples: calibration samples for it.
+        first: number of first layers to keep; the others are removed.
+        drop: layers to remove, as (stack, index).
+        keep: numbers of layers to keep, as (stack, count).
+        drop_attention: layers whose attention is removed, as (stack, index).
+        drop_mlp: layers whose MLP is removed, as (stack, index).
+        criterion: criterion that chooses layers.
+        samples: calibration samples for the criterion.
     """
 
     first: int | None = None
@@ -100,10 +100,10 @@ class WidthSettings:
 
     Attributes:
         kinds: kinds of units; empty: the preset's.
-        ranges: first and last layer (not included) by kind; None where the preset says.
-        ratio: share of a unit's indices that goes, where no budget is given.
-        proportions: proportions of kinds under a budget; 0 where they are to be measured.
-        uniform: keep as many indices in every layer, so that the result is a plain checkpoint.
+        ranges: first and last layer (not included) by kind; None: the preset's.
+        ratio: share of a unit's indices to remove if there is no budget.
+        proportions: proportions of kinds under a budget; 0 if they are to be measured.
+        uniform: keep the same number of indices in every layer, so that the result is a plain checkpoint.
     """
 
     preset: str
@@ -137,10 +137,10 @@ class RefitSettings:
 
     Attributes:
         compensation: method, or ``none``.
-        required: fail where compensation is impossible, rather than go on without.
+        required: fail if compensation is impossible, instead of going on without it.
         self_samples: calibration samples that the model writes itself, besides those of the text.
-        self_samples_required: write them even if the model is offloaded, which is slow; fail where it cannot write.
-        rescale_norms: rescale norms when hidden channels go.
+        self_samples_required: write them even if the model is offloaded, which is slow; fail if it cannot write.
+        rescale_norms: rescale norms when hidden channels are removed.
     """
 
     compensation: str = "none"
@@ -194,7 +194,7 @@ class PruneSettings:
 
     @property
     def prunes_widths(self) -> bool:
-        """Return True unless only whole layers or blocks go."""
+        """Return True unless only whole layers or blocks are removed."""
         if self.widths.kinds:
             return self.widths.kinds != ("layers",)
         return not self.layers.any or bool(self.budget or self.shape)
@@ -248,7 +248,7 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
 
 
 def filled_arguments(arguments: PruneArguments) -> dict[str, Any]:
-    """Return all flags by name, those that are not given as the preset has them; ``save_model`` as it is resolved."""
+    """Return all flags by name, with the preset's values for flags not given, and ``save_model`` as resolved."""
     preset = PRESETS[arguments.preset]
     flags = asdict(arguments) | {"save_model": arguments.saves_checkpoint}
     return {name: preset.get(name) if value is None else value for name, value in flags.items()}

@@ -37,7 +37,7 @@ SAMPLES_PER_PASS = 16
 
 
 def plan_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph) -> PruningPlan | None:
-    """Return the plan for whole layers and blocks, None where none go.
+    """Return the plan for whole layers and blocks; None if none are removed.
 
     Raises:
         PrunerError: a layer does not exist, or too few would stay.
@@ -69,7 +69,7 @@ def _block_path(model: PreTrainedModel, graph: CouplingGraph, flag: str, layer: 
 
 
 def _named_layers(graph: CouplingGraph, drop: tuple[tuple[str, int], ...]) -> tuple[dict[str, int], Scores]:
-    """Return how many layers stay in each stack when the named ones go, and scores that make these go."""
+    """Return how many layers stay in each stack without the named ones, and scores that rank these lowest."""
     units = {unit.name: unit for unit in graph.of_kind("layers")}
     values = {name: torch.full((unit.size,), torch.inf, dtype=torch.float64) for name, unit in units.items()}
     for where, layer in drop:
@@ -83,7 +83,7 @@ def _named_layers(graph: CouplingGraph, drop: tuple[tuple[str, int], ...]) -> tu
 
 
 def _counted_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph) -> tuple[dict[str, int], Scores]:
-    """Return how many layers stay in each stack by the settings, and the scores of layers where some go."""
+    """Return how many layers stay in each stack by the settings, and the scores of layers in stacks that lose some."""
     settings, units = planning.settings, {unit.name: unit for unit in graph.of_kind("layers")}
     counts = _layer_counts(settings, model, graph, units)
     for name, count in counts.items():
@@ -93,7 +93,7 @@ def _counted_layers(planning: Planning, model: PreTrainedModel, graph: CouplingG
             raise PrunerError(f"{flag}cannot keep {count} layers, {has}: give 1 to {units[name].size - 1}")
     fewer = _only_fewer(units, counts)
     if counts and not fewer and not settings.shape:
-        raise PrunerError("as many layers would stay as the model has: give fewer")
+        raise PrunerError("no layer would be removed, since all that the model has would stay: give fewer layers")
     if not fewer:
         return {}, Scores({})
     most = max(units[name].size - count for name, count in fewer.items())
@@ -188,10 +188,10 @@ def _naming_nearest(model: PreTrainedModel, shape: Mapping[str, Any]) -> Iterato
 def _proportional_layers(
     planning: Planning, model: PreTrainedModel, graph: CouplingGraph
 ) -> tuple[dict[str, int], Scores]:
-    """Return how many layers stay when layers and widths go in proportions, and the scores of layers."""
+    """Return how many layers stay when layers and widths are removed in proportions, and the scores of layers."""
     settings, budget_settings = planning.settings, planning.settings.budget
     if budget_settings is None or budget_settings.kind != "target_params":
-        raise PrunerError("layers go in proportion with --target_params only: give that instead")
+        raise PrunerError("--shares with layers needs --target_params: give that instead of another target")
     shares = dict(settings.widths.proportions)
     kinds = tuple(kind for kind in shares if kind != "layers")
     layer_scores = _score_layers(planning, model, graph)
@@ -218,16 +218,16 @@ def measure_sensitivity(
     kinds: tuple[str, ...],
     ids: Inputs | None,
 ) -> dict[str, float]:
-    """Return the proportions in which kinds of units go, by how much the loss grows without a little of each.
+    """Measure in which proportions to remove kinds of units, by how much the loss grows without a little of each.
 
-    The cost of removing x parameters of one kind is taken for a x^2; for a given sum of x, the sum of costs is least
+    The cost of removing x parameters of one kind is modelled as a x^2; for a given sum of x, the sum of costs is least
     with x in proportion to 1 / a.
 
     Raises:
         PrunerError: there is no calibration set.
     """
     if ids is None:
-        raise PrunerError("measured proportions need a calibration set: give --pruner_type taylor, say")
+        raise PrunerError("--shares measured needs a calibration set: give a criterion that reads one, such as taylor")
     loss, total = _loss(model, ids), parameter_count(model)
     out = {}
     for kind in track(kinds, "measuring what each kind of unit costs"):

@@ -77,8 +77,10 @@ class Prediction:
 
 
 def _sizes(graph: CouplingGraph, kind: str) -> list[int]:
-    """Return the sizes of a kind's units, frozen ones too; frozen parts of the hidden size, such as the halves that
-    rotary positions combine, are no hidden size."""
+    """Return the sizes of a kind's units, frozen ones included, but without frozen parts of the hidden size.
+
+    Such parts are, for example, the halves that rotary position embeddings combine.
+    """
     prunable = graph.of_kind(kind)
     frozen = [] if kind == "hidden" and prunable else [unit for unit in graph.frozen if unit.kind == kind]
     return sorted({unit.size for unit in [*prunable, *frozen]})
@@ -97,14 +99,14 @@ class Change:
 
 
 class Predictor:
-    """Predict what stages leave. A model is built once, and what changes it alike is predicted once."""
+    """Predict the models that stages leave; build each original once, and predict equal changes once."""
 
     def __init__(self) -> None:
         self._originals: dict[tuple[str, bool], Prediction] = {}
         self._after: dict[tuple[Prediction, str], Prediction | PrunerError] = {}
 
     def stages(self, recipe: Recipe, steps: Sequence[Step]) -> list[Prediction | None]:
-        """Predict the original and what every stage leaves, None for a stage that changes no shape.
+        """Predict the original and the model that every stage leaves, None for a stage that changes no shape.
 
         Raises:
             PrunerError: the model cannot be read, or a stage cannot do what is asked; with file and line.
@@ -140,7 +142,7 @@ class Predictor:
 
 
 def predict_stages(recipe: Recipe, steps: Sequence[Step]) -> list[list[str]]:
-    """Return a table of what every stage leaves, head first.
+    """Return a table of the shapes and sizes that every stage leaves; the first row is the head.
 
     Indices are chosen at random, since only their number counts. Where the number itself depends on scores (a global
     ranking, measured proportions) or on counts of tokens, a possible number is shown and marked with ``~``. A share of
@@ -178,10 +180,10 @@ class PointRow:
 
 
 def predict_points(points: Sequence[SweepPoint], unavailable: list[str]) -> list[PointRow]:
-    """Predict what the last stage of every point leaves, as :func:`predict_stages` does.
+    """Predict the model that the last stage of every point leaves, as :func:`predict_stages` does.
 
     Args:
-        unavailable: collects what is not on this machine.
+        unavailable: collects messages about inputs that this machine lacks.
     """
     predictor = Predictor()
     return [_predict_alike(predictor, values, alike, unavailable) for values, alike in _fold_seeds(points)]

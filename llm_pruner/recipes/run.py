@@ -103,10 +103,10 @@ def _with_overrides(recipe: Recipe, args: RunArguments) -> Recipe:
 
 
 def _predict(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
-    """Print what the stages of a run or the points of a sweep leave.
+    """Print the shapes and sizes that the stages of a run or the points of a sweep leave.
 
     Raises:
-        PrunerError: a run cannot work; of a sweep the first, after the table.
+        PrunerError: a run cannot work; in a sweep, the error names the first such run, and follows the table.
     """
     console = Console()
     unavailable: list[str] = []
@@ -224,7 +224,7 @@ def _record_killed_worker(points: Sequence[SweepPoint], worker: int) -> bool:
 
 
 def _record_killed_points(points: Sequence[SweepPoint]) -> None:
-    """Record points of workers that were killed on any machine as failed: locked once, and by nobody now."""
+    """Record points of killed workers, on any machine, as failed: points whose lock has no living holder."""
     for point in Outcome.of(points).missing:
         if lock_holder(point.folder, point.lock)[0]:
             with folder_lock(point.folder, point.lock, wait=False) as free:
@@ -253,7 +253,7 @@ def _print_table(cells: list[list[str]], labels: int = 1) -> None:
 
 
 def _refuse_other_sweep(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
-    """Keep two sweeps out of one folder."""
+    """Refuse a folder that holds another sweep."""
     varied = sorted({key for point in points for key in point.values})
     file = Path(recipe.output) / SWEEP_FILE
     try:
