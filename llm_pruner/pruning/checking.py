@@ -89,9 +89,7 @@ def check_apply_inputs(arguments: ApplyArguments, check: InputCheck) -> None:
             config = check_model(arguments.model, arguments.trust_remote_code, tokenizer=arguments.refit)
             path, gguf = locate(arguments.model)
             if not arguments.refit and (gguf is not None or not Path(path).is_dir()):
-                raise PrunerError(
-                    "this is not a folder of safetensors files, which apply needs: give one"
-                )
+                raise PrunerError("this is not a folder of safetensors files, which apply needs: give one")
             if plan is not None:
                 tensors = stored_tensors(meta_model(config, arguments.trust_remote_code))
                 check_fits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, plan)

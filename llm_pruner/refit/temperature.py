@@ -1,7 +1,7 @@
 """Temperature scaling: one factor on the logits of a pruned model, folded into its weights.
 
-A damaged model is too sure of itself. Its logits are scaled by the one number that brings its predictions closest to
-the original's (Guo et al., arXiv 1706.04599, section 4.2, with the original's probabilities as labels).
+Pruning leaves a model overconfident. Its logits are scaled by the one factor that brings its predictions closest to the
+original's (Guo et al., arXiv 1706.04599, section 4.2, with the original's probabilities as labels).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two plans, one after the other, as one."""
+"""Compose two plans, applied one after the other, into one."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from .plan import EXPLANATION, PruningPlan, name_after
 
 
 def compose_plans(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, left: CouplingGraph) -> PruningPlan:
-    """Return the plan that does at once what ``first`` does to a model, and ``then`` to what that leaves.
+    """Return one plan with the effect of ``first`` and then ``then``.
 
     Args:
-        then: widths only; no layers or blocks.
-        graph: of the model that ``first`` is for.
-        left: of the model that ``then`` is for.
+        first: plan for the original model.
+        graph: graph of the original model.
+        then: plan for the model that ``first`` leaves; it cuts widths only, no layers or blocks.
+        left: graph of the model that ``first`` leaves.
 
     Raises:
-        PrunerError: a unit of what was left is none of the model's.
+        PrunerError: a unit of ``then`` is not a unit of the original model.
     """
     old_names = {new: name for name in graph.shapes if (new := name_after(name, first)) is not None}
     owners = {(name, dim): [] for unit in graph.units for name, dim in unit.dims}  # type: dict[tuple[str, int], list]
@@ -39,7 +40,7 @@ def compose_plans(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, l
         # A key-value head that is left alone gives its name to the query heads in it.
         found.sort(key=lambda unit: (unit.kind != choice.kind, len(unit.dims)))
         if not found:
-            raise PrunerError(f"the unit {name} is none of the model that the first plan is for")
+            raise PrunerError(f"the model that the first plan is for has no unit {name}")
         unit = found[0]
         before = kept.get(unit.name)
         kept[unit.name] = choice.kept if before is None else before[choice.kept]

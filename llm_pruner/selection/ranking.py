@@ -35,12 +35,12 @@ def alignment(unit: Unit, widest: int) -> int:
 
 
 def role(unit: Unit) -> tuple[str, int]:
-    """Return what a unit has in common with its like in other layers: its name without numbers, and its size."""
+    """Return the key that a unit shares with its counterparts in other layers: name without numbers, and size."""
     return re.sub(r"\d+", "*", unit.name), unit.size
 
 
 def equalized(units: list[Unit], removals: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the removals cut to the fewest among units of the same role; the first of each go."""
+    """Cut the removals of units with the same role to the fewest among them; the first indices of each are removed."""
     fewest: dict[tuple[str, int], int] = {}
     for unit, removed in zip(units, removals, strict=True):
         fewest[role(unit)] = min(len(removed), fewest.get(role(unit), len(removed)))

@@ -1,4 +1,4 @@
-"""From scores to a plan: how many indices each unit loses, and which."""
+"""Turn scores into a plan: decide how many indices each unit loses, and which."""
 
 from __future__ import annotations
 
@@ -60,27 +60,31 @@ def select(
             outcome for a unit with few heads, and the plan's notes say so.
         kinds: kinds of units to prune.
         layers: layer indices to prune in (of an encoder-decoder in both halves), None for all; or a mapping from kind
-            to layer indices (a kind without an entry is pruned everywhere). ``hidden``, ``vocabulary`` and ``layers``
-            do not ask; other units that span layers are left out when layers are given.
-        scope: ``local`` takes the ratio from every unit, ``global`` from all units of a kind together: first what
-            scores least for each parameter that it frees.
+            to layer indices (a kind without an entry is pruned everywhere). The kinds ``hidden``, ``vocabulary`` and
+            ``layers`` ignore the argument; other units that span layers are left out when layers are given.
+        scope: ``local`` takes the ratio from every unit; ``global`` takes it from all units of a kind together, those
+            indices first that score least per removed parameter.
         round_to: kept counts become multiples of this, and of the unit's own ``multiple``, rounded up.
         target_params: instead of a ratio, the parameters that stay: a fraction of the model, or a count such as
             ``"5.4B"``. The ratio is solved so that the plan leaves at most that many, and at most 0.5% fewer.
-        budget: the same for another cost (:func:`llm_pruner.evaluation.macs_budget`, ``memory_budget``).
-        normalize: what global scores are divided by to compare layers: ``none``, ``mean`` (the mean of their unit) or
-            ``sqrt`` (the root of that).
+        budget: the same for another cost (:func:`llm_pruner.evaluation.cost.macs_budget`, ``memory_budget``).
+        normalize: divisor of global scores, to compare layers: ``none``, ``mean`` (the mean score of the unit) or
+            ``sqrt`` (the square root of the mean).
         floor: share of every unit's indices that stays in any case, at least 0 and below 1.
-        align: keep widths multiples of 8 to 128 channels, as kernels for matrix products want them: of the largest
-            power of two that divides a unit's size and leaves it at least 32 steps. Heads go as they are. Where a
-            target cannot be met in such steps, the largest smaller power of two is taken that can, and noted.
-        tensor_parallel: keep heads, neurons and channels in multiples of this many, and as many of them in each of as
-            many equal parts of a unit, so that a model split over that many devices stays so.
-        uniform: keep as many indices in every layer, so that a config without per-layer values describes the result.
-            Which indices stay still differs by layer. Goes with ``scope="local"`` and without ``layers``.
-        counts: how many indices stay, by the name of a unit or by kind (in the layers given), whatever the ratio,
-            ``round_to``, ``floor``, ``align`` and ``tensor_parallel``. Without a target and without a mapping for a
-            ratio, nothing else goes.
+        align: keep widths at multiples of 8 to 128 channels, at which kernels for matrix products are fast: multiples
+            of the largest power of two that divides a unit's size and leaves it at least 32 steps. Heads are not
+            aligned. If a target cannot be met in such steps, the largest smaller power of two that meets it is used,
+            and a note of the plan says so.
+        tensor_parallel: number of devices that must be able to share the heads, neurons and channels equally: kept
+            counts are multiples of it, with as many indices in each of as many equal parts of a unit.
+        uniform: keep the same number of indices in every layer, so that a config without per-layer values describes
+            the result. Which indices stay still differs by layer. Needs ``scope="local"`` and no ``layers``.
+        counts: number of indices that stay, by the name of a unit or by kind (in the layers given), whatever the
+            ratio, ``round_to``, ``floor``, ``align`` and ``tensor_parallel``. Without a target and without a mapping
+            for a ratio, no other unit loses indices.
+
+    Returns:
+        The plan. It holds the kept indices of every unit that loses some, and the arguments in ``settings``.
 
     Raises:
         PrunerError: an argument is out of range, or there is nothing to prune.
@@ -200,11 +204,11 @@ class Policy:
     def __post_init__(self) -> None:
         for kind in self.kinds:
             if kind not in KINDS:
-                raise PrunerError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
+                raise PrunerError(f"kind {kind!r} is not valid: choose from {', '.join(KINDS)}")
         if self.scope not in ("local", "global"):
-            raise PrunerError(f"unknown scope {self.scope!r}; choose local or global")
+            raise PrunerError(f"scope {self.scope!r} is not valid: choose local or global")
         if self.normalize not in NORMALIZERS:
-            raise PrunerError(f"unknown normalize {self.normalize!r}; choose from {', '.join(NORMALIZERS)}")
+            raise PrunerError(f"normalize {self.normalize!r} is not valid: choose from {', '.join(NORMALIZERS)}")
         for name in ("round_to", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise PrunerError(f"{name} {getattr(self, name)} is out of range: give 1 or more")
@@ -291,7 +295,7 @@ class Policy:
     def _refuse_empty_plan(self, ratios: Mapping[str, float]) -> None:
         """Raise an error that says why no index is removed."""
         if self.counts:
-            raise NothingRemoved("nothing is removed: every unit is to keep what it has")
+            raise NothingRemoved("no index is removed: the counts keep all indices of every unit")
         units = [unit for unit in self.graph.of_kind(*self.kinds) if self._in_requested_layers(unit)]
         if not units:
             there = ", ".join(sorted({unit.kind for unit in self.graph.units})) or "none"
@@ -302,7 +306,7 @@ class Policy:
         sizes = sorted({unit.size for unit in units})
         raise NothingRemoved(
             f"ratio {', '.join(str(r) for r in dict.fromkeys(ratios.values()))} removes nothing: the units have "
-            f"{', '.join(map(str, sizes))} indices, which go whole; raise the ratio"
+            f"{', '.join(map(str, sizes))} indices, which are removed as a whole: raise the ratio"
         )
 
     def _indices_beyond(self, unit: Unit, count: int) -> torch.Tensor:

@@ -60,7 +60,7 @@ class Engine:
             self._errors.write(line)
         self._errors.seek(0)
         said = [line.strip() for line in self._errors if "Error: " in line]
-        raise PrunerError(f"{self._model} does not run: {(said or ['the engine ended without a word'])[-1]}")
+        raise PrunerError(f"{self._model} does not run: {(said or ['the engine ended without a message'])[-1]}")
 
 
 @contextmanager

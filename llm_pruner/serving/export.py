@@ -1,4 +1,4 @@
-"""``llm-pruner export``: write a model for another engine, and compare what that engine computes."""
+"""``llm-pruner export``: write a model for another engine, and compare that engine's log-probabilities."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def run_export(arguments: ExportArguments) -> Path:
     """Run ``llm-pruner export``; print and return what was written.
 
     Raises:
-        PrunerError: the format cannot express the model, the place cannot be written, or an installed engine computes
-            something else from what was written, which is then removed.
+        PrunerError: the format cannot express the model, the file or folder cannot be written, or an installed engine
+            computes other log-probabilities from it; the output is then removed.
     """
     arguments.check()
     if arguments.format == "hf":
@@ -62,9 +62,9 @@ def check_export_inputs(arguments: ExportArguments, check: InputCheck) -> None:
 def _check_gguf_file(arguments: ExportArguments) -> None:
     file = Path(arguments.output).expanduser()
     if file.suffix != ".gguf":
-        raise PrunerError(f"{file} is to be a file: give a name that ends in .gguf")
+        raise PrunerError(f"{file} is not the name of a GGUF file: give one that ends in .gguf")
     if file.exists():
-        raise PrunerError(f"{file} is there already: give another name, or remove it")
+        raise PrunerError(f"{file} exists already: give another name, or remove it")
     check_file(file)
 
 

@@ -25,7 +25,7 @@ from ..models.running import (
 from ..selection.plan import PruningPlan
 from .slicing import check_fits, mask
 
-# Kinds of units whose removal is the same as zeros in their place, given norms that know.
+# Kinds of units whose removal is the same as zeros in their place, if norms average over the kept channels only.
 MASKABLE = {"hidden", "heads", "query_heads", "neurons", "layers", "vocabulary"}
 
 
@@ -59,13 +59,16 @@ def verify(
     seed: int = 0,
     tolerance: float = 1e-5,
 ) -> EquivalenceReport:
-    """Compare the pruned model's logits with the original's whose removed slices are zeroed (mask equivalence).
+    """Compare the logits of the pruned model with those of the original with the removed slices zeroed.
 
-    Both agree for units without flags, and for hidden channels, for which norms are restricted to the kept channels.
-    They differ in the order of sums, which a badly damaged model can amplify beyond any tolerance; where they differ,
-    they are compared again in float64, one model at a time, which tells rounding from a mistake.
+    Both agree (mask equivalence) for units without flags, and for hidden channels, for which norms are restricted to
+    the kept channels. Sums in another order cause rounding, which a badly damaged model can amplify beyond any
+    tolerance. If the logits differ, they are therefore compared again in float64, one model at a time.
 
     Args:
+        model: original model, with weights.
+        pruned: model that ``plan`` left of it, before any refit.
+        plan: plan that made ``pruned``.
         tokens: LongTensor ``[rows, tokens]`` of the pruned model's token ids, or inputs by name, as a processor returns
             them (default: random ones). Where the plan cuts the vocabulary, the original reads the same tokens by its
             own ids.

@@ -12,8 +12,10 @@ from ..selection.plan import PruningPlan, name_after
 
 
 def find_wrong_axis(rebuilt: PreTrainedModel, original: CouplingGraph, plan: PruningPlan) -> str:
-    """Return the first axis of a rebuilt model that differs from the plan, empty if none; shapes can agree while
-    head counts do not."""
+    """Return the first axis of a rebuilt model that differs from the plan, "" if none does.
+
+    Shapes can agree while head counts differ.
+    """
     expected = _axes(original, plan)
     for key, sizes in _axes(trace(rebuilt), PruningPlan()).items():
         if sizes != expected[key]:

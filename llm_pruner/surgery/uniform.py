@@ -32,13 +32,13 @@ PADDING_TOLERANCE = 1e-5  # of the largest logit; sums of more numbers, the adde
 
 
 def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the same function as a plain model of its architecture, every layer as wide as the widest.
+    """Return a plain model of the architecture with the same logits, every layer padded to the width of the widest.
 
-    Added weights are zero, so that their outputs are zero where they are read.
+    Added weights are zero, so that they add nothing to any output.
 
     Raises:
-        PrunerError: the layers differ in more than widths of their config, or zeros would change the logits, as they
-            do where something is normalised over the units or routed among them.
+        PrunerError: the layers differ in more than widths of their config, or zeros would change the logits: if an
+            operator normalises over the padded axis, or routes tokens along it.
     """
     if not has_per_layer_widths(model.config):
         raise PrunerError("the layers of this model have the same widths already: it is a plain checkpoint")
@@ -59,7 +59,7 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
     off = relative_difference(actual, expected)
     if off > PADDING_TOLERANCE:
         raise PrunerError(
-            f"zeros change what this model computes (its logits by {off:.1e}): it cannot be made uniform so"
+            f"padding with zeros changes the logits of this model by {off:.1e}: prune with --uniform instead"
         )
     return padded
 

@@ -1,4 +1,4 @@
-"""``llm-pruner inspect``: show what of a model can be pruned, what is frozen and why, and what a plan removed."""
+"""``llm-pruner inspect``: show the prunable units and frozen axes of a model, and the effect of a plan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FREE, FROZEN = "prunable units", "frozen axes"
 
 
 def run_inspect(args: InspectArguments) -> None:
-    """Print a plan, or what was pruned of a model and what can be; weights are read only with ``--verify``.
+    """Print a plan, or the units of a model and its own plan, if any; weights are read only with ``--verify``.
 
     Raises:
         PrunerError: the model or plan cannot be read, it has no layer ``--layer``, or with ``--verify``, the plan was
@@ -89,7 +89,7 @@ def _inspect_plan(args: InspectArguments) -> None:
 
 
 def _print_history(console: Console, plan: PruningPlan, folder: Path, parameters: int) -> None:
-    """Print what was pruned of a model: its plan, and its size and quality before and after."""
+    """Print the plan that a model was pruned by, and its size and quality before and after."""
     print_plan(console, plan)
     if not print_measurements(console, folder):
         before = parameters + plan.removed_parameters

@@ -20,7 +20,7 @@ def print_table(
 ) -> None:
     """Print a table, head first, within the console's width.
 
-    The first column holds names. A name too long for its column stands on a line of its own, above the rest of its row.
+    The first column holds names. A name too long for its column stands on a line of its own above the rest of its row.
 
     Args:
         texts: columns of text, wrapped between words where the table is too wide, the last one first. All columns but

@@ -48,10 +48,12 @@ class Solution:
 
 @dataclass
 class Cut:
-    """One unit's loss as the solver sees it: ``size`` indices become ``kept``, along these dims of a layer.
+    """Reduction of one unit for the solver: ``size`` indices become ``kept``, along these dims of a layer.
 
-    ``inner`` cuts lie in this layer alone. ``counts`` are the values that a field may well have that counts
-    the unit: its size, and for key-value heads the number of query heads. ``heads``: whether its indices are heads.
+    Attributes:
+        inner: True if the cut lies in this layer alone.
+        counts: values of fields that count the unit: its size, and for key-value heads the number of query heads.
+        heads: True if the indices are heads.
     """
 
     size: int
@@ -177,9 +179,9 @@ def _children(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Modul
 
 
 def candidates(fields: Mapping[str, Any], cuts: list[Cut]) -> dict[tuple[str, int], bool]:
-    """Return fields that may carry a cut, with their new value, and True where the field counts the unit as it is.
+    """Return fields that may carry a cut with their new values, and True for fields that count the unit itself.
 
-    The counting ones come first.
+    Fields that count the unit come first.
     """
     ratios = sorted((c.size, c.kept) for c in cuts)
     counts = {count for c in cuts for count in c.counts}
@@ -203,7 +205,7 @@ def candidates(fields: Mapping[str, Any], cuts: list[Cut]) -> dict[tuple[str, in
 def _pins(layer: nn.Module, config: PreTrainedConfig, now: Shapes, cut_dims: set[tuple[str, int]]) -> Overrides:
     """Return the derived head size to write down, so that it stays when head count or hidden size change.
 
-    Only where the architecture reads such a field and the cut touches what depends on it.
+    The result is empty unless the architecture reads such a field and the cut touches dims that depend on it.
     """
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(hidden, int) or getattr(config, "head_dim", None) is not None:

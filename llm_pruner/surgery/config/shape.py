@@ -23,12 +23,12 @@ from ...selection.plan import PruningPlan
 from ..same_axes import find_wrong_axis
 from .layer_solver import NO_WIDTH
 
-NEAR = 64  # how far from a value that cannot be had others are looked for
+NEAR = 64  # largest distance of an alternative from a value that cannot be reached
 
 
 @dataclass(frozen=True)
 class Equation:
-    """``sum of factor * product of counts = total``: how long a parameter dim gets, by the units in it."""
+    """``sum of factor * product of counts = total``: the size of a parameter dim, by the counts of the units in it."""
 
     where: str
     total: int
@@ -329,7 +329,7 @@ def _by_trying(model: PreTrainedModel, config: PreTrainedConfig, name: str, valu
 def nearest(model: PreTrainedModel, wanted: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Yield changes of one field each that make a shape reachable, the nearest first.
 
-    They are looked for on a model of the same widths and one layer, where that can be had.
+    The search uses a model of the same widths and one layer, if such a model can be built.
     """
     small = copy.deepcopy(model.config)
     try:

@@ -130,9 +130,9 @@ def without_layers(
 
 
 def without_blocks(model: PreTrainedModel, config: PreTrainedConfig, plan: PruningPlan, graph: CouplingGraph) -> None:
-    """Note in a config, which has the layers that the plan leaves, what blocks are gone.
+    """Record the blocks that a plan removes in a config that has the layers which the plan leaves.
 
-    A block that transformers has a name for is in ``per_layer_config``, too, for a modelling half of transformers' own.
+    Blocks that transformers has a name for are also recorded in ``per_layer_config``, which transformers reads itself.
 
     Raises:
         PrunerError: a block is in no layer.
@@ -145,7 +145,7 @@ def without_blocks(model: PreTrainedModel, config: PreTrainedConfig, plan: Pruni
         if new is None:  # it lies in a layer that is gone
             continue
         if stack is None:
-            raise PrunerError(f"{path} lies in no layer: only blocks of layers can go")
+            raise PrunerError(f"{path} lies in no layer: only blocks of layers can be removed")
         layer, _, inner = new[len(stack.path) + 1 : -1].partition(".")
         entry = {"values": {}, "shapes": {}, "absent": _outputs(model, path)}
         part = parts[stack.config]
@@ -241,7 +241,7 @@ def _set_layer_count(
 def _fit_layer_pattern(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, wanted: dict[str, tuple[int, ...]]
 ) -> PreTrainedConfig:
-    """Return the config, if need be with one more number changed: how many dense layers come first, say."""
+    """Return the config, if need be with one more number changed, such as the number of leading dense layers."""
 
     def fits(config: PreTrainedConfig) -> bool:
         try:

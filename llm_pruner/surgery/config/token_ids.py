@@ -9,8 +9,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from ...errors import PrunerError
 
-NAMED = re.compile(r"token_(id|ids|index)$")  # what must be there
-LISTED = re.compile(r"suppress_tokens$|^bad_words_ids$|^sequence_bias$")  # what is forgotten with its tokens
+NAMED = re.compile(r"token_(id|ids|index)$")  # fields whose tokens must stay
+LISTED = re.compile(r"suppress_tokens$|^bad_words_ids$|^sequence_bias$")  # fields that lose removed tokens
 
 
 def ids_in(config: PreTrainedConfig | GenerationConfig) -> set[int]:
