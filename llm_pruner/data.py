@@ -311,11 +311,11 @@ def _read(path: Path) -> str:
 
 
 def _from_file(path: Path) -> Iterator[str]:
-    found = False
+    has_rows = False
     for row in read_rows(path):
-        found = True
+        has_rows = True
         yield row if path.suffix == ".txt" else _row_text(path, row)
-    if not found:
+    if not has_rows:
         raise PrunerError(f"{path} holds no rows")
 
 

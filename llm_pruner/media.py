@@ -210,12 +210,12 @@ def _reads_images(processor: Any) -> bool:
 
 def _process_image(model: PreTrainedModel, processor: Any, image: Any, text: str) -> dict[str, torch.Tensor]:
     if predicts_tokens(model):
-        found = _process_chat(processor, image, text)
+        inputs = _process_chat(processor, image, text)
     elif "input_ids" in needed_inputs(model):
-        found = processor(images=image, text=[text], padding="max_length", truncation=True, return_tensors="pt")
+        inputs = processor(images=image, text=[text], padding="max_length", truncation=True, return_tensors="pt")
     else:
-        found = processor(images=image, return_tensors="pt")
-    return {name: value for name, value in found.items() if torch.is_tensor(value)}
+        inputs = processor(images=image, return_tensors="pt")
+    return {name: value for name, value in inputs.items() if torch.is_tensor(value)}
 
 
 def _process_chat(processor: Any, image: Any, text: str) -> Any:
@@ -234,20 +234,20 @@ def process_sound(processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
     rate = getattr(extractor, "sampling_rate", None)
     if rate is None:
         raise PrunerError(f"the model reads images, and {medium.file} is a sound")
-    found = extractor(medium.sound(rate), sampling_rate=rate, return_tensors="pt")
-    return {name: value for name, value in found.items() if torch.is_tensor(value)}
+    inputs = extractor(medium.sound(rate), sampling_rate=rate, return_tensors="pt")
+    return {name: value for name, value in inputs.items() if torch.is_tensor(value)}
 
 
 def _process_sound(model: PreTrainedModel, processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
-    found = process_sound(processor, medium)
+    inputs = process_sound(processor, medium)
     if "decoder_input_ids" not in needed_inputs(model):
-        return found
+        return inputs
     tokenizer = getattr(processor, "tokenizer", None)
     if medium.text and tokenizer is not None:
-        return found | {"decoder_input_ids": tokenizer(medium.text, return_tensors="pt")["input_ids"]}
-    heard = model_inputs(model, ModelInputs(found).to(model.device))
+        return inputs | {"decoder_input_ids": tokenizer(medium.text, return_tensors="pt")["input_ids"]}
+    heard = model_inputs(model, ModelInputs(inputs).to(model.device))
     written = model.generate(**heard, max_new_tokens=WRITTEN_TOKENS)  # type: ignore[operator]
-    return found | {"decoder_input_ids": written.cpu()}
+    return inputs | {"decoder_input_ids": written.cpu()}
 
 
 def _stacked(parts: list[dict[str, torch.Tensor]]) -> ModelInputs:

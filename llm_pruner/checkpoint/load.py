@@ -162,20 +162,20 @@ def load_model(
     if gguf is not None:
         common["gguf_file"] = gguf
     with parsed_once(), without_bars(), Step(f"loading {name}"):
-        model, found, shards = _read_model(name, dtype, common, task)
-    if found["missing_keys"] and task is not None:
+        model, report, shards = _read_model(name, dtype, common, task)
+    if report["missing_keys"] and task is not None:
         raise PrunerError(
-            f"{name} cannot be loaded for the task {task}: it holds no {min(found['missing_keys'])} of "
+            f"{name} cannot be loaded for the task {task}: it holds no {min(report['missing_keys'])} of "
             f"{type(model).__name__}"
         )
-    if found["missing_keys"]:
+    if report["missing_keys"]:
         raise PrunerError(
-            f"{name} lacks {len(found['missing_keys'])} tensors of its architecture, such as "
-            f"{min(found['missing_keys'])}: the checkpoint is incomplete"
+            f"{name} lacks {len(report['missing_keys'])} tensors of its architecture, such as "
+            f"{min(report['missing_keys'])}: the checkpoint is incomplete"
         )
     _note_untied(model, name)
     if gguf is None:
-        note_unread(model, name, shards.tensors if shards else (), found["unexpected_keys"])
+        note_unread(model, name, shards.tensors if shards else (), report["unexpected_keys"])
     else:
         _forget_quantization(model)
     return (spread(model) if device_map else model.to(device)).eval()  # type: ignore[arg-type]

@@ -87,13 +87,13 @@ def measure_labelled(
             return _accuracy(run, name, most)
         rows = _text_rows(name, ("text", "score") if form == "scores" else ("text", "other", "score"), form, most)
         if form == "scores":
-            found = [run.output(row["text"]).item() for row in track(rows, f"scores on {name}")]
+            scores = [run.output(row["text"]).item() for row in track(rows, f"scores on {name}")]
         else:
-            found = [
+            scores = [
                 torch.cosine_similarity(run.embedding(row["text"]), run.embedding(row["other"]), dim=0).item()
                 for row in track(rows, f"pairs of {name}")
             ]
-    table = pandas.DataFrame({"found": found, "given": [float(row["score"]) for row in rows]})
+    table = pandas.DataFrame({"found": scores, "given": [float(row["score"]) for row in rows]})
     if table["given"].nunique() < 2 or table["found"].nunique() < 2:
         raise PrunerError(f"--labelled {name}: all scores are equal, so there is no order to compare")
     return {"spearman": float(table.corr(method="spearman").iloc[0, 1])}
@@ -137,10 +137,10 @@ def _accuracy(run: _Runner, name: str, most: int | None) -> dict[str, float]:
         examples = [(medium, medium.label) for medium in _media(name, "label", "classes", most)]
     else:
         examples = [(row["text"], row["label"]) for row in _text_rows(name, ("text", "label"), "classes", most)]
-    wanted = [_class_of(run.model, label, name) for _, label in examples]
+    labels = [_class_of(run.model, label, name) for _, label in examples]
     right = [
         int(run.output(example).argmax()) == label
-        for (example, _), label in track(list(zip(examples, wanted, strict=True)), f"classes of {name}")
+        for (example, _), label in track(list(zip(examples, labels, strict=True)), f"classes of {name}")
     ]
     share = sum(right) / len(right)
     return {"acc": share, "acc_stderr": (share * (1 - share) / max(1, len(right) - 1)) ** 0.5}
@@ -148,20 +148,20 @@ def _accuracy(run: _Runner, name: str, most: int | None) -> dict[str, float]:
 
 def _class_of(model: PreTrainedModel, label: Any, name: str) -> int:
     """Return the index of a class by its name or number."""
-    known: dict[str, Any] = model.config.label2id or {}
-    if isinstance(label, str) and label in known:
-        return int(known[label])
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(known):
+    indices: dict[str, Any] = model.config.label2id or {}
+    if isinstance(label, str) and label in indices:
+        return int(indices[label])
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(indices):
         return label
-    raise PrunerError(f"{name}: the model has no class {label!r}; it has {', '.join(list(known)[:8])}")
+    raise PrunerError(f"{name}: the model has no class {label!r}; it has {', '.join(list(indices)[:8])}")
 
 
 def _word_errors(run: _Runner, media: list[Medium]) -> dict[str, float]:
     errors = words = 0
     for medium in track(media, "transcripts"):
-        said = str(medium.text).lower().split()
-        errors += edit_distance(said, run.transcript(medium).lower().split())
-        words += len(said)
+        reference = str(medium.text).lower().split()
+        errors += edit_distance(reference, run.transcript(medium).lower().split())
+        words += len(reference)
     return {"wer": errors / max(1, words)}
 
 

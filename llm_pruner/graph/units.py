@@ -279,9 +279,9 @@ def _trace(model: nn.Module) -> CouplingGraph:
     tracer, dims = run(model)
     shapes = {name: tuple(t.shape) for name, t in stored_tensors(model).items()}
     constants = by_leaf(tracer.constants)
-    found = _occurrences(dims)
+    occurrences = _occurrences(dims)
     layer_of = LayerLocator(list(layer_lists(model)))
-    units = [_unit(atom, where, layer_of, found, constants.get(id(atom), [])) for atom, where in found]
+    units = [_unit(atom, where, layer_of, occurrences, constants.get(id(atom), [])) for atom, where in occurrences]
     units += _layer_units(model, shapes)
     for unit in units:
         if unit.frozen is None and tracer.idle.issuperset(unit.parameters):
@@ -339,10 +339,12 @@ def _occurrences(dims: dict[str, list[Dim]]) -> list[Occurrence]:
     return [(atoms[key], where[key]) for key in atoms if atoms[key].size > 1]
 
 
-def _unit(atom: Atom, where: dict, layer_of: LayerLocator, found: list[Occurrence], constants: list[Constant]) -> Unit:
+def _unit(
+    atom: Atom, where: dict, layer_of: LayerLocator, occurrences: list[Occurrence], constants: list[Constant]
+) -> Unit:
     layers = {layer_of(name) for name, _ in where}
     layer = next(iter(layers)) if len(layers) == 1 else None
-    kind = kind_of(atom, where, layers, found)
+    kind = kind_of(atom, where, layers, occurrences)
     frozen = atom.frozen
     if frozen is None and constants and kind not in ("heads", "query_heads"):
         frozen = COMBINED

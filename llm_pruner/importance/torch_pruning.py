@@ -119,7 +119,7 @@ def _rows_only(group: Any) -> Any:
     """
     from torch_pruning import Dependency, Group, function
 
-    out = Group()
+    rows_group = Group()
     for item in group.items:
         dependency, rows = item
         if dependency.handler == function.prune_linear_out_channels:
@@ -129,11 +129,11 @@ def _rows_only(group: Any) -> Any:
             layer.weight.grad = whole.weight.grad[rows]
             node = copy.copy(dependency.target)
             node.module = layer
-            out.add_dep(
+            rows_group.add_dep(
                 Dependency(dependency.trigger, dependency.handler, dependency.source, node), [*range(len(rows))]
             )
-            out[-1].root_idxs = item.root_idxs
-    return out
+            rows_group[-1].root_idxs = item.root_idxs
+    return rows_group
 
 
 @dataclass(kw_only=True)
@@ -216,9 +216,9 @@ def _operation(module: nn.Module, stand_in: nn.Module, name: str, dim: int) -> t
 
     key = name.rpartition(".")[2]
     if key == "weight" and isinstance(module, (nn.Linear, Conv1D)):
-        out = dim == (1 if isinstance(module, Conv1D) else 0)
-        linear = functions.prune_linear_out_channels if out else functions.prune_linear_in_channels
-        return stand_in, linear, 0 if out else 1
+        is_output = dim == (1 if isinstance(module, Conv1D) else 0)
+        linear = functions.prune_linear_out_channels if is_output else functions.prune_linear_in_channels
+        return stand_in, linear, 0 if is_output else 1
     if key == "weight" and isinstance(module, nn.Embedding) and dim == 1:
         return stand_in, functions.prune_embedding_out_channels, dim
     if isinstance(module, nn.modules.conv._ConvNd) and key == "weight" and module.groups == 1 and dim < 2:

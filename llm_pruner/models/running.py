@@ -81,13 +81,13 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Tensors that transformers does not save, such as tables of sines, are left out: they are computed anew.
     """
-    out: dict[str, torch.Tensor] = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     transient = {f"{p}.{n}".lstrip(".") for p, m in model.named_modules() for n in m._non_persistent_buffers_set}
     for name, buffer in model.named_buffers():
         if name not in transient and buffer.is_floating_point():
-            out[name] = buffer
+            tensors[name] = buffer
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    return {name: tensor for name, tensor in out.items() if name not in ignored}
+    return {name: tensor for name, tensor in tensors.items() if name not in ignored}
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
@@ -146,11 +146,11 @@ def main_output(output: Any) -> torch.Tensor:
     if embeddings := [side for side in sides if torch.is_tensor(side)]:
         return torch.cat(embeddings, dim=-1)
     names = ("logits", "prediction_logits", "predicted_depth", "last_hidden_state")
-    found = next((value for name in names if (value := getattr(output, name, None)) is not None), None)
-    found = output[0] if found is None else found
-    if not torch.is_tensor(found):
+    tensor = next((value for name in names if (value := getattr(output, name, None)) is not None), None)
+    tensor = output[0] if tensor is None else tensor
+    if not torch.is_tensor(tensor):
         raise PrunerError(f"the model's output is several tensors or none: {type(output).__name__} is not compared")
-    return found
+    return tensor
 
 
 def forward(model: nn.Module, ids: Inputs) -> Any:

@@ -290,13 +290,13 @@ class PruneArguments(Arguments):
         Raises:
             PrunerError: an entry has no number.
         """
-        out = []
+        numbers = []
         for entry in map(str, getattr(self, name)):
             stack, _, number = entry.rpartition(".")
             if not number.isdecimal() or not number.isascii():
                 raise PrunerError(f"--{name} {entry!r} is not valid: give numbers, such as 4,7 or encoder.4")
-            out.append((stack, int(number)))
-        return out
+            numbers.append((stack, int(number)))
+        return numbers
 
     def proportions(self) -> dict[str, float]:
         """Return the proportions of ``--shares`` by kind; 0 for kinds whose proportion is to be measured.
@@ -306,16 +306,16 @@ class PruneArguments(Arguments):
         """
         mode, _, listed = (self.shares or "").partition(":")
         if mode == "measured":
-            out = dict.fromkeys(split_list(listed) or ["layers", "neurons"], 0.0)
+            shares = dict.fromkeys(split_list(listed) or ["layers", "neurons"], 0.0)
         else:
-            out = dict(map(_proportion, split_list(self.shares)))
-        known = [kind for kind in Kind.__args__ if kind != "vocabulary"]  # type: ignore[attr-defined]
-        for kind in out:
+            shares = dict(map(_proportion, split_list(self.shares)))
+        kinds = [kind for kind in Kind.__args__ if kind != "vocabulary"]  # type: ignore[attr-defined]
+        for kind in shares:
             if kind == "vocabulary":
                 raise PrunerError("--shares vocabulary: tokens are pruned by llm-pruner vocab")
-            if kind not in known:
-                raise PrunerError(f"--shares {kind!r} is not valid: choose from {', '.join(known)}")
-        return out
+            if kind not in kinds:
+                raise PrunerError(f"--shares {kind!r} is not valid: choose from {', '.join(kinds)}")
+        return shares
 
 
 @dataclass(kw_only=True)

@@ -290,7 +290,7 @@ def width_layers(widths: WidthSettings, graph: CouplingGraph, kinds: tuple[str, 
     if not numbers:
         raise PrunerError("the architecture has no layers in which anything can be pruned")
     count = max(numbers) + 1
-    usual, out = default_layers(widths.preset, count), {}
+    usual, layers = default_layers(widths.preset, count), {}
     for kind, (start, end) in widths.ranges.items():
         present = {unit.layer for unit in graph.of_kind(kind)}
         if not present or (kind == "experts" and (start, end) == (None, None)):
@@ -304,8 +304,8 @@ def width_layers(widths: WidthSettings, graph: CouplingGraph, kinds: tuple[str, 
                 f"layers 0 to {count - 1}, and the end is not included"
             )
         # Layers of the range without such a unit, as dense layers before a mixture's, cannot be asked for.
-        out[kind] = [i for i in range(first, last) if i in present]
-    return out
+        layers[kind] = [i for i in range(first, last) if i in present]
+    return layers
 
 
 def _score(

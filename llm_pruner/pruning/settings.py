@@ -357,11 +357,11 @@ def _refit_settings(arguments: PruneArguments, value: Mapping[str, Any]) -> Refi
 
 def _shape(arguments: PruneArguments) -> dict[str, Any]:
     """Return the config fields that the result must have."""
-    out: dict[str, Any] = {}
+    shape: dict[str, Any] = {}
     if arguments.target_config:
         content = read_json(arguments.target_config)
         if not isinstance(content, dict):
             raise PrunerError(f"--target_config {arguments.target_config} holds no config: give an object of fields")
-        out = {name: value for name, value in content.items() if name not in NO_SHAPE}
+        shape = {name: value for name, value in content.items() if name not in NO_SHAPE}
     named = {name: getattr(arguments, name) for name in SHAPE}
-    return out | {name: value for name, value in named.items() if value is not None}
+    return shape | {name: value for name, value in named.items() if value is not None}

@@ -229,16 +229,16 @@ def measure_sensitivity(
     if ids is None:
         raise PrunerError("--shares measured needs a calibration set: give a criterion that reads one, such as taylor")
     loss, total = _loss(model, ids), parameter_count(model)
-    out = {}
+    proportions = {}
     for kind in track(kinds, "measuring what each kind of unit costs"):
         freed = total - parameters(graph, select(graph, scores, ratio=1 - 1e-6, kinds=[kind]))
         plan = _probe(graph, scores, kind, PROBE * total / freed)
         removed = total - parameters(graph, plan)
         cost = max(_loss(apply(model, plan), ids) - loss, 1e-4)
-        out[kind] = removed**2 / cost / freed
+        proportions[kind] = removed**2 / cost / freed
         log.info("%s: without %.1f%% of the parameters the loss is %+.4f", kind, 100 * removed / total, cost)
-    largest = max(out.values())
-    return {kind: value / largest for kind, value in out.items()}
+    largest = max(proportions.values())
+    return {kind: value / largest for kind, value in proportions.items()}
 
 
 def _probe(graph: CouplingGraph, scores: Scores, kind: str, ratio: float) -> PruningPlan:

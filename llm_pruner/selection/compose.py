@@ -27,7 +27,7 @@ def compose_plans(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, l
     for unit in graph.units:
         for key in unit.dims:
             owners[key].append(unit)
-    out = PruningPlan(settings=first.settings | then.settings, notes=[*first.notes, *then.notes])
+    plan = PruningPlan(settings=first.settings | then.settings, notes=[*first.notes, *then.notes])
     kept = {name: first.units[name].kept for name in first.units}
     why = dict(first.units)
     for name, choice in then.units.items():
@@ -46,13 +46,13 @@ def compose_plans(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, l
         kept[unit.name] = choice.kept if before is None else before[choice.kept]
         why[unit.name] = choice
     for path in first.blocks:
-        out.drop_block(path, graph.shapes)
+        plan.drop_block(path, graph.shapes)
     for unit in graph.units:
         if unit.name in kept:
-            out.keep(unit, kept[unit.name], graph.shapes)
+            plan.keep(unit, kept[unit.name], graph.shapes)
             for field in EXPLANATION:
-                setattr(out.units[unit.name], field, getattr(why[unit.name], field))
-    return out
+                setattr(plan.units[unit.name], field, getattr(why[unit.name], field))
+    return plan
 
 
 def scores_in_original(scores: Scores, graph: CouplingGraph, plan: PruningPlan) -> Scores:

@@ -216,8 +216,8 @@ class Policy:
             raise PrunerError("uniform keeps as much in every layer: leave out layers and scope='global'")
         if not 0 <= self.floor < 1:
             raise PrunerError(f"floor {self.floor} is out of range: give a share of at least 0 and below 1")
-        known = {name for unit in self.graph.units for name in (unit.name, unit.kind)}
-        if unknown := sorted(self.counts.keys() - known):
+        names = {name for unit in self.graph.units for name in (unit.name, unit.kind)}
+        if unknown := sorted(self.counts.keys() - names):
             raise PrunerError(f"the model has no unit or kind of units called {unknown[0]!r}")
         present = {unit.layer for unit in self.graph.units if unit.layer is not None}
         if missing := sorted(set().union(*(self.layers or {}).values()) - present):
@@ -298,10 +298,10 @@ class Policy:
             raise NothingRemoved("no index is removed: the counts keep all indices of every unit")
         units = [unit for unit in self.graph.of_kind(*self.kinds) if self._in_requested_layers(unit)]
         if not units:
-            there = ", ".join(sorted({unit.kind for unit in self.graph.units})) or "none"
+            kinds = ", ".join(sorted({unit.kind for unit in self.graph.units})) or "none"
             where = "" if self.layers is None else " in the layers given"
             raise PrunerError(
-                f"nothing to prune: no unit of kind {', '.join(self.kinds)}{where} (kinds found: {there})"
+                f"nothing to prune: no unit of kind {', '.join(self.kinds)}{where} (kinds found: {kinds})"
             )
         sizes = sorted({unit.size for unit in units})
         raise NothingRemoved(
@@ -330,9 +330,9 @@ class Policy:
         parts = self.tensor_parallel if kind in SHARDED else 1
         steps = [lcm(self.round_to, parts, unit.multiple, alignment(unit, self.align)) for unit in units]
         if self.scope == "local":
-            out = rank_locally(units, self.scores, ratio, steps=steps, floor=self.floor)
+            removals = rank_locally(units, self.scores, ratio, steps=steps, floor=self.floor)
         else:
-            out = rank_globally(
+            removals = rank_globally(
                 units,
                 self.scores,
                 ratio,
@@ -345,10 +345,10 @@ class Policy:
             if unit.size % parts:
                 plan.notes.append(f"{unit.name} has {unit.size} indices, which {parts} devices cannot share equally")
             elif parts > 1:
-                out[i] = rank_balanced(self.scores.of(unit, len(out[i])), len(out[i]), parts)
+                removals[i] = rank_balanced(self.scores.of(unit, len(removals[i])), len(removals[i]), parts)
             if self.solving:
-                out[i] = out[i][~self.scores.of(unit, len(out[i]))[out[i]].isposinf()]
-        return equalized(units, out) if self.uniform else out
+                removals[i] = removals[i][~self.scores.of(unit, len(removals[i]))[removals[i]].isposinf()]
+        return equalized(units, removals) if self.uniform else removals
 
     def _remove(self, plan: PruningPlan, unit: Unit, removed: torch.Tensor) -> None:
         if not removed.numel():

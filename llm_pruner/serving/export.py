@@ -123,8 +123,8 @@ def _compare(model: PreTrainedModel, engine: EngineName, written: Path, toleranc
     ids = _prompt(model)
     expected = _log_probabilities(model, ids)
     with running(engine, written, trust_remote_code=True) as process:  # code of ours
-        found = process.next_log_probabilities(ids)
-    _judge(engine, found, expected, tolerance)
+        computed = process.next_log_probabilities(ids)
+    _judge(engine, computed, expected, tolerance)
 
 
 def _prompt(model: PreTrainedModel) -> list[int]:
@@ -139,7 +139,7 @@ def _log_probabilities(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     return logits.double().log_softmax(-1).cpu()
 
 
-def _judge(engine: str, found: dict[int, float], expected: torch.Tensor, tolerance: float | None) -> None:
+def _judge(engine: str, computed: dict[int, float], expected: torch.Tensor, tolerance: float | None) -> None:
     """Log how far an engine's log-probabilities are from ours.
 
     Args:
@@ -150,7 +150,7 @@ def _judge(engine: str, found: dict[int, float], expected: torch.Tensor, toleran
     Raises:
         PrunerError: they differ by more.
     """
-    distance = max(abs(value - float(expected[token])) for token, value in found.items())
+    distance = max(abs(value - float(expected[token])) for token, value in computed.items())
     if tolerance is not None and distance > tolerance:
         raise PrunerError(
             f"{engine} computes something else from the export (a log-probability differs by {distance:.2f}): "

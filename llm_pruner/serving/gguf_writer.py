@@ -107,7 +107,7 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     ...                                           num_hidden_layers=1, num_attention_heads=2)))
     [LayerShape(heads=2, key_value_heads=2, neurons=12)]
     """
-    size, out = head_size(model.config), []
+    size, shapes = head_size(model.config), []
     for layer in stack_of(model.base_model, model.config.num_hidden_layers) or []:
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
@@ -115,8 +115,8 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
             [0, 0] if isinstance(attention, Absent) else [p.out_features for p in (attention.q_proj, attention.k_proj)]
         )
         neurons = 0 if isinstance(mlp, Absent) else mlp.up_proj.out_features
-        out.append(LayerShape(heads=rows[0] // size, key_value_heads=rows[1] // size, neurons=neurons))
-    return out
+        shapes.append(LayerShape(heads=rows[0] // size, key_value_heads=rows[1] // size, neurons=neurons))
+    return shapes
 
 
 def head_size(config: Any) -> int:
@@ -161,10 +161,10 @@ def _tensors(model: PreTrainedModel, arch: str, layers: list[LayerShape]) -> Ite
         if arch in INTERLEAVED and layer is not None and ".self_attn." in name:
             heads = {"q_proj": layer.heads, "k_proj": layer.key_value_heads}.get(name.split(".")[-2])
             values = values if heads is None else _neighbouring_pairs(values, heads)
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise PrunerError(f"--format gguf: llama.cpp's {arch} has no tensor for {name}")
-        yield found, values
+        yield gguf_name, values
     for number, layer in enumerate(layers):
         if layer.heads and not layer.neurons:
             for part, shape in (("gate", (EMPTY_WIDTH, -1)), ("up", (EMPTY_WIDTH, -1)), ("down", (-1, EMPTY_WIDTH))):

@@ -71,8 +71,8 @@ def apply(
     if config is None and isinstance(shape := plan.settings.get("shape"), dict):
         config = target_config(model, shape)
     graph = trace(model)
-    known = {unit.name for unit in [*graph.units, *graph.frozen]}
-    unknown = [name for name in plan.units if name not in known]
+    units = {unit.name for unit in [*graph.units, *graph.frozen]}
+    unknown = [name for name in plan.units if name not in units]
     if unknown and plan.settings.get(TOWERS):
         raise PrunerError(
             f"the plan cuts towers that text alone does not show: call lp.trace(model, inputs=…) with an image or a "

@@ -122,11 +122,11 @@ def _compare(
         for mode in modes:
             stack.enter_context(mode)
         expected = _changed_logits(model, ids if tokens is None else _original_ids(ids, tokens), dtype, change)
-    found = _changed_logits(pruned, ids, dtype, lambda _, tensor: tensor)
-    if tokens is not None and expected.shape[-1] > found.shape[-1]:
+    actual = _changed_logits(pruned, ids, dtype, lambda _, tensor: tensor)
+    if tokens is not None and expected.shape[-1] > actual.shape[-1]:
         expected = expected[..., tokens]
-    difference = (found - expected).abs().max().item()
-    return EquivalenceReport(difference, relative_difference(found, expected), tolerance, dtype)
+    difference = (actual - expected).abs().max().item()
+    return EquivalenceReport(difference, relative_difference(actual, expected), tolerance, dtype)
 
 
 def _original_ids(ids: Inputs, tokens: torch.Tensor) -> Inputs:

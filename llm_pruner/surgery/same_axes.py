@@ -33,7 +33,7 @@ def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list
     The stride tells three heads of four channels from four heads of three; that they are heads, one of four channels
     from four of one.
     """
-    out: dict[tuple[str, int], list[tuple[int, int, bool]]] = defaultdict(list)
+    axes: dict[tuple[str, int], list[tuple[int, int, bool]]] = defaultdict(list)
     strides: dict[tuple[int, int], int] = {}  # by label and what of it is kept, which many dims share
     for unit in [*graph.units, *graph.frozen]:
         if unit.kind == "layers":
@@ -47,8 +47,8 @@ def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list
             key = id(label), id(kept)
             if key not in strides:
                 strides[key] = _stride(label if kept is None else label[kept])
-            out[new, dim].append((size, strides[key], unit.kind in ("heads", "query_heads")))
-    return defaultdict(list, {key: sorted(axes) for key, axes in out.items()})
+            axes[new, dim].append((size, strides[key], unit.kind in ("heads", "query_heads")))
+    return defaultdict(list, {key: sorted(in_dim) for key, in_dim in axes.items()})
 
 
 def _stride(label: torch.Tensor) -> int:

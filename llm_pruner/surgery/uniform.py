@@ -71,18 +71,18 @@ def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
         raise PrunerError(
             f"no plain config of {type(config).__name__} has such layers: they have constants of their own"
         )
-    out = global_config(config)
-    out.__dict__.pop(SUBMODULES, None)  # these blocks are as wide as they were before any pruning
+    uniform = global_config(config)
+    uniform.__dict__.pop(SUBMODULES, None)  # these blocks are as wide as they were before any pruning
     differing = layer_overrides_of(config).values()
     for field in dict.fromkeys(field for overrides in differing for field in overrides if field != SKIP):
         values = [getattr(config.per_layer_config[i], field) for i in range(config.num_hidden_layers)]
         if None in values:  # that is, as wide as the hidden size makes it: more than any that was cut
-            setattr(out, field, None)
+            setattr(uniform, field, None)
         elif all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-            setattr(out, field, max(values))
+            setattr(uniform, field, max(values))
         else:
             raise PrunerError(f"the layers differ in {field}, which is not a width")
-    return _with_valid_heads(out)
+    return _with_valid_heads(uniform)
 
 
 def _with_valid_heads(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -181,6 +181,6 @@ def _positions(units: list[Unit], key: tuple[str, int], length: int, sizes: dict
 def _padded(tensor: torch.Tensor, shape: tuple[int, ...], places: list[torch.Tensor]) -> torch.Tensor:
     if tuple(tensor.shape) == shape:
         return tensor.clone()
-    out = tensor.new_zeros(shape)
-    out[torch.meshgrid(*(place.to(tensor.device) for place in places), indexing="ij")] = tensor
-    return out
+    padded = tensor.new_zeros(shape)
+    padded[torch.meshgrid(*(place.to(tensor.device) for place in places), indexing="ij")] = tensor
+    return padded

@@ -128,14 +128,14 @@ def _restate_fields(
     changed = _try(layer, pins | fields)
     assert changed is not None and config is not None
     old = {field: fields_of(config)[field] for field in fields}
-    out = {}
-    there = dict(changed.named_modules())
+    restated = {}
+    blocks_by_path = dict(changed.named_modules())
     for path in blocks:
-        if path not in there:
+        if path not in blocks_by_path:
             return None
-        now = numbers_of(there[path])
-        out[path] = old | {n: v for n, v in numbers_of(layer.get_submodule(path)).items() if now.get(n) != v}
-    return out
+        now = numbers_of(blocks_by_path[path])
+        restated[path] = old | {n: v for n, v in numbers_of(layer.get_submodule(path)).items() if now.get(n) != v}
+    return restated
 
 
 def _numbers(module: nn.Module) -> list[tuple[str, str, Any]]:
@@ -187,19 +187,19 @@ def candidates(fields: Mapping[str, Any], cuts: list[Cut]) -> dict[tuple[str, in
     counts = {count for c in cuts for count in c.counts}
     # Two at once, for a field that counts groups times members.
     subsets = list(dict.fromkeys(s for n in (1, 2) for s in combinations(ratios, n)))
-    found: dict[tuple[str, int], bool] = {}
+    values: dict[tuple[str, int], bool] = {}
     for name, value in fields.items():
         if isinstance(value, bool) or NO_WIDTH.search(name):
             continue
         if value is None:
-            found.update({(name, kept): False for _, kept in ratios})
+            values.update({(name, kept): False for _, kept in ratios})
         elif isinstance(value, int) and value > 1:
             for subset in subsets:
                 size, kept = prod(s for s, _ in subset), prod(k for _, k in subset)
                 if value % size == 0 and size != kept:
-                    found[name, value // size * kept] = value in counts
+                    values[name, value // size * kept] = value in counts
     heads = any(c.heads for c in cuts)
-    return dict(sorted(found.items(), key=lambda item: (not item[1], heads and not HEADS.search(item[0][0]))))
+    return dict(sorted(values.items(), key=lambda item: (not item[1], heads and not HEADS.search(item[0][0]))))
 
 
 def _pins(layer: nn.Module, config: PreTrainedConfig, now: Shapes, cut_dims: set[tuple[str, int]]) -> Overrides:
@@ -268,14 +268,14 @@ def _shapeless_counts(
     """
     blocks = tuple(path for cut in cuts if cut.inner for path in _owners(layer, cut))
     shapes, numbers = shapes_of(built), set(_numbers(built))
-    out: Overrides = {}
+    counts: Overrides = {}
     for name, value in counting:
         other = _try(layer, fields | {name: value}) if name not in fields else None
         if other is not None and shapes_of(other) == shapes:
             moved = {path for path, _, _ in set(_numbers(other)) ^ numbers}
             if moved and all(path.startswith(blocks) for path in moved):
-                out[name] = value
-    return out
+                counts[name] = value
+    return counts
 
 
 def _compensating_fields(fields: Mapping[str, Any], cuts: list[Cut]) -> Iterator[Overrides]:
@@ -291,13 +291,13 @@ def _compensating_fields(fields: Mapping[str, Any], cuts: list[Cut]) -> Iterator
 def _changed(before: Shapes, after: Shapes) -> set[tuple[str, int]]:
     """Return the dims in which ``after`` differs, over the names of ``before``; a name lost or reshaped differs in
     dim -1."""
-    out = set()
+    differences = set()
     for name, shape in before.items():
         other = after.get(name, ())
         if len(other) != len(shape):
-            out.add((name, -1))
-        out |= {(name, d) for d, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b}
-    return out
+            differences.add((name, -1))
+        differences |= {(name, d) for d, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b}
+    return differences
 
 
 def _subsets(items: dict[tuple[str, int], bool], most_counting: bool = False) -> Iterator[Overrides]:

@@ -51,16 +51,16 @@ class Stack:
 def stacks_of(model: PreTrainedModel) -> list[Stack]:
     configs = dict(configs_in(model.config))
     owners = {path: m for path, m in model.named_modules() if isinstance(m, PreTrainedModel)}
-    out = []
+    stacks = []
     for path, layers in layer_lists(model).items():
         owner = owners[max((p for p in owners if is_below(p, path)), key=len)]
         same = [where for where, config in configs.items() if config is owner.config]
         # Some models give their parts copies of their own config.
         same += [where for where, config in configs.items() if type(config) is type(owner.config)]
         if same:
-            out.append(Stack(path, len(layers), same[0]))
-    for stack in out:
-        together = [other.path for other in out if other.config == stack.config]
+            stacks.append(Stack(path, len(layers), same[0]))
+    for stack in stacks:
+        together = [other.path for other in stacks if other.config == stack.config]
         config = configs[stack.config]
         scopes = [
             p
@@ -69,7 +69,7 @@ def stacks_of(model: PreTrainedModel) -> list[Stack]:
         ]
         stack.scope = max(scopes, key=len)
         stack.standard = len(together) == 1 and stack.length == getattr(config, "num_hidden_layers", None)
-    return out
+    return stacks
 
 
 def configs_in(
@@ -194,15 +194,15 @@ def _entries(values: list[Any], length: int, order: list[int]) -> list[Any]:
 
 def _renumber_layers(entries: dict[str, Any], stack: Stack, order: list[int]) -> dict[str, Any]:
     """Return entries by path of a layer under the layers' new paths, without those of dropped layers."""
-    out = {}
+    renumbered = {}
     start = stack.inside(0).rpartition(".")[0]
     for path, value in entries.items():
-        found = re.fullmatch(rf"{re.escape(start)}\.(\d+)(\..*)?", path)
-        if found is None:
-            out[path] = value
-        elif int(found[1]) in order:
-            out[f"{start}.{order.index(int(found[1]))}{found[2] or ''}"] = value
-    return out
+        match = re.fullmatch(rf"{re.escape(start)}\.(\d+)(\..*)?", path)
+        if match is None:
+            renumbered[path] = value
+        elif int(match[1]) in order:
+            renumbered[f"{start}.{order.index(int(match[1]))}{match[2] or ''}"] = value
+    return renumbered
 
 
 def _set_layer_count(

@@ -15,13 +15,13 @@ LISTED = re.compile(r"suppress_tokens$|^bad_words_ids$|^sequence_bias$")  # fiel
 
 def ids_in(config: PreTrainedConfig | GenerationConfig) -> set[int]:
     """Return the tokens that a config names, such as the end of a text."""
-    out: set[int] = set()
+    ids: set[int] = set()
     for name, value in _fields(config):
         if NAMED.search(name):
-            out.update(i for i in (value if isinstance(value, list) else [value]) if _is_id(i))
+            ids.update(i for i in (value if isinstance(value, list) else [value]) if _is_id(i))
     for inner in _inner(config):
-        out |= ids_in(inner)
-    return out
+        ids |= ids_in(inner)
+    return ids
 
 
 def renumber(config: PreTrainedConfig | GenerationConfig, kept: list[int]) -> None:
