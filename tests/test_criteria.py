@@ -301,7 +301,7 @@ def test_torch_pruning_leaves_the_model_as_it_was():
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
-def test_what_torch_pruning_cannot_express_is_refused_or_left_out():
+def test_units_that_torch_pruning_cannot_express_are_refused_or_left_out():
     model = build("mixtral")
     graph = lp.trace(model)
     for kind in ("neurons", "layers", "vocabulary"):

@@ -43,7 +43,7 @@ def test_depth(family, strategy, tmp_path):
     assert torch.equal(with_cache, without)
 
 
-def test_strategies_choose_what_they_say():
+def test_strategies_choose_the_documented_layers():
     model = build("llama", num_hidden_layers=8)
     graph, ids = lp.trace(model), tokens(4, 16)
 

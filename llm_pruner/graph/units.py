@@ -340,15 +340,15 @@ def _occurrences(dims: dict[str, list[Dim]]) -> list[Occurrence]:
 
 
 def _unit(
-    atom: Atom, where: dict, layer_of: LayerLocator, occurrences: list[Occurrence], constants: list[Constant]
+    atom: Atom, dims: dict, layer_of: LayerLocator, occurrences: list[Occurrence], constants: list[Constant]
 ) -> Unit:
-    layers = {layer_of(name) for name, _ in where}
+    layers = {layer_of(name) for name, _ in dims}
     layer = next(iter(layers)) if len(layers) == 1 else None
-    kind = kind_of(atom, where, layers, occurrences)
+    kind = kind_of(atom, dims, layers, occurrences)
     frozen = atom.frozen
     if frozen is None and constants and kind not in ("heads", "query_heads"):
         frozen = COMBINED
-    if frozen is None and kind != "vocabulary" and len(where) < 2:
+    if frozen is None and kind != "vocabulary" and len(dims) < 2:
         frozen = "only one parameter has it"
     return Unit(
         "",
@@ -358,7 +358,7 @@ def _unit(
         frozenset(atom.flags),
         frozen,
         _minimum(atom),
-        dims=where,
+        dims=dims,
         constants=constants,
     )
 

@@ -259,7 +259,7 @@ def _cut_constants(config: PreTrainedConfig, stacks: list[Stack], plan: PruningP
 def _keeping_constants(
     base: PreTrainedModel, config: PreTrainedConfig, stacks: list[Stack]
 ) -> Iterator[PreTrainedConfig]:
-    """Yield the config with its constants restored, where it changes any.
+    """Yield the config with its constants restored, if it changes any.
 
     With the hidden size, a config also changes what is derived from it: rotary tables where it gives head_dim, the
     factor on embeddings (Gemma, Pegasus), on logits (T5), inside attention (LongCat). Whole numbers are restored
