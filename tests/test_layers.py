@@ -159,7 +159,7 @@ def test_a_block_that_is_gone_comes_back_as_zeros():
         ({"num_layers": "3"}, "give fewer"),
         ({"num_layers": "0"}, "cannot keep 0"),
         ({"num_layers": "2,2"}, "names 2 stacks"),
-        ({"num_layers": "2", "drop_layers": "1"}, "each says which layers go"),
+        ({"num_layers": "2", "drop_layers": "1"}, "each names the layers to remove"),
         ({"num_layers": "2", "depth": "best"}, "choose from"),
         ({"drop_layers": "1", "depth": "loss"}, "give one"),
         ({"drop_attention": "0"}, "reads the length of the cache from it"),

@@ -33,7 +33,7 @@ def kind_of(atom: Atom, dims: dict, layers: set[tuple[str, int] | None], occurre
 
 
 def _is_group_member(atom: Atom, dims: dict, occurrences: list[Occurrence]) -> bool:
-    """Return True for query heads of a group: wherever they occur, the key-value heads occur too, and also elsewhere."""
+    """Return True for query heads of a group: the key-value heads occur wherever they do, and also elsewhere."""
     return any(
         other is not atom
         and "attention" in other.tags

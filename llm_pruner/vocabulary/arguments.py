@@ -40,7 +40,7 @@ class VocabArguments(Arguments):
     eval_dataset: str = flag(GENERAL, "text to compare both models on, not one of --corpus", group="evaluation")
     max_windows: int = flag(
         0,
-        "compare on the text of the original's first N windows of 128 tokens only (0: on all text)",
+        "compare only on the text of the original's first N windows of 128 tokens (0: all text)",
         group="evaluation",
     )
     output: str = flag(DEFAULT_OUTPUT, "folder of the new checkpoint", group="output", aliases=("output_dir",))
