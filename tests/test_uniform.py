@@ -237,7 +237,7 @@ def test_uniform_refuses_flags_that_make_layers_differ(home, capsys):
     graph = lp.trace(build("llama"))
     scores = lp.score(build("llama"), graph, criterion="random")
     for wrong in ({"layers": [0]}, {"scope": "global"}):
-        with pytest.raises(PrunerError, match="uniform keeps the same number of indices"):
+        with pytest.raises(PrunerError, match="uniform keeps the same number of indices per layer"):
             lp.select(graph, scores, 0.5, uniform=True, **wrong)
     base = ["prune", str(home / "base"), "--uniform", "--pruner_type", "l2"]
     for wrong in (["--global_pruning"], ["--block_mlp_layer_end", "2"], ["--drop_mlp", "1"]):

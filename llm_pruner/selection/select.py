@@ -214,7 +214,7 @@ class Policy:
                 raise PrunerError(f"{name} {getattr(self, name)} is out of range: give 1 or more")
         if self.uniform and (self.scope == "global" or self.layers is not None):
             raise PrunerError(
-                "uniform keeps the same number of indices in every layer: leave out layers and scope='global'"
+                "uniform keeps the same number of indices per layer: leave out layers and scope='global'"
             )
         if not 0 <= self.floor < 1:
             raise PrunerError(f"floor {self.floor} is out of range: give a share of at least 0 and below 1")
