@@ -240,6 +240,9 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
             reads text and images is traced on text alone by default, which freezes its hidden channels. Later calls
             without ``inputs`` return the graph found with them.
 
+    Returns:
+        The units and frozen axes; freezing a unit of it does not change the cached graph.
+
     Raises:
         TraceError: the model cannot be run; the message names the module and the cause.
 

@@ -40,8 +40,10 @@ def score(
     """Score every index of every unit of the graph; a higher score means more important.
 
     Args:
-        model: model that ``graph`` was traced from, with real weights. It is not changed.
-        calibration: token ids, LongTensor ``[samples, tokens]``; ``random``, ``l1`` and ``l2`` do without.
+        model: model that ``graph`` was traced from, with its weights. It is not changed.
+        graph: graph of the model, from :func:`llm_pruner.trace`.
+        calibration: token ids, LongTensor ``[samples, tokens]``, or inputs by name, as a processor returns them.
+            ``random``, ``l1`` and ``l2`` need none.
         criterion: ``random``; of weights, ``l1`` and ``l2`` (:mod:`~llm_pruner.importance.magnitude`); of gradients,
             ``taylor`` (:mod:`~llm_pruner.importance.taylor`); of activations, ``activation``, ``wanda`` and ``flap``
             (:mod:`~llm_pruner.importance.activation`); for whole layers, ``block_influence``, ``cosine``,
@@ -61,9 +63,12 @@ def score(
         cache: file of a built-in criterion's numbers per channel, before aggregation: read if it exists, else written.
             Give another file for another model, calibration set or criterion.
 
+    Returns:
+        Scores, with a float64 tensor ``[unit.size]`` for each unit.
+
     Raises:
         PrunerError: a name is not valid, the graph is another model's, the calibration set cannot be read, a gradient
-            is not finite, or a criterion returns other tensors than it should.
+            is not finite, or the result of a criterion has the wrong form.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -56,7 +56,7 @@ class Scores:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def of(self, unit: Unit, removed: int = 1) -> torch.Tensor:
-        """Return the scores ``[unit.size]`` by which ``removed`` indices of a unit are chosen.
+        """Return the scores ``[unit.size]`` that decide which ``removed`` indices of a unit are removed.
 
         Raises:
             PrunerError: the unit has no scores, or scores of another size, or one of them is NaN.

@@ -75,6 +75,9 @@ def verify(
         seed: seed of the random inputs.
         tolerance: largest difference, relative to the largest absolute logit, that still counts as equivalent.
 
+    Returns:
+        The differences, and ``equivalent``: True if they are within the tolerance.
+
     Raises:
         PrunerError: the plan is for another model.
 
