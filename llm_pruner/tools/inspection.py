@@ -95,7 +95,7 @@ def _print_history(console: Console, plan: PruningPlan, folder: Path, parameters
         before = parameters + plan.removed_parameters
         after = f"{parameters:,} ({parameters / before:.1%})"
         print_table(console, "size", [["", "before", "after"], ["parameters", f"{before:,}", after]])
-    console.print("What can still be pruned:\n", style="bold")
+    console.print("Units that can still be pruned:\n", style="bold")
 
 
 def _is_shown(unit_layer: int | None, layer: int) -> bool:
