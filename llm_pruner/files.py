@@ -184,7 +184,7 @@ def same_arguments(recorded: Any, arguments: Mapping[str, Any]) -> bool:
 
 
 def _recorded_arguments(record: Path) -> Any:
-    """Return the arguments in a record; None where it cannot be read."""
+    """Return the arguments in a record; None if it cannot be read."""
     try:
         content = read_json(record)
     except PrunerError:

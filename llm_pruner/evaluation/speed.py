@@ -117,7 +117,7 @@ def warnings_of(names: Sequence[str], measured: Sequence[Speed | None]) -> list[
 def _summarize(
     values: Sequence[float | None], first: Sequence[float | None] | None
 ) -> tuple[float | None, float | None, Ratio | None]:
-    """Return median, spread and ratio to the first model's; None where a model has no speed."""
+    """Return median, spread and ratio to the first model's; None if a model has no speed."""
     speeds_of_rounds, others = ([v for v in row if v is not None] for row in (values, first or ()))
     if len(speeds_of_rounds) < len(values):
         return None, None, None

@@ -31,8 +31,8 @@ class Column:
         key: name in CSV, where the numbers are complete and in base units.
         head: short name where people read.
         show: formats a number for people.
-        errors: standard errors; empty where none are known.
-        spreads: interquartile ranges of repetitions over the values; empty where none are known.
+        errors: standard errors; empty if none are known.
+        spreads: interquartile ranges of repetitions over the values; empty if none are known.
         lower_is_better: None for a number that is neither better nor worse.
         only_csv: too much detail for the other formats.
     """

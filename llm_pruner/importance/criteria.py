@@ -31,7 +31,7 @@ class Entry:
         function: maps a request to numbers per channel or scores per unit.
         needs_calibration: True if it reads the calibration set.
         needs_weights: False if a model on the meta device will do.
-        skips: reason why it leaves units without scores; None where it scores every unit of a request.
+        skips: reason why it leaves units without scores; None if it scores every unit of a request.
         builtin: True if it comes with the project; the numbers of others are never cached, since a user edits them.
     """
 

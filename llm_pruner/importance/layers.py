@@ -87,7 +87,7 @@ class CachedPass:
 
     Attributes:
         states: hidden states in front of every layer and behind the last, ``[layers + 1]`` tensors.
-        extras: what each layer returns beside hidden states, None where it returns these alone.
+        extras: what each layer returns beside hidden states, None if it returns these alone.
         loss: summed loss of the pass, over ``tokens`` predicted tokens.
     """
 

@@ -148,7 +148,7 @@ class _GroupBuilder:
         self.ranks = {name: parameter.ndim for name, parameter in self.request.model.named_parameters()}
 
     def build(self, unit: Unit) -> tuple[Any, int]:
-        """Return the group of a unit, empty where no parameter is scored, and its root channels per index."""
+        """Return the group of a unit, empty if no parameter is scored, and its root channels per index."""
         from torch_pruning import Dependency, Group
         from torch_pruning.dependency import Node
 

@@ -12,7 +12,7 @@ from .per_layer import bind_constructor
 
 
 def constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
-    """Return the arguments that a module was constructed with, by name; None where they were not recorded."""
+    """Return the arguments that a module was constructed with, by name; None if they were not recorded."""
     if "_constructed_with" not in module.__dict__:
         return None
     module_class, args, kwargs = module.__dict__["_constructed_with"]

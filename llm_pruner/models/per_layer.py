@@ -302,7 +302,7 @@ def _is_built(layer: nn.Module) -> bool:
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    """Return the module at a path, None where the path begins at another model, around this one or inside it."""
+    """Return the module at a path, None if the path begins at another model, around this one or inside it."""
     try:
         return model.get_submodule(path)
     except AttributeError:

@@ -114,7 +114,7 @@ def model_inputs(model: nn.Module, ids: Inputs) -> dict[str, torch.Tensor]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return the model's context length in tokens, None where its config does not state it.
+    """Return the model's context length in tokens, None if its config does not state it.
 
     Where the positions of tokens begin after that of padding, as RoBERTa's do, the rows up to there hold no token.
     """

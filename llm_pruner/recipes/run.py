@@ -63,7 +63,7 @@ class Outcome:
 
 
 def run_recipe(args: RunArguments) -> Path | None:
-    """Run ``llm-pruner run``; return the output folder, None where nothing runs (``--dry_run``, ``--status``).
+    """Run ``llm-pruner run``; return the output folder, None if nothing runs (``--dry_run``, ``--status``).
 
     Raises:
         PrunerError: the recipe is not valid, a stage fails, or another process is running a recipe in the folder.

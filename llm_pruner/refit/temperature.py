@@ -28,7 +28,7 @@ def scale_logits(model: PreTrainedModel, pruned: PreTrainedModel, ids: Inputs) -
         ids: LongTensor ``[samples, tokens]``.
 
     Returns:
-        The factor, or None where no weight scales all logits, or the model is no language model.
+        The factor, or None if no weight scales all logits, or the model is no language model.
     """
     weights = scaling_weights(pruned, ids[:1]) if predicts_tokens(pruned) else []
     if not weights:

@@ -78,7 +78,7 @@ class Choice:
 
 
 def removed_share(choices: Iterable[Choice]) -> float | None:
-    """Return the share of the summed score of units that their plan removes; None where scores are unknown.
+    """Return the share of the summed score of units that their plan removes; None if scores are unknown.
 
     Scores with both signs have no such share, nor have plans of versions that did not record the total.
     """

@@ -264,7 +264,7 @@ class Policy:
         return plan
 
     def _count(self, unit: Unit) -> int | None:
-        """Return how many indices of a unit are to stay by ``counts``, None where its kind's ratio decides."""
+        """Return how many indices of a unit are to stay by ``counts``, None if its kind's ratio decides."""
         by_kind = self.counts.get(unit.kind) if self._in_requested_layers(unit) else None
         return self.counts.get(unit.name, by_kind)
 

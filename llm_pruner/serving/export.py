@@ -145,7 +145,7 @@ def _judge(engine: str, computed: dict[int, float], expected: torch.Tensor, tole
     Args:
         found: those of the engine's most probable next tokens.
         expected: ours of all tokens.
-        tolerance: most that they may differ; None where quantization sets no bound.
+        tolerance: most that they may differ; None if quantization sets no bound.
 
     Raises:
         PrunerError: they differ by more.

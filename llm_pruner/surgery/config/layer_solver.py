@@ -121,7 +121,7 @@ def _restate_fields(
 ) -> dict[str, Overrides] | None:
     """Return the old values that each block needs again, since it sees the layer's changed config and numbers.
 
-    None where the changed layer has no such block.
+    None if the changed layer has no such block.
     """
     if not fields:
         return {path: {} for path in blocks}

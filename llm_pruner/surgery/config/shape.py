@@ -35,7 +35,7 @@ class Equation:
     terms: tuple[tuple[float, tuple[str, ...]], ...]
 
     def solve(self, known: Mapping[str, int]) -> tuple[str, int] | None:
-        """Return the one count that is not known yet; None where there are more.
+        """Return the one count that is not known yet; None if there are more.
 
         Raises:
             PrunerError: no count fits.

@@ -290,7 +290,7 @@ def _keeping_constants(
 
 
 def _restoring(old: nn.Module, new: nn.Module, numbers: tuple[type, ...], inside: bool) -> Recipe | None:
-    """Return the recipe that restores a module's constants, inside layers only factors; None where none changed."""
+    """Return the recipe that restores a module's constants, inside layers only factors; None if none changed."""
 
     def changed(before: dict[str, Any], after: dict[str, Any], types: tuple[type, ...]) -> dict[str, Any]:
         return {n: v for n, v in before.items() if type(v) in types and after.get(n) != v}
@@ -333,7 +333,7 @@ def _checked(model: PreTrainedModel, config: PreTrainedConfig, targets: Shapes, 
 
 
 def _invalid(config: PreTrainedConfig, original: PreTrainedConfig) -> str:
-    """Return why transformers' validators refuse a config, which could then not be saved; empty where they accept it,
+    """Return why transformers' validators refuse a config, which could then not be saved; empty if they accept it,
     or refuse the original too."""
     try:
         config.validate()
