@@ -157,8 +157,8 @@ def describe_dropped(plan: PruningPlan, graph: CouplingGraph) -> str:
     parts, several = [], len(graph.of_kind("layers")) > 1
     for path, kept in plan.layers.items():
         stays = set(kept.tolist())
-        gone = [str(i) for i in range(plan.units[f"{path}.layers"].size) if i not in stays]
-        parts.append(f"{path if several else 'layers'} {', '.join(gone)}")
+        removed = [str(i) for i in range(plan.units[f"{path}.layers"].size) if i not in stays]
+        parts.append(f"{path if several else 'layers'} {', '.join(removed)}")
     return "; ".join([*parts, *plan.blocks])
 
 

@@ -166,8 +166,8 @@ def _bias(module: nn.Module) -> torch.Tensor | None:
 def _targets(stream: ResidualStream, layer: int, names: list[str], dropped: range) -> dict[str, list[torch.Tensor]]:
     """Advance the original over a layer and those dropped behind it; return the target of every projection."""
     targets = stream.advance(layer, names)
-    for gone in dropped:
-        stream.advance(gone, [])
+    for index in dropped:
+        stream.advance(index, [])
         targets |= {name: list(stream.hidden) for name in names[-1:]}
     return targets
 

@@ -60,8 +60,8 @@ def rank_locally(
     removals = []
     for unit, step in zip(units, steps, strict=True):
         kept = max(unit.size - removable_count(unit, ratio), _least(unit, floor))
-        gone = unit.size - _rounded(unit, kept, step)
-        removals.append(torch.argsort(scores.of(unit, gone), stable=True)[:gone])
+        count = unit.size - _rounded(unit, kept, step)
+        removals.append(torch.argsort(scores.of(unit, count), stable=True)[:count])
     return removals
 
 
@@ -139,7 +139,7 @@ def rank_globally(
             removed[i].append(int(index[position]))
             budget -= costs[i]
     removals = []
-    for unit, gone, step in zip(units, removed, steps, strict=True):
-        kept = _rounded(unit, unit.size - len(gone), step)
-        removals.append(torch.tensor(gone[: unit.size - kept], dtype=torch.long))
+    for unit, indices, step in zip(units, removed, steps, strict=True):
+        kept = _rounded(unit, unit.size - len(indices), step)
+        removals.append(torch.tensor(indices[: unit.size - kept], dtype=torch.long))
     return removals

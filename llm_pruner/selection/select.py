@@ -213,9 +213,7 @@ class Policy:
             if getattr(self, name) < 1:
                 raise PrunerError(f"{name} {getattr(self, name)} is out of range: give 1 or more")
         if self.uniform and (self.scope == "global" or self.layers is not None):
-            raise PrunerError(
-                "uniform keeps the same number of indices per layer: leave out layers and scope='global'"
-            )
+            raise PrunerError("uniform keeps the same number of indices per layer: leave out layers and scope='global'")
         if not 0 <= self.floor < 1:
             raise PrunerError(f"floor {self.floor} is out of range: give a share of at least 0 and below 1")
         names = {name for unit in self.graph.units for name in (unit.name, unit.kind)}
@@ -253,7 +251,7 @@ class Policy:
         )
         every = dict.fromkeys([*self.kinds, *KINDS])
         for kind in sorted(every, key=lambda kind: kind != "layers"):  # units in removed layers are left out
-            units = [unit for unit in self.graph.of_kind(kind) if not _gone(unit, plan)]
+            units = [unit for unit in self.graph.of_kind(kind) if not _is_removed(unit, plan)]
             for unit in units:
                 if (count := self._count(unit)) is not None:
                     self._remove(plan, unit, self._indices_beyond(unit, count))
@@ -367,7 +365,7 @@ class Policy:
         plan.units[unit.name].explain(scores)
 
 
-def _gone(unit: Unit, plan: PruningPlan) -> bool:
+def _is_removed(unit: Unit, plan: PruningPlan) -> bool:
     """Return True if a unit lies in layers that the plan removes."""
     return bool(plan.layers) and all(name_after(name, plan) is None for name in unit.parameters)
 

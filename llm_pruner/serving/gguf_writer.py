@@ -28,12 +28,12 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 LIKE_LLAMA = ("llama", "mistral", "qwen2")
 INTERLEAVED = ("llama", "deci")  # architectures whose rotary pairs are neighbours, not halves of a head
 TYPES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}  # that gguf's own Python writes
-EMPTY_WIDTH = 32  # neurons, all zero, of a layer whose MLP is gone: `deci` skips the attention of layers without MLP
+EMPTY_WIDTH = 32  # neurons, all zero, of a layer whose MLP is removed: `deci` skips the attention of layers without MLP
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """Sizes of one layer; 0 for a block that is gone."""
+    """Sizes of one layer; 0 for a removed block."""
 
     heads: int
     key_value_heads: int
@@ -175,7 +175,7 @@ def _tensors(model: PreTrainedModel, arch: str, layers: list[LayerShape]) -> Ite
 
 
 def _is_norm_of_absent(name: str, layer: LayerShape | None) -> bool:
-    """Return True for the norm before a block that is gone, which `deci` does not have."""
+    """Return True for the norm before a removed block, which `deci` does not have."""
     if layer is None:
         return False
     return (".input_layernorm." in name and not layer.heads) or (

@@ -177,9 +177,9 @@ class KeptNorms(TorchDispatchMode):
 
     def __init__(self, kept: torch.Tensor, size: int):
         super().__init__()
-        gone = torch.ones(size, dtype=torch.bool)
-        gone[kept] = False
-        self.kept, self.removed, self.size = kept, gone.nonzero().flatten(), size
+        is_removed = torch.ones(size, dtype=torch.bool)
+        is_removed[kept] = False
+        self.kept, self.removed, self.size = kept, is_removed.nonzero().flatten(), size
 
     def concerns(self, x: Any) -> bool:
         return isinstance(x, torch.Tensor) and x.ndim > 0 and x.shape[-1] % self.size == 0 and x.is_floating_point()
@@ -193,8 +193,8 @@ class KeptNorms(TorchDispatchMode):
         if not (name in AVERAGES or name in NORMS) or not self.concerns(args[0]):
             return func(*args, **kwargs)
         x = args[0]
-        gone = self.pick(x, self.removed)
-        if (gone != gone[..., :1]).any():  # zero, or what is left of zero when a mean has been taken from it
+        values = self.pick(x, self.removed)
+        if (values != values[..., :1]).any():  # zeros, or zeros from which a mean has been subtracted
             return func(*args, **kwargs)
         args = [self.pick(a, self.kept) if self.concerns(a) else a for a in args]
         if name in AVERAGES:

@@ -24,9 +24,9 @@ def mask(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
     """Return a copy of the tensor, at its full shape, with zeros where the plan removes."""
     masked = tensor.clone()
     for dim, positions in plan.kept.get(name, {}).items():
-        gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
-        gone[positions] = False
-        masked.index_fill_(dim, gone.nonzero().flatten().to(tensor.device), 0)
+        is_removed = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        is_removed[positions] = False
+        masked.index_fill_(dim, is_removed.nonzero().flatten().to(tensor.device), 0)
     return masked
 
 

@@ -49,7 +49,7 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
     tensors = {canonical[n]: t for n, t in model.state_dict().items() if n in canonical}
     places = _places(tensors, shapes, trace(model), trace(target))
     done = {name: _padded(tensor, shapes[name], places[name]) for name, tensor in tensors.items()}
-    # A block that was gone comes back, and adds nothing.
+    # A removed block is built again, and adds nothing.
     done |= {name: next(iter(done.values())).new_zeros(shape) for name, shape in shapes.items() if name not in done}
     state = {name: done[canonical[name]] if name in canonical else t for name, t in target.state_dict().items()}
     padded = build_from_state(config, state, model)

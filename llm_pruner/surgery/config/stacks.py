@@ -142,7 +142,7 @@ def without_blocks(model: PreTrainedModel, config: PreTrainedConfig, plan: Pruni
     for path in plan.blocks:
         new = name_after(f"{path}.", others)
         stack = next((s for s in stacks if new and new.startswith(f"{s.path}.")), None)
-        if new is None:  # it lies in a layer that is gone
+        if new is None:  # it lies in a layer that is removed
             continue
         if stack is None:
             raise PrunerError(f"{path} lies in no layer: only blocks of layers can be removed")

@@ -34,9 +34,9 @@ def renumber(config: PreTrainedConfig | GenerationConfig, kept: list[int]) -> No
     for name, value in _fields(config):
         if NAMED.search(name):
             ids = value if isinstance(value, list) else [value]
-            gone = [i for i in ids if _is_id(i) and i not in new]
-            if gone:
-                raise PrunerError(f"the plan drops token {gone[0]}, which the config names as {name}: keep it")
+            removed = [i for i in ids if _is_id(i) and i not in new]
+            if removed:
+                raise PrunerError(f"the plan drops token {removed[0]}, which the config names as {name}: keep it")
             moved = [new[i] if _is_id(i) else i for i in ids]
             setattr(config, name, moved if isinstance(value, list) else moved[0])
         elif LISTED.search(name) and isinstance(value, list):
