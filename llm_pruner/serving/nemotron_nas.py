@@ -1,6 +1,6 @@
 """Write Llama-like checkpoints in the format of Nemotron-NAS, which other engines read natively.
 
-Its config lists ``block_configs``: key-value groups and MLP width of each layer, and removed blocks. All layers have the
+Its config lists ``block_configs``: key-value groups, MLP width and removed blocks of each layer. All layers have the
 same number of query heads. vLLM reads widths as they are; engines that know the format from the first
 models alone may round them to multiples of 256.
 """

@@ -104,7 +104,7 @@ def indivisible(config: Any, parts: int) -> str:
 
 
 def _indivisible_block(config: Any, parts: int) -> str:
-    """Return, in words, a block with values of its own that the devices cannot share; "" if there are only removed blocks."""
+    """Return, in words, a block with values of its own that the devices cannot share; "" if all are removed blocks."""
     path = next((path for path, recipe in overrides_of(config).items() if "absent" not in recipe), None)
     return f"--tensor-parallel-size {parts}: the widths of {path} have no field in the config" if path else ""
 
