@@ -1,4 +1,4 @@
-"""Loading and saving: complete or absent, nothing unpickled, one clear line for what cannot be."""
+"""Loading and saving: checkpoints are complete or absent, pickles are never read, and errors are one line."""
 
 import os
 import stat

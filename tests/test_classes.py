@@ -1,4 +1,4 @@
-"""Models of other classes than language models: encoders, classifiers, rewards, embeddings."""
+"""Model classes besides language models: encoders, classifiers, rewards, embeddings."""
 
 import copy
 import json

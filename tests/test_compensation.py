@@ -1,4 +1,4 @@
-"""Compensation: what a linear map can put back is put back, and the rest is closer than before."""
+"""Compensation: losses that a linear map can undo are undone, and others become smaller."""
 
 import pytest
 import torch

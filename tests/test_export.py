@@ -1,4 +1,4 @@
-"""Exports for other engines: what is written, what the engine computes from it, and what is refused."""
+"""Exports for other engines: written files, log-probabilities of the engines, and refusals."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Plans carried out on files, and checkpoints that are not what they should be."""
+"""Plans applied to files, and damaged checkpoints."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Generating tokens, and what happens with models that cannot."""
+"""Generating tokens, and errors for models that cannot."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``llm-pruner inspect``: what it says of a model and of a plan."""
+"""``llm-pruner inspect``: its output for a model and for a plan."""
 
 import json
 import re

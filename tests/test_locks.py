@@ -1,4 +1,4 @@
-"""Atomic writes: locks, what killed processes leave, and what living ones are at."""
+"""Atomic writes: locks, leftovers of killed processes, and work of running ones."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""From scores to plans, and plans as files."""
+"""Plans made from scores, and plans as files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A model that is measured on what it was calibrated or trained on: said, in every command."""
+"""Every command warns if a model is measured on a text that it was calibrated or trained on."""
 
 import json
 

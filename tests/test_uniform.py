@@ -1,4 +1,4 @@
-"""Checkpoints whose layers differ, made to load where nothing knows of them."""
+"""Checkpoints whose layers differ, padded or with a modelling file, so that they load without llm_pruner."""
 
 import json
 import os
