@@ -109,7 +109,7 @@ def test_layers_may_be_any_iterable_and_must_name_known_kinds(setting):
     assert (
         lp.select(*setting, 0.5, kinds="heads").units.keys() == lp.select(*setting, 0.5, kinds=["heads"]).units.keys()
     )
-    with pytest.raises(lp.PrunerError, match="kind 'head' is not valid"):
+    with pytest.raises(lp.PrunerError, match="kind 'head', which is not valid"):
         lp.select(*setting, 0.5, layers={"head": [1]})
 
 

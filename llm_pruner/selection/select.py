@@ -381,5 +381,7 @@ def _by_kind(layers: LayerChoice, kinds: tuple[str, ...]) -> dict[str, set[int]]
         return {kind: every for kind in kinds}
     unknown = [kind for kind in layers if kind not in KINDS]
     if unknown:
-        raise PrunerError(f"layers are given for the unknown kind {unknown[0]!r}; choose from {', '.join(KINDS)}")
+        raise PrunerError(
+            f"layers are given for kind {unknown[0]!r}, which is not valid: choose from {', '.join(KINDS)}"
+        )
     return {kind: set(chosen) for kind, chosen in layers.items()}
