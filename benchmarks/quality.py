@@ -40,12 +40,12 @@ def folded(
     graph: lp.CouplingGraph, model: torch.nn.Module, ids: torch.Tensor, scores: lp.Scores, options: dict
 ) -> None:
     """Replace the heads' scores by LLM-Pruner's: query head i counts for key-value head i modulo their number."""
-    from llm_pruner.importance.aggregate import slices_of
+    from llm_pruner.importance.aggregate import dims_to_score
     from llm_pruner.importance.taylor import taylor
 
     ranks = {name: len(shape) for name, shape in graph.shapes.items()}
     heads = graph.of_kind("heads")
-    salience = taylor(model, slices_of(heads, ranks), ids, options["taylor"])
+    salience = taylor(model, dims_to_score(heads, ranks), ids, options["taylor"])
     for unit in heads:
         total = torch.zeros(unit.size, unit.width, dtype=torch.float64)
         for key in unit.dims:

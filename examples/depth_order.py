@@ -1,4 +1,4 @@
-"""The order in which layers would go, by three strategies, on the embedded model."""
+"""Print the layers that three criteria would remove first from the embedded model."""
 
 import llm_pruner as lp
 from llm_pruner.data import calibration

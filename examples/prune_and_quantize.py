@@ -1,6 +1,6 @@
-"""Fewer neurons and heads, then eight bits for each weight that is left (pip install torchao).
+"""Prune neurons, then quantize the remaining weights to eight bits (pip install torchao).
 
-The pruned model is an ordinary one, so what works on any model works on it.
+The pruned model is an ordinary model of transformers, so quantization works as on any other model.
 """
 
 import torch
@@ -16,7 +16,7 @@ ids = calibration("python-docs", tokenizer, 64)
 
 
 def show(name: str, model: torch.nn.Module) -> None:
-    # Quantized tensors report the size of what they stand for; what they hold is inside.
+    # A quantized tensor reports the size of the tensor that it stands for; its own data are in its parts.
     size = sum(
         sum(getattr(p, part).nbytes for part in p.tensor_data_names) if hasattr(p, "tensor_data_names") else p.nbytes
         for p in model.parameters()

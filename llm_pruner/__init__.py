@@ -1,16 +1,20 @@
 """llm-pruner: structural pruning of any Hugging Face transformer.
 
-Importing it patches transformers in one module, :mod:`llm_pruner.models.per_layer`: model classes then build layers of
-different widths from per-layer configs. Nothing heavy is imported until it is used.
+Importing the package patches transformers once it is imported (:mod:`llm_pruner.models.per_layer`): model classes then
+build layers of different widths from per-layer configs. Heavy modules are imported when a name is first used.
 
-model, tokenizer = lp.load("smollm2-135m")
-graph = lp.trace(model)                               # which axes are coupled
-scores = lp.score(model, graph, calibration)          # what each index is worth
-plan = lp.select(graph, scores, ratio=0.25)           # what stays, as data
-pruned = lp.apply(model, plan)                        # a smaller model of the same class
-lp.save(pruned, tokenizer, "pruned", plan=plan)       # an ordinary checkpoint
+    import llm_pruner as lp
+    from llm_pruner.data import calibration
 
-run = lp.prune("smollm2-135m", target_params=0.8, output="smaller")  # all of it in one call
+    model, tokenizer = lp.load("smollm2-135m")
+    graph = lp.trace(model)                           # the prunable units
+    ids = calibration("python-docs", tokenizer)       # token ids [samples, tokens]
+    scores = lp.score(model, graph, ids)              # the importance of each index
+    plan = lp.select(graph, scores, ratio=0.25)       # the indices that stay
+    pruned = lp.apply(model, plan)                    # a smaller model of the same class
+    lp.save(pruned, tokenizer, "pruned", plan=plan)   # a checkpoint
+
+    run = lp.prune("smollm2-135m", target_params=0.8, output="smaller")  # all steps in one call
 """
 
 from importlib import import_module

@@ -94,8 +94,7 @@ def _name_positionals(command: Command, argv: Sequence[str]) -> list[str]:
 
 
 def _without_unwritten_flag(command: Command, argv: Sequence[str], message: str) -> str:
-    """Leave out the flag before the value in an error, where the user wrote the value as a leading word; a value that
-    stands twice is written once."""
+    """Remove from an error the flag of a value that the user wrote as a leading word, and a repetition of the value."""
     words = list(takewhile(lambda word: not word.startswith("-"), argv))
     for i, word in enumerate(words if command.positionals else ()):
         flag = f"--{command.positionals[min(i, len(command.positionals) - 1)]} {word}"

@@ -149,9 +149,9 @@ def calibration(
 
     Args:
         seed: None takes the first documents that are long enough, from their beginning; a number draws
-            documents, and a place in each, at random (as LLM-Pruner does). When all documents have been used, what is
-            left of them is, from the first one on.
-        fewer: take what there is where the text is too short, at least one sample.
+            documents, and a place in each, at random (as LLM-Pruner does). Once all documents have been used, samples
+            come from their unused parts, from the first document on.
+        fewer: accept fewer samples, at least one, if the text is too short.
 
     Raises:
         PrunerError: the data set has too little text.
@@ -164,7 +164,7 @@ def calibration(
         pool = list(pool)
         rng.shuffle(pool)
     rows: list[list[int]] = []
-    rests: list[list[int]] = []  # what is left of documents that have been used, for when there are no more
+    rests: list[list[int]] = []  # unused parts of documents, for when there are no more documents
     longest = 0
     for document in pool:
         ids = tokenizer(document, truncation=False, verbose=False)["input_ids"]
@@ -189,7 +189,7 @@ def calibration(
 def self_written(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: int, tokens: int, *, seed: int = 0
 ) -> torch.Tensor:
-    """Let a model write a calibration set of its own, without any data: LongTensor ``[samples, tokens]``.
+    """Generate a calibration set with the model itself, without any data: LongTensor ``[samples, tokens]``.
 
     Every other sample begins with the beginning-of-sequence token alone (Williams et al., arXiv 2410.17170), the rest
     with one of :data:`OPENINGS`, which stays in the sample. All tokens are drawn at temperature 1.
@@ -243,9 +243,9 @@ def continues_text(model: PreTrainedModel) -> bool:
 def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, seed: int = 0) -> torch.Tensor:
     """Sample calibration text from the model itself: LongTensor ``[samples, tokens]``.
 
-    Its samples show what the model knows beyond a small text, and cost no data (Williams et al., arXiv 2410.17170, who
-    start from the first token alone). They are drawn from the whole distribution at temperature 1, after the last
-    quarter of each row of ``ids`` in turn; that prompt is not returned.
+    Self-written samples cover more than a small text does, and need no data (Williams et al., arXiv 2410.17170, who
+    start from the first token alone). They are drawn from the whole distribution at temperature 1; the last quarter of
+    each row of ``ids`` in turn is the prompt, which is not returned.
 
     Args:
         ids: LongTensor ``[rows, tokens]``.
@@ -261,7 +261,7 @@ def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, se
 
 
 def _take(rests: list[list[int]], i: int, rows: list[list[int]], tokens: int, rng: random.Random | None) -> None:
-    """Move a sample from what is left of a document to the rows: its beginning, or a place drawn at random."""
+    """Move a sample from the unused part of a document to the rows: its beginning, or a place drawn at random."""
     ids = rests[i]
     if len(ids) >= tokens:
         start = 0 if rng is None else rng.randint(0, len(ids) - tokens)
@@ -311,11 +311,11 @@ def _read(path: Path) -> str:
 
 
 def _from_file(path: Path) -> Iterator[str]:
-    found = False
+    has_rows = False
     for row in read_rows(path):
-        found = True
+        has_rows = True
         yield row if path.suffix == ".txt" else _row_text(path, row)
-    if not found:
+    if not has_rows:
         raise PrunerError(f"{path} holds no rows")
 
 

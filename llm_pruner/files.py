@@ -1,7 +1,7 @@
 """Atomic writes of files and folders, one process at a time.
 
-A writer holds a lock of the operating system, which ends with its process, however that ends. So the leavings of a
-killed process can be told from the work of a living one: the former are removed, the latter is left alone.
+A writer holds a lock of the operating system, which ends with its process. The lock tells the leftovers of a killed
+process, which are removed, from the work of a running one, which is left alone.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically; remove what processes of this machine left that were killed while they wrote it.
+    """Write a file atomically; remove the leftovers of processes of this machine that were killed while they wrote it.
 
     Raises:
         PrunerError: the file cannot be written.
@@ -184,7 +184,7 @@ def same_arguments(recorded: Any, arguments: Mapping[str, Any]) -> bool:
 
 
 def _recorded_arguments(record: Path) -> Any:
-    """Return the arguments in a record; None where it cannot be read."""
+    """Return the arguments in a record; None if it cannot be read."""
     try:
         content = read_json(record)
     except PrunerError:
@@ -234,7 +234,7 @@ def _check_parent(target: Path) -> None:
 def complete_folder(folder: str | Path, owned_if: str, reads: str = "") -> Iterator[Path]:
     """Yield a temporary folder that replaces ``folder`` when the block succeeds, and is removed when it fails.
 
-    What a process that was killed at the same folder left behind is removed first.
+    Leftovers of a process that was killed while it wrote the same folder are removed first.
 
     Args:
         owned_if: an existing non-empty ``folder`` is replaced only if it holds this file, and no file or folder that
@@ -372,7 +372,7 @@ def _swap(temporary: Path, target: Path) -> None:
 
 
 def _clear(target: Path) -> None:
-    """Remove what a killed writer of a folder left; put the old folder back if it died between the two renames."""
+    """Remove the leftovers of a killed writer; put the old folder back if it was killed between the two renames."""
     pattern = f"{glob.escape(f'.{target.name}.')}????????"
     for temporary in target.parent.glob(f"{pattern}.tmp"):
         shutil.rmtree(temporary)

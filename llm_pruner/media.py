@@ -150,7 +150,7 @@ def _metadata(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def media_inputs(
     model: PreTrainedModel, name: str, split: str | None = "train", samples: int = 16, *, seed: int = 0
 ) -> ModelInputs:
-    """Return what a model reads of images or sounds, by the processor of its checkpoint.
+    """Return the inputs that the processor of a checkpoint makes of images or sounds.
 
     A model that writes text about images is given each in a turn of a chat. A model of speech without texts is given
     the tokens that it writes itself.
@@ -224,12 +224,12 @@ def _reads_images(processor: Any) -> bool:
 
 def _process_image(model: PreTrainedModel, processor: Any, image: Any, text: str) -> dict[str, torch.Tensor]:
     if predicts_tokens(model):
-        found = _process_chat(processor, image, text)
+        inputs = _process_chat(processor, image, text)
     elif "input_ids" in needed_inputs(model):
-        found = processor(images=image, text=[text], padding="max_length", truncation=True, return_tensors="pt")
+        inputs = processor(images=image, text=[text], padding="max_length", truncation=True, return_tensors="pt")
     else:
-        found = processor(images=image, return_tensors="pt")
-    return {name: value for name, value in found.items() if torch.is_tensor(value)}
+        inputs = processor(images=image, return_tensors="pt")
+    return {name: value for name, value in inputs.items() if torch.is_tensor(value)}
 
 
 def _process_chat(processor: Any, image: Any, text: str) -> Any:
@@ -243,25 +243,25 @@ def _process_chat(processor: Any, image: Any, text: str) -> Any:
 
 
 def process_sound(processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
-    """Return what a model of speech hears, by the names of its arguments."""
+    """Return a sound as the inputs of a model of speech, by the names of its arguments."""
     extractor = getattr(processor, "feature_extractor", processor)
     rate = getattr(extractor, "sampling_rate", None)
     if rate is None:
         raise PrunerError(f"the model reads images, and {medium.file} is a sound")
-    found = extractor(medium.sound(rate), sampling_rate=rate, return_tensors="pt")
-    return {name: value for name, value in found.items() if torch.is_tensor(value)}
+    inputs = extractor(medium.sound(rate), sampling_rate=rate, return_tensors="pt")
+    return {name: value for name, value in inputs.items() if torch.is_tensor(value)}
 
 
 def _process_sound(model: PreTrainedModel, processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
-    found = process_sound(processor, medium)
+    inputs = process_sound(processor, medium)
     if "decoder_input_ids" not in needed_inputs(model):
-        return found
+        return inputs
     tokenizer = getattr(processor, "tokenizer", None)
     if medium.text and tokenizer is not None:
-        return found | {"decoder_input_ids": tokenizer(medium.text, return_tensors="pt")["input_ids"]}
-    heard = model_inputs(model, ModelInputs(found).to(model.device))
+        return inputs | {"decoder_input_ids": tokenizer(medium.text, return_tensors="pt")["input_ids"]}
+    heard = model_inputs(model, ModelInputs(inputs).to(model.device))
     written = model.generate(**heard, max_new_tokens=WRITTEN_TOKENS)  # type: ignore[operator]
-    return found | {"decoder_input_ids": written.cpu()}
+    return inputs | {"decoder_input_ids": written.cpu()}
 
 
 def _stacked(parts: list[dict[str, torch.Tensor]]) -> ModelInputs:
@@ -273,7 +273,7 @@ def _stacked(parts: list[dict[str, torch.Tensor]]) -> ModelInputs:
 
 
 def describe(name: str) -> str:
-    """Return how messages call a data set of images or sounds."""
+    """Return the name of a data set of images or sounds for messages."""
     if name == SYNTHETIC:
         return "noise (give a folder of images or .wav files for better ones)"
     return name

@@ -1,8 +1,8 @@
-"""Show how far a long step is and how much time is left: a bar on a terminal, a line a minute elsewhere.
+"""Show the progress of a long step and the time left: a bar on a terminal, a line a minute elsewhere.
 
-Nothing is shown unless a command (or ``lp.prune``) opens :func:`showing`; then every step that goes through
-:func:`track` or :class:`Step` is. A step inside another step is not. The step itself only counts: a thread reads the
-count, so that a step whose single parts take minutes is shown, too.
+Progress is shown within :func:`showing`, which commands and ``lp.prune`` open, for every step that goes through
+:func:`track` or :class:`Step`, except for steps inside another step. The step itself only counts; a thread reads the
+count, so that progress is shown even while a single part takes minutes.
 """
 
 from __future__ import annotations

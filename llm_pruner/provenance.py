@@ -33,7 +33,7 @@ def command_line() -> str:
 
 
 def provenance(seed: int | None = None) -> dict[str, Any]:
-    """Return what a run's record needs to be run again: command, seed, versions and machine."""
+    """Return the record that lets a run be repeated: command, seed, versions and machine."""
     cuda = torch.cuda.is_available()
     return {
         "command": command_line(),

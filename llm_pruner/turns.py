@@ -1,4 +1,4 @@
-"""Measure several models in turns, so that a load on the machine that comes and goes meets all of them alike."""
+"""Measure several models in turns, so that a passing load on the machine slows all of them alike."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_embeddings_of_every_layer_lose_the_same_tokens():
     assert lp.verify(model, pruned, plan).equivalent
 
 
-def test_heads_that_the_config_refuses_are_padded_to_some_that_it_takes(tmp_path):
+def test_a_number_of_heads_that_the_config_refuses_is_padded_to_one_that_it_takes(tmp_path):
     """Nine of twelve heads do not divide a hidden size of 96."""
     config = LlamaConfig(**SIZES | {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 4}, head_dim=8)
     model = LlamaForCausalLM(config).eval()

@@ -1,4 +1,4 @@
-"""The algebra of axes: splits, joins, and what merging two of them means."""
+"""The algebra of axes: splits, joins and merges."""
 
 import torch
 from hypothesis import given

@@ -53,7 +53,7 @@ def test_the_card_says_how_to_load(tmp_path):
         ("", None),
     ],
 )
-def test_what_the_hub_knows(name, expected):
+def test_models_have_ids_on_the_hub(name, expected):
     assert hub_id(name) == expected
 
 

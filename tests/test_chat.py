@@ -16,7 +16,7 @@ from llm_pruner.tools.arguments import ChatArguments, GenerateArguments
 from llm_pruner.tools.chat import AnswerSettings, answer, page_of, titles_of
 
 
-def test_an_answer_is_what_generate_writes(home):
+def test_an_answer_is_the_text_of_generate(home):
     model, tokenizer = lp.load(str(home / "pruned"))
     ids = tokenizer("This is", return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=12, do_sample=False)
@@ -37,7 +37,7 @@ def test_closing_an_answer_stops_the_model(home):
     assert 0 < clock.tokens < 100
 
 
-def test_an_answer_ends_with_what_the_model_reads(home):
+def test_an_answer_ends_at_the_context_length(home):
     model, tokenizer = lp.load(str(home / "base"))
     model.generation_config.eos_token_id, model.generation_config.num_beams = None, 4
     prompt = "a b c " * 20
@@ -176,7 +176,7 @@ def test_bad_input_of_the_command(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_command_says_at_once_what_it_loads(monkeypatch, capsys):
+def test_the_command_names_its_models_before_it_loads_them(monkeypatch, capsys):
     pytest.importorskip("gradio", reason="gradio is not installed")
 
     def stop(name, *_):

@@ -1,4 +1,4 @@
-"""Loading and saving: complete or absent, nothing unpickled, one clear line for what cannot be."""
+"""Loading and saving: checkpoints are complete or absent, pickles are never read, and errors are one line."""
 
 import os
 import stat
@@ -13,7 +13,7 @@ from llm_pruner.checkpoint.locate import locate
 from llm_pruner.files import complete_folder
 
 
-def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
+def test_saved_models_are_loaded_bit_identically(tmp_path):
     model = build("llama_grouped")
     graph = lp.trace(model)
     plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.5, layers=[0])
@@ -90,7 +90,7 @@ def test_the_original_survives_a_failed_replacement(tmp_path):
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
 
 
-def test_what_cannot_be_loaded(tmp_path):
+def test_models_that_cannot_be_loaded_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     pickle = tmp_path / "pytorch_model.bin"
     pickle.write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Models of other classes than language models: encoders, classifiers, rewards, embeddings."""
+"""Model classes besides language models: encoders, classifiers, rewards, embeddings."""
 
 import copy
 import json
@@ -99,7 +99,7 @@ def test_random_projections_estimate_how_far_the_output_moves():
     torch.testing.assert_close(found, expected.expand_as(found), rtol=0.4, atol=0.05 * expected.max().item())
 
 
-def test_what_needs_next_tokens_is_refused():
+def test_commands_that_need_next_tokens_refuse_other_classes():
     model = model_of("XLMRobertaModel")
     assert not predicts_tokens(model)
     with pytest.raises(PrunerError, match="XLMRobertaModel does not predict the next token"):
@@ -250,7 +250,7 @@ def test_the_refusal_of_a_language_tower_stands_in_the_config_of_the_whole_model
     assert type(loaded) is type(model)
 
 
-def test_an_image_gives_what_it_gave_the_masked_original(tmp_path):
+def test_outputs_for_an_image_are_those_of_the_masked_original(tmp_path):
     """Heads, neurons and tokens go; the place of the image in the text is found by its new id."""
     model = model_with_images("LlavaForConditionalGeneration")
     graph = lp.trace(model)

@@ -1,4 +1,4 @@
-"""Compensation: what a linear map can put back is put back, and the rest is closer than before."""
+"""Compensation: losses that a linear map can undo are undone, and others become smaller."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_heads_with_slopes_of_their_own():
     assert torch.nn.functional.mse_loss(logits(pruned, unseen), logits(model, unseen)) < before
 
 
-def test_what_cannot_be_compensated_is_refused():
+def test_models_that_cannot_be_compensated_are_refused():
     model = build("llama")
     with pytest.raises(lp.PrunerError, match="at least 32 calibration samples"):
         lp.compensate(model, halved(model), tokens(8, 16))
@@ -94,7 +94,7 @@ def test_weights_of_16_bits():
     assert {p.dtype for p in pruned.parameters()} == {torch.bfloat16}
 
 
-def test_logits_are_scaled_by_what_brings_them_closest():
+def test_logits_are_scaled_by_the_factor_that_brings_them_closest():
     """A pruned model whose only fault is a head twice as loud gets it back."""
     model = build("llama")
     loud = build("llama")
@@ -158,7 +158,7 @@ def test_per_layer_widths_get_biases_too(tmp_path):
     assert torch.allclose(logits(again, tokens(2, 16)), logits(roomy, tokens(2, 16)), atol=1e-5)
 
 
-def test_no_room_for_biases():
+def test_models_without_a_field_for_biases_are_refused():
     with pytest.raises(lp.PrunerError, match="by least_squares"):
         with_biases(tiny_model("mistral"), tokens(1, 16))
     model = tiny_model("mistral")

@@ -54,7 +54,7 @@ def squares(request):
     """``l2`` by hand, as numbers per channel."""
     weights = dict(request.weights)
     numbers = {}
-    for name, dims in request.slices.items():
+    for name, dims in request.dims.items():
         for dim in dims:
             channels = weights[name].detach().square().movedim(dim, 0)
             numbers[name, dim] = channels.reshape(len(channels), -1).sum(1)
@@ -301,17 +301,17 @@ def test_torch_pruning_leaves_the_model_as_it_was():
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
-def test_what_torch_pruning_cannot_express_is_refused_or_left_out():
+def test_units_that_torch_pruning_cannot_express_are_refused_or_left_out():
     model = build("mixtral")
     graph = lp.trace(model)
     for kind in ("neurons", "layers", "vocabulary"):
-        with pytest.raises(lp.PrunerError, match=r"MagnitudeImportance says nothing of .*target_types"):
+        with pytest.raises(lp.PrunerError, match=r"MagnitudeImportance does not score .*target_types"):
             lp.score(model, graph, None, tp.MagnitudeImportance(), kinds=[kind])
     scores = lp.score(model, graph, None, tp.MagnitudeImportance())
     assert (
         "model.layers.0.self_attn.heads" in scores.values and "model.layers.0.mlp.experts.neurons" not in scores.values
     )
-    with pytest.raises(lp.PrunerError, match="BNScaleImportance says nothing of"):
+    with pytest.raises(lp.PrunerError, match="BNScaleImportance does not score"):
         lp.score(model, graph, None, tp.BNScaleImportance(), kinds=["heads"])
 
 

@@ -75,7 +75,7 @@ def test_paragraphs_are_read_as_they_come(chunk, tmp_path, monkeypatch):
     assert list(documents(str(tmp_path / "a.txt"))) == [p for p in content.split("\n\n") if p.strip()]
 
 
-def test_too_little_text_says_what_there_is(tmp_path, tokenizer):
+def test_too_short_a_text_is_refused_with_its_length(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text(numbers(0, 9))
     with pytest.raises(PrunerError, match=r"1 samples of 8 tokens .*longest document has 9.* 2 are needed"):
@@ -188,7 +188,7 @@ def settings(**changes):
         ("bookcorpus", "t5:seq2seq", False, "general"),
     ],
 )
-def test_a_text_that_cannot_be_had_is_replaced_and_named(dataset, model, offload, used, caplog, monkeypatch):
+def test_a_text_that_is_not_available_is_replaced_and_named(dataset, model, offload, used, caplog, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     model = build(model) if model == "llama" else tiny_model(model)
     with caplog.at_level("INFO", "llm_pruner"):

@@ -1,6 +1,7 @@
 """Dry runs predict what the stages of a recipe leave, and show what cannot be predicted as unknown."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -51,7 +52,7 @@ PUBLISHED_SIZES = {
     "llm_pruner_llama7b": {"prune": 5_422_977_024},
     "pruning_llms_7b_to_3.4b": {"to-7b": 6_738_415_616},
 }
-PARAMETERS = 5  # column of a dry run, after the stage
+PARAMETERS = -4  # column of a dry run
 
 
 def predict(recipe, capsys, *flags):
@@ -68,7 +69,7 @@ def test_predicted_sizes_are_those_of_the_run(home, home_text, tmp_path, capsys)
     predicted = printed_table(capsys.readouterr().out)
     out = run_recipe(RunArguments(recipe=str(recipe)))
     rows = {row["stage"]: row for row in json.loads((out / "results.json").read_text())}
-    assert predicted["recover"] == [""] * 9
+    assert not any(predicted["recover"])
     for stage in ("original", "depth", "width", "vocab"):
         assert int(predicted[stage][PARAMETERS].replace(",", "")) == rows[stage]["parameters"]
 
@@ -89,7 +90,7 @@ def test_tables_fit_eighty_columns_and_the_hidden_size_is_that_of_the_config(hom
     assert main(["run", str(write_recipe(tmp_path, home, PRUNE)), "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80 and printed.count("ratio") == 2
-    assert printed_table(printed)["original"][1] == str(load_config(home / "base").hidden_size)
+    assert f"hidden {load_config(home / 'base').hidden_size}," in printed
 
 
 ALL_LAYERS = ", ".join(f"block_{block}_layer_start: 0, block_{block}_layer_end: 3" for block in ("attention", "mlp"))
@@ -149,8 +150,12 @@ def test_a_sweep_has_a_row_per_point_and_folds_its_seeds(home, tmp_path, capsys,
         )
     stages = "  - prune: {compensate: none, hardware_align: false}\n  - recover: {data_path: python-docs}\n"
     assert main(["run", str(write_recipe(tmp_path, home, stages, SWEEP)), "--dry_run"]) == 0
-    head, rows = sweep_table(capsys.readouterr().out)
-    assert head[:4] == ["pruner_type", "pruning_ratio", "seeds", "layers"] and head[-2].startswith("MACs")
+    printed = capsys.readouterr().out
+    head, rows = sweep_table(printed)
+    assert re.search(
+        r"^the same in every row: layers \d+, hidden \d+, heads \d+, vocabulary \d+$", printed, re.MULTILINE
+    )
+    assert head[:4] == ["pruner_type", "pruning_ratio", "seeds", "neurons"] and head[-2].startswith("MACs")
     assert [row[:3] for row in rows] == [[c, r, "3"] for c in ("l1", "taylor") for r in ("0.25", "0.5")]
     assert rows[0][3:] == rows[2][3:] != rows[1][3:] == rows[3][3:]
     assert calls == {"load_config": 1, "meta_model": 1, "make_plan": 2}  # one for each ratio

@@ -1,4 +1,4 @@
-"""Exports for other engines: what is written, what the engine computes from it, and what is refused."""
+"""Exports for other engines: written files, log-probabilities of the engines, and refusals."""
 
 import json
 import math
@@ -131,7 +131,7 @@ def test_plain_folders(home, tmp_path, capsys):
     assert (tmp_path / "own" / "modeling_pruned.py").is_file() and (tmp_path / "own" / "pruning_plan.json").is_file()
 
 
-def test_what_a_format_cannot_express_is_refused(tokenizer, saved, tmp_path, capsys):
+def test_models_that_a_format_cannot_express_are_refused(tokenizer, saved, tmp_path, capsys):
     def refused(folder, *flags):
         assert main(["export", folder, str(tmp_path / "out.gguf"), *flags]) == 2
         assert not (tmp_path / "out.gguf").exists()

@@ -1,4 +1,4 @@
-"""Plans carried out on files, and checkpoints that are not what they should be."""
+"""Plans applied to files, and damaged checkpoints."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def test_whole_model_cuts_too(kinds, tmp_path):
     assert same(pruned, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
 
 
-def test_what_a_model_writes_with_stays(tmp_path):
+def test_the_generation_config_stays(tmp_path):
     """Its generation config, and not the folder that is read."""
     model = build("llama_grouped")
     model.generation_config.eos_token_id, model.generation_config.temperature = [1, 5], 0.6
@@ -99,7 +99,7 @@ def pruned_folder(tmp_path):
     return apply_to_files(plan, str(tmp_path / "model"), tmp_path / "pruned")
 
 
-def test_what_was_written_passes(pruned_folder):
+def test_an_unchanged_checkpoint_passes(pruned_folder):
     check(pruned_folder)
 
 
@@ -145,7 +145,7 @@ def slip_in(folder):
 
 
 @pytest.mark.parametrize("harm", [flip, cut_short, lose, alter_plan, alter_config, slip_in])
-def test_what_was_changed_is_found(harm, pruned_folder):
+def test_a_changed_checkpoint_is_refused(harm, pruned_folder):
     message = harm(pruned_folder)
     with pytest.raises(PrunerError, match=message):
         check(pruned_folder)

@@ -1,4 +1,4 @@
-"""Generating tokens, and what happens with models that cannot."""
+"""Generating tokens, and errors for models that cannot."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_a_model_without_a_cache_cannot_write_its_own_samples(nano):
         self_calibration(nano, tokens(2, 8), 2)
 
 
-def test_such_a_model_is_pruned_without_text_of_its_own(nano, tokenizer, tmp_path):
+def test_a_model_without_a_cache_is_pruned_without_self_written_samples(nano, tokenizer, tmp_path):
     AutoConfig.register("nano", NanoConfig, exist_ok=True)
     AutoModelForCausalLM.register(NanoConfig, NanoModel, exist_ok=True)
     lp.save(nano, tokenizer, tmp_path / "nano")
@@ -90,7 +90,7 @@ def test_such_a_model_is_pruned_without_text_of_its_own(nano, tokenizer, tmp_pat
         device="cpu",
     )
     log = next((tmp_path / "out").glob("*.log")).read_text()
-    assert "compensating without text of the model's own: NanoModel cannot generate" in log
+    assert "compensating without self-written samples: NanoModel cannot generate" in log
     assert run.model.num_parameters() < nano.num_parameters()
 
 

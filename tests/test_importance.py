@@ -278,7 +278,7 @@ def test_heads_are_read_by_the_output_projection():
     assert torch.allclose(found, channels.view(2, -1).sum(1), rtol=1e-5)  # two groups of two query heads
 
 
-def test_experts_add_up_what_each_reads():
+def test_inputs_of_all_experts_add_up():
     model, ids = build("mixtral"), tokens(6, 16)
     stack = model.model.layers[0].mlp.experts
     total = torch.zeros(48, dtype=torch.float64)
@@ -298,15 +298,15 @@ def test_experts_add_up_what_each_reads():
     assert torch.allclose(found.values["model.layers.0.mlp.experts.neurons"], total / count, rtol=1e-4)
 
 
-def test_criteria_that_read_say_nothing_of_layers():
+def test_criteria_of_activations_do_not_score_layers():
     model = build("llama")
-    with pytest.raises(lp.PrunerError, match="says nothing of"):
+    with pytest.raises(lp.PrunerError, match="does not score"):
         lp.score(model, lp.trace(model), tokens(), "wanda", kinds=["layers"])
     assert "model.layers.layers" not in lp.score(model, lp.trace(model), tokens(), "wanda").values
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2", "opt"))
-def test_layers_are_scored_by_what_they_do(family):
+def test_layers_are_scored_by_their_effect(family):
     """Block influence by hand, and a layer that does nothing has none and costs no loss."""
     model, ids = build(family), tokens(3, 16)
     stack = {"llama": "model.layers", "gpt2": "transformer.h", "opt": "model.decoder.layers"}[family]

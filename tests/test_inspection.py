@@ -1,4 +1,4 @@
-"""``llm-pruner inspect``: what it says of a model and of a plan."""
+"""``llm-pruner inspect``: its output for a model and for a plan."""
 
 import json
 import re
@@ -116,7 +116,7 @@ def test_a_pruned_folder_shows_what_was_pruned(tmp_path, monkeypatch, capsys):
     assert "PruningPlan of llama_grouped: removes" in output
     rows = [line.split()[1:] for line in output.splitlines() if line.startswith("model.layers.*.mlp.neurons")]
     assert [row[:4] for row in rows] == [["0", "24", "of", "48"], ["2", "24", "of", "48"]]
-    assert "What can still be pruned" in output and "model.layers.0.mlp.neurons" in output
+    assert "Units that can still be pruned" in output and "model.layers.0.mlp.neurons" in output
     document = json.loads(inspect(tmp_path, "--json", columns=80, monkeypatch=monkeypatch, capsys=capsys))
     assert document["parameters"] == after
     assert document["pruned"]["removed_parameters"] == before - after

@@ -43,7 +43,7 @@ def test_depth(family, strategy, tmp_path):
     assert torch.equal(with_cache, without)
 
 
-def test_strategies_choose_what_they_say():
+def test_strategies_choose_the_documented_layers():
     model = build("llama", num_hidden_layers=8)
     graph, ids = lp.trace(model), tokens(4, 16)
 
@@ -159,10 +159,10 @@ def test_a_block_that_is_gone_comes_back_as_zeros():
         ({"num_layers": "3"}, "give fewer"),
         ({"num_layers": "0"}, "cannot keep 0"),
         ({"num_layers": "2,2"}, "names 2 stacks"),
-        ({"num_layers": "2", "drop_layers": "1"}, "each says which layers go"),
+        ({"num_layers": "2", "drop_layers": "1"}, "each names the layers to remove"),
         ({"num_layers": "2", "depth": "best"}, "choose from"),
         ({"drop_layers": "1", "depth": "loss"}, "give one"),
-        ({"drop_attention": "0"}, "caches are measured by it"),
+        ({"drop_attention": "0"}, "reads the length of the cache from it"),
         ({"drop_mlp": "7"}, "out of range"),
         ({"shares": "layers=1,neurons=1"}, "--shares needs one of --target_params, --target_macs"),
         ({"shares": "layers", "target_params": "0.5"}, "is not valid: give proportions"),

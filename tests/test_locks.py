@@ -1,4 +1,4 @@
-"""Atomic writes: locks, what killed processes leave, and what living ones are at."""
+"""Atomic writes: locks, leftovers of killed processes, and work of running ones."""
 
 import os
 import platform
@@ -44,7 +44,7 @@ def test_a_folder_has_one_writer(writer, tmp_path):
     assert lock_holder(tmp_path, "job") == (writer.pid, True)
 
 
-def test_the_next_writer_removes_what_a_killed_one_left(writer, tmp_path):
+def test_the_next_writer_removes_the_leftovers_of_a_killed_one(writer, tmp_path):
     writer.kill()
     writer.wait()
     assert lock_holder(tmp_path, "job") == (writer.pid, False)

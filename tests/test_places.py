@@ -1,4 +1,4 @@
-"""Output folders: checkpoints are kept by default, no run replaces another."""
+"""Output folders: checkpoints are kept by default, and no run replaces another."""
 
 import json
 

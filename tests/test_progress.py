@@ -135,7 +135,7 @@ def commands(home, text):
 
 
 @pytest.mark.parametrize("name", ["prune", "recover", "evaluate", "vocab", "apply"])
-def test_what_a_user_sees(name, home, home_text, tmp_path, monkeypatch, capfd):
+def test_a_file_has_no_bars_and_quiet_prints_results_only(name, home, home_text, tmp_path, monkeypatch, capfd):
     """In a file neither bars nor warnings of others; with --quiet nothing but results."""
     monkeypatch.chdir(tmp_path)
     argv = commands(home, str(home_text))[name]

@@ -77,7 +77,7 @@ def test_settings_are_frozen_and_resolve_twice_alike():
         ({"compensate": "none"}, {"refit"}),
     ],
 )
-def test_a_flag_changes_what_it_names_and_nothing_else(flags, changed):
+def test_a_flag_changes_its_own_default_and_no_other(flags, changed):
     before = vars(resolve_settings(PruneArguments(device="cpu", eval_device="cpu")))
     after = vars(resolve_settings(PruneArguments(device="cpu", eval_device="cpu", **flags)))
     assert {name for name in before if before[name] != after[name]} == changed
@@ -106,7 +106,7 @@ def test_hf_prune_has_the_defaults_of_the_paper():
         ("neurons", {"target_macs": 0.9, "budget_tokens": 16}),
     ],
 )
-def test_kinds_choose_what_may_be_cut(home, kinds, budget):
+def test_kinds_limit_the_units_that_are_cut(home, kinds, budget):
     run = lp.prune(str(home / "base"), **QUICK, kinds=kinds, depth="last", block_mlp_layer_start=0, **budget)
     chosen = set(kinds.split(",") if isinstance(kinds, str) else kinds)
     assert {choice.kind for choice in run.plan.units.values()} == chosen

@@ -30,7 +30,7 @@ def run_two(script, arguments, environment=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rank"), (("llama", 4), ("mamba", 1)))
-def test_two_processes_learn_what_one_does(home, tmp_path, tokenizer, name, rank):
+def test_two_processes_learn_as_one_does(home, tmp_path, tokenizer, name, rank):
     options = {"batch_size": 8, "max_steps": 5, "lora_r": rank, "lora_dropout": 0.0, "learning_rate": 3e-4}
     options |= {"eval_steps": 5, "save_steps": 5}
     if name == "mamba":  # its forward pass never calls some of its layers

@@ -129,7 +129,7 @@ REFUSED = [
         (EVALUATE + "--tasks piqua --include_path {tmp}/tasks", "lm-eval has no task 'piqua'"), marks=pytest.mark.slow
     ),
     (EVALUATE + "--tasks piqa --include_path nowhere", "--include_path nowhere is not a folder"),
-    (EVALUATE + "--tasks piqa --include_path {tmp}/tasks", "--tasks piqa: the data of piqa cannot be had"),
+    (EVALUATE + "--tasks piqa --include_path {tmp}/tasks", "--tasks piqa: the data of piqa is not available"),
 ]
 
 
@@ -205,7 +205,7 @@ def test_a_recipe_whose_output_cannot_be_written_is_refused(sealed, home, capsys
     assert "cannot write" in refuse(["run", str(path), "--output", str(sealed / "file")], capsys, sealed, home)
 
 
-def test_a_dry_run_says_what_the_hub_did_not_give(sealed, home, capsys):
+def test_a_dry_run_lists_data_that_the_hub_did_not_give(sealed, home, capsys):
     stages = "  - prune: {calib_dataset: c4}\n  - recover: {data_path: some/where}\n"
     path = write_recipe(sealed, home, stages)
     assert main(["run", str(path), "--dry_run"]) == 0

@@ -112,7 +112,7 @@ def test_perplexities_of_different_protocols_are_not_compared(runs):
     assert not any("254" in title for title in titles), "a single point is no trade-off"
 
 
-def test_figures_say_what_they_show(tmp_path):
+def test_figures_show_and_describe_widths_scores_and_cuts(tmp_path):
     scores = torch.arange(1.0, 11.0).double()
     plan = PruningPlan(units={"layers.2.mlp.neurons": Choice("neurons", 2, 10, torch.arange(3, 10))})
     plan.units["layers.2.mlp.neurons"].explain(scores)

@@ -1,4 +1,4 @@
-"""From scores to plans, and plans as files."""
+"""Plans made from scores, and plans as files."""
 
 import json
 
@@ -19,7 +19,7 @@ def setting():
     return graph, lp.score(model, graph, criterion="random", seed=3)
 
 
-def test_a_unit_loses_what_llm_pruner_would_take(setting):
+def test_a_unit_loses_as_many_indices_as_in_llm_pruner(setting):
     graph, _ = setting
     neurons, heads = graph.unit("model.layers.0.mlp.neurons"), graph.unit("model.layers.0.self_attn.heads")
     assert [removable_count(neurons, r) for r in (0.1, 0.25, 0.34, 0.5)] == [
@@ -57,7 +57,7 @@ def test_round_to_keeps_multiples(setting, scope):
     assert all(c.kept.numel() % 8 == 0 for c in plan.units.values())
 
 
-def test_units_too_small_to_lose_anything_are_said(setting):
+def test_units_too_small_to_lose_an_index_are_noted(setting):
     graph, scores = setting
     plan = lp.select(graph, scores, 0.25)
     assert any("heads: 3 of 3 units lose nothing" in note for note in plan.notes)
@@ -65,7 +65,7 @@ def test_units_too_small_to_lose_anything_are_said(setting):
         lp.select(graph, scores, 0.25, kinds=["heads"])
 
 
-def test_experts_keep_what_a_token_needs():
+def test_as_many_experts_stay_as_the_router_selects():
     model = build("mixtral")
     graph = lp.trace(model)
     plan = lp.select(graph, lp.score(model, graph, criterion="l1"), 0.99, kinds=["experts"])
@@ -92,7 +92,7 @@ def test_a_plan_comes_back_from_its_file(setting, tmp_path):
     assert all(torch.equal(c.kept, back.units[n].kept) for n, c in plan.units.items())
 
 
-def test_what_is_gone_scores_lowest_in_the_next_step(setting):
+def test_removed_indices_score_lowest_in_the_next_step(setting):
     graph, scores = setting
     plan = lp.select(graph, scores, 0.25, kinds=["neurons"])
     name, choice = next(iter(plan.units.items()))
@@ -109,7 +109,7 @@ def test_layers_may_be_any_iterable_and_must_name_known_kinds(setting):
     assert (
         lp.select(*setting, 0.5, kinds="heads").units.keys() == lp.select(*setting, 0.5, kinds=["heads"]).units.keys()
     )
-    with pytest.raises(lp.PrunerError, match="unknown kind 'head'"):
+    with pytest.raises(lp.PrunerError, match="kind 'head', which is not valid"):
         lp.select(*setting, 0.5, layers={"head": [1]})
 
 

@@ -1,4 +1,4 @@
-"""Serving: what the vLLM plugin refuses by itself, and what the real engine computes where it is installed.
+"""Serving: refusals of the vLLM plugin, and log-probabilities of the real engine if it is installed.
 
 vLLM pins another transformers than this environment: VLLM_PYTHON may name the interpreter of an environment of its own,
 with llm_pruner installed in it.
@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 import llm_pruner as lp
 from llm_pruner.checkpoint.engines import why_not_vllm
-from llm_pruner.graph.units import block_of
+from llm_pruner.graph.blocks import block_of
 from llm_pruner.serving.vllm_plugin import indivisible
 
 NEW_TOKENS = 8

@@ -109,7 +109,7 @@ def test_a_shape_is_had_exactly(family, shape, tmp_path):
         ({L: 9}, "cannot keep 9"),
         ({K: 5}, "cannot be reached"),
         ({D: 2}, "has no num_decoder_layers"),
-        ({H: 48, "target_params": "0.5"}, "a target shape says all"),
+        ({H: 48, "target_params": "0.5"}, "a target shape determines all widths"),
         ({H: 0}, "out of range"),
         ({"target_config": "nowhere.json"}, "cannot read"),
         ({H: 64}, "already"),

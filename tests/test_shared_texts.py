@@ -1,4 +1,4 @@
-"""A model that is measured on what it was calibrated or trained on: said, in every command."""
+"""Every command warns if a model is measured on a text that it was calibrated or trained on."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_evaluate_warns_of_the_models_that_saw_the_text(calibrated, home, capsys
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_recover_warns_and_what_it_writes_says_what_was_read(method, calibrated, home, tmp_path, capsys):
+def test_recover_warns_of_shared_texts_and_records_its_own(method, calibrated, home, tmp_path, capsys):
     out = tmp_path / "recovered"
     argv = ["recover", str(calibrated), str(out), "--method", method, "--data_path", str(home / "data.jsonl")]
     argv += ["--max_steps", "1", "--batch_size", "4", "--cutoff_len", "64", "--val_set_size", "0", "--device", "cpu"]

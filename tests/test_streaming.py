@@ -28,7 +28,7 @@ def test_narrow_weights_score_as_wide_ones(name, variant):
 
 
 @pytest.mark.parametrize("criterion", ("activation", "wanda", "flap"))
-def test_what_is_read_is_the_same(criterion):
+def test_16_bit_weights_score_as_their_float32_copies(criterion):
     wide, narrow = rounded("llama_grouped")
     graph, ids = lp.trace(wide), tokens(3, 16)
     expected = lp.score(wide, graph, ids, criterion).values

@@ -198,7 +198,7 @@ def test_a_plan_for_another_model_is_refused():
 @pytest.mark.parametrize(
     ("architecture", "buffer", "factor"), [("llama", "inv_freq", 3), ("gemma3_text", "embed_scale", 5)]
 )
-def test_the_oracle_sees_what_no_checkpoint_holds(architecture, buffer, factor):
+def test_the_oracle_compares_tables_that_no_checkpoint_holds(architecture, buffer, factor):
     model = build(architecture)
     plan, pruned = pruned_by(model, kinds=["neurons"])
     assert lp.verify(model, pruned, plan).equivalent

@@ -202,7 +202,7 @@ def test_another_sweep_in_one_folder_is_refused(sweep, capsys):
     assert "holds another sweep" in capsys.readouterr().err
 
 
-def test_slurm_is_refused_where_there_is_none(sweep, capsys):
+def test_slurm_is_refused_on_a_machine_without_it(sweep, capsys):
     assert main(["run", str(sweep), "--executor", "slurm"]) == 2
     assert "there is no Slurm on this machine" in capsys.readouterr().err
 
@@ -384,7 +384,7 @@ def test_workers_get_their_share_of_the_cores_and_leave_this_process_alone(monke
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_it_ends_the_same(sweep, tmp_path):
+def test_a_sweep_that_is_killed_twenty_times_ends_with_the_same_table(sweep, tmp_path):
     """SIGKILL to all processes after a random line of the log, 20 times."""
     whole = run(RunArguments(recipe=str(sweep), output=str(tmp_path / "whole")))
     command = [sys.executable, "-u", "-m", "llm_pruner", "run", str(sweep)]

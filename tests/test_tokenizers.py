@@ -100,7 +100,7 @@ def whole(tmp_path_factory):
     return out
 
 
-def test_a_word_needs_no_rows_for_what_leads_to_it(whole):
+def test_a_word_needs_no_rows_for_the_tokens_that_it_is_merged_from(whole):
     """More text is written as before, and with fewer tokens, than where each token has all that it is merged from."""
     assert len(whole.kept) == len(whole.chained)
     alone = [i for i in whole.kept if not set(whole.words.constituents(i)) <= whole.new.keys()]

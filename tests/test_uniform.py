@@ -1,4 +1,4 @@
-"""Checkpoints whose layers differ, made to load where nothing knows of them."""
+"""Checkpoints whose layers differ, padded or with a modelling file, so that they load without llm_pruner."""
 
 import json
 import os
@@ -92,9 +92,9 @@ def test_layers_of_several_widths():
         assert (plain(tokens()).logits - pruned(tokens()).logits).abs().max() < 2e-6
 
 
-def test_what_zeros_would_change_is_refused():
+def test_models_whose_logits_zeros_would_change_are_refused():
     _, pruned = pruned_by(build("mixtral"), kinds=("experts",), layers=[1])
-    with pytest.raises(PrunerError, match="zeros change what this model computes"):
+    with pytest.raises(PrunerError, match="padding with zeros changes the logits"):
         to_uniform(pruned)
     with pytest.raises(PrunerError, match="the same widths already"):
         to_uniform(build("llama"))
@@ -146,7 +146,7 @@ def test_transformers_alone_refuses_layers_that_differ(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gemma4_text", "llama"])
-def test_what_transformers_builds_itself_is_not_refused(name, tmp_path):
+def test_layers_that_transformers_builds_itself_are_not_refused(name, tmp_path):
     """Gemma 4 reads per-layer configs in its own modelling file."""
     lp.save(tiny_model(name), None, tmp_path / name)
     read_by_a_stranger(tmp_path, tmp_path / name, trust=False)
@@ -233,11 +233,11 @@ def test_uniform_reaches_both_halves_of_an_encoder_decoder_and_experts():
         assert not has_per_layer_widths(lp.apply(model, plan).config)
 
 
-def test_uniform_refuses_what_makes_layers_differ(home, capsys):
+def test_uniform_refuses_flags_that_make_layers_differ(home, capsys):
     graph = lp.trace(build("llama"))
     scores = lp.score(build("llama"), graph, criterion="random")
     for wrong in ({"layers": [0]}, {"scope": "global"}):
-        with pytest.raises(PrunerError, match="uniform keeps as much in every layer"):
+        with pytest.raises(PrunerError, match="uniform keeps the same number of indices per layer"):
             lp.select(graph, scores, 0.5, uniform=True, **wrong)
     base = ["prune", str(home / "base"), "--uniform", "--pruner_type", "l2"]
     for wrong in (["--global_pruning"], ["--block_mlp_layer_end", "2"], ["--drop_mlp", "1"]):

@@ -21,7 +21,7 @@ from llm_pruner.vocabulary.counting import count
 from llm_pruner.vocabulary.run import resolve
 
 
-def test_rows_without_tokens_do_not_hide_what_went(model_folder, tmp_path):
+def test_rows_without_tokens_do_not_hide_removed_tokens(model_folder, tmp_path):
     """More rows than tokens: the tokenizer is still the original's, and is cut; once, however often it is saved."""
     model, tokenizer = lp.load(str(model_folder))
     graph = lp.trace(model)

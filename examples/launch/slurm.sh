@@ -1,6 +1,6 @@
 #!/bin/bash
 # Several machines under Slurm, 8 GPUs each: sbatch examples/launch/slurm.sh
-# The run goes on from its last complete checkpoint when it is sent again, or requeued after a time limit.
+# When it is submitted again, or requeued after a time limit, the run continues from its last complete checkpoint.
 #SBATCH --job-name=recover
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

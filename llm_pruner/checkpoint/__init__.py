@@ -1,1 +1,1 @@
-"""The only part that touches model files."""
+"""Reading and writing model files, which no other room does."""

@@ -43,12 +43,12 @@ def apply_to_files(
     task: str | None = None,
     record: str = "",
 ) -> Path:
-    """Write the checkpoint that a plan leaves of another, shard by shard; no shard is ever in memory.
+    """Apply a plan to the files of a checkpoint, tensor by tensor; no shard is ever in memory as a whole.
 
-    Where the files hold the weights in another form than the model (every expert by itself, where the model has all
-    in one tensor), the weights stay memory-mapped, and the new ones lie in files too until they are saved.
+    If the files store weights in another form than the model (one tensor per expert instead of one for all), the
+    weights stay memory-mapped, and the new ones are memory-mapped too until they are saved.
 
-    A plan whose run was refitted is applied without that, which the log, the new plan and the card say.
+    A refit by the run that made the plan is not repeated; the log, the new plan and the model card say so.
 
     Args:
         source: folder of safetensors.
@@ -62,7 +62,7 @@ def apply_to_files(
     """
     path, gguf = locate(source)
     if gguf is not None or not Path(path).is_dir():
-        raise PrunerError(f"{source} is not a folder of safetensors: only these are cut file by file")
+        raise PrunerError(f"{source} is not a folder of safetensors files, which apply needs: give one")
     plan = replace(plan, settings={"base_model": source, **plan.settings})
     if "refit" in plan.settings:
         plan.settings["without_refit"] = True

@@ -142,7 +142,7 @@ def hub_id(name: str) -> str | None:
 
 
 def _license(base: str) -> str | None:
-    """Return a model's licence, from its card here or on the hub; None where it cannot be found."""
+    """Return a model's licence, from its card here or on the hub; None if it cannot be found."""
     if base in EMBEDDED:
         return HUB_IDS[base][1]
     try:

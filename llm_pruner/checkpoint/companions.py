@@ -47,7 +47,7 @@ def companions_of(name: str | None, revision: str | None = None) -> Path | None:
 
     Args:
         name: folder or hub id.
-        revision: commit that the model was loaded from, None where it does not come from the hub.
+        revision: commit that the model was loaded from, None if it does not come from the hub.
 
     Returns:
         None for a model that comes from nowhere, and for a hub that cannot be reached any more.

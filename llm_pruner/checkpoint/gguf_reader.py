@@ -1,4 +1,4 @@
-"""One parse of a GGUF file for config, tokenizer and weights, which transformers parses anew for each."""
+"""Parse a GGUF file once for config, tokenizer and weights; transformers parses it anew for each of them."""
 
 from __future__ import annotations
 

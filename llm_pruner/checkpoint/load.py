@@ -1,4 +1,4 @@
-"""Loading: an alias of the embedded model, a hub id, a folder, a GGUF file; our own checkpoints too."""
+"""Load models and tokenizers: by alias or hub id, from a folder, an adapter or a GGUF file."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def load(
 
 
 def load_with_tokenizer(name: str, *arguments: Any, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load as :func:`load` does, for what cannot do without a tokenizer.
+    """Load as :func:`load` does; refuse a model without a tokenizer.
 
     Raises:
         PrunerError: as :func:`load`, and for a folder without a tokenizer.
@@ -154,11 +154,11 @@ def load_model(
     dtype = torch_dtype(dtype)
     check_device(device, "device")
     if device_map not in (None, "auto"):
-        raise PrunerError(f"unknown device_map {device_map!r}; give auto or none")
+        raise PrunerError(f"device_map {device_map!r} is not valid: give auto, or leave it out")
     path, gguf = locate(name)
     if (Path(path) / INDEX).is_file():
         shard_files(Path(path))
-    if verify and Path(path).is_dir() and gguf is None:  # what was not pruned has no hashes to compare with
+    if verify and Path(path).is_dir() and gguf is None:  # unpruned models have no plan, and so no hashes
         if (Path(path) / PLAN_FILE).is_file():
             check(path, trust_remote_code)
         else:
@@ -167,20 +167,20 @@ def load_model(
     if gguf is not None:
         common["gguf_file"] = gguf
     with parsed_once(), without_bars(), Step(f"loading {name}"):
-        model, found, shards = _read_model(name, dtype, common, task)
-    if found["missing_keys"] and task is not None:
+        model, report, shards = _read_model(name, dtype, common, task)
+    if report["missing_keys"] and task is not None:
         raise PrunerError(
-            f"{name} cannot be loaded for the task {task}: it holds no {min(found['missing_keys'])} of "
+            f"{name} cannot be loaded for the task {task}: it holds no {min(report['missing_keys'])} of "
             f"{type(model).__name__}"
         )
-    if found["missing_keys"]:
+    if report["missing_keys"]:
         raise PrunerError(
-            f"{name} lacks {len(found['missing_keys'])} tensors of its architecture, such as "
-            f"{min(found['missing_keys'])}: the checkpoint is incomplete"
+            f"{name} lacks {len(report['missing_keys'])} tensors of its architecture, such as "
+            f"{min(report['missing_keys'])}: the checkpoint is incomplete"
         )
     _note_untied(model, name)
     if gguf is None:
-        note_unread(model, name, shards.tensors if shards else (), found["unexpected_keys"])
+        note_unread(model, name, shards.tensors if shards else (), report["unexpected_keys"])
     else:
         _forget_quantization(model)
     return (spread(model) if device_map else model.to(device)).eval()  # type: ignore[arg-type]

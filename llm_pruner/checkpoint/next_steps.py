@@ -1,4 +1,4 @@
-"""Say at the end of a run where its model is, how large it is, and how to load, serve and improve it."""
+"""Log the last lines of a run: the folder and size of its model, and commands to load, serve and improve it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .standalone import FILE
 def log_next_steps(
     folder: Path, command: str, *, original: str = "", compare: Sequence[str] = (), trust_remote_code: bool = False
 ) -> None:
-    """Log the last lines of a run that wrote a model; nothing for a stage of another run.
+    """Log the last lines of a run that wrote a model; a stage of another run logs none.
 
     Args:
         folder: complete folder of the model or adapter.

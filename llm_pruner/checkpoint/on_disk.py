@@ -18,11 +18,10 @@ CAN_UNLINK_OPEN = os.name == "posix"  # a mapped file may lose its name
 
 
 def on_disk(folder: str | Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a place for tensors: each is moved to a file of its own in ``folder`` and mapped from there.
+    """Return a function that moves a tensor to a file of its own in ``folder`` and memory-maps it from there.
 
-    The files have no names, so that nothing is left behind, whatever happens: their space is free again with the
-    tensors. Windows keeps the name of a mapped file: there the files lie in the system's temporary folder, and are
-    removed after the tensors.
+    The files have no names, so that their space is freed with the tensors, even if the process is killed. Windows keeps
+    the name of a mapped file: there, the files lie in the system's temporary folder and are removed after the tensors.
 
     Raises:
         PrunerError: (when a tensor is placed) the disk is full or the folder cannot be written.

@@ -26,10 +26,10 @@ UNIFORM_FILE = "uniform.json"  # record of llm-pruner to-uniform
 
 
 def excess_padding(model: PreTrainedModel, padded: PreTrainedModel, plan: PruningPlan | None) -> str:
-    """Log how many parameters padding adds; return why that is too much, "" if it is not.
+    """Log the parameters that padding adds; return why they are too many, "" if they are not.
 
     Args:
-        plan: that removed parameters; None where nobody knows how many.
+        plan: plan that removed parameters; None if it is not known.
     """
     added = parameter_count(padded) - parameter_count(model)
     removed = plan.removed_parameters if plan is not None else 0
@@ -43,7 +43,7 @@ def excess_padding(model: PreTrainedModel, padded: PreTrainedModel, plan: Prunin
 
 
 def write_uniform(arguments: UniformArguments) -> Path:
-    """Run ``llm-pruner to-uniform``: write a stock checkpoint of one whose layers differ; print and return its folder.
+    """Run ``llm-pruner to-uniform``: pad a checkpoint whose layers differ to a plain one; print and return its folder.
 
     Raises:
         PrunerError: layers differ in more than widths, padding would add back more than half of what pruning removed

@@ -37,12 +37,14 @@ def save(
     holds other files is left alone.
 
     Args:
-        tokenizer: the original's or the pruned model's; where the plan cuts the vocabulary, the original's is cut.
-            None writes no tokenizer.
+        model: model to write, with its weights.
+        tokenizer: tokenizer of the original or of the pruned model; if the plan cuts the vocabulary, the original's is
+            cut. None writes no tokenizer.
+        folder: folder to write.
         plan: plan by which the model was pruned, for ``pruning_plan.json`` and the model card.
         standalone: write a modelling file too, so that a checkpoint with per-layer widths loads without llm_pruner,
             with ``trust_remote_code=True``.
-        push_to_hub: repository, as ``user/name``, to upload the folder to; created if need be.
+        push_to_hub: repository, as ``user/name``, to upload the folder to; it is created if it does not exist.
         token: access token for the hub.
 
     Returns:

@@ -27,14 +27,14 @@ _unread: WeakKeyDictionary[PreTrainedModel, list[str]] = WeakKeyDictionary()
 
 
 def check_unquantized(name: str, folder: Path, config: PreTrainedConfig) -> Shards | None:
-    """Refuse a checkpoint of quantized weights: their scales would not follow what is cut.
+    """Refuse a checkpoint of quantized weights, since cutting weights would not cut their scales.
 
     Args:
         name: name of the model, for the message.
-        folder: its folder; only the config is checked where this is not one of safetensors.
+        folder: folder of the model; if it holds no safetensors files, only the config is checked.
 
     Returns:
-        The shards of the folder, whose headers were read; None where it is not one of safetensors.
+        The shards of the folder, with their headers read; None if the folder holds no safetensors files.
 
     Raises:
         PrunerError: the config, a file or a tensor tells of quantization, or a shard is damaged.
@@ -55,10 +55,10 @@ def check_unquantized(name: str, folder: Path, config: PreTrainedConfig) -> Shar
 
 
 def note_unread(model: PreTrainedModel, name: str, tensors: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Log and remember the tensors that were not read into a model, and let its config count no layers of them.
+    """Log and record the tensors that a model did not read, and set the config's counts of their layers to 0.
 
     Args:
-        tensors: names in the files, where those that the model's class ignores are looked up.
+        tensors: names of all stored tensors, to find those that the model's class ignores.
         unexpected: names that transformers reports.
     """
     names = set(unexpected)

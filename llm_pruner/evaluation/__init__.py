@@ -1,1 +1,1 @@
-"""Measuring: what a model is worth, and what it costs."""
+"""Measurements of quality and cost: perplexity, tasks, size, compute, time and memory."""

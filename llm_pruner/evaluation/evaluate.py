@@ -41,7 +41,7 @@ DEFAULT_TOKENS = 128  # for multiply-accumulates and the cache where no speed is
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """Settings: what to measure.
+    """Settings of an evaluation.
 
     Attributes:
         texts: texts by name, for perplexity.
@@ -78,7 +78,7 @@ class Evaluation:
     """Measurements of one model.
 
     Attributes:
-        parameters: tied ones once.
+        parameters: number of parameters, tied ones counted once.
         parts: parameters of each part: ``embeddings``, ``head`` where it is not tied, and the modules of a layer, such
             as ``self_attn`` and ``mlp``, summed over layers.
         macs: multiply-accumulates of a forward pass over ``[batch, tokens]``.
@@ -124,10 +124,10 @@ def evaluate_model(
 
     Args:
         settings: what to measure; the speed is measured last.
-        originals: what a model that does not predict tokens is compared with; it keeps the first such model's outputs.
+        originals: outputs to compare a model with that does not predict tokens; the first such model adds its own.
 
     Raises:
-        PrunerError: a text is too short, a loss is not finite, or a task cannot be had.
+        PrunerError: a text is too short, a loss is not finite, or a task is not available.
     """
     evaluation = _evaluate_without_speed(name, model, tokenizer, settings, originals=originals or Originals())
     if not settings.tokens:

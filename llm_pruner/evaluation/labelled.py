@@ -41,10 +41,10 @@ FORMS = {
 
 
 def form_of(model: PreTrainedModel) -> str:
-    """Return which of :data:`FORMS` the labelled examples of a model have.
+    """Return the key of :data:`FORMS` for the labelled examples of a model.
 
     Raises:
-        PrunerError: no labels are compared with what such a model gives.
+        PrunerError: the outputs of such a model cannot be compared with labels.
     """
     task = task_name(model)
     if task in (SPEECH, CTC):
@@ -62,7 +62,7 @@ def check_labelled(name: str) -> None:
     """Refuse a labelled file or folder that cannot be read or is empty.
 
     Raises:
-        PrunerError: as the reading of it.
+        PrunerError: the file or folder cannot be read, or holds no rows.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -111,7 +111,7 @@ def measure_labelled(
 
 
 class _Runner:
-    """A model with what reads its inputs."""
+    """A model with the tokenizer or processor that reads its inputs."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device):
         self.model, self.tokenizer, self.device = model, tokenizer, device
@@ -133,7 +133,7 @@ class _Runner:
         return self.output((text,)).mean(dim=0)
 
     def transcript(self, medium: Medium) -> str:
-        """Return the words that a model of speech hears."""
+        """Return the words that a model of speech recognises in a sound."""
         inputs = model_inputs(self.model, ModelInputs(process_sound(self.processor, medium)).to(self.device))
         if task_name(self.model) == SPEECH:
             ids = self.model.generate(**inputs)  # type: ignore[operator]
@@ -151,7 +151,7 @@ def _accuracy(run: _Runner, name: str, most: int | None) -> dict[str, float]:
     wanted = [_class_of(run.model, label, name) for _, label in examples]
     right = [
         int(run.output(example).argmax()) == label
-        for (example, _), label in track(list(zip(examples, wanted, strict=True)), f"classes of {name}")
+        for (example, _), label in track(list(zip(examples, labels, strict=True)), f"classes of {name}")
     ]
     share = sum(right) / len(right)
     return {"acc": share, "acc_stderr": (share * (1 - share) / max(1, len(right) - 1)) ** 0.5}
@@ -159,20 +159,20 @@ def _accuracy(run: _Runner, name: str, most: int | None) -> dict[str, float]:
 
 def _class_of(model: PreTrainedModel, label: Any, name: str) -> int:
     """Return the index of a class by its name or number."""
-    known: dict[str, Any] = model.config.label2id or {}
-    if isinstance(label, str) and label in known:
-        return int(known[label])
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(known):
+    indices: dict[str, Any] = model.config.label2id or {}
+    if isinstance(label, str) and label in indices:
+        return int(indices[label])
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(indices):
         return label
-    raise PrunerError(f"{name}: the model has no class {label!r}; it has {', '.join(list(known)[:8])}")
+    raise PrunerError(f"{name}: the model has no class {label!r}; it has {', '.join(list(indices)[:8])}")
 
 
 def _word_errors(run: _Runner, media: list[Medium]) -> dict[str, float]:
     errors = words = 0
     for medium in track(media, "transcripts"):
-        said = str(medium.text).lower().split()
-        errors += edit_distance(said, run.transcript(medium).lower().split())
-        words += len(said)
+        reference = str(medium.text).lower().split()
+        errors += edit_distance(reference, run.transcript(medium).lower().split())
+        words += len(reference)
     return {"wer": errors / max(1, words)}
 
 

@@ -62,7 +62,7 @@ def latencies(models: Iterable[PreTrainedModel], tokens: int = 128, batch: int =
 def pass_clock(model: PreTrainedModel, tokens: int, batch: int) -> Callable[[], float]:
     """Return a function that measures a forward pass over ``[batch, tokens]``, as one of a model's repetitions.
 
-    It gives the median of the passes of 0.05 seconds, in microseconds.
+    The function returns the median time of the passes within 0.05 seconds, in microseconds.
     """
     timer = _pass_timer(model, tokens, batch)
 
@@ -96,7 +96,7 @@ def latency_budget(
     Args:
         model: with its weights, on the device to optimize for.
         target: fraction of the model's own time, or an amount such as ``"30ms"``.
-        kinds: of units that the plan will prune.
+        kinds: kinds of units that the plan will prune.
 
     Raises:
         PrunerError: units of a kind run through the whole model, so that no single layer's width decides their time.
@@ -205,7 +205,7 @@ def _interpolate(curve: Curve, share: float) -> float:
 
 
 def _signatures(model: nn.Module) -> dict[Layer, Any]:
-    """Return for every layer what is equal in layers that are built alike."""
+    """Return a signature of every layer: layers that are built alike have equal ones."""
     return {
         (path, i): (path, type(layer), tuple(tuple(p.shape) for p in layer.parameters()))
         for path, stack in layer_lists(model).items()

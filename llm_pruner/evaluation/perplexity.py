@@ -1,4 +1,4 @@
-"""Perplexity by LLM-Pruner's protocol, windows of ``seq_len`` tokens side by side, or by windows that overlap."""
+"""Perplexity by LLM-Pruner's protocol (adjacent windows of ``seq_len`` tokens), or by windows that overlap."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Perplexity:
     """Perplexity of a model on a text.
 
     Attributes:
-        perplexity: of a token, ``exp(loss)``.
-        loss: mean over the predicted tokens, in nats.
-        tokens: predicted tokens.
-        windows, seq_len, stride: how the text was cut.
-        byte_perplexity: of a byte, which compares across tokenizers: exp of the total loss over the UTF-8 bytes of the
-            predicted tokens. None where no tokenizer was given.
+        perplexity: perplexity per token, ``exp(loss)``.
+        loss: mean loss over the predicted tokens, in nats.
+        tokens: number of predicted tokens.
+        windows, seq_len, stride: number, length and stride of the windows that the text was cut into, in tokens.
+        byte_perplexity: perplexity per byte, which compares across tokenizers: exp of the total loss divided by the
+            number of UTF-8 bytes of the predicted tokens. None without a tokenizer.
     """
 
     perplexity: float
@@ -103,8 +103,8 @@ def perplexity(
     Args:
         batch_size: windows per forward pass; None tries 32 and halves that as long as memory runs out.
         compute: device and dtype to compute with, weights converted block by block; None: the model's own.
-        stride: that the windows were cut with, if they overlap. All windows but the first then predict only their last
-            ``stride`` tokens; the tokens before are context.
+        stride: stride that the windows were cut with, if they overlap. All windows but the first then predict only
+            their last ``stride`` tokens; the tokens before are context.
         tokenizer: measures the byte perplexity as well.
         model_name, text_name: for the error; the model is called by its checkpoint or class where no name is given.
 

@@ -38,7 +38,7 @@ def measure(args: EvaluateArguments, *, against: str | None = None, task: str | 
         task: task whose class ``against`` is loaded in, instead of the declared class.
 
     Raises:
-        PrunerError: the arguments are not valid, or a model, text or task cannot be had.
+        PrunerError: the arguments are not valid, or a model, text or task is not available.
     """
     args.check()
     device = resolve_device(args.device, "--device")
@@ -72,14 +72,14 @@ def _runs_tasks_in_vllm(args: EvaluateArguments) -> bool:
 def _with_tasks_in_vllm(evaluation: Evaluation, args: EvaluateArguments) -> Evaluation:
     """Return an evaluation with accuracies of a model that vLLM runs."""
     with in_format("vllm", evaluation.model, args.trust_remote_code) as folder:
-        found = zero_shot_in_vllm(
+        measured = zero_shot_in_vllm(
             folder,
             task_names(args),
             include_path=args.include_path,
             limit=args.limit,
             num_fewshot=args.num_fewshot,
         )
-    return replace(evaluation, tasks=evaluation.tasks | found.tasks, results=found.results)
+    return replace(evaluation, tasks=evaluation.tasks | measured.tasks, results=measured.results)
 
 
 def resolve(args: EvaluateArguments) -> Measurements:

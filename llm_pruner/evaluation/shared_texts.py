@@ -1,4 +1,4 @@
-"""Tell where a model is measured on the source of a text that it was calibrated or trained on."""
+"""Warn if a model is measured on a text that it was also calibrated or trained on."""
 
 from __future__ import annotations
 

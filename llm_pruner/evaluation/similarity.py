@@ -67,7 +67,7 @@ def outputs(
     compute: Compute | None = None,
     text_name: str = "the text",
 ) -> list[torch.Tensor]:
-    """Return of every piece what :func:`similarity` compares; text is read with the tokenizer's special tokens.
+    """Return the output for each piece that :func:`similarity` compares; text is read with the special tokens.
 
     Returns:
         Of a model without a head, the mean of its last hidden states ``[hidden]`` or its embeddings; of one that gives
@@ -77,14 +77,14 @@ def outputs(
     Raises:
         PrunerError: an output is not finite.
     """
-    found = []
+    compared = []
     with evaluating(model), computing(model, compute) as used:
         for inputs in track(_samples_of(model, tokenizer, pieces), f"outputs on {text_name}"):
             output = main_output(forward(model, inputs.to(used.device)))[0].float().cpu()
             if not bool(output.isfinite().all()):
                 raise PrunerError(f"the outputs of {model.name_or_path or type(model).__name__} are not finite")
-            found.append(_comparable(model, output))
-    return found
+            compared.append(_comparable(model, output))
+    return compared
 
 
 def _samples_of(
@@ -127,7 +127,7 @@ def _comparable(model: PreTrainedModel, output: torch.Tensor) -> torch.Tensor:
     return output.argmax(dim=0 if task in ("question-answering", "image-segmentation") else -1)
 
 
-def similarity(expected: list[torch.Tensor], found: list[torch.Tensor]) -> Similarity:
+def similarity(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> Similarity:
     """Compare the :func:`outputs` of a model with those of the original.
 
     >>> original = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])]
@@ -136,7 +136,7 @@ def similarity(expected: list[torch.Tensor], found: list[torch.Tensor]) -> Simil
     >>> similarity([torch.tensor([3, 1]), torch.tensor([0])], [torch.tensor([3, 2]), torch.tensor([0, 5])])
     Similarity(cosine=None, agreement=0.5, pieces=1)
     """
-    pairs = [(one, other) for one, other in zip(expected, found, strict=True) if one.shape == other.shape]
+    pairs = [(one, other) for one, other in zip(expected, actual, strict=True) if one.shape == other.shape]
     cosine = agreement = None
     if pairs and pairs[0][0].is_floating_point() and pairs[0][0].shape != (1,):
         cosine = sum(torch.cosine_similarity(*pair, dim=0).item() for pair in pairs) / len(pairs)
@@ -158,7 +158,7 @@ class Originals:
     def media(
         self, names: Iterable[str], model: PreTrainedModel, most: int | None = None, fallback: str = SYNTHETIC
     ) -> dict[str, ModelInputs]:
-        """Return what to compare the outputs of models on that read images or sounds, by data set.
+        """Return the inputs on which the outputs of models of images or sounds are compared, by data set.
 
         The first model's processor reads them, and all models are given the same. Texts, which such a model cannot do
         with alone, give way to ``fallback``.
@@ -188,18 +188,18 @@ class Originals:
         """
         results = {}
         for name, pieces in texts.items():
-            found = outputs(model, tokenizer, pieces, compute=compute, text_name=name)
+            actual = outputs(model, tokenizer, pieces, compute=compute, text_name=name)
             if name in self._outputs:
-                results[name] = similarity(self._outputs[name], found)
+                results[name] = similarity(self._outputs[name], actual)
             else:
-                self._outputs[name] = found
+                self._outputs[name] = actual
         return results
 
 
-def _share_of_pairs(expected: torch.Tensor, found: torch.Tensor) -> float | None:
+def _share_of_pairs(expected: torch.Tensor, actual: torch.Tensor) -> float | None:
     """Return the share of pairs of scores that are in the same order, None for a single score."""
     first, second = torch.triu_indices(len(expected), len(expected), offset=1)
     if not len(first):
         return None
-    orders = [(scores[first] - scores[second]).sign() for scores in (expected, found)]
+    orders = [(scores[first] - scores[second]).sign() for scores in (expected, actual)]
     return (orders[0] == orders[1]).double().mean().item()

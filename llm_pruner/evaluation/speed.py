@@ -32,9 +32,9 @@ class Speed:
         prefill: tokens read per second, the median of all rounds.
         decode: tokens generated per second, reading the prompt excluded, the median of all rounds; None for a model
             that cannot generate, such as one whose context is full after the prompt.
-        peak_bytes: most memory beyond that of before, during the warm-up; on CUDA the model's weights and the most that
-            the allocator held beyond that of before. None on a CPU where the process took less than 1 MiB from the
-            system.
+        peak_bytes: peak memory during the warm-up, beyond the memory in use before it; on CUDA the model's weights and
+            the allocator's peak beyond the memory in use before. None on a CPU if the process took less than 1 MiB from
+            the system.
         rounds: repetitions of each measurement, after a warm-up.
         prefill_spread, decode_spread: interquartile range of the rounds over their median.
         prefill_ratio, decode_ratio: to the first model that took turns with this one; None for the first model itself,
@@ -104,7 +104,7 @@ def tokens_read(model: PreTrainedModel, tokens: int) -> int:
 
 
 def warnings_of(names: Sequence[str], measured: Sequence[Speed | None]) -> list[str]:
-    """Return a sentence for every ratio of speeds that says nothing, since its rounds vary too much."""
+    """Return a sentence for every ratio of speeds that is noise, since its rounds vary too much."""
     ratios = [
         (f"{name}, {what}", ratio)
         for name, one in zip(names, measured, strict=True)
@@ -117,7 +117,7 @@ def warnings_of(names: Sequence[str], measured: Sequence[Speed | None]) -> list[
 def _summarize(
     values: Sequence[float | None], first: Sequence[float | None] | None
 ) -> tuple[float | None, float | None, Ratio | None]:
-    """Return median, spread and ratio to the first model's; None where a model has no speed."""
+    """Return median, spread and ratio to the first model's; None if a model has no speed."""
     speeds_of_rounds, others = ([v for v in row if v is not None] for row in (values, first or ()))
     if len(speeds_of_rounds) < len(values):
         return None, None, None

@@ -31,8 +31,8 @@ class Column:
         key: name in CSV, where the numbers are complete and in base units.
         head: short name where people read.
         show: formats a number for people.
-        errors: standard errors; empty where none are known.
-        spreads: interquartile ranges of repetitions over the values; empty where none are known.
+        errors: standard errors; empty if none are known.
+        spreads: interquartile ranges of repetitions over the values; empty if none are known.
         lower_is_better: None for a number that is neither better nor worse.
         only_csv: too much detail for the other formats.
     """
@@ -338,7 +338,7 @@ def _notes(evaluations: list[Evaluation], tokenizers_differ: bool) -> list[str]:
 
 
 def _speed_notes(evaluations: list[Evaluation]) -> list[str]:
-    """Return the sizes of what was timed, how the repetitions are summarized, and what the ratios cannot tell."""
+    """Return notes on speeds: the sizes that were timed, the summary of the repetitions, and ratios that are noise."""
     speeds = [one.speed for one in evaluations]
     first = speeds[0]
     if first is None:

@@ -58,7 +58,7 @@ def zero_shot(
         batch_size: requests per forward pass, or ``auto``.
 
     Raises:
-        PrunerError: lm-eval is not installed, a task is unknown, or its data cannot be had.
+        PrunerError: lm-eval is not installed, a task is unknown, or its data is not available.
     """
     require("lm_eval", "eval", "tasks need")
     from lm_eval import simple_evaluate
@@ -83,7 +83,7 @@ def zero_shot(
         except (OSError, ConnectionError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise PrunerError(
-                f"the data of {', '.join(tasks)} cannot be had ({type(error).__name__}: {reason}); with no network, "
+                f"the data of {', '.join(tasks)} is not available ({type(error).__name__}: {reason}); with no network, "
                 "describe a local copy in a task file and give its folder as --include_path"
             ) from error
     assert record is not None
@@ -102,7 +102,7 @@ def zero_shot_in_vllm(
     """Measure tasks as :func:`zero_shot` does, the model run by vLLM: lm-eval's own program in a process of its own.
 
     Raises:
-        PrunerError: vLLM is not installed or refuses the folder, or the data of a task cannot be had.
+        PrunerError: vLLM is not installed or refuses the folder, or the data of a task is not available.
     """
     require_engine("vllm")
     flags = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
@@ -159,7 +159,7 @@ def check_task_data(tasks: Iterable[str], include_path: str | None = None) -> No
     """Refuse tasks whose data can neither be reached nor are cached; each data set is looked up once, not loaded.
 
     Raises:
-        Unavailable: the data of a task cannot be had.
+        Unavailable: the data of a task is not available.
     """
     import datasets
 
@@ -174,7 +174,7 @@ def check_task_data(tasks: Iterable[str], include_path: str | None = None) -> No
         except Exception as error:  # the loaders of a dozen formats, and the network
             reason = " ".join(str(error).split())[:200]
             raise Unavailable(
-                f"the data of {task} cannot be had ({type(error).__name__}: {reason}); with no network, describe a "
+                f"the data of {task} is not available ({type(error).__name__}: {reason}); with no network, describe a "
                 "local copy in a task file and give its folder as --include_path"
             ) from error
 

@@ -90,7 +90,7 @@ def _renewable(atom: Atom) -> bool:
 
 def by_leaf(constants: Iterable[tuple[Atom, Constant]]) -> dict[int, list[Constant]]:
     """Return the constants of every leaf; an axis refined since (heads into groups and members) has one per factor."""
-    out: dict[int, list[Constant]] = {}
+    constants_of: dict[int, list[Constant]] = {}
     for atom, constant in constants:
         factors = flatten([atom])
         for i, factor in enumerate(factors):
@@ -99,5 +99,5 @@ def by_leaf(constants: Iterable[tuple[Atom, Constant]]) -> dict[int, list[Consta
                 continue
             inner = constant.inner * prod(f.size for f in factors[i + 1 :])
             one = Constant(constant.layer, constant.argument, constant.dim, factor.size, inner)
-            out.setdefault(id(find(factor)), []).append(one)
-    return out
+            constants_of.setdefault(id(find(factor)), []).append(one)
+    return constants_of

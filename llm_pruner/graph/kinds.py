@@ -1,4 +1,4 @@
-"""Tell the kind of a unit from what operators did to its axis."""
+"""Derive the kind of a unit from the operators that its axis met."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def fixed_heads(model: nn.Module) -> set[str]:
     }
 
 
-def kind_of(atom: Atom, where: dict, layers: set[tuple[str, int] | None], found: list[Occurrence]) -> str:
+def kind_of(atom: Atom, dims: dict, layers: set[tuple[str, int] | None], occurrences: list[Occurrence]) -> str:
     """Return the kind of a leaf.
 
     Args:
-        where: parameter dims that the leaf runs through.
+        dims: parameter dims that the leaf runs through.
         layers: stacks and layers that hold it, None for parameters outside of layers.
-        found: every leaf of the model.
+        occurrences: every leaf of the model, with the parameter dims that it runs through.
     """
     tags = atom.tags
     if "vocabulary" in tags:
@@ -37,21 +37,20 @@ def kind_of(atom: Atom, where: dict, layers: set[tuple[str, int] | None], found:
     if "indexed" in tags:
         return "experts"
     if "attention" in tags and "scale" not in atom.flags:  # heads are never summed over where tokens meet
-        return "query_heads" if _is_group_member(atom, where, found) else "heads"
-    if "activation" in tags and "mixing" not in tags and len(where) > 1:
+        return "query_heads" if _is_group_member(atom, dims, occurrences) else "heads"
+    if "activation" in tags and "mixing" not in tags and len(dims) > 1:
         return "neurons"
     # The residual stream of a model that begins with a convolution spans layers, though its channels were mixed.
     return "hidden" if len(layers - {None}) > 1 else "channels"
 
 
-def _is_group_member(atom: Atom, where: dict, found: list[Occurrence]) -> bool:
-    """Return True for query heads of a group: wherever they occur, another axis of heads occurs too, and that axis
-    also elsewhere."""
+def _is_group_member(atom: Atom, dims: dict, occurrences: list[Occurrence]) -> bool:
+    """Return True for query heads of a group: the key-value heads occur wherever they do, and also elsewhere."""
     return any(
         other is not atom
         and "attention" in other.tags
-        and where.keys() <= theirs.keys()
-        and all(bool((theirs[key][label >= 0] >= 0).all()) for key, label in where.items())
-        and sum(int((v >= 0).sum()) for v in theirs.values()) > sum(int((v >= 0).sum()) for v in where.values())
-        for other, theirs in found
+        and dims.keys() <= other_dims.keys()
+        and all(bool((other_dims[key][label >= 0] >= 0).all()) for key, label in dims.items())
+        and sum(int((v >= 0).sum()) for v in other_dims.values()) > sum(int((v >= 0).sum()) for v in dims.values())
+        for other, other_dims in occurrences
     )

@@ -1,8 +1,8 @@
-"""The permutation oracle: does the graph tell the truth about a unit?
+"""The permutation oracle: test that a unit of the graph is right.
 
-If the indices of a unit really belong together, reordering them in all its slices at once changes nothing
-in the model's output; and if each slice matters, reordering all but one does. One forward pass a question,
-no rebuilding, and it holds for normalised axes too.
+If the dims of a unit really are one axis, reordering its indices in all of them changes nothing in the model's output;
+if each dim matters, reordering all but one does change it. Each test takes a forward pass, builds no other model, and
+works for normalised axes too.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class PermutationReport:
     """Outcome for one unit; differences are relative to the largest absolute logit.
 
     Attributes:
-        difference: change of the logits when every slice is permuted (should be rounding).
-        effect: change when the first slice is left out (should not be).
+        difference: change of the logits when every dim of the unit is permuted; rounding for a right unit.
+        effect: change of the logits when the first dim is left out; more than rounding for a right unit.
     """
 
     unit: Unit
@@ -63,7 +63,7 @@ def permuted(model: nn.Module, unit: Unit, order: torch.Tensor, leave_out: int |
 
 
 def check_permutation(model: nn.Module, unit: Unit, seed: int = 0) -> PermutationReport:
-    """Ask the permutation oracle about one unit of a real (not meta) model."""
+    """Run the permutation test on one unit of a model that has its weights."""
     ids = example_inputs(model, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(unit.size, generator=generator)

@@ -71,11 +71,11 @@ class Tracer(TorchDispatchMode):
 
     def lookup(self, tensor: torch.Tensor) -> Traced:
         """Return the record of a tensor; a tensor that no traced operator made is a constant."""
-        known = self.traced.get(id(tensor))
-        if known is None:
-            known = Traced(tensor, [fresh(n, COMBINED) for n in tensor.shape], "constant")
-            self.record(known)
-        return known
+        traced = self.traced.get(id(tensor))
+        if traced is None:
+            traced = Traced(tensor, [fresh(n, COMBINED) for n in tensor.shape], "constant")
+            self.record(traced)
+        return traced
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -1,4 +1,4 @@
-"""From axes to prunable units: free leaves, their names and kinds, and the positions of each index."""
+"""Turn axes into units: name them, find their kinds, and record which positions of each weight belong to an index."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ Slices = dict[str, dict[int, torch.Tensor]]
 
 @dataclass(eq=False)
 class Unit:
-    """One prunable axis. Index ``i`` of it is everything that must go together.
+    """One axis of a model, such as the neurons of an MLP. An index, such as one neuron, is removed as a whole.
 
     Attributes:
-        name: unique in its graph, such as ``model.layers.3.mlp.neurons``.
+        name: unique name in the graph, such as ``model.layers.3.mlp.neurons``.
         kind: one of :data:`KINDS`.
         layer: index of the layer it lies in, in its own stack, None where it spans several.
         size: how many indices it has.
@@ -69,16 +69,16 @@ class Unit:
 
     @property
     def parameters(self) -> list[str]:
-        """Return the parameters that the unit runs through, in the model's order."""
+        """Names of the parameters that the unit runs through, in the model's order."""
         return list(dict.fromkeys(name for name, _ in self.dims))
 
     @property
     def width(self) -> int:
-        """Return the channels per index: 1 for a neuron, head_dim for a head (the keys', where heads are grouped)."""
+        """Channels per index: 1 for a neuron, head_dim for a head (that of its key where heads are grouped)."""
         return min(int((label >= 0).sum()) for label in self.dims.values()) // self.size
 
     def slices(self, index: int | Iterable[int]) -> Slices:
-        """Return the positions of an index (or several): ``{parameter name: {dim: LongTensor of positions}}``.
+        """Return the positions that one or several indices occupy: ``{parameter name: {dim: LongTensor [positions]}}``.
 
         Raises:
             IndexError: an index is not in ``range(size)``.
@@ -91,28 +91,42 @@ class Unit:
         indices = torch.tensor([index] if isinstance(index, int) else list(index), dtype=torch.long)
         if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < self.size):
             raise IndexError(f"unit {self.name} has indices 0 to {self.size - 1}, not {index}")
-        out: Slices = defaultdict(dict)
+        occupied: Slices = defaultdict(dict)
         for (name, dim), label in self.dims.items():
-            out[name][dim] = torch.isin(label, indices).nonzero().flatten()
-        return dict(out)
+            occupied[name][dim] = torch.isin(label, indices).nonzero().flatten()
+        return dict(occupied)
 
     def positions(self, name: str, dim: int) -> torch.Tensor:
-        """Return the positions of a parameter dim ordered by index: LongTensor ``[size, positions per index]``."""
+        """Return the positions of a parameter dim, ordered by index: LongTensor ``[size, positions per index]``.
+
+        Raises:
+            KeyError: the unit does not run through this dim.
+
+        >>> rows = torch.tensor([0, 0, 0, 1, 1, 1])  # two heads of three channels
+        >>> Unit("attention.heads", "heads", 0, 2, dims={("q.weight", 0): rows}).positions("q.weight", 0)
+        tensor([[0, 1, 2],
+                [3, 4, 5]])
+        """
         label = self.dims[name, dim]
         order = torch.argsort(torch.where(label < 0, self.size, label), stable=True)
         return order[: int((label >= 0).sum())].view(self.size, -1)
 
 
 class CouplingGraph:
-    """The units of a model, and what was found frozen.
+    """Prunable units and frozen axes of a model, as :func:`trace` finds them.
 
     Attributes:
-        units: the prunable units, layer by layer.
-        frozen: the axes that must not be pruned, each with its reason.
-        unknown_operators: operators without a rule, with the module that used them first.
+        units: prunable units, layer by layer; units that span several layers come last.
+        frozen: axes that cannot be pruned, each with its reason in ``Unit.frozen``.
+        unknown_operators: operators without a rule; each maps to the module that used it first.
         shapes: shape of every tensor in the checkpoint, by name.
-        on_meta: whether shapes were enough; False where the model had to be run on its weights.
+        on_meta: True if the model was traced on shapes alone, False if it had to be run on its weights.
         model_class: name of the model's class.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+    >>> trace(LlamaForCausalLM(LlamaConfig(vocab_size=96, num_hidden_layers=1, **sizes))).of_kind("neurons")[0].size
+    48
     """
 
     def __init__(
@@ -137,7 +151,7 @@ class CouplingGraph:
         """Return the unit called ``name``.
 
         Raises:
-            KeyError: there is none; the message names the nearest.
+            KeyError: no unit has this name; the message lists the nearest names.
         """
         if name not in self._by_name:
             near = difflib.get_close_matches(name, self._by_name, n=3, cutoff=0.0)
@@ -152,6 +166,7 @@ class CouplingGraph:
         return graph
 
     def of_kind(self, *kinds: str) -> list[Unit]:
+        """Return the prunable units of these kinds, in the graph's order."""
         return [unit for unit in self.units if unit.kind in kinds]
 
     def freeze(self, unit: Unit, reason: str) -> None:
@@ -162,14 +177,14 @@ class CouplingGraph:
         self.frozen.append(unit)
 
     def parameters_of(self, unit: Unit) -> float:
-        """Return how many parameters a unit runs through: all that would go with all of its indices."""
+        """Return the number of parameters that removing all indices of a unit would remove."""
         stays: dict[str, float] = defaultdict(lambda: 1.0)
         for (name, _), label in unit.dims.items():
             stays[name] *= 1 - int((label >= 0).sum()) / len(label)
         return sum((1 - share) * prod(self.shapes[name]) for name, share in stays.items())
 
     def table(self) -> Cells:
-        """Return a table of the units by kind, head first."""
+        """Return a table of the units with a row per kind; the first row is the head."""
         cells = [["kind", "units", "indices each", "of the parameters", "flags"]]
         for kind in dict.fromkeys(unit.kind for unit in self.units):
             units = self.of_kind(kind)
@@ -197,7 +212,7 @@ class CouplingGraph:
         return html_table(f"CouplingGraph of {self.title()}", self.table())
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw by layer and kind the share of the model's parameters that units run through, and so could go at most.
+        """Draw the share of the model's parameters that units run through, by layer and kind.
 
         Raises:
             PrunerError: the graph has no units, or matplotlib is not installed.
@@ -216,15 +231,18 @@ class CouplingGraph:
 def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) -> CouplingGraph:
     """Find every prunable unit of a model.
 
-    A graph is kept as long as its model lives, and found anew once the model's structure has changed.
+    The graph is cached until the model is deleted or its structure changes.
 
     Args:
-        model: a Hugging Face model, real or on the meta device. It is run once on meta tensors, and on its weights only
-            if that fails. Its mode and its attention implementation are left as they were.
-        inputs: two samples by the names of the arguments of ``forward``, as the model's processor returns them
+        model: Hugging Face model, with weights or on the meta device. It runs once on meta tensors, and on its weights
+            only if that fails. Its mode and its attention implementation stay as they are.
+        inputs: two samples, by the names of the arguments of ``forward``, as the model's processor returns them
             (default: token ids, images, spectrograms or waveforms of the sizes that the config states). A model that
-            reads text and images is traced on text alone by default, which freezes its hidden channels. The graph
-            found with them is that of later calls without.
+            reads text and images is traced on text alone by default, which freezes its hidden channels. Later calls
+            without ``inputs`` return the graph found with them.
+
+    Returns:
+        The units and frozen axes; freezing a unit of it does not change the cached graph.
 
     Raises:
         TraceError: the model cannot be run; the message names the module and the cause.
@@ -250,7 +268,7 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
 
 
 def share_graph(model: nn.Module, like: nn.Module) -> None:
-    """Give a model the graph of another of the same structure that was traced; of another structure it is ignored."""
+    """Reuse the cached graph of ``like`` for a model of the same structure; :func:`trace` ignores any other."""
     if like in _traced:
         _traced[model] = _traced[like]
 
@@ -267,7 +285,7 @@ def _trace(model: nn.Module) -> CouplingGraph:
     constants = by_leaf(tracer.constants)
     found = join_groups(_occurrences(dims))
     layer_of = LayerLocator(list(layer_lists(model)))
-    units = [_unit(atom, where, layer_of, found, constants.get(id(atom), [])) for atom, where in found]
+    units = [_unit(atom, where, layer_of, occurrences, constants.get(id(atom), [])) for atom, where in occurrences]
     units += _layer_units(model, shapes)
     fixed = fixed_heads(model)
     for unit in units:
@@ -328,14 +346,16 @@ def _occurrences(dims: dict[str, list[Dim]]) -> list[Occurrence]:
     return [(atoms[key], where[key]) for key in atoms if atoms[key].size > 1]
 
 
-def _unit(atom: Atom, where: dict, layer_of: LayerLocator, found: list[Occurrence], constants: list[Constant]) -> Unit:
-    layers = {layer_of(name) for name, _ in where}
+def _unit(
+    atom: Atom, dims: dict, layer_of: LayerLocator, occurrences: list[Occurrence], constants: list[Constant]
+) -> Unit:
+    layers = {layer_of(name) for name, _ in dims}
     layer = next(iter(layers)) if len(layers) == 1 else None
-    kind = kind_of(atom, where, layers, found)
+    kind = kind_of(atom, dims, layers, occurrences)
     frozen = atom.frozen
     if frozen is None and constants and kind not in ("heads", "query_heads"):
         frozen = COMBINED
-    if frozen is None and kind != "vocabulary" and len(where) < 2:
+    if frozen is None and kind != "vocabulary" and len(dims) < 2:
         frozen = "only one parameter has it"
     return Unit(
         "",
@@ -352,7 +372,7 @@ def _unit(atom: Atom, where: dict, layer_of: LayerLocator, found: list[Occurrenc
 
 
 def _layer_units(model: nn.Module, shapes: dict[str, tuple]) -> list[Unit]:
-    """Return whole layers as units: index i occupies every row of every tensor of layer i."""
+    """Return one unit per stack of layers: index i occupies every row of every tensor of layer i."""
     units = []
     for path, stack in layer_lists(model).items():
         if len(stack) < 2:
@@ -366,32 +386,8 @@ def _layer_units(model: nn.Module, shapes: dict[str, tuple]) -> list[Unit]:
     return units
 
 
-def block_of(model: nn.Module, graph: CouplingGraph, stack: str, layer: int, *, kind: str) -> str:
-    """Return the path of the block of a layer that holds its units of a kind: its attention for heads, its MLP for
-    neurons.
-
-    Raises:
-        TraceError: there is no such layer, or it does not hold them in one block of its own.
-    """
-    count = len(layer_lists(model)[stack])
-    if layer >= count:
-        where = stack if len(graph.of_kind("layers")) > 1 else "the model"
-        raise TraceError(f"layer {layer} is out of range: {where} has layers 0 to {count - 1}")
-    start = f"{stack}.{layer}."
-    units = [u for u in [*graph.units, *graph.frozen] if u.kind == kind]
-    names = [name for unit in units for name in unit.parameters if name.startswith(start)]
-    path = common_path(names) if names else ""
-    while path and isinstance(model.get_submodule(path), nn.Linear):  # a single projection is no block
-        path = path.rpartition(".")[0]
-    own = path.startswith(start)
-    if not own or (kind == "heads" and layer == 0):
-        why = "caches are measured by it" if own else f"its {kind} lie in no block of their own"
-        raise TraceError(f"the block with the {kind} of {start[:-1]} cannot go: {why}")
-    return path
-
-
 def _name(units: list[Unit]) -> None:
-    """Name each unit after the module that holds all of it, and its kind."""
+    """Name each unit after the smallest module that holds all of it, and after its kind."""
     seen: dict[str, list[Unit]] = defaultdict(list)
     for unit in units:
         if not unit.name:

@@ -1,1 +1,1 @@
-"""Estimation: what each index of each unit is worth."""
+"""Estimation: the importance of each index of each unit."""

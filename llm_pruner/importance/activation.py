@@ -6,8 +6,8 @@ With X_j the input of channel j of a weight W (tokens as rows), a channel is wor
     wanda        sum_i |W_ij| * ||X_j||_2            (Wanda, arXiv 2306.11695, equation 1, summed over the output)
     flap         Var(X_j) * ||W_:j||_2^2             (FLAP, arXiv 2312.11983, section 3, its metric WIFV)
 
-Only slices that *read* a unit count: the columns of ``down_proj`` for neurons, of ``o_proj`` for heads, of
-every projection behind a norm for hidden channels (whose inputs are the outputs of the norms, as Minitron has them).
+Only dims along which a weight *reads* a unit count: the columns of ``down_proj`` for neurons, of ``o_proj`` for heads,
+of every projection behind a norm for hidden channels (whose inputs are the outputs of the norms, as in Minitron).
 """
 
 from __future__ import annotations
@@ -104,30 +104,30 @@ class Moments:
 
 
 def moments(
-    model: nn.Module, slices: dict[str, list[int]], calibration: Inputs, compute: Compute | None = None
+    model: nn.Module, dims: dict[str, list[int]], calibration: Inputs, compute: Compute | None = None
 ) -> dict[tuple[str, int], Moments]:
-    """Return moments of the inputs of every slice that reads its axis.
+    """Return the moments of the inputs that weights read along the dims to score.
 
     Raises:
         PrunerError: an activation is not finite; the message names the weight that reads it.
     """
-    by_slice: dict[tuple[str, int], Moments] = {}
+    by_dim: dict[tuple[str, int], Moments] = {}
 
     def add(name: str, dim: int, inputs: torch.Tensor) -> None:
-        if dim not in slices.get(name, ()) or not len(inputs):
+        if dim not in dims.get(name, ()) or not len(inputs):
             return
         x = inputs.double()
         sums = [x.sum(0).cpu(), x.abs().sum(0).cpu(), x.square().sum(0).cpu()]
         if not torch.isfinite(sums[2]).all():
             raise PrunerError(f"an input of {name} is not finite; load the model with --dtype float32 or bfloat16")
-        total = by_slice.setdefault((name, dim), Moments(0, *(torch.zeros_like(s) for s in sums)))
+        total = by_dim.setdefault((name, dim), Moments(0, *(torch.zeros_like(s) for s in sums)))
         total.tokens += len(x)
         total.plain += sums[0]
         total.magnitude += sums[1]
         total.square += sums[2]
 
     read(model, calibration, add, compute)
-    return by_slice
+    return by_dim
 
 
 # Importance of channel j from its column w of the weight and the moments of its input x.
@@ -139,7 +139,7 @@ FORMULAS: dict[str, Callable[[torch.Tensor, Moments, int], torch.Tensor]] = {
 
 
 def activation(
-    model: nn.Module, slices: Dims, calibration: Inputs, criterion: str, *, compute: Compute | None = None
+    model: nn.Module, dims: Dims, calibration: Inputs, criterion: str, *, compute: Compute | None = None
 ) -> Salience:
     """Return ``activation``, ``wanda`` or ``flap`` of every channel read: ``{(parameter, dim): [size of dim]}``.
 
@@ -149,5 +149,5 @@ def activation(
     weights = dict(model.named_parameters())
     return {
         (name, dim): FORMULAS[criterion](weights[name].detach().double().cpu(), inputs, dim)
-        for (name, dim), inputs in moments(model, slices, calibration, compute).items()
+        for (name, dim), inputs in moments(model, dims, calibration, compute).items()
     }

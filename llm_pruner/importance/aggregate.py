@@ -1,8 +1,8 @@
-"""From numbers per channel of a weight to one score per index of a unit (LLM-Pruner, section 3.2).
+"""Aggregate numbers per channel of weights to one score per index of a unit (LLM-Pruner, section 3.2).
 
-A *slice* is one weight dim that a unit runs through: the rows of ``q_proj``, the columns of ``down_proj``. Each slice
-gives one number per channel; these are aggregated over slices, channel by channel, and the channels of one index (the
-head_dim channels of a head) are summed.
+A unit runs through one dim of several weights: the rows of ``q_proj``, the columns of ``o_proj``. Each of these dims
+has one number per channel. The numbers are aggregated over the dims, channel by channel, and then summed over the
+channels of an index (the head_dim channels of a head).
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ AGGREGATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def scored_slices(unit: Unit, ranks: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Return the slices that count: all but the biases of weights that count already, as in LLM-Pruner."""
+def scored_dims(unit: Unit, ranks: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Return the parameter dims to score: all but the biases of weights that are scored too, as in LLM-Pruner."""
     dims = [(name, dim) for name, dim in unit.dims if name in ranks]  # buffers have no gradient
     owners = {name.rpartition(".")[0] for name, _ in dims if ranks[name] > 1}
     return [(name, dim) for name, dim in dims if ranks[name] > 1 or name.rpartition(".")[0] not in owners]
 
 
-def slices_of(units: Iterable[Unit], ranks: Mapping[str, int]) -> Dims:
+def dims_to_score(units: Iterable[Unit], ranks: Mapping[str, int]) -> Dims:
     """Return the dims of every parameter that need numbers per channel to score these units."""
-    slices: dict[str, list[int]] = {}
+    dims: dict[str, list[int]] = {}
     for unit in units:
-        for name, dim in scored_slices(unit, ranks):
-            if dim not in slices.setdefault(name, []):
-                slices[name].append(dim)
-    return slices
+        for name, dim in scored_dims(unit, ranks):
+            if dim not in dims.setdefault(name, []):
+                dims[name].append(dim)
+    return dims
 
 
 def aggregate(unit: Unit, salience: Salience, ranks: Mapping[str, int], aggregation: str) -> torch.Tensor:
-    """Return scores ``[unit.size]`` from the numbers per channel of the unit's slices; slices without any are skipped.
+    """Return scores ``[unit.size]`` from the numbers per channel of the unit's dims; dims without numbers are skipped.
 
-    Where slices have different widths (a key-value group has more query than key channels), the query heads of a group
-    are summed onto it, channel by channel.
+    If dims have different numbers of channels per index (a key-value group has more query than key channels), the query
+    heads of a group are summed, channel by channel.
     """
-    keys = [key for key in scored_slices(unit, ranks) if key in salience]
-    if unit.kind == "layers":  # every slice belongs to one index: there is nothing to aggregate over
+    keys = [key for key in scored_dims(unit, ranks) if key in salience]
+    if unit.kind == "layers":  # every dim belongs to one index: there is nothing to aggregate over
         scores = torch.zeros(unit.size, dtype=torch.float64)
         for key in keys:
             scores.index_add_(0, unit.dims[key], salience[key].double())

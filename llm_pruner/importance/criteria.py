@@ -32,7 +32,7 @@ class Entry:
         function: maps a request to numbers per channel or scores per unit.
         needs_calibration: True if it reads the calibration set.
         needs_weights: False if a model on the meta device will do.
-        skips: reason why it leaves units without scores; None where it scores every unit of a request.
+        skips: reason why it leaves units without scores; None if it scores every unit of a request.
         builtin: True if it comes with the project; the numbers of others are never cached, since a user edits them.
     """
 
@@ -49,15 +49,15 @@ def _random(request: Request) -> Result:
 
 
 def _magnitude(power: int, request: Request) -> Result:
-    return magnitude(request.weights, request.slices, power)
+    return magnitude(request.weights, request.dims, power)
 
 
 def _taylor(request: Request) -> Result:
-    return taylor(request.model, request.slices, request.tokens, request.taylor, compute=request.compute)
+    return taylor(request.model, request.dims, request.tokens, request.taylor, compute=request.compute)
 
 
 def _activation(criterion: str, request: Request) -> Result:
-    return activation(request.model, request.slices, request.tokens, criterion, compute=request.compute)
+    return activation(request.model, request.dims, request.tokens, criterion, compute=request.compute)
 
 
 CRITERIA: dict[str, Entry] = {
@@ -90,7 +90,7 @@ def register_criterion(name: str, function: Criterion, *, needs_calibration: boo
     Args:
         name: name of the criterion; registering it again replaces the function.
         function: takes one :class:`llm_pruner.importance.request.Request` and returns either numbers per channel,
-            ``{(parameter name, dim): Tensor [size of dim]}`` for the slices in ``request.slices``, which are then
+            ``{(parameter name, dim): Tensor [size of dim]}`` for the dims in ``request.dims``, which are then
             aggregated like the built-in ones, or scores per unit, ``{unit.name: Tensor [unit.size]}`` for the units in
             ``request.units``. Higher means more important. An instance of torch-pruning's ``Importance`` is accepted
             too.
@@ -105,7 +105,7 @@ def register_criterion(name: str, function: Criterion, *, needs_calibration: boo
     ...     weights = dict(request.weights)
     ...     return {
     ...         (name, dim): weights[name].abs().movedim(dim, 0).flatten(1).amax(1)
-    ...         for name, dims in request.slices.items()
+    ...         for name, dims in request.dims.items()
     ...         for dim in dims
     ...         if weights[name].ndim > 1
     ...     }

@@ -72,11 +72,11 @@ class LayerStack:
             scores[i] = value
         return scores
 
-    def by_count(self, gone: Callable[[int], list[int]]) -> torch.Tensor:
-        """Return ``[layers - 1, layers]``: in row n - 1, the layers ``gone(n)`` score lowest."""
+    def by_count(self, removed: Callable[[int], list[int]]) -> torch.Tensor:
+        """Return ``[layers - 1, layers]``: in row n - 1, the layers ``removed(n)`` score lowest."""
         rows = []
         for count in range(1, len(self.layers)):
-            lowest = gone(count)
+            lowest = removed(count)
             rows.append(self.scores({i: 0.0 if i in lowest else 1.0 for i in self.free}))
         return torch.stack(rows)
 
@@ -114,16 +114,18 @@ class CachedPass:
         return 0.0, 0
 
     @contextmanager
-    def without(self, gone: set[int], start: int) -> Iterator[list[torch.Tensor]]:
-        """Take layers ``gone`` out and skip those before ``start``; yield a list that the next pass fills.
+    def without(self, removed: set[int], start: int) -> Iterator[list[torch.Tensor]]:
+        """Take layers ``removed`` out and skip those before ``start``; yield a list that the next pass fills.
 
         It receives the hidden states in front of each layer from ``start`` on and behind the last.
         """
         states: list[torch.Tensor] = []
-        with replaced_forwards(self.stack.layers, lambda i, forward: self._forward(i, forward, gone, start, states)):
+        with replaced_forwards(self.stack.layers, lambda i, forward: self._forward(i, forward, removed, start, states)):
             yield states
 
-    def _forward(self, index: int, forward: Forward, gone: set[int], start: int, states: list[torch.Tensor]) -> Forward:
+    def _forward(
+        self, index: int, forward: Forward, removed: set[int], start: int, states: list[torch.Tensor]
+    ) -> Forward:
         """Return what a layer runs in a repeated pass."""
         last = index == len(self.stack.layers) - 1
 
@@ -131,7 +133,7 @@ class CachedPass:
             hidden = hidden_in(args, kwargs) if index >= start else self.states[start]
             if index >= start:
                 states.append(hidden)
-            if index < start or index in gone:
+            if index < start or index in removed:
                 output = hidden if self.extras[index] is None else (hidden, *self.extras[index])
             else:
                 output = forward(*args, **kwargs)
@@ -141,12 +143,12 @@ class CachedPass:
 
         return run
 
-    def loss_without(self, gone: set[int], start: int) -> float:
+    def loss_without(self, removed: set[int], start: int) -> float:
         """Return the summed loss without some layers, of which ``start`` is the first."""
         with self.without(gone, start):
             return self._run()[0]
 
-    def remove(self, gone: set[int], start: int) -> None:
+    def remove(self, removed: set[int], start: int) -> None:
         """Cache the pass without some layers, for passes to come."""
         with self.without(gone, start) as states:
             self.loss, _ = self._run()
@@ -228,22 +230,22 @@ class _GreedyRemoval:
     def __init__(self, stack: LayerStack):
         self.passes = [CachedPass(stack, ids) for ids in stack.batches]
         self.tokens = sum(cached.tokens for cached in self.passes)
-        self.gone: set[int] = set()
+        self.removed: set[int] = set()
         self.costs = {index: self._measure(index) for index in track(stack.free, "measuring the loss without layers")}
 
     def _measure(self, index: int) -> float:
-        gone = self.gone | {index}
-        return sum(cached.loss_without(gone, index) - cached.loss for cached in self.passes) / self.tokens
+        removed = self.removed | {index}
+        return sum(cached.loss_without(removed, index) - cached.loss for cached in self.passes) / self.tokens
 
     def remove_cheapest(self) -> tuple[int, float]:
         """Remove the cheapest layer; return its index and cost."""
-        current = set() if self.gone else set(self.costs)
+        current = set() if self.removed else set(self.costs)
         while (index := min(self.costs, key=lambda i: self.costs[i])) not in current:
             self.costs[index] = self._measure(index)
             current.add(index)
-        self.gone.add(index)
+        self.removed.add(index)
         for cached in self.passes:
-            cached.remove(self.gone, index)
+            cached.remove(self.removed, index)
         return index, self.costs.pop(index)
 
 

@@ -17,18 +17,18 @@ from .scores import Dims
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Everything that a criterion may compute from.
+    """Argument of a criterion: the model, the units to score and the calibration set.
 
     Attributes:
-        model: model to score, in its own mode, dtype and device. A criterion leaves it as it was.
+        model: model to score, in its own mode, dtype and device. A criterion must leave it unchanged.
         units: units to score: ``unit.name``, ``unit.kind``, ``unit.layer``, ``unit.size``, and ``unit.positions(name,
             dim)``, a LongTensor ``[unit.size, channels per index]``, for each ``(parameter name, dim)`` of
             ``unit.dims``.
-        slices: ``{parameter name: [dim, ...]}``, the channels that need a number: dim 0 of ``gate_proj.weight`` ``[out,
-            in]`` is its rows, dim 1 its columns.
-        calibration: token ids, LongTensor ``[samples, tokens]``, unchecked; None where the caller gave none.
+        dims: ``{parameter name: [dim, ...]}``, the dims whose channels need numbers: dim 0 of ``gate_proj.weight``
+            ``[out, in]`` has its rows, dim 1 its columns.
+        calibration: token ids, LongTensor ``[samples, tokens]``, unchecked; None if the caller gave none.
         taylor: variant of ``taylor``, from ``--taylor``.
-        seed: seed for whatever is random, from ``--seed``.
+        seed: seed for random numbers, from ``--seed``.
         compute: device and dtype to compute with; ``compute.convert(tensor)`` brings a weight there.
         weights: pairs of a parameter name and its weight, to be read once, in this order; they may come from files
             while ``model`` is on the meta device.
@@ -36,7 +36,7 @@ class Request:
 
     model: PreTrainedModel
     units: list[Unit]
-    slices: Dims
+    dims: Dims
     calibration: Any
     taylor: str = "param_first"
     seed: int = 0
@@ -48,7 +48,7 @@ class Request:
         """Calibration set, checked: LongTensor ``[samples, tokens]`` of ids that the model can read.
 
         Raises:
-            PrunerError: there is none, or the model cannot read it.
+            PrunerError: the calibration set is missing, or the model cannot read it.
         """
         return check_calibration(self.model, self.calibration)
 

@@ -1,4 +1,4 @@
-"""From what a criterion returns to checked scores, one tensor per unit."""
+"""Check the result of a criterion, and turn it into one tensor of scores per unit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from ..errors import PrunerError
 from ..graph.units import Unit
-from .aggregate import aggregate, scored_slices
+from .aggregate import aggregate, scored_dims
 from .request import Request
 
 FORMS = "{(parameter, dim): Tensor [size of dim]} or {unit.name: Tensor [unit.size]}"
@@ -44,11 +44,11 @@ def unit_scores(
     values = {}
     for unit in request.units:
         if per_channel:
-            slices = [key for key in scored_slices(unit, ranks) if key in result]
-            for key in slices:
+            covered = [key for key in scored_dims(unit, ranks) if key in result]
+            for key in covered:
                 _check_shape(criterion, unit, result[key], (len(unit.dims[key]),), f"{key[0]} dim {key[1]}")
-            if slices:
-                numbers = {key: result[key].detach().cpu() for key in slices}
+            if covered:
+                numbers = {key: result[key].detach().cpu() for key in covered}
                 values[unit.name] = _check_finite(criterion, unit, aggregate(unit, numbers, ranks, aggregation))
         elif unit.name in result:
             _check_shape(criterion, unit, result[unit.name], (unit.size,), unit.name)

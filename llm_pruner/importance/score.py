@@ -13,7 +13,7 @@ from ..errors import PrunerError
 from ..graph.units import KINDS, CouplingGraph, Unit
 from ..models.blockwise import Compute, native_compute
 from ..models.running import check_calibration, stored_tensors
-from .aggregate import AGGREGATIONS, slices_of
+from .aggregate import AGGREGATIONS, dims_to_score
 from .criteria import Entry, resolve_criterion
 from .layers import BY_POSITION, STRATEGIES, score_layers
 from .request import Request, Result
@@ -40,8 +40,10 @@ def score(
     """Score every index of every unit of the graph; a higher score means more important.
 
     Args:
-        model: model that ``graph`` was traced from, with real weights. It is not changed.
-        calibration: token ids, LongTensor ``[samples, tokens]``; ``random``, ``l1`` and ``l2`` do without.
+        model: model that ``graph`` was traced from, with its weights. It is not changed.
+        graph: graph of the model, from :func:`llm_pruner.trace`.
+        calibration: token ids, LongTensor ``[samples, tokens]``, or inputs by name, as a processor returns them.
+            ``random``, ``l1`` and ``l2`` need none.
         criterion: ``random``; of weights, ``l1`` and ``l2`` (:mod:`~llm_pruner.importance.magnitude`); of gradients,
             ``taylor`` (:mod:`~llm_pruner.importance.taylor`); of activations, ``activation``, ``wanda`` and ``flap``
             (:mod:`~llm_pruner.importance.activation`); for whole layers, ``block_influence``, ``cosine``,
@@ -61,9 +63,12 @@ def score(
         cache: file of a built-in criterion's numbers per channel, before aggregation: read if it exists, else written.
             Give another file for another model, calibration set or criterion.
 
+    Returns:
+        Scores, with a float64 tensor ``[unit.size]`` for each unit.
+
     Raises:
         PrunerError: a name is not valid, the graph is another model's, the calibration set cannot be read, a gradient
-            is not finite, or a criterion returns other tensors than it should.
+            is not finite, or the result of a criterion has the wrong form.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -99,7 +104,7 @@ def score(
     request = Request(
         model=model,
         units=units,
-        slices=slices_of(units, {n: p.ndim for n, p in model.named_parameters()}),
+        dims=dims_to_score(units, {n: p.ndim for n, p in model.named_parameters()}),
         calibration=calibration,
         taylor=taylor,
         seed=seed,
@@ -113,7 +118,7 @@ def score(
 
 
 def _compute(entry: Entry, request: Request, cache: Path | None) -> Result:
-    """Return what a criterion gives for a request, from the cache if it is there."""
+    """Return the result of a criterion for a request, from the cache if possible."""
     if cache is None or not entry.builtin:
         return entry.function(request)
     salience = load_salience(cache)
@@ -154,10 +159,10 @@ def _check_complete(
     if entry.skips is None:
         raise PrunerError(
             f"criterion {name!r} returned nothing for unit {missing.name}: return a tensor [{missing.size}] under its "
-            "name or a number per channel for one of its slices, or score other kinds"
+            "name or a number per channel for one of its dims, or score other kinds"
         )
     if requested or not values:
-        raise PrunerError(f"{name} says nothing of {missing.name}: {entry.skips}")
+        raise PrunerError(f"{name} does not score {missing.name}: {entry.skips}")
 
 
 def _check_choice(what: str, value: str, choices: Iterable[str]) -> None:

@@ -37,7 +37,7 @@ class Scores:
             tensor is ``[unit.size - 1, unit.size]``, with row n - 1 for n of them.
         settings: criterion, aggregation and seed that gave the scores.
 
-    Scores from elsewhere are as good as those of :func:`llm_pruner.score`:
+    Scores need not come from :func:`llm_pruner.score`:
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -56,7 +56,7 @@ class Scores:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def of(self, unit: Unit, removed: int = 1) -> torch.Tensor:
-        """Return the scores ``[unit.size]`` by which ``removed`` indices of a unit are chosen.
+        """Return the scores ``[unit.size]`` that decide which ``removed`` indices of a unit are removed.
 
         Raises:
             PrunerError: the unit has no scores, or scores of another size, or one of them is NaN.
@@ -77,10 +77,10 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
-        """Read what :meth:`save` wrote.
+        """Read scores that :meth:`save` wrote.
 
         Raises:
-            PrunerError: the file is missing or holds something else.
+            PrunerError: the file is missing or holds no scores.
         """
         try:
             with safe_open(str(path), "pt") as file:
@@ -90,7 +90,7 @@ class Scores:
             raise PrunerError(f"cannot read the scores {path}: {error}") from error
 
     def table(self) -> Cells:
-        """Return a table of the finite scores by kind, head first."""
+        """Return a table of the finite scores with a row per kind; the first row is the head."""
         finite: dict[str, list[torch.Tensor]] = {}
         for name, value in self.values.items():
             first = _for_one_removed(value)
@@ -148,7 +148,7 @@ def save_salience(salience: Salience, path: Path) -> None:
 
 
 def load_salience(path: Path) -> Salience | None:
-    """Read what :func:`save_salience` wrote; return None without a readable file."""
+    """Read numbers that :func:`save_salience` wrote; return None without a readable file."""
     try:
         with safe_open(str(path), "pt") as file:
             tensors = {key.rpartition("|"): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -27,12 +27,12 @@ VARIANTS = ("vectorize", "param_first", "param_second", "param_mix")
 
 
 def taylor(
-    model: nn.Module, slices: Dims, calibration: torch.Tensor, variant: str, *, compute: Compute | None = None
+    model: nn.Module, dims: Dims, calibration: torch.Tensor, variant: str, *, compute: Compute | None = None
 ) -> Salience:
     """Return the Taylor importance of every channel: ``{(parameter, dim): [size of dim]}`` in fp32.
 
     Args:
-        slices: dims of each parameter to score.
+        dims: dims of each parameter to score.
         calibration: LongTensor ``[samples, tokens]``.
         variant: one of :data:`VARIANTS`.
         compute: where and how to compute; by default where the model is.
@@ -45,7 +45,7 @@ def taylor(
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # g and H of the parameters being visited
 
     def add(name: str, value: torch.Tensor, signed: bool = False) -> None:
-        for dim in slices[name]:
+        for dim in dims[name]:
             channels = reduce_to(dim, value).cpu()
             if not torch.isfinite(channels).all():
                 raise PrunerError(
@@ -76,9 +76,9 @@ def taylor(
         add(name, (weight * gradient).sub_(hessian.mul_(weight).mul_(weight), alpha=0.5).abs_())
 
     if variant == "param_mix":
-        visit_gradients(model, slices, calibration, both, done=mixed, per_sample=True, compute=compute)
+        visit_gradients(model, dims, calibration, both, done=mixed, per_sample=True, compute=compute)
     elif variant == "param_second":
-        visit_gradients(model, slices, calibration, second, per_sample=True, compute=compute)
+        visit_gradients(model, dims, calibration, second, per_sample=True, compute=compute)
     else:
-        visit_gradients(model, slices, calibration, first, compute=compute)
+        visit_gradients(model, dims, calibration, first, compute=compute)
     return salience

@@ -1,10 +1,10 @@
-"""Importance classes of torch-pruning (DepGraph, arXiv 2301.12900) on our units.
+"""Score units with importance classes of torch-pruning (DepGraph, arXiv 2301.12900).
 
-A unit becomes one of its groups. Its members are stand-ins for the model's modules, with the same weights and, for
-criteria that read gradients, those of the calibration loss; the model itself is not touched. Every member has one entry
-per *root channel*: ``unit.size * width`` of them, ordered by index. A slice with more channels per index (the query
-heads of a key-value group) becomes several members, which torch-pruning's ``group_reduction`` combines. The root
-channels of one index are summed.
+A unit becomes a group of torch-pruning. The members of the group are stand-ins for the model's modules, with the same
+weights and, for criteria that read gradients, those of the calibration loss; the model itself is not touched. Every
+member has one entry per *root channel*: ``unit.size * width`` of them, ordered by index. A dim with more channels per
+index (the query heads of a key-value group) becomes several members, which torch-pruning's ``group_reduction``
+combines. The root channels of one index are summed.
 
 GroupMagnitudeImportance(p, group_reduction="sum", normalizer=None)   sum |w|^p          = l1, l2
 GroupTaylorImportance(group_reduction="sum", normalizer=None)         sum |w g|          = taylor, param_first
@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
 from ..graph.units import Unit
-from .aggregate import scored_slices
+from .aggregate import scored_dims
 from .gradients import visit_gradients
 from .request import Request
 
@@ -47,11 +47,12 @@ def score_groups(importance: Any, request: Request) -> dict[str, torch.Tensor]:
     Args:
         importance: callable that maps a ``torch_pruning.Group`` to a tensor ``[root channels]``.
 
-    Returns ``{unit.name: [unit.size]}``, without the units that its groups cannot express or that the importance has
-    nothing to say of (it returns None, since no module is of its ``target_types``).
+    Returns ``{unit.name: [unit.size]}``, without units that torch-pruning's groups cannot express and units for which
+    the importance returns None (no module is of its ``target_types``).
 
     Raises:
-        PrunerError: it needs gradients and there is no calibration set, or it returns another number of channels.
+        PrunerError: the importance needs gradients and there is no calibration set, or it returns another number of
+            channels.
     """
     units = [unit for unit in request.units if unit.kind not in ("layers", "vocabulary")]
     builder = _GroupBuilder(request=request, gradients=_gradients(importance, units, request))
@@ -71,7 +72,7 @@ def score_groups(importance: Any, request: Request) -> dict[str, torch.Tensor]:
 
 
 def _gradients(importance: Any, units: Iterable[Unit], request: Request) -> Gradients:
-    """Return what ``parameter.grad`` is to hold: g, for Hessians (1/N) sum_n g_n^2, nothing where it is not read.
+    """Return the tensors for ``parameter.grad``: g, or (1/N) sum_n g_n^2 for Hessians; none for classes that read none.
 
     Classes of users get g if there is a calibration set.
     """
@@ -118,7 +119,7 @@ def _rows_only(group: Any) -> Any:
     """
     from torch_pruning import Dependency, Group, function
 
-    out = Group()
+    rows_group = Group()
     for item in group.items:
         dependency, rows = item
         if dependency.handler == function.prune_linear_out_channels:
@@ -128,11 +129,11 @@ def _rows_only(group: Any) -> Any:
             layer.weight.grad = whole.weight.grad[rows]
             node = copy.copy(dependency.target)
             node.module = layer
-            out.add_dep(
+            rows_group.add_dep(
                 Dependency(dependency.trigger, dependency.handler, dependency.source, node), [*range(len(rows))]
             )
-            out[-1].root_idxs = item.root_idxs
-    return out
+            rows_group[-1].root_idxs = item.root_idxs
+    return rows_group
 
 
 @dataclass(kw_only=True)
@@ -147,16 +148,16 @@ class _GroupBuilder:
         self.ranks = {name: parameter.ndim for name, parameter in self.request.model.named_parameters()}
 
     def build(self, unit: Unit) -> tuple[Any, int]:
-        """Return the group of a unit, empty where no parameter has a slice, and its root channels per index."""
+        """Return the group of a unit, empty if no parameter is scored, and its root channels per index."""
         from torch_pruning import Dependency, Group
         from torch_pruning.dependency import Node
 
-        slices = [(name, dim, unit.positions(name, dim)) for name, dim in scored_slices(unit, self.ranks)]
-        widths = [positions.shape[1] for _, _, positions in slices] or [1]
+        dims = [(name, dim, unit.positions(name, dim)) for name, dim in scored_dims(unit, self.ranks)]
+        widths = [positions.shape[1] for _, _, positions in dims] or [1]
         width = min(widths) if all(w % min(widths) == 0 for w in widths) else 1
-        stand_ins = {path: self._stand_in(path) for path in dict.fromkeys(_path(name) for name, _, _ in slices)}
+        stand_ins = {path: self._stand_in(path) for path in dict.fromkeys(_path(name) for name, _, _ in dims)}
         group, root, members = Group(), None, set()
-        for name, dim, positions in slices:
+        for name, dim, positions in dims:
             target, handler, axis = _operation(
                 self.request.model.get_submodule(_path(name)), stand_ins[_path(name)], name, dim
             )
@@ -207,7 +208,7 @@ def _add_member(group: Any, dependency: Any, positions: torch.Tensor) -> None:
 
 
 def _operation(module: nn.Module, stand_in: nn.Module, name: str, dim: int) -> tuple[Any, Any, int]:
-    """Return what torch-pruning would prune of a slice: a module or parameter, its function, and the dim.
+    """Return torch-pruning's view of a parameter dim: module or parameter, pruning function, and dim.
 
     Parameters of modules that it does not know (RMSNorm, stacked experts) are members of their own, as in its graphs.
     """
@@ -215,9 +216,9 @@ def _operation(module: nn.Module, stand_in: nn.Module, name: str, dim: int) -> t
 
     key = name.rpartition(".")[2]
     if key == "weight" and isinstance(module, (nn.Linear, Conv1D)):
-        out = dim == (1 if isinstance(module, Conv1D) else 0)
-        linear = functions.prune_linear_out_channels if out else functions.prune_linear_in_channels
-        return stand_in, linear, 0 if out else 1
+        is_output = dim == (1 if isinstance(module, Conv1D) else 0)
+        linear = functions.prune_linear_out_channels if is_output else functions.prune_linear_in_channels
+        return stand_in, linear, 0 if is_output else 1
     if key == "weight" and isinstance(module, nn.Embedding) and dim == 1:
         return stand_in, functions.prune_embedding_out_channels, dim
     if isinstance(module, nn.modules.conv._ConvNd) and key == "weight" and module.groups == 1 and dim < 2:

@@ -1,4 +1,4 @@
-"""Read what modules were constructed with: configs, sizes, fields."""
+"""Read the arguments that modules were constructed with: configs, sizes, fields."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .per_layer import bind_constructor
 
 
 def constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
-    """Return the arguments that a module was constructed with, by name; None where they were not recorded."""
+    """Return the arguments that a module was constructed with, by name; None if they were not recorded."""
     if "_constructed_with" not in module.__dict__:
         return None
     module_class, args, kwargs = module.__dict__["_constructed_with"]
@@ -37,13 +37,13 @@ def numbers_of(module: nn.Module) -> dict[str, int]:
 
 def fields_of(config: PreTrainedConfig | None) -> dict[str, Any]:
     """Return the fields of a config, and those of the configs inside it as ``ffn_config.ffn_hidden_size``."""
-    out: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for name, value in (vars(config) if config else {}).items():
         if isinstance(value, PreTrainedConfig):
-            out |= {f"{name}.{inner}": v for inner, v in fields_of(value).items()}
+            by_name |= {f"{name}.{inner}": v for inner, v in fields_of(value).items()}
         elif not name.startswith("_"):
-            out[name] = value
-    return out
+            by_name[name] = value
+    return by_name
 
 
 def refusal(config: PreTrainedConfig) -> str:

@@ -87,7 +87,7 @@ def as_inputs(value: Any) -> Any:
 
 
 def tokens_per_sample(inputs: Inputs) -> int:
-    """Return how many tokens a sample has, or an estimate for images and audio."""
+    """Return the number of tokens of a sample, or an estimate for images and audio."""
     return inputs.shape[1] if isinstance(inputs, torch.Tensor) else TOKENS_OF_OTHERS
 
 

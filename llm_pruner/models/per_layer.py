@@ -251,13 +251,13 @@ def global_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Return the stacks of decoder (or encoder) layers by path: the outermost lists of modules with parameters."""
-    out: dict[str, nn.ModuleList] = {}
+    stacks: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        nested = any(path.startswith(f"{outer}.") for outer in out)
+        nested = any(path.startswith(f"{outer}.") for outer in stacks)
         members = list(module) if isinstance(module, nn.ModuleList) and not nested else []
         if members and all(list(member.parameters()) for member in members):
-            out[path] = module
-    return out
+            stacks[path] = module
+    return stacks
 
 
 def stack_of(model: nn.Module, layers: int) -> nn.ModuleList | None:
@@ -302,7 +302,7 @@ def _is_built(layer: nn.Module) -> bool:
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    """Return the module at a path, None where the path begins at another model, around this one or inside it."""
+    """Return the module at a path, None if the path begins at another model, around this one or inside it."""
     try:
         return model.get_submodule(path)
     except AttributeError:

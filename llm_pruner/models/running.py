@@ -91,13 +91,13 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Tensors that transformers does not save, such as tables of sines, are left out: they are computed anew.
     """
-    out: dict[str, torch.Tensor] = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     transient = {f"{p}.{n}".lstrip(".") for p, m in model.named_modules() for n in m._non_persistent_buffers_set}
     for name, buffer in model.named_buffers():
         if name not in transient and buffer.is_floating_point():
-            out[name] = buffer
+            tensors[name] = buffer
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    return {name: tensor for name, tensor in out.items() if name not in ignored}
+    return {name: tensor for name, tensor in tensors.items() if name not in ignored}
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
@@ -126,7 +126,7 @@ def model_inputs(model: nn.Module, ids: Inputs) -> dict[str, torch.Tensor]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return the model's context length in tokens, None where its config does not state it.
+    """Return the model's context length in tokens, None if its config does not state it.
 
     Where the positions of tokens begin after that of padding, as RoBERTa's do, the rows up to there hold no token.
     """
@@ -146,11 +146,11 @@ def target_ids(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def main_output(output: Any) -> torch.Tensor:
-    """Return what a model's output is about.
+    """Return the main tensor of a model's output.
 
-    Logits ``[rows, tokens, vocabulary]`` or ``[rows, classes]``; those of starts and ends ``[rows, tokens, 2]`` of a
-    model for question answering; the embeddings ``[rows, sides x size]`` of a model that compares texts with images or
-    sounds; the last hidden states ``[rows, tokens, hidden]`` of a model without a head.
+    The main tensor is: logits ``[rows, tokens, vocabulary]`` or ``[rows, classes]``; for question answering, the logits
+    of starts and ends ``[rows, tokens, 2]``; for a model that compares texts with images or sounds, the embeddings
+    ``[rows, sides x size]``; for a model without a head, the last hidden states ``[rows, tokens, hidden]``.
     """
     if getattr(output, "start_logits", None) is not None:
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
@@ -158,11 +158,11 @@ def main_output(output: Any) -> torch.Tensor:
     if embeddings := [side for side in sides if torch.is_tensor(side)]:
         return torch.cat(embeddings, dim=-1)
     names = ("logits", "prediction_logits", "predicted_depth", "last_hidden_state")
-    found = next((value for name in names if (value := getattr(output, name, None)) is not None), None)
-    found = output[0] if found is None else found
-    if not torch.is_tensor(found):
+    tensor = next((value for name in names if (value := getattr(output, name, None)) is not None), None)
+    tensor = output[0] if tensor is None else tensor
+    if not torch.is_tensor(tensor):
         raise PrunerError(f"the model's output is several tensors or none: {type(output).__name__} is not compared")
-    return found
+    return tensor
 
 
 def forward(model: nn.Module, ids: Inputs) -> Any:
@@ -172,7 +172,7 @@ def forward(model: nn.Module, ids: Inputs) -> Any:
 
 @contextmanager
 def equal_draws() -> Iterator[None]:
-    """Let a model that draws random numbers on its way, such as a mask, draw the same whenever it runs in the block."""
+    """Give a model that draws random numbers, such as a mask, the same numbers whenever it runs in the block."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield

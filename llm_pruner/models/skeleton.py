@@ -21,10 +21,10 @@ def parameter_count(model: nn.Module) -> int:
 def names_of(model: PreTrainedModel) -> dict[str, list[str]]:
     """Return all names of each tensor by its first name: tied tensors have several."""
     first: dict[int, str] = {}
-    out: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        out.setdefault(first.setdefault(id(tensor), name), []).append(name)
-    return out
+        names.setdefault(first.setdefault(id(tensor), name), []).append(name)
+    return names
 
 
 def canonical_names(model: PreTrainedModel) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The task of a class of transformers: what a model gives for a text, and which auto class loads it."""
+"""Tasks of transformers' model classes, and the auto class that loads the models of each task."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def task_name(model: nn.Module) -> str | None:
 
 
 def declared_class(config: PreTrainedConfig) -> str | None:
-    """Return the class that a checkpoint declares in its ``architectures``, None where it declares none."""
+    """Return the class that a checkpoint declares in its ``architectures``, None if it declares none."""
     names = getattr(config, "architectures", None) or [None]
     return names[0] if isinstance(names[0], str) else None
 

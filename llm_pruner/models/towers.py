@@ -17,7 +17,7 @@ def tower_paths(model: PreTrainedModel) -> dict[str, str]:
     if not predicts_tokens(model):
         return {}
     names = {id(module): name for name, module in model.named_modules()}
-    found = {tower: names.get(id(model.get_encoder(modality)), "") for tower, modality in MODALITIES.items()}
+    paths = {tower: names.get(id(model.get_encoder(modality)), "") for tower, modality in MODALITIES.items()}
     language = {"", names.get(id(model.base_model), ""), names.get(id(model.get_decoder()), "")}
     return {tower: path for tower, path in found.items() if path not in language}
 

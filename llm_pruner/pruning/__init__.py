@@ -1,1 +1,1 @@
-"""Pruning as a run: arguments, presets, planning, and what the run's folder holds."""
+"""Pruning runs: flags, presets, planning, and the files of a run's folder."""

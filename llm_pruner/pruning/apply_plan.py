@@ -1,4 +1,4 @@
-"""Apply a plan to a checkpoint: the run behind ``llm-pruner apply``."""
+"""Run ``llm-pruner apply``: apply a plan to a checkpoint."""
 
 from __future__ import annotations
 

@@ -29,17 +29,17 @@ MODES = ("block_wise", "channel_wise", "layer_wise", "kinds")
 RANGES = tuple(f"block_{block}_layer_{end}" for block in ("attention", "mlp") for end in ("start", "end"))
 # Flags that cannot be given together, and why.
 EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
-    (MODES, MODES, "each says what is pruned"),
-    (("kinds",), ("shares",), "each says what is pruned"),
-    (TARGETS, (*TARGETS, "pruning_ratio"), "each says how much stays"),
+    (MODES, MODES, "each names the units to prune"),
+    (("kinds",), ("shares",), "each names the units to prune"),
+    (TARGETS, (*TARGETS, "pruning_ratio"), "each sets the size of the result"),
     (TARGETS, ("layer_wise", "iterative_steps"), "a target is solved in one step"),
-    (SHAPES, (*TARGETS, "channel_wise", "kinds", "iterative_steps"), "a target shape says all"),
+    (SHAPES, (*TARGETS, "channel_wise", "kinds", "iterative_steps"), "a target shape determines all widths"),
     (
         ("uniform",),
         (*RANGES, "global_pruning", "drop_attention", "drop_mlp", "layer_wise"),
-        "one keeps as much in every layer, the other makes layers differ",
+        "one makes all layers alike, the other makes layers differ",
     ),
-    *((("layer_wise", "drop_layers", "num_layers", "num_hidden_layers"),) * 2 + ("each says which layers go",),),
+    *((("layer_wise", "drop_layers", "num_layers", "num_hidden_layers"),) * 2 + ("each names the layers to remove",),),
     (("depth",), ("layer_wise", "drop_layers"), "one chooses layers, the other names them"),
     (("layer_wise",), ("global_pruning", "iterative_steps"), "layers are dropped by position"),
     (("layer_wise", "channel_wise"), RANGES, "layer ranges are for heads and neurons"),
@@ -102,7 +102,7 @@ class PruneArguments(Arguments):
         None, "variant of taylor (default: param_second, set by the preset)", group="method"
     )
     grouping_strategy: Aggregation | None = flag(
-        None, "aggregation over the slices of a unit (default: sum)", group="method"
+        None, "aggregation of scores over the weights of a unit (default: sum)", group="method"
     )
     global_pruning: bool = flag(False, "rank indices across layers instead of within each layer", group="method")
     normalize: Normalizer = flag(
@@ -133,8 +133,8 @@ class PruneArguments(Arguments):
     )
     depth: LayerCriterion | None = flag(None, "criterion that chooses layers (default: loss)", group="layers")
     depth_examples: int = flag(16, "calibration samples that --depth is measured on", group="layers")
-    drop_attention: list[str] = flag([], "layers whose attention is removed", group="layers")
-    drop_mlp: list[str] = flag([], "layers whose MLP is removed", group="layers")
+    drop_attention: list[str] = flag([], "layers whose attention is removed: 20,21", group="layers")
+    drop_mlp: list[str] = flag([], "layers whose MLP is removed: 3", group="layers")
 
     target_config: str | None = flag(
         None, "JSON file with the config of the pruned model, or some of its fields", group="shape"
@@ -174,7 +174,8 @@ class PruneArguments(Arguments):
     tensor_parallel: int = flag(1, "keep widths that N devices can share equally", group="budget")
     uniform: bool = flag(
         False,
-        "keep as many indices in every layer: a plain checkpoint, which other engines read (default: layers differ)",
+        "keep the same number of indices in every layer: a plain checkpoint, which other engines read "
+        "(default: layers differ)",
         group="budget",
     )
     hardware_align: bool | None = flag(
@@ -226,7 +227,7 @@ class PruneArguments(Arguments):
     standalone: bool = flag(
         False, "also save a modelling file, so that per-layer checkpoints load without llm_pruner", group="output"
     )
-    push_to_hub: str | None = flag(None, "push the run's folder to the hub as user/name", group="output")
+    push_to_hub: str | None = flag(None, "upload the run's folder to the hub, as user/name", group="output")
     eval_datasets: list[str] = flag([GENERAL], "texts to measure perplexity on ('' for none)", group="output")
     max_windows: int = flag(0, "use only the first N windows of each text (0: all)", group="output")
     eval_device: str = flag("auto", "device to evaluate on", group="output")
@@ -289,32 +290,32 @@ class PruneArguments(Arguments):
         Raises:
             PrunerError: an entry has no number.
         """
-        out = []
+        numbers = []
         for entry in map(str, getattr(self, name)):
             stack, _, number = entry.rpartition(".")
             if not number.isdecimal() or not number.isascii():
                 raise PrunerError(f"--{name} {entry!r} is not valid: give numbers, such as 4,7 or encoder.4")
-            out.append((stack, int(number)))
-        return out
+            numbers.append((stack, int(number)))
+        return numbers
 
     def proportions(self) -> dict[str, float]:
-        """Return what ``--shares`` says, by kind; 0 for kinds whose proportion is to be measured.
+        """Return the proportions of ``--shares`` by kind; 0 for kinds whose proportion is to be measured.
 
         Raises:
-            PrunerError: an entry is no proportion or names no kind of unit.
+            PrunerError: an entry is not a proportion, or its kind of unit is not known.
         """
         mode, _, listed = (self.shares or "").partition(":")
         if mode == "measured":
-            out = dict.fromkeys(split_list(listed) or ["layers", "neurons"], 0.0)
+            shares = dict.fromkeys(split_list(listed) or ["layers", "neurons"], 0.0)
         else:
-            out = dict(map(_proportion, split_list(self.shares)))
-        known = [kind for kind in Kind.__args__ if kind != "vocabulary"]  # type: ignore[attr-defined]
-        for kind in out:
+            shares = dict(map(_proportion, split_list(self.shares)))
+        kinds = [kind for kind in Kind.__args__ if kind != "vocabulary"]  # type: ignore[attr-defined]
+        for kind in shares:
             if kind == "vocabulary":
                 raise PrunerError("--shares vocabulary: tokens are pruned by llm-pruner vocab")
-            if kind not in known:
-                raise PrunerError(f"--shares {kind!r} is not valid: choose from {', '.join(known)}")
-        return out
+            if kind not in kinds:
+                raise PrunerError(f"--shares {kind!r} is not valid: choose from {', '.join(kinds)}")
+        return shares
 
 
 @dataclass(kw_only=True)

@@ -19,11 +19,11 @@ from .settings import CalibrationSettings
 
 
 def available_text(settings: CalibrationSettings, model: PreTrainedModel, offload: bool = False) -> CalibrationSettings:
-    """Return settings whose text can be had, in samples that fit the model's context; log a replacement.
+    """Return settings with a text that is available, in samples that fit the model's context; log a replacement.
 
-    Only a text that the user did not name is replaced: a data set on a hub that cannot be reached by text that the
-    model writes itself, and that by the embedded text where the model cannot write or is offloaded, which would take
-    a pass through its files for every token.
+    Only a text that the user did not name is replaced. If the hub cannot be reached, the model writes the text itself.
+    If the model cannot write, or is offloaded, so that each token would take a pass through its files, an embedded text
+    is used.
     """
     if not (reads_text_only(model) and settings.towers == "language"):
         return _available_media(settings, model)

@@ -104,7 +104,7 @@ def _check_against_config(config: PreTrainedConfig, settings: PruneSettings) -> 
     try:
         trace_towers(model, settings.calibration.towers)
     except TraceError:
-        return  # the model is traced on its weights
+        return  # the model can only be traced on its weights
     check_plan(Planning(settings=settings), model)
 
 
@@ -125,7 +125,7 @@ def check_apply_inputs(arguments: ApplyArguments, check: InputCheck) -> None:
             config = check_model(arguments.model, arguments.trust_remote_code, tokenizer=arguments.refit, task=task)
             path, gguf = locate(arguments.model)
             if not arguments.refit and (gguf is not None or not Path(path).is_dir()):
-                raise PrunerError("this is not a folder of safetensors: only these are cut file by file")
+                raise PrunerError("this is not a folder of safetensors files, which apply needs: give one")
             if plan is not None:
                 _check_plan_fits(meta_model(config, arguments.trust_remote_code), plan)
     if not check.skips(arguments.output):

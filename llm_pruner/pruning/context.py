@@ -56,7 +56,7 @@ class Planning:
     """Inputs of planning.
 
     Attributes:
-        ids: calibration set, LongTensor ``[samples, tokens]`` or other inputs, None where the settings need none.
+        ids: calibration set, LongTensor ``[samples, tokens]`` or other inputs, None if the settings need none.
         place: where tensors of pruned models are put.
         weights: weights to score one after the other, of a model on the meta device.
     """

@@ -36,7 +36,7 @@ def evaluation_windows(
     originals: Originals,
     fallback: str,
 ) -> dict[str, Any]:
-    """Cut every evaluation text, so that a missing text is found before any work is done.
+    """Cut every evaluation text into windows, so that a missing text is found before any work is done.
 
     Args:
         originals: keeps the images or sounds that outputs are compared on.
@@ -103,7 +103,7 @@ def evaluate_model(
 
 
 def warn_of_lost_quality(metrics: Mapping[str, Any]) -> None:
-    """Warn of a pruned model whose perplexity is many times the original's."""
+    """Warn if the perplexity of the pruned model is many times the original's."""
     for name, after in metrics["after"]["perplexity"].items():
         before = metrics["before"]["perplexity"][name]["perplexity"]
         if after["perplexity"] > UNUSABLE * before:

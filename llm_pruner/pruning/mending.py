@@ -80,7 +80,7 @@ def _compensate(
 def compensate_plan(
     model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, ids: Inputs, *, method: str
 ) -> tuple[PreTrainedModel, CompensationReport]:
-    """Compensate what a plan left of a model; return the compensated model, with biases where the method needs them.
+    """Compensate a pruned model; return it, with biases added if the method needs them.
 
     Raises:
         PrunerError: as :func:`llm_pruner.compensate`.
@@ -92,7 +92,7 @@ def compensate_plan(
 
 
 def _with_self_samples(settings: PruneSettings, model: PreTrainedModel, ids: Inputs) -> tuple[Inputs, int]:
-    """Return the calibration set with samples that the model writes itself in front; without, where it cannot."""
+    """Return the calibration set, with self-written samples in front if the model can write, and their number."""
     if isinstance(ids, ModelInputs):
         return ids, 0
     try:
@@ -100,7 +100,7 @@ def _with_self_samples(settings: PruneSettings, model: PreTrainedModel, ids: Inp
     except PrunerError as error:
         if settings.refit.self_samples_required:  # the user asked for them
             raise
-        log.info("compensating without text of the model's own: %s", error)
+        log.info("compensating without self-written samples: %s", error)
         return ids, 0
     log.info("compensating on %d samples, %d of them the model's own", len(ids) + len(own), len(own))
     return torch.cat([own, ids]), len(own)

@@ -1,4 +1,4 @@
-"""From settings to a plan: which layers go, which widths are scored, how much of each unit stays."""
+"""Turn settings into a plan: choose layers to remove, score widths, and choose the indices that stay."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PlannedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Whole:
-    """A model before layers were dropped from it, and the plan that drops them."""
+    """A model before layers are removed, and the plan that removes them."""
 
     model: PreTrainedModel
     graph: CouplingGraph
@@ -66,7 +66,7 @@ class Whole:
 
 @dataclass(frozen=True, kw_only=True)
 class WidthGoal:
-    """Widths that go: by ``counts`` (and ``config``) for a shape, else by ratio, proportions or budget."""
+    """Widths to remove: by ``counts`` (and ``config``) for a shape, else by ratio, proportions or budget."""
 
     kinds: tuple[str, ...]
     layers: Mapping[str, Iterable[int]] | None = None
@@ -77,7 +77,7 @@ class WidthGoal:
 
 
 def needs_calibration(settings: PruneSettings) -> bool:
-    """Return True if choosing what goes, or rescaling norms, takes a calibration set."""
+    """Return True if choosing layers or indices, or rescaling norms, needs a calibration set."""
     layers, widths = settings.layers, settings.widths
     by_shape = any("layer" in name for name in settings.shape)
     chooses_layers = bool(layers.keep or by_shape or widths.proportions or "layers" in widths.kinds)
@@ -132,7 +132,7 @@ def _trace(planning: Planning, model: PreTrainedModel) -> CouplingGraph:
 
 
 def without_scores(settings: PruneSettings) -> PruneSettings:
-    """Return settings that choose as many indices, at random, and layers by position; what else differs is left out."""
+    """Return settings that choose as many indices, at random, and layers by position, without what changes no shape."""
     layers, widths = settings.layers, settings.widths
     criterion = layers.criterion if layers.criterion in BY_POSITION else "spaced_middle"
     proportions = {kind: share or 1.0 for kind, share in widths.proportions.items()}
@@ -154,7 +154,7 @@ def check_plan(planning: Planning, model: PreTrainedModel) -> None:
     """Refuse layers, widths, shapes and targets that a model cannot have; the settings choose at random.
 
     Raises:
-        PrunerError: as :func:`make_plan`, as far as no score decides.
+        PrunerError: :func:`make_plan` would raise one whatever the scores.
     """
     settings, whole, graph = planning.settings, None, _trace(planning, model)
     if settings.widths.uniform:
@@ -200,8 +200,10 @@ def _try_hidden(planning: Planning, model: PreTrainedModel, graph: CouplingGraph
 def _plan_widths(
     planning: Planning, model: PreTrainedModel, graph: CouplingGraph, whole: Whole | None = None
 ) -> PlannedModel:
-    """Choose widths. Each iterative step scores the last step's model and plans anew for ``model``, in which indices
-    already removed score lowest."""
+    """Choose widths; each iterative step scores the model of the last step and makes a new plan for ``model``.
+
+    Indices that are already removed score lowest.
+    """
     settings, clock, steps = planning.settings, planning.clock, planning.settings.widths.iterative_steps
     goal = _width_goal(planning, model, graph, whole)
     plan, pruned, current, scores = PruningPlan(), model, graph, None
@@ -287,7 +289,7 @@ def width_layers(widths: WidthSettings, graph: CouplingGraph, kinds: tuple[str, 
     if not numbers:
         raise PrunerError("the architecture has no layers in which anything can be pruned")
     count = max(numbers) + 1
-    usual, out = default_layers(widths.preset, count), {}
+    usual, layers = default_layers(widths.preset, count), {}
     for kind, (start, end) in widths.ranges.items():
         present = {unit.layer for unit in graph.of_kind(kind)}
         if not present or (kind == "experts" and (start, end) == (None, None)):
@@ -301,8 +303,8 @@ def width_layers(widths: WidthSettings, graph: CouplingGraph, kinds: tuple[str, 
                 f"layers 0 to {count - 1}, and the end is not included"
             )
         # Layers of the range without such a unit, as dense layers before a mixture's, cannot be asked for.
-        out[kind] = [i for i in range(first, last) if i in present]
-    return out
+        layers[kind] = [i for i in range(first, last) if i in present]
+    return layers
 
 
 def _score(
@@ -337,7 +339,7 @@ def _select(widths: WidthSettings, graph: CouplingGraph, scores: Scores, goal: W
 
 
 def _cache_file(planning: Planning, kinds: tuple[str, ...], plans: list[PruningPlan]) -> Path | None:
-    """Return the file that keeps what scoring finds, named after everything that it depends on."""
+    """Return the file that caches scores, named after a hash of everything that they depend on."""
     settings = planning.settings
     if settings.scoring.cache is None or settings.scoring.criterion == "random":
         return None
@@ -358,7 +360,7 @@ def _budget(
     kinds: tuple[str, ...],
     whole: Whole | None,
 ) -> Budget | None:
-    """Return the budget; a fraction is one of the cost of ``whole``, before layers went."""
+    """Return the budget; a fraction refers to the cost of ``whole``, before layers are removed."""
     if settings.budget is None:
         return None
     if settings.budget.kind == "target_latency" and settings.model.offload:

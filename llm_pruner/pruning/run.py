@@ -64,14 +64,14 @@ LOG_FILE = "prune.log"
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PruneRun:
-    """Result of a pruning run.
+    """Result of :func:`prune`.
 
     Attributes:
-        model: pruned model; None where files were cut without loading them.
-        tokenizer: its tokenizer, None where the original has none.
-        plan: what stays.
-        metrics: content of ``metrics.json``: parameters, perplexities, seconds, memory, versions, arguments.
-        folder: run's folder, None where nothing was written.
+        model: pruned model, in eval mode; None if files were cut without loading them.
+        tokenizer: tokenizer of the model; None if the original has none.
+        plan: plan of the run: the indices that stay.
+        metrics: content of ``metrics.json``: parameters, perplexities, seconds, bytes of memory, versions, arguments.
+        folder: folder of the run; None if nothing was written.
     """
 
     model: PreTrainedModel | None
@@ -110,7 +110,10 @@ def prune(model: str = DEFAULT_MODEL, *, progress: Progress | None = None, **fla
         model: alias of the embedded model, hub id, folder, or .gguf file.
         progress: called with (stage, done, total) when a stage begins and ends, instead of printed bars.
         **flags: flags of ``llm-pruner prune`` by name, without dashes. With ``output``, the run's folder is written,
-            checkpoint included; without, nothing is.
+            checkpoint included; without it, no file is written.
+
+    Returns:
+        The run, with the pruned model.
 
     Raises:
         PrunerError: a flag is unknown or not valid, ``output`` holds another run, or the run cannot do what is asked.
@@ -252,7 +255,9 @@ def _check_equivalence(planning: Planning, model: PreTrainedModel, planned: Plan
         u.kind for u in planned.graph.units if u.name in plan.units and u.flags and u.kind not in ("hidden", "experts")
     }
     if flagged:
-        log.info("mask equivalence does not apply: %s are normalised over or scaled by", ", ".join(sorted(flagged)))
+        log.info(
+            "mask equivalence does not apply: removing %s is not the same as zeroing them", ", ".join(sorted(flagged))
+        )
         return {}
     with planning.clock("verify"):
         report = verify(model, planned.pruned, plan)
@@ -260,7 +265,7 @@ def _check_equivalence(planning: Planning, model: PreTrainedModel, planned: Plan
         log.info("pruned model equals the masked original (relative difference %.1e)", report.relative)
     elif planning.settings.shape:
         log.info(
-            "the config computes something from its sizes: the model differs from the masked original by %.1e",
+            "the config derives constants from its sizes: the model differs from the masked original by %.1e",
             report.relative,
         )
     else:

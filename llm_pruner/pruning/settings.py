@@ -1,4 +1,4 @@
-"""Settings of a pruning run: what its flags and preset resolve to, once. Frozen; nothing changes them on their way."""
+"""Settings of a pruning run, resolved once from its flags and preset, and frozen."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class CalibrationSettings:
     """Calibration set: ``samples`` of ``tokens`` from a text.
 
     Attributes:
-        replaceable: use another text where this one cannot be had (:func:`available_text`).
+        replaceable: use another text if this one is not available (:func:`available_text`).
         fewer_samples: accept fewer samples where the text is short.
         shorter_samples: accept samples cut to the model's context length.
         towers: parts of a model that reads more than text; others than ``language`` take images or sounds.
@@ -69,7 +69,7 @@ class CalibrationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSettings:
-    """Whole layers and blocks that go.
+    """Whole layers and blocks to remove.
 
     Attributes:
         first: keep only so many first layers.
@@ -102,10 +102,10 @@ class WidthSettings:
 
     Attributes:
         kinds: kinds of units; empty: the preset's.
-        ranges: first and last layer (not included) by kind; None where the preset says.
-        ratio: share of a unit's indices that goes, where no budget is given.
-        proportions: proportions of kinds under a budget; 0 where they are to be measured.
-        uniform: keep as many indices in every layer, so that the result is a plain checkpoint.
+        ranges: first and last layer (not included) by kind; None: the preset's.
+        ratio: share of a unit's indices to remove if there is no budget.
+        proportions: proportions of kinds under a budget; 0 if they are to be measured.
+        uniform: keep the same number of indices in every layer, so that the result is a plain checkpoint.
     """
 
     preset: str
@@ -139,10 +139,10 @@ class RefitSettings:
 
     Attributes:
         compensation: method, or ``none``.
-        required: fail where compensation is impossible, rather than go on without.
+        required: fail if compensation is impossible, instead of going on without it.
         self_samples: calibration samples that the model writes itself, besides those of the text.
-        self_samples_required: write them even if the model is offloaded, which is slow; fail where it cannot write.
-        rescale_norms: rescale norms when hidden channels go.
+        self_samples_required: write them even if the model is offloaded, which is slow; fail if it cannot write.
+        rescale_norms: rescale norms when hidden channels are removed.
     """
 
     compensation: str = "none"
@@ -196,7 +196,7 @@ class PruneSettings:
 
     @property
     def prunes_widths(self) -> bool:
-        """Return True unless only whole layers or blocks go."""
+        """Return True unless only whole layers or blocks are removed."""
         if self.widths.kinds:
             return self.widths.kinds != ("layers",)
         return not self.layers.any or bool(self.budget or self.shape)
@@ -250,7 +250,7 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
 
 
 def filled_arguments(arguments: PruneArguments) -> dict[str, Any]:
-    """Return all flags by name, those that are not given as the preset has them; ``save_model`` as it is resolved."""
+    """Return all flags by name, with the preset's values for flags not given, and ``save_model`` as resolved."""
     preset = PRESETS[arguments.preset]
     flags = asdict(arguments) | {"save_model": arguments.saves_checkpoint}
     return {name: preset.get(name) if value is None else value for name, value in flags.items()}
@@ -360,11 +360,11 @@ def _refit_settings(arguments: PruneArguments, value: Mapping[str, Any]) -> Refi
 
 def _shape(arguments: PruneArguments) -> dict[str, Any]:
     """Return the config fields that the result must have."""
-    out: dict[str, Any] = {}
+    shape: dict[str, Any] = {}
     if arguments.target_config:
         content = read_json(arguments.target_config)
         if not isinstance(content, dict):
             raise PrunerError(f"--target_config {arguments.target_config} holds no config: give an object of fields")
-        out = {name: value for name, value in content.items() if name not in NO_SHAPE}
+        shape = {name: value for name, value in content.items() if name not in NO_SHAPE}
     named = {name: getattr(arguments, name) for name in SHAPE}
-    return out | {name: value for name, value in named.items() if value is not None}
+    return shape | {name: value for name, value in named.items() if value is not None}

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
+from ..graph.blocks import block_of
 from ..graph.tracer import TraceError
 from ..graph.units import CouplingGraph, Unit, block_of
 from ..importance.layers import BY_LOSS, BY_POSITION
@@ -37,7 +38,7 @@ WITHOUT_LOSS = "cosine"  # chooses layers of models that predict no tokens
 
 
 def plan_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph) -> PruningPlan | None:
-    """Return the plan for whole layers and blocks, None where none go.
+    """Return the plan for whole layers and blocks; None if none are removed.
 
     Raises:
         PrunerError: a layer does not exist, or too few would stay.
@@ -69,7 +70,7 @@ def _block_path(model: PreTrainedModel, graph: CouplingGraph, flag: str, layer: 
 
 
 def _named_layers(graph: CouplingGraph, drop: tuple[tuple[str, int], ...]) -> tuple[dict[str, int], Scores]:
-    """Return how many layers stay in each stack when the named ones go, and scores that make these go."""
+    """Return how many layers stay in each stack without the named ones, and scores that rank these lowest."""
     units = {unit.name: unit for unit in graph.of_kind("layers")}
     values = {name: torch.full((unit.size,), torch.inf, dtype=torch.float64) for name, unit in units.items()}
     for where, layer in drop:
@@ -83,7 +84,7 @@ def _named_layers(graph: CouplingGraph, drop: tuple[tuple[str, int], ...]) -> tu
 
 
 def _counted_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph) -> tuple[dict[str, int], Scores]:
-    """Return how many layers stay in each stack by the settings, and the scores of layers where some go."""
+    """Return how many layers stay in each stack by the settings, and the scores of layers in stacks that lose some."""
     settings, units = planning.settings, {unit.name: unit for unit in graph.of_kind("layers")}
     counts = _layer_counts(settings, model, graph, units)
     for name, count in counts.items():
@@ -93,7 +94,7 @@ def _counted_layers(planning: Planning, model: PreTrainedModel, graph: CouplingG
             raise PrunerError(f"{flag}cannot keep {count} layers, {has}: give 1 to {units[name].size - 1}")
     fewer = _only_fewer(units, counts)
     if counts and not fewer and not settings.shape:
-        raise PrunerError("as many layers would stay as the model has: give fewer")
+        raise PrunerError("no layer would be removed, since all that the model has would stay: give fewer layers")
     if not fewer:
         return {}, Scores({})
     most = max(units[name].size - count for name, count in fewer.items())
@@ -166,8 +167,8 @@ def describe_dropped(plan: PruningPlan, graph: CouplingGraph) -> str:
     parts, several = [], len(graph.of_kind("layers")) > 1
     for path, kept in plan.layers.items():
         stays = set(kept.tolist())
-        gone = [str(i) for i in range(plan.units[f"{path}.layers"].size) if i not in stays]
-        parts.append(f"{path if several else 'layers'} {', '.join(gone)}")
+        removed = [str(i) for i in range(plan.units[f"{path}.layers"].size) if i not in stays]
+        parts.append(f"{path if several else 'layers'} {', '.join(removed)}")
     return "; ".join([*parts, *plan.blocks])
 
 
@@ -197,10 +198,10 @@ def _naming_nearest(model: PreTrainedModel, shape: Mapping[str, Any]) -> Iterato
 def _proportional_layers(
     planning: Planning, model: PreTrainedModel, graph: CouplingGraph
 ) -> tuple[dict[str, int], Scores]:
-    """Return how many layers stay when layers and widths go in proportions, and the scores of layers."""
+    """Return how many layers stay when layers and widths are removed in proportions, and the scores of layers."""
     settings, budget_settings = planning.settings, planning.settings.budget
     if budget_settings is None or budget_settings.kind != "target_params":
-        raise PrunerError("layers go in proportion with --target_params only: give that instead")
+        raise PrunerError("--shares with layers needs --target_params: give that instead of another target")
     shares = dict(settings.widths.proportions)
     kinds = tuple(kind for kind in shares if kind != "layers")
     layer_scores = _score_layers(planning, model, graph)
@@ -227,27 +228,27 @@ def measure_sensitivity(
     kinds: tuple[str, ...],
     ids: Inputs | None,
 ) -> dict[str, float]:
-    """Return the proportions in which kinds of units go, by how much the loss grows without a little of each.
+    """Measure in which proportions to remove kinds of units, by how much the loss grows without a little of each.
 
-    The cost of removing x parameters of one kind is taken for a x^2; for a given sum of x, the sum of costs is least
+    The cost of removing x parameters of one kind is modelled as a x^2; for a given sum of x, the sum of costs is least
     with x in proportion to 1 / a.
 
     Raises:
         PrunerError: there is no calibration set.
     """
     if ids is None:
-        raise PrunerError("measured proportions need a calibration set: give --pruner_type taylor, say")
+        raise PrunerError("--shares measured needs a calibration set: give a criterion that reads one, such as taylor")
     loss, total = _loss(model, ids), parameter_count(model)
-    out = {}
+    proportions = {}
     for kind in track(kinds, "measuring what each kind of unit costs"):
         freed = total - parameters(graph, select(graph, scores, ratio=1 - 1e-6, kinds=[kind]))
         plan = _probe(graph, scores, kind, PROBE * total / freed)
         removed = total - parameters(graph, plan)
         cost = max(_loss(apply(model, plan), ids) - loss, 1e-4)
-        out[kind] = removed**2 / cost / freed
+        proportions[kind] = removed**2 / cost / freed
         log.info("%s: without %.1f%% of the parameters the loss is %+.4f", kind, 100 * removed / total, cost)
-    largest = max(out.values())
-    return {kind: value / largest for kind, value in out.items()}
+    largest = max(proportions.values())
+    return {kind: value / largest for kind, value in proportions.items()}
 
 
 def _probe(graph: CouplingGraph, scores: Scores, kind: str, ratio: float) -> PruningPlan:

@@ -1,1 +1,1 @@
-"""Recipes: stages one after the other, each of which reads what the last one wrote, in one YAML file."""
+"""Recipes: a YAML file of stages, each of which reads the model that the previous stage wrote."""

@@ -37,18 +37,9 @@ from .steps import Step
 from .sweep import CALIBRATION_SEED, SEED, SweepPoint, check_point
 
 MACS_TOKENS = 128
-SIZES = [
-    "layers",
-    "hidden",
-    "heads",
-    "neurons",
-    "vocabulary",
-    "parameters",
-    "ratio",
-    f"MACs ({MACS_TOKENS} tokens)",
-    "ratio",
-]
-KINDS = SIZES[1:5]
+SHAPES = ["layers", "hidden", "heads", "neurons", "vocabulary"]
+SIZES = [*SHAPES, "parameters", "ratio", f"MACs ({MACS_TOKENS} tokens)", "ratio"]
+KINDS = SHAPES[1:]
 UNKNOWN, ESTIMATED = "?", "~"
 NO_SIZES = [""] * len(SIZES)
 
@@ -90,8 +81,10 @@ class Prediction:
 
 
 def _sizes(graph: CouplingGraph, kind: str) -> list[int]:
-    """Return the sizes of a kind's units, frozen ones too; frozen parts of the hidden size, such as the halves that
-    rotary positions combine, are no hidden size."""
+    """Return the sizes of a kind's units, frozen ones included, but without frozen parts of the hidden size.
+
+    Such parts are, for example, the halves that rotary position embeddings combine.
+    """
     prunable = graph.of_kind(kind)
     frozen = [] if kind == "hidden" and prunable else [unit for unit in graph.frozen if unit.kind == kind]
     return sorted({unit.size for unit in [*prunable, *frozen]})
@@ -114,14 +107,14 @@ class Change:
 
 
 class Predictor:
-    """Predict what stages leave. A model is built once, and what changes it alike is predicted once."""
+    """Predict the models that stages leave; build each original once, and predict equal changes once."""
 
     def __init__(self) -> None:
         self._originals: dict[tuple[str, bool], Prediction] = {}
         self._after: dict[tuple[Prediction, str], Prediction | PrunerError] = {}
 
     def stages(self, recipe: Recipe, steps: Sequence[Step]) -> list[Prediction | None]:
-        """Predict the original and what every stage leaves, None for a stage that changes no shape.
+        """Predict the original and the model that every stage leaves, None for a stage that changes no shape.
 
         Raises:
             PrunerError: the model cannot be read, or a stage cannot do what is asked; with file and line.
@@ -157,7 +150,7 @@ class Predictor:
 
 
 def predict_stages(recipe: Recipe, steps: Sequence[Step]) -> list[list[str]]:
-    """Return a table of what every stage leaves, head first.
+    """Return a table of the shapes and sizes that every stage leaves; the first row is the head.
 
     Indices are chosen at random, since only their number counts. Where the number itself depends on scores (a global
     ranking, measured proportions) or on counts of tokens, a possible number is shown and marked with ``~``. A share of
@@ -195,10 +188,10 @@ class PointRow:
 
 
 def predict_points(points: Sequence[SweepPoint], unavailable: list[str]) -> list[PointRow]:
-    """Predict what the last stage of every point leaves, as :func:`predict_stages` does.
+    """Predict the model that the last stage of every point leaves, as :func:`predict_stages` does.
 
     Args:
-        unavailable: collects what is not on this machine.
+        unavailable: collects messages about inputs that this machine lacks.
     """
     predictor = Predictor()
     return [_predict_alike(predictor, values, alike, unavailable) for values, alike in _fold_seeds(points)]
@@ -232,19 +225,38 @@ def sweep_cells(rows: Sequence[PointRow]) -> list[list[str]]:
     return [head, *body]
 
 
-def dry_run_tables(cells: list[list[str]], width: int) -> list[TerminalTable]:
+def dry_run_tables(cells: list[list[str]], width: int) -> tuple[str, list[TerminalTable]]:
     """Format the cells of a dry run for a terminal; costs are a table of their own where the width does not hold all.
 
     Args:
         cells: columns that name the row, then :data:`SIZES`.
+
+    Returns:
+        a line of the shapes that are the same in every row, "" without any; tables of all other columns.
     """
-    labels = cells[0].index(SIZES[0])
+    labels = len(cells[0]) - len(SIZES)
+    shared, cells = _take_shared_shapes(cells, labels)
     tables = terminal_tables(cells, width, labels)
-    if len(tables) == 1:
-        return tables
-    costs = labels + SIZES.index("parameters")
-    halves = [row[:costs] for row in cells], [[*row[:labels], *row[costs:]] for row in cells]
-    return [part for half in halves for part in terminal_tables(half, width, labels)]
+    costs = cells[0].index("parameters", labels)
+    if len(tables) > 1 and costs > labels:
+        halves = [row[:costs] for row in cells], [[*row[:labels], *row[costs:]] for row in cells]
+        tables = [part for half in halves for part in terminal_tables(half, width, labels)]
+    return f"the same in every row: {shared}" if shared else "", tables
+
+
+def _take_shared_shapes(cells: list[list[str]], labels: int) -> tuple[str, list[list[str]]]:
+    """Remove the columns of shapes in which at least two rows have one value, and return them as text.
+
+    >>> _take_shared_shapes([["stage", "layers", "hidden"], ["original", "30", "576"], ["depth", "24", "576"]], 1)
+    ('hidden 576', [['stage', 'layers'], ['original', '30'], ['depth', '24']])
+    """
+    head, *body = cells
+    shared = {}
+    for i, name in enumerate(head):
+        values = [row[i] for row in body if row[i]]
+        if labels <= i < labels + len(SHAPES) and len(values) > 1 and len(set(values)) == 1:
+            shared[i] = f"{name} {values[0]}"
+    return ", ".join(shared.values()), [[cell for i, cell in enumerate(row) if i not in shared] for row in cells]
 
 
 def _fold_seeds(points: Sequence[SweepPoint]) -> list[tuple[dict[str, Any], list[SweepPoint]]]:

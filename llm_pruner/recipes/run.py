@@ -63,7 +63,7 @@ class Outcome:
 
 
 def run_recipe(args: RunArguments) -> Path | None:
-    """Run ``llm-pruner run``; return the output folder, None where nothing runs (``--dry_run``, ``--status``).
+    """Run ``llm-pruner run``; return the output folder, None if nothing runs (``--dry_run``, ``--status``).
 
     Raises:
         PrunerError: the recipe is not valid, a stage fails, or another process is running a recipe in the folder.
@@ -103,10 +103,10 @@ def _with_overrides(recipe: Recipe, args: RunArguments) -> Recipe:
 
 
 def _predict(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
-    """Print what the stages of a run or the points of a sweep leave.
+    """Print the shapes and sizes that the stages of a run or the points of a sweep leave.
 
     Raises:
-        PrunerError: a run cannot work; of a sweep the first, after the table.
+        PrunerError: a run cannot work; in a sweep, the error names the first such run, and follows the table.
     """
     console = Console()
     unavailable: list[str] = []
@@ -114,8 +114,11 @@ def _predict(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
         check_point(points[0], unavailable)
     rows = predict_points(points, unavailable) if recipe.is_sweep else []
     cells = sweep_cells(rows) if rows else predict_stages(points[0].recipe, points[0].steps)
-    for part in dry_run_tables(cells, console.width):
-        console.print(part)
+    shared_shapes, tables = dry_run_tables(cells, console.width)
+    if shared_shapes:
+        print(shared_shapes)
+    for table in tables:
+        console.print(table)
     for message in dict.fromkeys(unavailable):
         print(f"not on this machine, and refused when the recipe is run here: {message}")
     refused = [row for row in rows if row.problem]
@@ -221,7 +224,7 @@ def _record_killed_worker(points: Sequence[SweepPoint], worker: int) -> bool:
 
 
 def _record_killed_points(points: Sequence[SweepPoint]) -> None:
-    """Record points of workers that were killed on any machine as failed: locked once, and by nobody now."""
+    """Record points of killed workers, on any machine, as failed: points whose lock has no living holder."""
     for point in Outcome.of(points).missing:
         if lock_holder(point.folder, point.lock)[0]:
             with folder_lock(point.folder, point.lock, wait=False) as free:
@@ -250,7 +253,7 @@ def _print_table(cells: list[list[str]], labels: int = 1) -> None:
 
 
 def _refuse_other_sweep(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
-    """Keep two sweeps out of one folder."""
+    """Refuse a folder that holds another sweep."""
     varied = sorted({key for point in points for key in point.values})
     file = Path(recipe.output) / SWEEP_FILE
     try:

@@ -216,11 +216,11 @@ def check_stage_command(entry: Mapping[Any, Any], source: Source, location: Loca
     return str(command)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, words: Iterable[str]) -> str:
     """Return the end of an error about an unknown word: the nearest known one, or all of them."""
-    known = list(known)
-    nearest = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; choose from {', '.join(sorted(known))}"
+    words = list(words)
+    nearest = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; choose from {', '.join(sorted(words))}"
 
 
 def _first_fault(

@@ -79,7 +79,7 @@ def check_steps(steps: list[Step], recipe: Recipe, check: InputCheck, note: str 
     """Refuse stages that cannot work, before the first one runs.
 
     Args:
-        check: how inputs are looked at.
+        check: context of the checks of inputs.
         note: end of the message.
 
     Raises:
@@ -124,7 +124,7 @@ def _entry_at_fault(command: str, message: str, location: Location, source: Sour
 
 
 def _on_any_device(arguments: Any, recipe: Recipe) -> Any:
-    """Leave devices out of the check of what a cluster is to run: this machine may lack them."""
+    """Leave devices out of the check of a stage that a cluster runs: this machine may lack them."""
     if recipe.executor.kind == "slurm":
         for name in ("device", "eval_device"):
             if hasattr(arguments, name):
@@ -177,7 +177,7 @@ def _run_command(step: Step, launch: Launch) -> None:
 
 
 def _explain_other_versions(step: Step) -> None:
-    """Log why an equal stage is run again: it was run with other versions of what results depend on."""
+    """Log why a stage runs again although its arguments are the same: versions that results depend on have changed."""
     for folder in sorted(step.folder.parent.glob(f"{step.folder.name.rpartition('-')[0]}-????????")):
         record = read_record(folder) or {}
         before = record.get("made_by", {}).get("versions", {})

@@ -1,4 +1,4 @@
-"""The points of a sweep: every combination of what a recipe varies, each a recipe of its own."""
+"""The points of a sweep: every combination of the arguments that a recipe varies, each a recipe of its own."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def check_point(point: SweepPoint, unavailable: list[str] | None = None) -> None
     """Refuse a run that cannot work, before its first stage.
 
     Args:
-        unavailable: collects what is not on this machine; None where that is an error.
+        unavailable: collects messages about inputs that this machine lacks; None makes them errors.
 
     Raises:
         PrunerError: with file and line, and in a sweep with the run.

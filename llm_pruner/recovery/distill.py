@@ -35,7 +35,7 @@ class Teacher:
     """Teacher and the weights of its losses.
 
     Attributes:
-        model: the teacher, frozen, on any device; None where its outputs come with the data.
+        model: the teacher, frozen, on any device; None if its outputs come with the data.
         weight: a, between 0 (labels alone) and 1 (the teacher alone).
         temperature: T, above 0.
         hidden: b, the weight of the hidden states; 0 leaves them out.

@@ -260,7 +260,7 @@ def load_plan(model: str) -> PruningPlan:
 
 
 def _resumed_checkpoint(output: OutputSettings) -> Path | None:
-    """Return the checkpoint to resume from, and remove what an interrupted run left half-written."""
+    """Return the checkpoint to resume from, and remove half-written files of an interrupted run."""
     if _is_main_process():
         for leftover in [*output.folder.glob(f"{PARTIAL}*"), *output.folder.glob(f"{TEMPORARY}*")]:
             shutil.rmtree(leftover, ignore_errors=True)

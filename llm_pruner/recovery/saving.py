@@ -58,7 +58,7 @@ def _write_adapter(student: Any, tokenizer: PreTrainedTokenizerBase, plan: Pruni
     (folder / "README.md").unlink(missing_ok=True)  # peft's, an empty form
     _sort_targets(folder / "adapter_config.json")
     tokenizer.save_pretrained(folder)
-    replace(plan, weights={}).save(folder / PLAN_FILE)  # what the model under the adapter is
+    replace(plan, weights={}).save(folder / PLAN_FILE)  # describes the model under the adapter
 
 
 def _sort_targets(file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Settings of a recovery run: its flags, resolved once. Frozen; nothing changes them on their way."""
+"""Settings of a recovery run, resolved once from its flags, and frozen."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class TeacherSettings:
 
     Attributes:
         name: folder or hub id; None for the model that the plan was made for.
-        weight: of the teacher's loss; the labels' is 1 minus that.
+        weight: weight of the teacher's loss; that of the labels is 1 minus this.
         hidden: weight of the distance to its last hidden states.
         cache: folder of its outputs; it then runs once, before training.
         top: tokens kept per position in the cache, the most probable ones.

@@ -89,7 +89,7 @@ def _logging(output: OutputSettings) -> dict[str, Any]:
 
 
 def _without_data_parallel(arguments: TrainingArguments) -> TrainingArguments:
-    """Keep the Trainer from ``DataParallel``: several GPUs are for several processes.
+    """Keep the Trainer from using ``DataParallel``: each process uses one GPU.
 
     Sets the private ``_n_gpu``, which has no public flag (checked with transformers 5.23).
     """

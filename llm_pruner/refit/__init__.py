@@ -1,1 +1,1 @@
-"""Mend a pruned model with calibration data and no labels."""
+"""Refit a pruned model with calibration data and no labels."""

@@ -1,17 +1,17 @@
-"""Compensation: refit projections of each layer after pruning, so that the layer gives what it gave before.
+"""Compensation: refit projections of each layer after pruning, so that its output stays close to the original's.
 
-Removing neurons and heads changes what every later layer reads. Here the layers are visited from first to last with
-the original's residual stream h and the pruned model's stream p side by side; in each, every projection W whose output
-is added to the stream unchanged (``o_proj`` and ``down_proj`` of a Llama) is moved by the ridge regression
+Removing neurons and heads changes the inputs of every later layer. Compensation visits the layers from first to last,
+with the original's residual stream h and the pruned model's stream p side by side. In each layer, every projection W
+whose output is added to the stream unchanged (``o_proj`` and ``down_proj`` of a Llama) is moved by the ridge regression
 
     D = argmin  sum_t v_t |h_t - p_t - D x_t|^2  +  lambda * sum_j mean(x_j^2) |D_j|^2
 
-over the calibration tokens t, where x is what W reads and h_t - p_t the error of the stream just behind it. The prior
-is the same for every channel once its scale is taken out. v_t is 1 for ordinary tokens; the few of huge norm that
-language models have, which would decide alone otherwise, count 1 / |h_t|^2. As p carries the errors of all layers
-before, each layer also mends what those left. lambda is chosen on calibration samples held out. A projection with a
-bias has one more channel, always 1, whose column moves the bias; with the method ``bias`` that is the only one, which
-is FLAP's compensation (arXiv 2312.11983, section 3) of what all layers so far have lost on average.
+over the calibration tokens t, where x is the input of W and h_t - p_t the error of the stream just behind it. The prior
+is the same for every channel once its scale is taken out. The weight v_t is 1 for ordinary tokens; the few tokens of
+huge norm that language models have would dominate the sum, and weigh 1 / |h_t|^2. Since p carries the errors of all
+earlier layers, each layer also corrects those. Held-out calibration samples choose lambda. A projection with a bias has
+one more channel, always 1, whose column moves the bias; with the method ``bias`` it is the only channel, which is the
+compensation of FLAP (arXiv 2312.11983, section 3) for the mean error of all layers so far.
 
 Layers of BERT's kind normalise the stream behind each sum. There h_t and p_t are the sums in front of the norms.
 
@@ -52,9 +52,9 @@ class Refit:
 
     Attributes:
         module: path of the projection.
-        before: relative squared error of the stream behind it on held-out samples, before the refit.
-        after: the same after it.
-        ridge: lambda; None where nothing helped and the projection was left alone.
+        before: relative squared error of the stream behind the projection on held-out samples, before the refit.
+        after: the same error after the refit.
+        ridge: lambda; None if no lambda lowered the error, and the projection was not moved.
     """
 
     module: str
@@ -69,7 +69,7 @@ class CompensationReport:
 
     Attributes:
         layers: outcome for every projection, from the first layer to the last.
-        temperature: factor of the logits, None where no weight scales them.
+        temperature: factor of the logits; None if no weight scales them.
     """
 
     layers: list[Refit] = field(default_factory=list)
@@ -85,19 +85,19 @@ def compensate(
     *,
     kept: Sequence[int] | None = None,
 ) -> CompensationReport:
-    """Refit the projections of ``pruned`` in place, so that its layers give what those of ``model`` give.
+    """Refit the projections of ``pruned`` in place, so that the outputs of its layers approach those of ``model``.
 
     Args:
-        model: the original, which stays as it is.
-        pruned: the model that :func:`llm_pruner.apply` made of it.
+        model: original model, which stays as it is.
+        pruned: pruned model, from :func:`llm_pruner.apply`.
         calibration: LongTensor ``[samples, tokens]``; at least 32 samples, a quarter of which is held out.
         method: ``least_squares`` moves weights and biases, ``bias`` only biases
             (:func:`llm_pruner.refit.biases.with_biases` gives a model some).
         kept: indices of the original's layers that the pruned model keeps, in order (default: all). The last
-            projection before a gap makes up for the dropped layers: it aims at the stream behind them.
+            projection before a gap makes up for the dropped layers: its target is the stream behind them.
 
     Returns:
-        The error at every projection before and after, and the factor of the logits.
+        Relative squared errors at every projection before and after, and the factor of the logits.
 
     Raises:
         PrunerError: the two models are swapped, have different vocabularies or hidden sizes, or not one stack of
@@ -118,11 +118,11 @@ def compensate(
         ['model.layers.0.self_attn.o_proj', 'model.layers.0.mlp.down_proj']
     """
     if method not in METHODS:
-        raise PrunerError(f"unknown compensation {method!r}; choose from {', '.join(METHODS)}")
+        raise PrunerError(f"compensation {method!r} is not valid: choose from {', '.join(METHODS)}")
     (_, original), (path, layers) = single_stack(model), single_stack(pruned)
     kept = list(range(len(original)) if kept is None else kept)
     if len(kept) != len(layers) or kept != sorted(set(kept)) or kept[-1] >= len(original):
-        raise PrunerError("compensation needs to know which layers of the original the pruned model's are")
+        raise PrunerError("the pruned model has other layers than the original: give kept, the indices of its layers")
     calibration = check_calibration(model, calibration)
     _check_pair(model, pruned)
     if len(calibration) < MIN_SAMPLES:
@@ -231,7 +231,7 @@ def _move(name: str, module: nn.Module, fitted: RegressionSums, held_out: Regres
 
 
 def _best_ridge(fitted: RegressionSums, held_out: RegressionSums) -> tuple[float, float]:
-    """Return the lambda that removes most of the held-out error, and how much it removes.
+    """Return the lambda that removes most of the held-out error, and the error that it removes.
 
     The gain has one maximum over lambda, so it is climbed from the middle of the grid: four solutions for ten.
     """

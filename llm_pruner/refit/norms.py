@@ -1,8 +1,8 @@
-"""Rescale norms after hidden channels have gone, so that their output stays the same on average.
+"""Rescale norms after hidden channels are removed, so that their outputs stay the same on average.
 
-A norm divides by the mean square of all channels. Without some of them that mean is another: if the removed channels
-were small, everything that stays becomes smaller. Each norm is given the one factor that brings its output closest to
-the original's on the kept channels, by least squares over calibration tokens,
+A norm divides by the mean square of all channels. Without some channels, this mean changes: if the removed channels
+were small, all outputs become smaller. Each norm is multiplied by the factor that brings its output closest to the
+original's on the kept channels, by least squares over calibration tokens,
 
     s = sum_t <n_t, m_t> / sum_t <n_t, n_t>
 

@@ -22,9 +22,9 @@ class RegressionSums:
         self.cross: Any = 0
 
     def add(self, inputs: torch.Tensor, target: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Add tokens: what the projection reads ``[..., inputs]``, wanted and present hidden states ``[..., hidden]``.
+        """Add tokens: inputs of the projection ``[..., inputs]``, target and current hidden states ``[..., hidden]``.
 
-        The error is the difference of the latter two.
+        The error is the difference of the last two.
         """
         x = inputs.reshape(-1, inputs.shape[-1]).float()
         h = target.reshape(-1, target.shape[-1]).float()
@@ -53,5 +53,5 @@ class RegressionSums:
         return torch.cholesky_solve(self.cross, factor)
 
     def gain(self, change: torch.Tensor) -> float:
-        """Return how much of the squared error a change of the weight removes."""
+        """Return the squared error that a change of the weight removes."""
         return (2 * (change * self.cross).sum() - (change * (self.inputs @ change)).sum()).item()

@@ -43,7 +43,7 @@ class ResidualStream:
         hidden: hidden states of every batch, in front of the first layer at first.
 
     Raises:
-        PrunerError: running the layers one after the other does not give what the model gives.
+        PrunerError: running the layers one after the other does not give the model's own output.
     """
 
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, batches: list[Any]):
@@ -57,7 +57,7 @@ class ResidualStream:
         for i in range(len(layers)):
             hidden = self.run(i, len(batches) - 1, hidden)
         if not torch.allclose(hidden.float(), last.float(), rtol=1e-3, atol=1e-4 * last.abs().max().item()):
-            raise PrunerError("compensation does not know this model: its layers pass on more than one stream")
+            raise PrunerError("this model cannot be compensated: its layers pass on more than one stream")
 
     def _record(self, model: PreTrainedModel, ids: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a batch, record the arguments of every layer; return the stream before the first and after the last."""
@@ -88,7 +88,7 @@ class ResidualStream:
     def run_noting(
         self, layer: int, batch: int, projections: list[Projection]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Run a layer on its batch; return what each projection reads, and the stream just behind each.
+        """Run a layer on its batch; return the input of each projection, and the stream just behind each.
 
         Args:
             projections: added projections of the layer, in order. The stream behind the layer itself is under "".
@@ -180,7 +180,8 @@ def added_projections(model: PreTrainedModel, calibration: Inputs) -> list[list[
 def _added_in_layer(stream: ResidualStream, layer: int) -> list[Projection]:
     """Return the added projections of a layer, last first found.
 
-    Moving the last one's output moves the layer's output alike; with that one silenced, so does the one before.
+    A change of the last one's output changes the layer's output alike; with its output silenced, so does the one
+    before it.
     """
     block = stream.layers[layer]
     names: list[str] = []

@@ -1,7 +1,7 @@
 """Temperature scaling: one factor on the logits of a pruned model, folded into its weights.
 
-A damaged model is too sure of itself. Its logits are scaled by the one number that brings its predictions closest to
-the original's (Guo et al., arXiv 1706.04599, section 4.2, with the original's probabilities as labels).
+Pruning leaves a model overconfident. Its logits are scaled by the one factor that brings its predictions closest to the
+original's (Guo et al., arXiv 1706.04599, section 4.2, with the original's probabilities as labels).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def scale_logits(model: PreTrainedModel, pruned: PreTrainedModel, ids: Inputs) -
         ids: LongTensor ``[samples, tokens]``.
 
     Returns:
-        The factor, or None where no weight scales all logits, or the model is no language model.
+        The factor, or None if no weight scales all logits, or the model is no language model.
     """
     weights = scaling_weights(pruned, ids[:1]) if predicts_tokens(pruned) else []
     if not weights:

@@ -26,7 +26,7 @@ def make_names_unique(drawings: Sequence[Drawing]) -> None:
 
 
 def other_figures(folder: Path, mark: str) -> str:
-    """Return what a folder holds that figures must not replace: figures other than those of the report ``mark``."""
+    """Return, in words, files in a folder that must not be replaced: all but the figures of the report ``mark``."""
     if not folder.is_dir():
         return "a file" if folder.exists() else ""
     try:

@@ -65,7 +65,7 @@ def _identify(name: str, folders: Iterable[str]) -> str:
 
 
 def _combine(one: MeasuredModel, other: MeasuredModel) -> MeasuredModel:
-    """Join what two runs know about a model; where both measured the same, the later one counts."""
+    """Join the measurements of a model by two runs; if both measured the same quantity, the later one counts."""
     first, last = sorted((one, other), key=lambda model: STAGES.index(model.stage))
     return replace(
         last,
@@ -113,7 +113,7 @@ def _method(model: MeasuredModel, different: list[str]) -> str:
 
 
 def _size(flags: Mapping[str, Any]) -> str:
-    """Return how much a pruning was asked for."""
+    """Return the size that a pruning was asked for, in words."""
     for name in TARGETS:
         if flags.get(name):
             return str(flags[name])

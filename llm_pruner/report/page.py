@@ -84,7 +84,7 @@ def _environment() -> Environment:
 
 
 def _other_content(file: Path, mark: str) -> str:
-    """Return what a page's place holds that it must not replace: anything but a page of the same runs and title."""
+    """Return, in words, the content of a file that must not be replaced: all but a page of the same runs and title."""
     if not file.exists():
         return ""
     content = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""

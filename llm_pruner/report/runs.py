@@ -1,4 +1,4 @@
-"""Read the folders of runs into one form, whichever command wrote them."""
+"""Read the folders of runs, whichever command wrote them, into one form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tabulate the models of a report: every model once, with what is known of it."""
+"""Tabulate the models of a report: every model once, with all its measurements."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Sweep:
 
     Attributes:
         rows: results of the points; the original is not among them.
-        original: results of the original, empty where it was not measured.
+        original: results of the original, empty if it was not measured.
         varied: swept arguments, without the seed.
     """
 
@@ -89,7 +89,7 @@ def value_of(row: Mapping[str, Any], quality: str) -> float | None:
 
 
 def read_sweep(folder: str | Path) -> Sweep | None:
-    """Return the results of a sweep's output folder; None where the folder holds no sweep.
+    """Return the results of a sweep's output folder; None if the folder holds no sweep.
 
     Raises:
         PrunerError: its results are damaged.

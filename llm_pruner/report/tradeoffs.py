@@ -67,7 +67,7 @@ class Point:
 def quantities_of_quality(models: Sequence[MeasuredModel]) -> list[Quantity]:
     """Return the perplexity of every text, and the accuracy."""
     texts = dict.fromkeys(text for model in models for text in model.perplexity)
-    found = [
+    quantities = [
         Quantity(
             axis=f"perplexity ({text.partition(',')[0]})", title=f"perplexity, {text}", of=partial(_perplexity, text)
         )
@@ -79,7 +79,7 @@ def quantities_of_quality(models: Sequence[MeasuredModel]) -> list[Quantity]:
         of=lambda m: None if m.accuracy is None else 100 * m.accuracy,
         error_of=lambda m: None if m.accuracy_error is None else 100 * m.accuracy_error,
     )
-    return [*found, percent]
+    return [*quantities, percent]
 
 
 def quantities_of_cost(models: Sequence[MeasuredModel]) -> list[Quantity]:

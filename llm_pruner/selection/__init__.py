@@ -1,1 +1,1 @@
-"""Selection: how much goes, and which indices."""
+"""Selection: how many indices to remove, and which."""

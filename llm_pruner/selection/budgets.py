@@ -26,15 +26,15 @@ NEAR = 0.005  # how far below its target a plan may stay
 
 @dataclass
 class Budget:
-    """The most that the model of a plan may cost.
+    """Largest cost that a pruned model may have.
 
     Attributes:
-        name: of the cost, as the user gave it: ``target_params``.
-        target: as the user gave it: ``0.8``, ``5.4B``, ``6GiB``.
-        measure: the cost of the model that a plan leaves.
+        name: name of the target, as the user gave it: ``target_params``.
+        target: value of the target, as the user gave it: ``0.8``, ``5.4B``, ``6GiB``.
+        measure: function from a plan to the cost of the model that it leaves.
         units: suffixes that a target may have, with their factors; one of :data:`UNITS`.
-        noun: what is counted.
-        whole: the cost that a fraction is of, if not that of the model at hand.
+        noun: unit of the cost in words, such as ``parameters``.
+        whole: cost that a fraction refers to, if not that of the model at hand.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Budget:
         """Return the target as a number: a fraction of the whole model's cost up to 1, or an amount.
 
         Raises:
-            PrunerError: the target is neither, or not below the model's own cost.
+            PrunerError: the target is neither a fraction nor an amount, or not below the model's own cost.
         """
         number, factor = read_target(self.name, self.target, self.units)
         now = self.measure(PruningPlan())
@@ -109,14 +109,15 @@ def solve(
     plan_at: Callable[[float], PruningPlan],
     together: Callable[[str], Hashable] | None = None,
 ) -> PruningPlan:
-    """Return the plan of the smallest ratio that costs no more than the budget allows, and at most 0.5% less.
+    """Return the plan of the smallest ratio whose cost is within the budget, and at most 0.5% below it.
 
     Args:
-        plan_at: the plan at a ratio; it may raise :class:`NothingRemoved`.
-        together: key of a unit by its name; units with one key take their next step together. None: each on its own.
+        plan_at: function from a ratio to a plan; it may raise :class:`NothingRemoved`.
+        together: function from a unit's name to a key; units with equal keys take their next step together. None: each
+            unit on its own.
 
     Raises:
-        PrunerError: no ratio comes so near; the message names the nearest cost that can be reached.
+        PrunerError: no ratio meets the budget that closely; the message names the nearest costs that can be reached.
     """
     limit = budget.limit()
     cost_by_counts: dict[tuple[tuple[str, int], ...], float] = {}
@@ -161,11 +162,11 @@ def solve(
 
 
 class NothingRemoved(PrunerError):
-    """A ratio so small that no unit loses an index."""
+    """Error: the ratio is so small that no unit loses an index."""
 
 
 class NotMet(PrunerError):
-    """The steps in which units go are too large to come close to a target.
+    """Error: units are removed in steps too large to come close to a target.
 
     Attributes:
         above: plan whose next step would meet the target.

@@ -1,4 +1,4 @@
-"""Two plans, one after the other, as one."""
+"""Compose two plans, applied one after the other, into one."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from .plan import EXPLANATION, PruningPlan, name_after
 
 
 def compose_plans(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, left: CouplingGraph) -> PruningPlan:
-    """Return the plan that does at once what ``first`` does to a model, and ``then`` to what that leaves.
+    """Return one plan with the effect of ``first`` and then ``then``.
 
     Args:
-        then: widths only; no layers or blocks.
-        graph: of the model that ``first`` is for.
-        left: of the model that ``then`` is for.
+        first: plan for the original model.
+        graph: graph of the original model.
+        then: plan for the model that ``first`` leaves; it cuts widths only, no layers or blocks.
+        left: graph of the model that ``first`` leaves.
 
     Raises:
-        PrunerError: a unit of what was left is none of the model's.
+        PrunerError: a unit of ``then`` is not a unit of the original model.
     """
     old_names = {new: name for name in graph.shapes if (new := name_after(name, first)) is not None}
     owners = {(name, dim): [] for unit in graph.units for name, dim in unit.dims}  # type: dict[tuple[str, int], list]
     for unit in graph.units:
         for key in unit.dims:
             owners[key].append(unit)
-    out = PruningPlan(settings=first.settings | then.settings, notes=[*first.notes, *then.notes])
+    plan = PruningPlan(settings=first.settings | then.settings, notes=[*first.notes, *then.notes])
     kept = {name: first.units[name].kept for name in first.units}
     why = dict(first.units)
     for name, choice in then.units.items():
@@ -39,19 +40,19 @@ def compose_plans(first: PruningPlan, graph: CouplingGraph, then: PruningPlan, l
         # A key-value head that is left alone gives its name to the query heads in it.
         found.sort(key=lambda unit: (unit.kind != choice.kind, len(unit.dims)))
         if not found:
-            raise PrunerError(f"the unit {name} is none of the model that the first plan is for")
+            raise PrunerError(f"the model that the first plan is for has no unit {name}")
         unit = found[0]
         before = kept.get(unit.name)
         kept[unit.name] = choice.kept if before is None else before[choice.kept]
         why[unit.name] = choice
     for path in first.blocks:
-        out.drop_block(path, graph.shapes)
+        plan.drop_block(path, graph.shapes)
     for unit in graph.units:
         if unit.name in kept:
-            out.keep(unit, kept[unit.name], graph.shapes)
+            plan.keep(unit, kept[unit.name], graph.shapes)
             for field in EXPLANATION:
-                setattr(out.units[unit.name], field, getattr(why[unit.name], field))
-    return out
+                setattr(plan.units[unit.name], field, getattr(why[unit.name], field))
+    return plan
 
 
 def scores_in_original(scores: Scores, graph: CouplingGraph, plan: PruningPlan) -> Scores:

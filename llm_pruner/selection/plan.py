@@ -1,7 +1,7 @@
-"""The pruning plan: what stays of a model, as data.
+"""The pruning plan: the parts of a model that stay, as data.
 
-A plan names, for every parameter that it touches, which positions of which dims are kept. It can be read, printed, put
-under version control and applied elsewhere without the model and its graph.
+A plan names the kept positions of every dim of every parameter that it cuts. It can be read, printed, put under version
+control and applied elsewhere without the model and its graph.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Choice:
     Attributes:
         kept: sorted LongTensor of the kept indices of ``range(size)``.
         total: sum of all scores that are finite.
-        removed: sum of the removed indices' scores. Of a Taylor criterion, too, this is no change of the loss: each
-            slice is scored as if it were removed alone.
+        removed: sum of the removed indices' scores. Even for a Taylor criterion, this sum does not predict the change
+            of the loss: each slice is scored as if it were removed alone.
         lowest_kept: lowest score of a kept index; its distance from ``highest_removed`` is the margin of the choice.
         highest_removed: highest score of a removed index.
     """
@@ -65,7 +65,7 @@ class Choice:
 
     @property
     def margin(self) -> float | None:
-        """Return how far the highest removed score is below the lowest kept one, as a share of the latter.
+        """Distance of the highest removed score below the lowest kept score, as a share of the latter.
 
         >>> choice = Choice("neurons", 0, 4, torch.tensor([0, 3]))
         >>> choice.explain(torch.tensor([4.0, 1.0, 3.0, 8.0]))
@@ -78,7 +78,7 @@ class Choice:
 
 
 def removed_share(choices: Iterable[Choice]) -> float | None:
-    """Return the share of the summed score of units that their plan removes; None where scores are unknown.
+    """Return the share of the summed score of units that their plan removes; None if scores are unknown.
 
     Scores with both signs have no such share, nor have plans of versions that did not record the total.
     """
@@ -96,7 +96,7 @@ class PruningPlan:
         kept: ``{parameter: {dim: sorted LongTensor of kept positions}}`` for every pruned parameter.
         units: the choice for every unit that loses indices, by unit name.
         shapes: shape of every pruned parameter before pruning; a plan fits only a model with these shapes.
-        settings: the arguments that made the plan, for the record.
+        settings: record of the arguments that made the plan.
         notes: remarks for the reader, such as units too small to lose an index.
         weights: SHA-256 of the checkpoint's weight files by name; empty for a plan without a checkpoint.
         blocks: paths of modules that are removed as a whole, such as the attention of a layer.
@@ -124,12 +124,12 @@ class PruningPlan:
 
     @property
     def layers(self) -> dict[str, torch.Tensor]:
-        """Return the kept layers by path of their stack, for stacks that lose layers."""
+        """Kept layers by the path of their stack, for stacks that lose layers."""
         return {name.rpartition(".")[0]: c.kept for name, c in self.units.items() if c.kind == "layers"}
 
     @property
     def tokens(self) -> list[int] | None:
-        """Return the kept token ids in order, whose places are the new ids; None if the vocabulary is not pruned."""
+        """Kept token ids, in the order of their new ids; None if the vocabulary is not pruned."""
         return next((c.kept.tolist() for c in self.units.values() if c.kind == "vocabulary"), None)
 
     def keep(self, unit: Unit, indices: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -166,7 +166,7 @@ class PruningPlan:
                 self.shapes[name] = tuple(shape)
 
     def cut_shape(self, name: str, shape: Iterable[int]) -> tuple[int, ...]:
-        """Return the shape that a tensor of shape ``shape`` has after pruning."""
+        """Return the shape after pruning of a tensor that has the shape ``shape`` before."""
         kept = self.kept.get(name, {})
         return tuple(len(kept[dim]) if dim in kept else size for dim, size in enumerate(shape))
 
@@ -236,16 +236,16 @@ class PruningPlan:
             kept, total = sum(c.kept.numel() for c in chosen), sum(c.size for c in chosen)
             lines.append(f"{kind}: {kept} of {total} kept in {len(chosen)} unit{'s' * (len(chosen) > 1)}")
         if self.blocks:
-            lines.append(f"gone: {', '.join(self.blocks)}")
+            lines.append(f"removed: {', '.join(self.blocks)}")
         return "\n".join([*lines, *self.notes])
 
     @property
     def removed_parameters(self) -> int:
-        """Return how many parameters the plan removes."""
+        """Number of parameters that the plan removes."""
         return sum(prod(shape) - prod(self.cut_shape(name, shape)) for name, shape in self.shapes.items())
 
     def table(self) -> Cells:
-        """Return a table of the units that lose indices, by kind, head first."""
+        """Return a table of the units that lose indices, with a row per kind; the first row is the head."""
         cells = [["kind", "units", "kept", "share kept", "score removed"]]
         for kind in dict.fromkeys(c.kind for c in self.units.values()):
             chosen = [c for c in self.units.values() if c.kind == kind]

@@ -35,12 +35,12 @@ def alignment(unit: Unit, widest: int) -> int:
 
 
 def role(unit: Unit) -> tuple[str, int]:
-    """Return what a unit has in common with its like in other layers: its name without numbers, and its size."""
+    """Return the key that a unit shares with its counterparts in other layers: name without numbers, and size."""
     return re.sub(r"\d+", "*", unit.name), unit.size
 
 
 def equalized(units: list[Unit], removals: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the removals cut to the fewest among units of the same role; the first of each go."""
+    """Cut the removals of units with the same role to the fewest among them; the first indices of each are removed."""
     fewest: dict[tuple[str, int], int] = {}
     for unit, removed in zip(units, removals, strict=True):
         fewest[role(unit)] = min(len(removed), fewest.get(role(unit), len(removed)))
@@ -57,12 +57,12 @@ def rank_locally(
         steps: kept counts become multiples of these, rounded up, unit by unit.
         floor: share of every unit's indices that stays in any case.
     """
-    out = []
+    removals = []
     for unit, step in zip(units, steps, strict=True):
         kept = max(unit.size - removable_count(unit, ratio), _least(unit, floor))
-        gone = unit.size - _rounded(unit, kept, step)
-        out.append(torch.argsort(scores.of(unit, gone), stable=True)[:gone])
-    return out
+        count = unit.size - _rounded(unit, kept, step)
+        removals.append(torch.argsort(scores.of(unit, count), stable=True)[:count])
+    return removals
 
 
 def rank_balanced(scores: torch.Tensor, count: int, parts: int) -> torch.Tensor:
@@ -74,8 +74,8 @@ def rank_balanced(scores: torch.Tensor, count: int, parts: int) -> torch.Tensor:
 
 def _mean(scores: torch.Tensor) -> torch.Tensor:
     """Return the mean of the finite scores; removed indices, and those that must stay, have infinite ones."""
-    known = scores[torch.isfinite(scores)]
-    return known.mean().clamp_min(torch.finfo(torch.float64).tiny) if known.numel() else torch.ones(())
+    finite = scores[torch.isfinite(scores)]
+    return finite.mean().clamp_min(torch.finfo(torch.float64).tiny) if finite.numel() else torch.ones(())
 
 
 # Divisors of a unit's scores, which make units comparable.
@@ -93,13 +93,13 @@ def _least(unit: Unit, floor: float) -> int:
 
 def index_costs(units: list[Unit], graph: CouplingGraph) -> list[float]:
     """Return the parameters that one index of each unit frees."""
-    out = []
+    costs = []
     for unit in units:
         freed = [
             prod(graph.shapes[name]) * (label >= 0).double().mean().item() for (name, _), label in unit.dims.items()
         ]
-        out.append(sum(freed) / unit.size)
-    return out
+        costs.append(sum(freed) / unit.size)
+    return costs
 
 
 def rank_globally(
@@ -138,8 +138,8 @@ def rank_globally(
         if budget >= 0.999 * costs[i] and len(removed[i]) < units[i].size - _least(units[i], floor):
             removed[i].append(int(index[position]))
             budget -= costs[i]
-    out = []
-    for unit, gone, step in zip(units, removed, steps, strict=True):
-        kept = _rounded(unit, unit.size - len(gone), step)
-        out.append(torch.tensor(gone[: unit.size - kept], dtype=torch.long))
-    return out
+    removals = []
+    for unit, indices, step in zip(units, removed, steps, strict=True):
+        kept = _rounded(unit, unit.size - len(indices), step)
+        removals.append(torch.tensor(indices[: unit.size - kept], dtype=torch.long))
+    return removals

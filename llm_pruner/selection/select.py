@@ -1,4 +1,4 @@
-"""From scores to a plan: how many indices each unit loses, and which."""
+"""Turn scores into a plan: decide how many indices each unit loses, and which."""
 
 from __future__ import annotations
 
@@ -60,27 +60,31 @@ def select(
             outcome for a unit with few heads, and the plan's notes say so.
         kinds: kinds of units to prune.
         layers: layer indices to prune in (of an encoder-decoder in both halves), None for all; or a mapping from kind
-            to layer indices (a kind without an entry is pruned everywhere). ``hidden``, ``vocabulary`` and ``layers``
-            do not ask; other units that span layers are left out when layers are given.
-        scope: ``local`` takes the ratio from every unit, ``global`` from all units of a kind together: first what
-            scores least for each parameter that it frees.
+            to layer indices (a kind without an entry is pruned everywhere). The kinds ``hidden``, ``vocabulary`` and
+            ``layers`` ignore the argument; other units that span layers are left out when layers are given.
+        scope: ``local`` takes the ratio from every unit; ``global`` takes it from all units of a kind together, those
+            indices first that score least per removed parameter.
         round_to: kept counts become multiples of this, and of the unit's own ``multiple``, rounded up.
         target_params: instead of a ratio, the parameters that stay: a fraction of the model, or a count such as
             ``"5.4B"``. The ratio is solved so that the plan leaves at most that many, and at most 0.5% fewer.
-        budget: the same for another cost (:func:`llm_pruner.evaluation.macs_budget`, ``memory_budget``).
-        normalize: what global scores are divided by to compare layers: ``none``, ``mean`` (the mean of their unit) or
-            ``sqrt`` (the root of that).
+        budget: the same for another cost (:func:`llm_pruner.evaluation.cost.macs_budget`, ``memory_budget``).
+        normalize: divisor of global scores, to compare layers: ``none``, ``mean`` (the mean score of the unit) or
+            ``sqrt`` (the square root of the mean).
         floor: share of every unit's indices that stays in any case, at least 0 and below 1.
-        align: keep widths multiples of 8 to 128 channels, as kernels for matrix products want them: of the largest
-            power of two that divides a unit's size and leaves it at least 32 steps. Heads go as they are. Where a
-            target cannot be met in such steps, the largest smaller power of two is taken that can, and noted.
-        tensor_parallel: keep heads, neurons and channels in multiples of this many, and as many of them in each of as
-            many equal parts of a unit, so that a model split over that many devices stays so.
-        uniform: keep as many indices in every layer, so that a config without per-layer values describes the result.
-            Which indices stay still differs by layer. Goes with ``scope="local"`` and without ``layers``.
-        counts: how many indices stay, by the name of a unit or by kind (in the layers given), whatever the ratio,
-            ``round_to``, ``floor``, ``align`` and ``tensor_parallel``. Without a target and without a mapping for a
-            ratio, nothing else goes.
+        align: keep widths at multiples of 8 to 128 channels, at which kernels for matrix products are fast: multiples
+            of the largest power of two that divides a unit's size and leaves it at least 32 steps. Heads are not
+            aligned. If a target cannot be met in such steps, the largest smaller power of two that meets it is used,
+            and a note of the plan says so.
+        tensor_parallel: number of devices that must be able to share the heads, neurons and channels equally: kept
+            counts are multiples of it, with as many indices in each of as many equal parts of a unit.
+        uniform: keep the same number of indices in every layer, so that a config without per-layer values describes
+            the result. Which indices stay still differs by layer. Needs ``scope="local"`` and no ``layers``.
+        counts: number of indices that stay, by the name of a unit or by kind (in the layers given), whatever the
+            ratio, ``round_to``, ``floor``, ``align`` and ``tensor_parallel``. Without a target and without a mapping
+            for a ratio, no other unit loses indices.
+
+    Returns:
+        The plan. It holds the kept indices of every unit that loses some, and the arguments in ``settings``.
 
     Raises:
         PrunerError: an argument is out of range, or there is nothing to prune.
@@ -200,20 +204,20 @@ class Policy:
     def __post_init__(self) -> None:
         for kind in self.kinds:
             if kind not in KINDS:
-                raise PrunerError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
+                raise PrunerError(f"kind {kind!r} is not valid: choose from {', '.join(KINDS)}")
         if self.scope not in ("local", "global"):
-            raise PrunerError(f"unknown scope {self.scope!r}; choose local or global")
+            raise PrunerError(f"scope {self.scope!r} is not valid: choose local or global")
         if self.normalize not in NORMALIZERS:
-            raise PrunerError(f"unknown normalize {self.normalize!r}; choose from {', '.join(NORMALIZERS)}")
+            raise PrunerError(f"normalize {self.normalize!r} is not valid: choose from {', '.join(NORMALIZERS)}")
         for name in ("round_to", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise PrunerError(f"{name} {getattr(self, name)} is out of range: give 1 or more")
         if self.uniform and (self.scope == "global" or self.layers is not None):
-            raise PrunerError("uniform keeps as much in every layer: leave out layers and scope='global'")
+            raise PrunerError("uniform keeps the same number of indices per layer: leave out layers and scope='global'")
         if not 0 <= self.floor < 1:
             raise PrunerError(f"floor {self.floor} is out of range: give a share of at least 0 and below 1")
-        known = {name for unit in self.graph.units for name in (unit.name, unit.kind)}
-        if unknown := sorted(self.counts.keys() - known):
+        names = {name for unit in self.graph.units for name in (unit.name, unit.kind)}
+        if unknown := sorted(self.counts.keys() - names):
             raise PrunerError(f"the model has no unit or kind of units called {unknown[0]!r}")
         present = {unit.layer for unit in self.graph.units if unit.layer is not None}
         if missing := sorted(set().union(*(self.layers or {}).values()) - present):
@@ -247,7 +251,7 @@ class Policy:
         )
         every = dict.fromkeys([*self.kinds, *KINDS])
         for kind in sorted(every, key=lambda kind: kind != "layers"):  # units in removed layers are left out
-            units = [unit for unit in self.graph.of_kind(kind) if not _gone(unit, plan)]
+            units = [unit for unit in self.graph.of_kind(kind) if not _is_removed(unit, plan)]
             for unit in units:
                 if (count := self._count(unit)) is not None:
                     self._remove(plan, unit, self._indices_beyond(unit, count))
@@ -258,7 +262,7 @@ class Policy:
         return plan
 
     def _count(self, unit: Unit) -> int | None:
-        """Return how many indices of a unit are to stay by ``counts``, None where its kind's ratio decides."""
+        """Return how many indices of a unit are to stay by ``counts``, None if its kind's ratio decides."""
         by_kind = self.counts.get(unit.kind) if self._in_requested_layers(unit) else None
         return self.counts.get(unit.name, by_kind)
 
@@ -291,18 +295,18 @@ class Policy:
     def _refuse_empty_plan(self, ratios: Mapping[str, float]) -> None:
         """Raise an error that says why no index is removed."""
         if self.counts:
-            raise NothingRemoved("nothing is removed: every unit is to keep what it has")
+            raise NothingRemoved("no index is removed: the counts keep all indices of every unit")
         units = [unit for unit in self.graph.of_kind(*self.kinds) if self._in_requested_layers(unit)]
         if not units:
-            there = ", ".join(sorted({unit.kind for unit in self.graph.units})) or "none"
+            kinds = ", ".join(sorted({unit.kind for unit in self.graph.units})) or "none"
             where = "" if self.layers is None else " in the layers given"
             raise PrunerError(
-                f"nothing to prune: no unit of kind {', '.join(self.kinds)}{where} (kinds found: {there})"
+                f"nothing to prune: no unit of kind {', '.join(self.kinds)}{where} (kinds found: {kinds})"
             )
         sizes = sorted({unit.size for unit in units})
         raise NothingRemoved(
             f"ratio {', '.join(str(r) for r in dict.fromkeys(ratios.values()))} removes nothing: the units have "
-            f"{', '.join(map(str, sizes))} indices, which go whole; raise the ratio"
+            f"{', '.join(map(str, sizes))} indices, which are removed as a whole: raise the ratio"
         )
 
     def _indices_beyond(self, unit: Unit, count: int) -> torch.Tensor:
@@ -332,9 +336,9 @@ class Policy:
             for unit, n in zip(units, parts, strict=True)
         ]
         if self.scope == "local":
-            out = rank_locally(units, self.scores, ratio, steps=steps, floor=self.floor)
+            removals = rank_locally(units, self.scores, ratio, steps=steps, floor=self.floor)
         else:
-            out = rank_globally(
+            removals = rank_globally(
                 units,
                 self.scores,
                 ratio,
@@ -349,8 +353,8 @@ class Policy:
             elif parts[i] > 1:
                 out[i] = rank_balanced(self.scores.of(unit, len(out[i])), len(out[i]), parts[i])
             if self.solving:
-                out[i] = out[i][~self.scores.of(unit, len(out[i]))[out[i]].isposinf()]
-        return equalized(units, out) if self.uniform else out
+                removals[i] = removals[i][~self.scores.of(unit, len(removals[i]))[removals[i]].isposinf()]
+        return equalized(units, removals) if self.uniform else removals
 
     def _remove(self, plan: PruningPlan, unit: Unit, removed: torch.Tensor) -> None:
         if not removed.numel():
@@ -358,14 +362,16 @@ class Policy:
         scores = self.scores.of(unit, len(removed))
         if bool(scores[removed].isposinf().any()):
             stay = ", ".join(str(i) for i in scores.isposinf().nonzero().flatten().tolist())
-            raise PrunerError(f"{unit.name}: {len(removed)} cannot go, since {stay} must stay; remove fewer")
+            raise PrunerError(
+                f"{unit.name}: {len(removed)} indices cannot be removed, since {stay} must stay: remove fewer"
+            )
         stays = torch.ones(unit.size, dtype=torch.bool)
         stays[removed] = False
         plan.keep(unit, stays.nonzero().flatten(), self.graph.shapes)
         plan.units[unit.name].explain(scores)
 
 
-def _gone(unit: Unit, plan: PruningPlan) -> bool:
+def _is_removed(unit: Unit, plan: PruningPlan) -> bool:
     """Return True if a unit lies in layers that the plan removes."""
     return bool(plan.layers) and all(name_after(name, plan) is None for name in unit.parameters)
 
@@ -381,5 +387,7 @@ def _by_kind(layers: LayerChoice, kinds: tuple[str, ...]) -> dict[str, set[int]]
         return {kind: every for kind in kinds}
     unknown = [kind for kind in layers if kind not in KINDS]
     if unknown:
-        raise PrunerError(f"layers are given for the unknown kind {unknown[0]!r}; choose from {', '.join(KINDS)}")
+        raise PrunerError(
+            f"layers are given for kind {unknown[0]!r}, which is not valid: choose from {', '.join(KINDS)}"
+        )
     return {kind: set(chosen) for kind, chosen in layers.items()}

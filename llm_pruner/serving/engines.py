@@ -58,8 +58,8 @@ class Engine:
         if line := self._process.stdout.readline():
             return json.loads(line)
         self._errors.seek(0)
-        said = [line.strip() for line in self._errors if "Error: " in line]
-        raise PrunerError(f"{self._model} does not run: {(said or ['the engine ended without a word'])[-1]}")
+        messages = [line.strip() for line in self._errors if "Error: " in line]
+        raise PrunerError(f"{self._model} does not run: {(messages or ['the engine ended without a message'])[-1]}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``llm-pruner export``: write a model for another engine, and compare what that engine computes."""
+"""``llm-pruner export``: write a model for another engine, and compare that engine's log-probabilities."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def run_export(arguments: ExportArguments) -> Path:
     """Run ``llm-pruner export``; print and return what was written.
 
     Raises:
-        PrunerError: the format cannot express the model, the place cannot be written, or an installed engine computes
-            something else from what was written, which is then removed.
+        PrunerError: the format cannot express the model, the file or folder cannot be written, or an installed engine
+            computes other log-probabilities from it; the output is then removed.
     """
     arguments.check()
     if arguments.format == "hf":
@@ -62,9 +62,9 @@ def check_export_inputs(arguments: ExportArguments, check: InputCheck) -> None:
 def _check_gguf_file(arguments: ExportArguments) -> None:
     file = Path(arguments.output).expanduser()
     if file.suffix != ".gguf":
-        raise PrunerError(f"{file} is to be a file: give a name that ends in .gguf")
+        raise PrunerError(f"{file} is not the name of a GGUF file: give one that ends in .gguf")
     if file.exists():
-        raise PrunerError(f"{file} is there already: give another name, or remove it")
+        raise PrunerError(f"{file} exists already: give another name, or remove it")
     check_file(file)
 
 
@@ -123,8 +123,8 @@ def _compare(model: PreTrainedModel, engine: EngineName, written: Path, toleranc
     ids = _prompt(model)
     expected = _log_probabilities(model, ids)
     with running(engine, written, trust_remote_code=True) as process:  # code of ours
-        found = process.next_log_probabilities(ids)
-    _judge(engine, found, expected, tolerance)
+        computed = process.next_log_probabilities(ids)
+    _judge(engine, computed, expected, tolerance)
 
 
 def _prompt(model: PreTrainedModel) -> list[int]:
@@ -139,18 +139,18 @@ def _log_probabilities(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     return logits.double().log_softmax(-1).cpu()
 
 
-def _judge(engine: str, found: dict[int, float], expected: torch.Tensor, tolerance: float | None) -> None:
+def _judge(engine: str, computed: dict[int, float], expected: torch.Tensor, tolerance: float | None) -> None:
     """Log how far an engine's log-probabilities are from ours.
 
     Args:
         found: those of the engine's most probable next tokens.
         expected: ours of all tokens.
-        tolerance: most that they may differ; None where quantization sets no bound.
+        tolerance: most that they may differ; None if quantization sets no bound.
 
     Raises:
         PrunerError: they differ by more.
     """
-    distance = max(abs(value - float(expected[token])) for token, value in found.items())
+    distance = max(abs(value - float(expected[token])) for token, value in computed.items())
     if tolerance is not None and distance > tolerance:
         raise PrunerError(
             f"{engine} computes something else from the export (a log-probability differs by {distance:.2f}): "

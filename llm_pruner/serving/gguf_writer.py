@@ -28,12 +28,12 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 LIKE_LLAMA = ("llama", "mistral", "qwen2")
 INTERLEAVED = ("llama", "deci")  # architectures whose rotary pairs are neighbours, not halves of a head
 TYPES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}  # that gguf's own Python writes
-EMPTY_WIDTH = 32  # neurons, all zero, of a layer whose MLP is gone: `deci` skips the attention of layers without MLP
+EMPTY_WIDTH = 32  # neurons, all zero, of a layer whose MLP is removed: `deci` skips the attention of layers without MLP
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """Sizes of one layer; 0 for a block that is gone."""
+    """Sizes of one layer; 0 for a removed block."""
 
     heads: int
     key_value_heads: int
@@ -107,7 +107,7 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     ...                                           num_hidden_layers=1, num_attention_heads=2)))
     [LayerShape(heads=2, key_value_heads=2, neurons=12)]
     """
-    size, out = head_size(model.config), []
+    size, shapes = head_size(model.config), []
     for layer in stack_of(model.base_model, model.config.num_hidden_layers) or []:
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
@@ -115,8 +115,8 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
             [0, 0] if isinstance(attention, Absent) else [p.out_features for p in (attention.q_proj, attention.k_proj)]
         )
         neurons = 0 if isinstance(mlp, Absent) else mlp.up_proj.out_features
-        out.append(LayerShape(heads=rows[0] // size, key_value_heads=rows[1] // size, neurons=neurons))
-    return out
+        shapes.append(LayerShape(heads=rows[0] // size, key_value_heads=rows[1] // size, neurons=neurons))
+    return shapes
 
 
 def head_size(config: Any) -> int:
@@ -161,10 +161,10 @@ def _tensors(model: PreTrainedModel, arch: str, layers: list[LayerShape]) -> Ite
         if arch in INTERLEAVED and layer is not None and ".self_attn." in name:
             heads = {"q_proj": layer.heads, "k_proj": layer.key_value_heads}.get(name.split(".")[-2])
             values = values if heads is None else _neighbouring_pairs(values, heads)
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise PrunerError(f"--format gguf: llama.cpp's {arch} has no tensor for {name}")
-        yield found, values
+        yield gguf_name, values
     for number, layer in enumerate(layers):
         if layer.heads and not layer.neurons:
             for part, shape in (("gate", (EMPTY_WIDTH, -1)), ("up", (EMPTY_WIDTH, -1)), ("down", (-1, EMPTY_WIDTH))):
@@ -175,7 +175,7 @@ def _tensors(model: PreTrainedModel, arch: str, layers: list[LayerShape]) -> Ite
 
 
 def _is_norm_of_absent(name: str, layer: LayerShape | None) -> bool:
-    """Return True for the norm before a block that is gone, which `deci` does not have."""
+    """Return True for the norm before a removed block, which `deci` does not have."""
     if layer is None:
         return False
     return (".input_layernorm." in name and not layer.heads) or (

@@ -1,7 +1,7 @@
 """Write Llama-like checkpoints in the format of Nemotron-NAS, which other engines read natively.
 
-Its config lists ``block_configs``: key-value groups and MLP width of each layer, or that a block is gone. The number of
-query heads is one for the whole model. vLLM reads widths as they are; engines that know the format from the first
+Its config lists ``block_configs``: key-value groups, MLP width and removed blocks of each layer. All layers have the
+same number of query heads. vLLM reads widths as they are; engines that know the format from the first
 models alone may round them to multiples of 256.
 """
 
@@ -67,7 +67,7 @@ def check_nemotron_nas(model: PreTrainedModel) -> None:
 
 
 def write_nemotron_nas(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write a checkpoint with ``block_configs`` into a folder; norms before blocks that are gone leave the model.
+    """Write a checkpoint with ``block_configs`` into a folder; norms before removed blocks are left out.
 
     Raises:
         PrunerError: as :func:`check_nemotron_nas`.
@@ -76,7 +76,7 @@ def write_nemotron_nas(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     layers = layer_shapes(model)
     for module, layer in zip(stack_of(model.base_model, len(layers)) or [], layers, strict=True):
         for norm, size in (("input_layernorm", layer.heads), ("post_attention_layernorm", layer.neurons)):
-            if not size:  # the format has no norm before a block that is gone
+            if not size:  # the format has no norm before a removed block
                 module.set_submodule(norm, nn.Identity())
     write_checkpoint(model, tokenizer, folder)
     file = folder / "config.json"

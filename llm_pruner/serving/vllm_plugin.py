@@ -7,7 +7,7 @@ right. For checkpoints with per-layer widths, and for no other, the plugin
 * chooses the transformers backend,
 * refuses what this backend would get wrong: tensor parallelism that does not divide the widths of every layer, heads
   that the config has no field for, constants such as ALiBi's slopes that differ by layer,
-* creates no key-value cache for attention blocks that are gone, and as many experts as each layer has.
+* creates no key-value cache for removed attention blocks, and as many experts as each layer has.
 
 Private names of vLLM that it wraps, checked on 0.32, are all in :func:`register`.
 """
@@ -104,13 +104,13 @@ def indivisible(config: Any, parts: int) -> str:
 
 
 def _indivisible_block(config: Any, parts: int) -> str:
-    """Return which block that is built with values of its own the devices cannot share, "" if only blocks are gone."""
+    """Return, in words, a block with values of its own that the devices cannot share; "" if all are removed blocks."""
     path = next((path for path, recipe in overrides_of(config).items() if "absent" not in recipe), None)
     return f"--tensor-parallel-size {parts}: the widths of {path} have no field in the config" if path else ""
 
 
 def _without_absent_attention(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Skip layers whose attention block is gone: they need no key-value cache."""
+    """Skip layers whose attention block is removed: they need no key-value cache."""
 
     def create(self: Any, prefix: str = "") -> None:
         absent: dict[int, str] = {}
@@ -131,7 +131,7 @@ def _without_absent_attention(original: Callable[..., Any]) -> Callable[..., Any
 
 
 class _NoAttention:
-    """Stand-in for the record of an attention block that is gone."""
+    """Stand-in for the record of a removed attention block."""
 
     def scale(self, _: Any) -> None:
         return None

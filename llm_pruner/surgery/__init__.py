@@ -1,1 +1,1 @@
-"""Surgery: carrying out a plan."""
+"""Surgery: slice weights by a plan, and rebuild the model."""

@@ -47,16 +47,20 @@ def apply(
     """Return a new, smaller model of the same class; the original is untouched.
 
     The new model is built from a config, so that every attribute is right by construction, and traced: its units must
-    be the original's at the plan's sizes. Weights keep dtype and device. A refit that the plan's run had is not
-    repeated (:func:`llm_pruner.compensate`).
+    be the original's at the plan's sizes. Weights keep dtype and device. If the run that made the plan refitted its
+    model, the refit is not repeated (:func:`llm_pruner.compensate`).
 
     Args:
-        model: the original, also on the meta device.
-        place: moves each new tensor to where it shall live and returns it
-            (:func:`llm_pruner.checkpoint.on_disk.on_disk`: in files, for models larger than memory).
-        config: config of the new model, instead of one that is searched. Values that an architecture derives from
-            sizes then follow this config and may differ from the original's, such as the factor on Gemma's embeddings.
-            A plan that was made for a shape (``settings["shape"]``) brings its own.
+        model: original model, with weights or on the meta device.
+        plan: plan made for this model, from :func:`llm_pruner.select` or a file.
+        place: function that moves each new tensor to its final memory and returns it
+            (:func:`llm_pruner.checkpoint.on_disk.on_disk` moves it to a file, for models larger than memory).
+        config: config of the new model, instead of a search for one. Constants that an architecture derives from sizes,
+            such as the factor on Gemma's embeddings, then follow this config and may differ from the original's. A plan
+            that was made for a shape (``settings["shape"]``) has a config of its own.
+
+    Returns:
+        The pruned model, in eval mode.
 
     Raises:
         PrunerError: the plan is for another model, no config expresses what it leaves, or it cuts a tower of images or
@@ -124,9 +128,9 @@ def _unknown_units(plan: PruningPlan, graph: CouplingGraph) -> list[str]:
 
 
 def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> str:
-    """Return what changed with the hidden size besides widths, empty if nothing: some models derive factors from it.
+    """Return the change that the hidden size caused beside widths, "" if there is none: some models derive factors.
 
-    No shape shows that, so the two models are compared, if there are weights to do so.
+    No shape shows such a change, so the logits of the two models are compared if both have weights.
     """
     kinds = {choice.kind for choice in plan.units.values()}
     if "hidden" not in kinds or any(tensor.device.type == "meta" for tensor in stored_tensors(model).values()):
@@ -150,7 +154,7 @@ def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: Pruning
 
 
 def _broken_cache(rebuilt: PreTrainedModel, original: PreTrainedModel) -> str:
-    """Return what goes wrong when a rebuilt model fills its cache, if the original can do so; empty if nothing."""
+    """Return the error of a rebuilt model when it fills its cache, if the original can fill its own; else ""."""
 
     def problem(model: PreTrainedModel) -> str:
         try:

@@ -65,7 +65,7 @@ def verify(
     seed: int = 0,
     tolerance: float = 1e-5,
 ) -> EquivalenceReport:
-    """Compare the pruned model's logits with the original's whose removed slices are zeroed (mask equivalence).
+    """Compare the logits of the pruned model with those of the original with the removed slices zeroed.
 
     Both agree for units without flags; for hidden channels, for which norms are restricted to the kept channels; and
     for experts, which routers are kept from choosing (:class:`llm_pruner.models.experts.Unrouted`). Removed layers are
@@ -74,11 +74,17 @@ def verify(
     float64, one model at a time, which tells rounding from a mistake.
 
     Args:
+        model: original model, with weights.
+        pruned: model that ``plan`` left of it, before any refit.
+        plan: plan that made ``pruned``.
         tokens: LongTensor ``[rows, tokens]`` of the pruned model's token ids, or inputs by name, as a processor returns
             them (default: random ones). Where the plan cuts the vocabulary, the original reads the same tokens by its
             own ids.
         seed: seed of the random inputs.
         tolerance: largest difference, relative to the largest absolute logit, that still counts as equivalent.
+
+    Returns:
+        The differences, and ``equivalent``: True if they are within the tolerance.
 
     Raises:
         PrunerError: the plan is for another model.
@@ -150,11 +156,11 @@ def _compare(
         for mode in (*modes.norms, modes.routers):
             stack.enter_context(mode)
         expected = _changed_logits(model, ids if tokens is None else _original_ids(ids, tokens), dtype, change)
-    found = _changed_logits(pruned, ids, dtype, lambda _, tensor: tensor)
-    if tokens is not None and expected.shape[-1] > found.shape[-1]:
+    actual = _changed_logits(pruned, ids, dtype, lambda _, tensor: tensor)
+    if tokens is not None and expected.shape[-1] > actual.shape[-1]:
         expected = expected[..., tokens]
-    difference = (found - expected).abs().max().item()
-    return EquivalenceReport(difference, relative_difference(found, expected), tolerance, dtype)
+    difference = (actual - expected).abs().max().item()
+    return EquivalenceReport(difference, relative_difference(actual, expected), tolerance, dtype)
 
 
 def _original_ids(ids: Inputs, tokens: torch.Tensor) -> Inputs:
@@ -202,9 +208,9 @@ class KeptNorms(TorchDispatchMode):
 
     def __init__(self, kept: torch.Tensor, size: int):
         super().__init__()
-        gone = torch.ones(size, dtype=torch.bool)
-        gone[kept] = False
-        self.kept, self.removed, self.size = kept, gone.nonzero().flatten(), size
+        is_removed = torch.ones(size, dtype=torch.bool)
+        is_removed[kept] = False
+        self.kept, self.removed, self.size = kept, is_removed.nonzero().flatten(), size
 
     def concerns(self, x: Any) -> bool:
         return isinstance(x, torch.Tensor) and x.ndim > 0 and x.shape[-1] % self.size == 0 and x.is_floating_point()
@@ -218,8 +224,8 @@ class KeptNorms(TorchDispatchMode):
         if not (name in AVERAGES or name in NORMS) or not self.concerns(args[0]):
             return func(*args, **kwargs)
         x = args[0]
-        gone = self.pick(x, self.removed)
-        if (gone != gone[..., :1]).any():  # zero, or what is left of zero when a mean has been taken from it
+        values = self.pick(x, self.removed)
+        if (values != values[..., :1]).any():  # zeros, or zeros from which a mean has been subtracted
             return func(*args, **kwargs)
         args = [self.pick(a, self.kept) if self.concerns(a) else a for a in args]
         if name in AVERAGES:

@@ -12,8 +12,10 @@ from ..selection.plan import PruningPlan, name_after
 
 
 def find_wrong_axis(rebuilt: PreTrainedModel, original: CouplingGraph, plan: PruningPlan) -> str:
-    """Return the first axis of a rebuilt model that differs from the plan, empty if none; shapes can agree while
-    head counts do not."""
+    """Return the first axis of a rebuilt model that differs from the plan, "" if none does.
+
+    Shapes can agree while head counts differ.
+    """
     expected = _axes(original, plan)
     for key, sizes in _axes(trace(rebuilt), PruningPlan()).items():
         if sizes != expected[key]:
@@ -31,7 +33,7 @@ def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list
     The stride tells three heads of four channels from four heads of three; that they are heads, one of four channels
     from four of one.
     """
-    out: dict[tuple[str, int], list[tuple[int, int, bool]]] = defaultdict(list)
+    axes: dict[tuple[str, int], list[tuple[int, int, bool]]] = defaultdict(list)
     strides: dict[tuple[int, int], int] = {}  # by label and what of it is kept, which many dims share
     for unit in [*graph.units, *graph.frozen]:
         if unit.kind == "layers":
@@ -45,8 +47,8 @@ def _axes(graph: CouplingGraph, plan: PruningPlan) -> dict[tuple[str, int], list
             key = id(label), id(kept)
             if key not in strides:
                 strides[key] = _stride(label if kept is None else label[kept])
-            out[new, dim].append((size, strides[key], unit.kind in ("heads", "query_heads")))
-    return defaultdict(list, {key: sorted(axes) for key, axes in out.items()})
+            axes[new, dim].append((size, strides[key], unit.kind in ("heads", "query_heads")))
+    return defaultdict(list, {key: sorted(in_dim) for key, in_dim in axes.items()})
 
 
 def _stride(label: torch.Tensor) -> int:

@@ -22,12 +22,12 @@ def cut(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
 
 def mask(name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
     """Return a copy of the tensor, at its full shape, with zeros where the plan removes."""
-    out = tensor.clone()
+    masked = tensor.clone()
     for dim, positions in plan.kept.get(name, {}).items():
-        gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
-        gone[positions] = False
-        out.index_fill_(dim, gone.nonzero().flatten().to(tensor.device), 0)
-    return out
+        is_removed = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        is_removed[positions] = False
+        masked.index_fill_(dim, is_removed.nonzero().flatten().to(tensor.device), 0)
+    return masked
 
 
 def check_fits(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan) -> None:
@@ -37,9 +37,9 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan) -> None
         PrunerError: a shape differs or a parameter is missing; the message names it.
     """
     for name, shape in plan.shapes.items():
-        found = shapes.get(name)
-        if found is None or tuple(found) != tuple(shape):
+        actual = shapes.get(name)
+        if actual is None or tuple(actual) != tuple(shape):
             raise PrunerError(
                 f"the plan was made for another model: {name} is {list(shape)} in the plan, "
-                f"{'absent' if found is None else list(found)} in the model"
+                f"{'absent' if actual is None else list(actual)} in the model"
             )

@@ -32,13 +32,13 @@ PADDING_TOLERANCE = 1e-5  # of the largest logit; sums of more numbers, the adde
 
 
 def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the same function as a plain model of its architecture, every layer as wide as the widest.
+    """Return a plain model of the architecture with the same logits, every layer padded to the width of the widest.
 
-    Added weights are zero, so that their outputs are zero where they are read.
+    Added weights are zero, so that they add nothing to any output.
 
     Raises:
-        PrunerError: the layers differ in more than widths of their config, or zeros would change the logits, as they
-            do where something is normalised over the units or routed among them.
+        PrunerError: the layers differ in more than widths of their config, or zeros would change the logits: if an
+            operator normalises over the padded axis, or routes tokens along it.
     """
     if not has_per_layer_widths(model.config):
         raise PrunerError("the layers of this model have the same widths already: it is a plain checkpoint")
@@ -49,7 +49,7 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
     tensors = {canonical[n]: t for n, t in model.state_dict().items() if n in canonical}
     places = _places(tensors, shapes, trace(model), trace(target))
     done = {name: _padded(tensor, shapes[name], places[name]) for name, tensor in tensors.items()}
-    # A block that was gone comes back, and adds nothing.
+    # A removed block is built again, and adds nothing.
     done |= {name: next(iter(done.values())).new_zeros(shape) for name, shape in shapes.items() if name not in done}
     state = {name: done[canonical[name]] if name in canonical else t for name, t in target.state_dict().items()}
     padded = build_from_state(config, state, model)
@@ -59,7 +59,7 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
     off = relative_difference(actual, expected)
     if off > PADDING_TOLERANCE:
         raise PrunerError(
-            f"zeros change what this model computes (its logits by {off:.1e}): it cannot be made uniform so"
+            f"padding with zeros changes the logits of this model by {off:.1e}: prune with --uniform instead"
         )
     return padded
 
@@ -71,18 +71,18 @@ def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
         raise PrunerError(
             f"no plain config of {type(config).__name__} has such layers: they have constants of their own"
         )
-    out = global_config(config)
-    out.__dict__.pop(SUBMODULES, None)  # these blocks are as wide as they were before any pruning
+    uniform = global_config(config)
+    uniform.__dict__.pop(SUBMODULES, None)  # these blocks are as wide as they were before any pruning
     differing = layer_overrides_of(config).values()
     for field in dict.fromkeys(field for overrides in differing for field in overrides if field != SKIP):
         values = [getattr(config.per_layer_config[i], field) for i in range(config.num_hidden_layers)]
         if None in values:  # that is, as wide as the hidden size makes it: more than any that was cut
-            setattr(out, field, None)
+            setattr(uniform, field, None)
         elif all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-            setattr(out, field, max(values))
+            setattr(uniform, field, max(values))
         else:
             raise PrunerError(f"the layers differ in {field}, which is not a width")
-    return _with_valid_heads(out)
+    return _with_valid_heads(uniform)
 
 
 def _with_valid_heads(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -181,6 +181,6 @@ def _positions(units: list[Unit], key: tuple[str, int], length: int, sizes: dict
 def _padded(tensor: torch.Tensor, shape: tuple[int, ...], places: list[torch.Tensor]) -> torch.Tensor:
     if tuple(tensor.shape) == shape:
         return tensor.clone()
-    out = tensor.new_zeros(shape)
-    out[torch.meshgrid(*(place.to(tensor.device) for place in places), indexing="ij")] = tensor
-    return out
+    padded = tensor.new_zeros(shape)
+    padded[torch.meshgrid(*(place.to(tensor.device) for place in places), indexing="ij")] = tensor
+    return padded

@@ -1,4 +1,4 @@
-"""``llm-pruner inspect``: show what of a model can be pruned, what is frozen and why, and what a plan removed."""
+"""``llm-pruner inspect``: show the prunable units and frozen axes of a model, and the effect of a plan."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from ..pruning.towers import LANGUAGE, trace_towers
 from ..selection.plan import FORMAT, PruningPlan
 from .arguments import InspectArguments
 from .plan_tables import plan_document, print_measurements, print_plan
-from .tables import print_table
+from .tables import print_table, print_text
 
 SHOWN_DIMS = 12  # of a unit; the others are counted
 FREE, FROZEN = "prunable units", "frozen axes"
 
 
 def run_inspect(args: InspectArguments) -> None:
-    """Print a plan, or what was pruned of a model and what can be; weights are read only with ``--verify``.
+    """Print a plan, or the units of a model and its own plan, if any; weights are read only with ``--verify``.
 
     Raises:
         PrunerError: the model or plan cannot be read, it has no layer ``--layer``, or with ``--verify``, the plan was
@@ -108,17 +108,17 @@ def _inspect_plan(args: InspectArguments) -> None:
     print_plan(console, plan, None if layer is None else lambda of: _is_shown(of, layer))
     print_measurements(console, Path(args.model).parent)
     if args.verify:
-        console.print("the plan was checked: its hash fits its contents")
+        print_text(console, "the plan was checked: its hash fits its contents")
 
 
 def _print_history(console: Console, plan: PruningPlan, folder: Path, parameters: int) -> None:
-    """Print what was pruned of a model: its plan, and its size and quality before and after."""
+    """Print the plan that a model was pruned by, and its size and quality before and after."""
     print_plan(console, plan)
     if not print_measurements(console, folder):
         before = parameters + plan.removed_parameters
         after = f"{parameters:,} ({parameters / before:.1%})"
         print_table(console, "size", [["", "before", "after"], ["parameters", f"{before:,}", after]])
-    console.print("What can still be pruned:\n", style="bold")
+    console.print("Units that can still be pruned:\n", style="bold")
 
 
 def _is_shown(unit_layer: int | None, layer: int) -> bool:
@@ -153,24 +153,24 @@ def as_json(graph: CouplingGraph, reports: list[PermutationReport]) -> dict[str,
 
 
 def _print_graph(console: Console, graph: CouplingGraph, layer: int, reports: list[PermutationReport]) -> None:
-    print_table(console, graph.title(), graph.table(), breakable=(0, 4))
+    print_table(console, graph.title(), graph.table(), texts=(4,))
     units = [unit for unit in graph.units if _is_shown(unit.layer, layer)]
     which = "" if layer == -1 else f" of layer {layer} and of the whole model"
     cells = [["unit", "size", "flags", "parameters[dim] (layers)"]]
     cells += [[u.name, f"{u.size:,}", " ".join(sorted(u.flags)), _parameters(u)] for u in units]
-    print_table(console, FREE + which, cells, breakable=(0, 2, 3))
+    print_table(console, FREE + which, cells, texts=(2,), details=3)
     frozen = [unit for unit in graph.frozen if len(unit.dims) > 1 and _is_shown(unit.layer, layer)]
     if frozen:
         cells = [["axis", "size", "why", "parameters[dim] (layers)"]]
         cells += [[unit.name, f"{unit.size:,}", unit.frozen or "", _parameters(unit)] for unit in frozen]
-        print_table(console, FROZEN + which, cells, breakable=(0, 2, 3))
+        print_table(console, FROZEN + which, cells, texts=(2,), details=3)
     if len(units) < len(graph.units):
-        console.print("--layer N shows another layer, --layer -1 all")
+        print_text(console, "--layer N shows another layer, --layer -1 all layers")
     for name, where in graph.unknown_operators.items():
-        console.print(f"no rule for operator {name} (first used in {where}): every axis that enters it is frozen")
+        print_text(console, f"no rule for operator {name} (first used in {where}): every axis that enters it is frozen")
     if reports:
         for line in permutation_summary(graph, reports):
-            console.print(line)
+            print_text(console, line)
 
 
 def permutation_summary(graph: CouplingGraph, reports: list[PermutationReport]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Show a pruning plan: what stays by kind and layer, how much of the score went, and what the run measured."""
+"""Show a pruning plan: kept indices by kind and layer, the removed share of the score, and the run's measurements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..files import read_json
 from ..pruning.measurements import METRICS_FILE, before_and_after
 from ..selection.plan import Choice, PruningPlan, removed_share
 from ..selection.plan_file import to_ranges
-from .tables import print_table
+from .tables import print_table, print_text
 
 SETTINGS = ("criterion", "taylor", "aggregation", "ratio", "target_params", "scope", "layers_kept", "calibration")
 EXPLANATION = (
@@ -36,12 +36,12 @@ def print_plan(console: Console, plan: PruningPlan, shown: Callable[[int | None]
     if len(cells) > 1:
         print_table(console, "units that lose indices", cells)
     for line in [*(EXPLANATION if "margin" in cells[0] else ()), *_removed_parts(plan), *plan.notes]:
-        console.print(line, highlight=False, markup=False)
+        print_text(console, line)
     console.print()
 
 
 def print_measurements(console: Console, folder: Path) -> bool:
-    """Print what the run of a folder measured before and after pruning; return False where it left no such record."""
+    """Print the measurements of a run before and after pruning; return False if its folder has none."""
     metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else None
     try:
         cells = before_and_after(metrics) if metrics else []
@@ -53,7 +53,7 @@ def print_measurements(console: Console, folder: Path) -> bool:
 
 
 def plan_document(plan: PruningPlan) -> dict[str, Any]:
-    """Return what a plan keeps of each unit as a JSON document, with the scores that explain it as shares."""
+    """Return the kept counts of each unit as a JSON document, with the scores that explain them as shares."""
     units = {
         name: {
             "kind": choice.kind,

@@ -1,70 +1,98 @@
-"""Print tables whose cells break between words and between the parts of dotted names, never inside them."""
+"""Print tables within the width of a terminal, without breaking a name or a word."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
+from textwrap import wrap
 
-from rich import box
 from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
 from ..display import Cells
 
-GAP = 2  # characters between columns
-NARROWEST = 12  # characters of a column whose cells break
+GAP = "  "  # between columns
+INDENT = "  "  # of details below their row
+NARROWEST = 12  # characters of a column of text that is wrapped
 
 
-def print_table(console: Console, title: str, cells: Cells, breakable: Sequence[int] = (0,)) -> None:
+def print_table(
+    console: Console, title: str, cells: Cells, *, texts: Sequence[int] = (), details: int | None = None
+) -> None:
     """Print a table, head first, within the console's width.
 
+    The first column holds names. A name too long for its column stands on a line of its own above the rest of its row.
+
     Args:
-        breakable: columns of dotted names or text, broken where the table is too wide, the last one first. All others
-            hold numbers and stand to the right.
+        texts: columns of text, wrapped between words where the table is too wide, the last one first. All columns but
+            these, the names and the details hold numbers, aligned to the right.
+        details: column of lines that move below their row where the table is too wide.
     """
-    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*cells, strict=True)]
-    for column in reversed(breakable):
-        excess = sum(widths) + GAP * (len(widths) - 1) - console.width
+    print_text(console, title, style="bold")
+    for line in [*format_table(cells, console.width, texts=texts, details=details), ""]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_text(console: Console, text: str, *, style: str | None = None) -> None:
+    """Print lines of text, wrapped between words at the console's width."""
+    for line in text.split("\n"):
+        wrapped = wrap(line, console.width, break_long_words=False, break_on_hyphens=False)
+        console.print("\n".join(wrapped), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def format_table(cells: Cells, width: int, *, texts: Sequence[int] = (), details: int | None = None) -> list[str]:
+    """Format a table as lines: the head, a rule and the rows; see :func:`print_table`.
+
+    >>> cells = [["unit", "size", "parameters"], ["layers.0.mlp.neurons", "48", "gate.weight[0]\\nup.weight[0]"]]
+    >>> print("\\n".join(format_table(cells, 30, details=2)))
+    unit                  size
+      parameters
+    ──────────────────────────
+    layers.0.mlp.neurons    48
+      gate.weight[0]
+      up.weight[0]
+    """
+    below: list[list[str]] = [[] for _ in cells]
+    if details is not None and _total(_widths(cells)) > width:
+        below = [[INDENT + line for line in row[details].split("\n")] for row in cells]
+        cells = [[cell for i, cell in enumerate(row) if i != details] for row in cells]
+        texts = [i - (i > details) for i in texts if i != details]
+        details = None
+    widths = _fit(_widths(cells), cells, width, texts)
+    left = {0, *texts} if details is None else {0, *texts, details}
+    rows = [[*_row_lines(row, widths, left), *lines] for row, lines in zip(cells, below, strict=True)]
+    rule = "─" * max(len(line) for row in rows for line in row)
+    return [*rows[0], rule, *(line for row in rows[1:] for line in row)]
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + len(GAP) * (len(widths) - 1)
+
+
+def _widths(cells: Cells) -> list[int]:
+    return [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*cells, strict=True)]
+
+
+def _fit(widths: list[int], cells: Cells, width: int, texts: Sequence[int]) -> list[int]:
+    """Narrow columns of text, the last one first, then the column of names, until the table fits."""
+    widths = list(widths)
+    for column in [*reversed(texts), 0]:
+        excess = _total(widths) - width
         if excess > 0:
-            widths[column] = max(widths[column] - excess, NARROWEST, _longest_part(cells, column))
-    head, *body = cells
-    columns = [Column(Text(name), justify="right", width=width) for name, width in zip(head, widths)]
-    for i in breakable:
-        columns[i].justify = "left"
-    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
-    for row in body:
-        lines = (break_at_dots(cell, widths[i]) if i in breakable else cell for i, cell in enumerate(row))
-        table.add_row(*map(Text, lines))  # no markup: "[dim]" would be a style
-    console.print(title, style="bold", highlight=False, markup=False)
-    console.print(table)
-    console.print()
+            words = [word for row in cells for word in row[column].split()]
+            shortest = len(cells[0][0]) if column == 0 else max(NARROWEST, *map(len, words))
+            widths[column] = max(widths[column] - excess, min(shortest, widths[column]))
+    return widths
 
 
-def _longest_part(cells: Cells, column: int) -> int:
-    """Return the length of the longest part of a column's cells that nothing breaks."""
-    return max(len(part) for row in cells for word in row[column].split() for part in _parts(word))
-
-
-def _parts(word: str) -> list[str]:
-    *first, last = word.split(".")
-    return [*(f"{part}." for part in first), last]
-
-
-def break_at_dots(text: str, width: int) -> str:
-    """Break words that are longer than a line after their dots.
-
-    >>> break_at_dots("model.layers.0.self_attn.heads", 16).split()
-    ['model.layers.0.', 'self_attn.heads']
-    """
-    return "\n".join(" ".join(_break_word(word, width) for word in line.split(" ")) for line in text.split("\n"))
-
-
-def _break_word(word: str, width: int) -> str:
-    if len(word) <= width:
-        return word
-    lines = [""]
-    for part in _parts(word):
-        if lines[-1] and len(lines[-1]) + len(part) > width:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(lines)
+def _row_lines(row: Sequence[str], widths: Sequence[int], left: set[int]) -> list[str]:
+    """Return the lines of a row: its cells, wrapped to their columns, below a name that its column cannot hold."""
+    name, *others = row
+    above = [name] if len(name) > widths[0] else []
+    columns = [[""] if above else [name]]
+    for i, cell in enumerate(others, 1):
+        columns.append([part for line in cell.split("\n") for part in wrap(line, widths[i]) or [""]])
+    lines = [*above]
+    for parts in zip_longest(*columns, fillvalue=""):
+        padded = [f"{part:{'<' if i in left else '>'}{widths[i]}}" for i, part in enumerate(parts)]
+        lines.append(GAP.join(padded).rstrip())
+    return lines

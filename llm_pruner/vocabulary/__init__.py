@@ -1,1 +1,1 @@
-"""Vocabulary pruning: which tokens stay, and the tokenizer that knows only them."""
+"""Vocabulary pruning: choose the tokens that stay, and cut model and tokenizer to them."""

@@ -39,7 +39,9 @@ class VocabArguments(Arguments):
     save_counts: str | None = flag(None, "JSON file that keeps the token counts for further runs", group="counting")
     eval_dataset: str = flag(GENERAL, "text to compare both models on, not one of --corpus", group="evaluation")
     max_windows: int = flag(
-        0, "measure on the text that is the first N windows of 128 tokens for the original (0: all)", group="evaluation"
+        0,
+        "compare only on the text of the original's first N windows of 128 tokens (0: all text)",
+        group="evaluation",
     )
     output: str = flag(DEFAULT_OUTPUT, "folder of the new checkpoint", group="output", aliases=("output_dir",))
     quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors", group="output")

@@ -105,8 +105,8 @@ def _compare_quality(
         perplexities = {"before": original, "after": pruned}
         return {f"byte_perplexity_{when}": _byte_perplexity(*pair, read) for when, pair in perplexities.items()}
     pieces = pieces_of(held_out, max_windows)
-    found = similarity(*(outputs(*pair, pieces) for pair in (original, pruned)))
-    return {"cosine": found.cosine, "agreement": found.agreement}
+    similar = similarity(*(outputs(*pair, pieces) for pair in (original, pruned)))
+    return {"cosine": similar.cosine, "agreement": similar.agreement}
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> list[list[int]]:

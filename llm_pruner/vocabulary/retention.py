@@ -1,4 +1,4 @@
-"""Decide which tokens stay: what model and tokenizer need, and what the settings ask for."""
+"""Decide which tokens stay: those that model and tokenizer need, and those that the settings ask for."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def prune_vocabulary(args: VocabArguments) -> Path:
             log.info("writing to %s: %s holds another run", target, args.output)
         model, tokenizer = load_with_tokenizer(args.model, args.dtype, device, args.trust_remote_code)
         if not reads_text_only(model):
-            raise PrunerError(f"vocab compares models on text, and {type(model).__name__} needs more: it cannot be cut")
+            raise PrunerError(f"vocab compares models on text alone, and {type(model).__name__} needs other inputs")
         kept = kept_tokens(settings, model, tokenizer)
         graph = trace(model)
         unit = _vocabulary_of(model, graph)

@@ -48,10 +48,12 @@ class Solution:
 
 @dataclass
 class Cut:
-    """One unit's loss as the solver sees it: ``size`` indices become ``kept``, along these dims of a layer.
+    """Reduction of one unit for the solver: ``size`` indices become ``kept``, along these dims of a layer.
 
-    ``inner`` cuts lie in this layer alone. ``counts`` are the values that a field may well have that counts
-    the unit: its size, and for key-value heads the number of query heads. ``heads``: whether its indices are heads.
+    Attributes:
+        inner: True if the cut lies in this layer alone.
+        counts: values of fields that count the unit: its size, and for key-value heads the number of query heads.
+        heads: True if the indices are heads.
     """
 
     size: int
@@ -119,21 +121,21 @@ def _restate_fields(
 ) -> dict[str, Overrides] | None:
     """Return the old values that each block needs again, since it sees the layer's changed config and numbers.
 
-    None where the changed layer has no such block.
+    None if the changed layer has no such block.
     """
     if not fields:
         return {path: {} for path in blocks}
     changed = _try(layer, pins | fields)
     assert changed is not None and config is not None
     old = {field: fields_of(config)[field] for field in fields}
-    out = {}
-    there = dict(changed.named_modules())
+    restated = {}
+    blocks_by_path = dict(changed.named_modules())
     for path in blocks:
-        if path not in there:
+        if path not in blocks_by_path:
             return None
-        now = numbers_of(there[path])
-        out[path] = old | {n: v for n, v in numbers_of(layer.get_submodule(path)).items() if now.get(n) != v}
-    return out
+        now = numbers_of(blocks_by_path[path])
+        restated[path] = old | {n: v for n, v in numbers_of(layer.get_submodule(path)).items() if now.get(n) != v}
+    return restated
 
 
 def _numbers(module: nn.Module) -> list[tuple[str, str, Any]]:
@@ -177,33 +179,33 @@ def _children(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Modul
 
 
 def candidates(fields: Mapping[str, Any], cuts: list[Cut]) -> dict[tuple[str, int], bool]:
-    """Return fields that may carry a cut, with their new value, and True where the field counts the unit as it is.
+    """Return fields that may carry a cut with their new values, and True for fields that count the unit itself.
 
-    The counting ones come first.
+    Fields that count the unit come first.
     """
     ratios = sorted((c.size, c.kept) for c in cuts)
     counts = {count for c in cuts for count in c.counts}
     # Two at once, for a field that counts groups times members.
     subsets = list(dict.fromkeys(s for n in (1, 2) for s in combinations(ratios, n)))
-    found: dict[tuple[str, int], bool] = {}
+    values: dict[tuple[str, int], bool] = {}
     for name, value in fields.items():
         if isinstance(value, bool) or NO_WIDTH.search(name):
             continue
         if value is None:
-            found.update({(name, kept): False for _, kept in ratios})
+            values.update({(name, kept): False for _, kept in ratios})
         elif isinstance(value, int) and value > 1:
             for subset in subsets:
                 size, kept = prod(s for s, _ in subset), prod(k for _, k in subset)
                 if value % size == 0 and size != kept:
-                    found[name, value // size * kept] = value in counts
+                    values[name, value // size * kept] = value in counts
     heads = any(c.heads for c in cuts)
-    return dict(sorted(found.items(), key=lambda item: (not item[1], heads and not HEADS.search(item[0][0]))))
+    return dict(sorted(values.items(), key=lambda item: (not item[1], heads and not HEADS.search(item[0][0]))))
 
 
 def _pins(layer: nn.Module, config: PreTrainedConfig, now: Shapes, cut_dims: set[tuple[str, int]]) -> Overrides:
     """Return the derived head size to write down, so that it stays when head count or hidden size change.
 
-    Only where the architecture reads such a field and the cut touches what depends on it.
+    The result is empty unless the architecture reads such a field and the cut touches dims that depend on it.
     """
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(hidden, int) or getattr(config, "head_dim", None) is not None:
@@ -266,14 +268,14 @@ def _shapeless_counts(
     """
     blocks = tuple(path for cut in cuts if cut.inner for path in _owners(layer, cut))
     shapes, numbers = shapes_of(built), set(_numbers(built))
-    out: Overrides = {}
+    counts: Overrides = {}
     for name, value in counting:
         other = _try(layer, fields | {name: value}) if name not in fields else None
         if other is not None and shapes_of(other) == shapes:
             moved = {path for path, _, _ in set(_numbers(other)) ^ numbers}
             if moved and all(path.startswith(blocks) for path in moved):
-                out[name] = value
-    return out
+                counts[name] = value
+    return counts
 
 
 def _compensating_fields(fields: Mapping[str, Any], cuts: list[Cut]) -> Iterator[Overrides]:
@@ -289,13 +291,13 @@ def _compensating_fields(fields: Mapping[str, Any], cuts: list[Cut]) -> Iterator
 def _changed(before: Shapes, after: Shapes) -> set[tuple[str, int]]:
     """Return the dims in which ``after`` differs, over the names of ``before``; a name lost or reshaped differs in
     dim -1."""
-    out = set()
+    differences = set()
     for name, shape in before.items():
         other = after.get(name, ())
         if len(other) != len(shape):
-            out.add((name, -1))
-        out |= {(name, d) for d, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b}
-    return out
+            differences.add((name, -1))
+        differences |= {(name, d) for d, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b}
+    return differences
 
 
 def _subsets(items: dict[tuple[str, int], bool], most_counting: bool = False) -> Iterator[Overrides]:

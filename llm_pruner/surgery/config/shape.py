@@ -23,19 +23,19 @@ from ...selection.plan import PruningPlan
 from ..same_axes import find_wrong_axis
 from .layer_solver import NO_WIDTH
 
-NEAR = 64  # how far from a value that cannot be had others are looked for
+NEAR = 64  # largest distance of an alternative from a value that cannot be reached
 
 
 @dataclass(frozen=True)
 class Equation:
-    """``sum of factor * product of counts = total``: how long a parameter dim gets, by the units in it."""
+    """``sum of factor * product of counts = total``: the size of a parameter dim, by the counts of the units in it."""
 
     where: str
     total: int
     terms: tuple[tuple[float, tuple[str, ...]], ...]
 
     def solve(self, known: Mapping[str, int]) -> tuple[str, int] | None:
-        """Return the one count that is not known yet; None where there are more.
+        """Return the one count that is not known yet; None if there are more.
 
         Raises:
             PrunerError: no count fits.
@@ -202,14 +202,16 @@ def layer_counts(graph: CouplingGraph, shapes: Shapes) -> dict[str, int]:
     Raises:
         PrunerError: more than it has, or none.
     """
-    out = {}
+    counts = {}
     for unit in graph.of_kind("layers"):
         path = unit.name.removesuffix("layers")
-        there = {name.removeprefix(path).partition(".")[0] for name in shapes if name.startswith(path)}
-        if not 1 <= len(there) <= unit.size:
-            raise PrunerError(f"{path[:-1]} has {unit.size} layers and cannot keep {len(there)}: give 1 to {unit.size}")
-        out[unit.name] = len(there)
-    return out
+        indices = {name.removeprefix(path).partition(".")[0] for name in shapes if name.startswith(path)}
+        if not 1 <= len(indices) <= unit.size:
+            raise PrunerError(
+                f"{path[:-1]} has {unit.size} layers and cannot keep {len(indices)}: give 1 to {unit.size}"
+            )
+        counts[unit.name] = len(indices)
+    return counts
 
 
 def _reason(error: Exception) -> str:
@@ -302,8 +304,8 @@ def _by_trying(model: PreTrainedModel, config: PreTrainedConfig, name: str, valu
     """Return the fields that change the units of a flag's kind, and nothing else."""
     graph = trace(skeleton(type(model), model.config))
     plain = shapes_of(skeleton(type(model), model.config))
-    mine = {key for unit in graph.of_kind(SHAPE[name]) for key in unit.dims}
-    out = []
+    cut_dims = {key for unit in graph.of_kind(SHAPE[name]) for key in unit.dims}
+    names = []
     for field, now in fields_of(model.config).items():
         if isinstance(now, bool) or not (now is None or isinstance(now, int)) or now == value:
             continue
@@ -318,18 +320,18 @@ def _by_trying(model: PreTrainedModel, config: PreTrainedConfig, name: str, valu
         if SHAPE[name] == "layers":
             lost = plain.keys() - shapes.keys()
             if lost and all("decoder" in n for n in lost):
-                out.append(field)
+                names.append(field)
             continue
         changed = {(n, d) for n, s in shapes.items() for d, size in enumerate(s) if size != plain.get(n, s)[d]}
-        if shapes.keys() == plain.keys() and changed and changed <= mine:
-            out.append(field)
-    return out
+        if shapes.keys() == plain.keys() and changed and changed <= cut_dims:
+            names.append(field)
+    return names
 
 
 def nearest(model: PreTrainedModel, wanted: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Yield changes of one field each that make a shape reachable, the nearest first.
 
-    They are looked for on a model of the same widths and one layer, where that can be had.
+    The search uses a model of the same widths and one layer, if such a model can be built.
     """
     small = copy.deepcopy(model.config)
     try:

@@ -167,15 +167,15 @@ def _cuts(plan: PruningPlan, graph: CouplingGraph, known: dict[str, list[str]], 
     """List the cuts that touch one layer, with parameter names relative to it."""
     units = {unit.name: unit for unit in [*graph.units, *graph.frozen]}
     groups = [u for u in units.values() if u.kind == "query_heads"]
-    out = []
+    cuts = []
     for name, choice in plan.units.items():
         dims = set(units[name].dims)
         here = {(p.removeprefix(path), d) for first, d in dims for p in known[first] if p.startswith(path)}
         if here and choice.kind != "layers":
             counts = {choice.size} | {choice.size * u.size for u in groups if dims & set(u.dims)}
             heads = choice.kind in ("heads", "query_heads")
-            out.append(Cut(choice.size, choice.kept.numel(), here, len(here) == len(dims), counts, heads))
-    return out
+            cuts.append(Cut(choice.size, choice.kept.numel(), here, len(here) == len(dims), counts, heads))
+    return cuts
 
 
 def _assemble(
@@ -184,27 +184,27 @@ def _assemble(
     """Merge the solutions of all layers into one config; ``lift`` says which fields are set once."""
     config = copy.deepcopy(config)
     for where, part in list(configs_in(config)):
-        mine = [stack for stack in stacks if stack.config == where]
-        solutions = {s.path: [solved.get((s.path, i), Solution()) for i in range(s.length)] for s in mine}
+        members = [stack for stack in stacks if stack.config == where]
+        solutions = {s.path: [solved.get((s.path, i), Solution()) for i in range(s.length)] for s in members}
         every = [solution for layers in solutions.values() for solution in layers]
         if not any(s.fields or s.pins or s.blocks for s in every):
             continue
         common = {field: value for s in every for field, value in s.pins.items()}
         if lift != "none":
             common |= _shared(list(solutions.values()), lift == "all")
-        _write(part, common, mine, solutions)
+        _write(part, common, members, solutions)
     return config
 
 
 def _shared(stacks: list[list[Solution]], strict: bool) -> Overrides:
     """Return the fields on which all layers that change them agree; with ``strict``, all layers of a stack must."""
-    out: Overrides = {}
+    shared: Overrides = {}
     for layers in stacks:
         for field in dict.fromkeys(field for solution in layers for field in solution.fields):
             rest = [s.fields for other in stacks for s in other if field in s.fields or (strict and other is layers)]
             if all(fields.get(field) == rest[0].get(field) for fields in rest):
-                out[field] = rest[0][field]
-    return out
+                shared[field] = rest[0][field]
+    return shared
 
 
 def _write(
@@ -259,7 +259,7 @@ def _cut_constants(config: PreTrainedConfig, stacks: list[Stack], plan: PruningP
 def _keeping_constants(
     base: PreTrainedModel, config: PreTrainedConfig, stacks: list[Stack]
 ) -> Iterator[PreTrainedConfig]:
-    """Yield the config with its constants restored, where it changes any.
+    """Yield the config with its constants restored, if it changes any.
 
     With the hidden size, a config also changes what is derived from it: rotary tables where it gives head_dim, the
     factor on embeddings (Gemma, Pegasus), on logits (T5), inside attention (LongCat). Whole numbers are restored
@@ -290,7 +290,7 @@ def _keeping_constants(
 
 
 def _restoring(old: nn.Module, new: nn.Module, numbers: tuple[type, ...], inside: bool) -> Recipe | None:
-    """Return the recipe that restores a module's constants, inside layers only factors; None where none changed."""
+    """Return the recipe that restores a module's constants, inside layers only factors; None if none changed."""
 
     def changed(before: dict[str, Any], after: dict[str, Any], types: tuple[type, ...]) -> dict[str, Any]:
         return {n: v for n, v in before.items() if type(v) in types and after.get(n) != v}
@@ -333,7 +333,7 @@ def _checked(model: PreTrainedModel, config: PreTrainedConfig, targets: Shapes, 
 
 
 def _invalid(config: PreTrainedConfig, original: PreTrainedConfig) -> str:
-    """Return why transformers' validators refuse a config, which could then not be saved; empty where they accept it,
+    """Return why transformers' validators refuse a config, which could then not be saved; empty if they accept it,
     or refuse the original too."""
     try:
         config.validate()

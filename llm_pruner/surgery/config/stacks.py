@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import PrunerError
-from ...graph.units import CouplingGraph, block_of
+from ...graph.blocks import block_of
+from ...graph.units import CouplingGraph
 from ...models.constructors import fields_of
 from ...models.hooks import forward_hooks
 from ...models.layers import is_below
@@ -50,16 +51,16 @@ class Stack:
 def stacks_of(model: PreTrainedModel) -> list[Stack]:
     configs = dict(configs_in(model.config))
     owners = {path: m for path, m in model.named_modules() if isinstance(m, PreTrainedModel)}
-    out = []
+    stacks = []
     for path, layers in layer_lists(model).items():
         owner = owners[max((p for p in owners if is_below(p, path)), key=len)]
         same = [where for where, config in configs.items() if config is owner.config]
         # Some models give their parts copies of their own config.
         same += [where for where, config in configs.items() if type(config) is type(owner.config)]
         if same:
-            out.append(Stack(path, len(layers), same[0]))
-    for stack in out:
-        together = [other.path for other in out if other.config == stack.config]
+            stacks.append(Stack(path, len(layers), same[0]))
+    for stack in stacks:
+        together = [other.path for other in stacks if other.config == stack.config]
         config = configs[stack.config]
         scopes = [
             p
@@ -68,7 +69,7 @@ def stacks_of(model: PreTrainedModel) -> list[Stack]:
         ]
         stack.scope = max(scopes, key=len)
         stack.standard = len(together) == 1 and stack.length == getattr(config, "num_hidden_layers", None)
-    return out
+    return stacks
 
 
 def configs_in(
@@ -129,9 +130,9 @@ def without_layers(
 
 
 def without_blocks(model: PreTrainedModel, config: PreTrainedConfig, plan: PruningPlan, graph: CouplingGraph) -> None:
-    """Note in a config, which has the layers that the plan leaves, what blocks are gone.
+    """Record the blocks that a plan removes in a config that has the layers which the plan leaves.
 
-    A block that transformers has a name for is in ``per_layer_config``, too, for a modelling half of transformers' own.
+    Blocks that transformers has a name for are also recorded in ``per_layer_config``, which transformers reads itself.
 
     Raises:
         PrunerError: a block is in no layer.
@@ -141,10 +142,10 @@ def without_blocks(model: PreTrainedModel, config: PreTrainedConfig, plan: Pruni
     for path in plan.blocks:
         new = name_after(f"{path}.", others)
         stack = next((s for s in stacks if new and new.startswith(f"{s.path}.")), None)
-        if new is None:  # it lies in a layer that is gone
+        if new is None:  # it lies in a layer that is removed
             continue
         if stack is None:
-            raise PrunerError(f"{path} lies in no layer: only blocks of layers can go")
+            raise PrunerError(f"{path} lies in no layer: only blocks of layers can be removed")
         layer, _, inner = new[len(stack.path) + 1 : -1].partition(".")
         entry = {"values": {}, "shapes": {}, "absent": _outputs(model, path)}
         part = parts[stack.config]
@@ -193,15 +194,15 @@ def _entries(values: list[Any], length: int, order: list[int]) -> list[Any]:
 
 def _renumber_layers(entries: dict[str, Any], stack: Stack, order: list[int]) -> dict[str, Any]:
     """Return entries by path of a layer under the layers' new paths, without those of dropped layers."""
-    out = {}
+    renumbered = {}
     start = stack.inside(0).rpartition(".")[0]
     for path, value in entries.items():
-        found = re.fullmatch(rf"{re.escape(start)}\.(\d+)(\..*)?", path)
-        if found is None:
-            out[path] = value
-        elif int(found[1]) in order:
-            out[f"{start}.{order.index(int(found[1]))}{found[2] or ''}"] = value
-    return out
+        match = re.fullmatch(rf"{re.escape(start)}\.(\d+)(\..*)?", path)
+        if match is None:
+            renumbered[path] = value
+        elif int(match[1]) in order:
+            renumbered[f"{start}.{order.index(int(match[1]))}{match[2] or ''}"] = value
+    return renumbered
 
 
 def _set_layer_count(
@@ -240,7 +241,7 @@ def _set_layer_count(
 def _fit_layer_pattern(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, wanted: dict[str, tuple[int, ...]]
 ) -> PreTrainedConfig:
-    """Return the config, if need be with one more number changed: how many dense layers come first, say."""
+    """Return the config, if need be with one more number changed, such as the number of leading dense layers."""
 
     def fits(config: PreTrainedConfig) -> bool:
         try:

@@ -9,19 +9,19 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from ...errors import PrunerError
 
-NAMED = re.compile(r"token_(id|ids|index)$")  # what must be there
-LISTED = re.compile(r"suppress_tokens$|^bad_words_ids$|^sequence_bias$")  # what is forgotten with its tokens
+NAMED = re.compile(r"token_(id|ids|index)$")  # fields whose tokens must stay
+LISTED = re.compile(r"suppress_tokens$|^bad_words_ids$|^sequence_bias$")  # fields that lose removed tokens
 
 
 def ids_in(config: PreTrainedConfig | GenerationConfig) -> set[int]:
     """Return the tokens that a config names, such as the end of a text."""
-    out: set[int] = set()
+    ids: set[int] = set()
     for name, value in _fields(config):
         if NAMED.search(name):
-            out.update(i for i in (value if isinstance(value, list) else [value]) if _is_id(i))
+            ids.update(i for i in (value if isinstance(value, list) else [value]) if _is_id(i))
     for inner in _inner(config):
-        out |= ids_in(inner)
-    return out
+        ids |= ids_in(inner)
+    return ids
 
 
 def renumber(config: PreTrainedConfig | GenerationConfig, kept: list[int]) -> None:
@@ -34,9 +34,9 @@ def renumber(config: PreTrainedConfig | GenerationConfig, kept: list[int]) -> No
     for name, value in _fields(config):
         if NAMED.search(name):
             ids = value if isinstance(value, list) else [value]
-            gone = [i for i in ids if _is_id(i) and i not in new]
-            if gone:
-                raise PrunerError(f"the plan drops token {gone[0]}, which the config names as {name}: keep it")
+            removed = [i for i in ids if _is_id(i) and i not in new]
+            if removed:
+                raise PrunerError(f"the plan drops token {removed[0]}, which the config names as {name}: keep it")
             moved = [new[i] if _is_id(i) else i for i in ids]
             setattr(config, name, moved if isinstance(value, list) else moved[0])
         elif LISTED.search(name) and isinstance(value, list):
