@@ -148,7 +148,7 @@ def _accuracy(run: _Runner, name: str, most: int | None) -> dict[str, float]:
         examples = [(medium, medium.label) for medium in _media(name, "label", "classes", most)]
     else:
         examples = [(row.texts, row.value) for row in _text_rows(name, "label", "classes", most)]
-    wanted = [_class_of(run.model, label, name) for _, label in examples]
+    labels = [_class_of(run.model, label, name) for _, label in examples]
     right = [
         int(run.output(example).argmax()) == label
         for (example, _), label in track(list(zip(examples, labels, strict=True)), f"classes of {name}")

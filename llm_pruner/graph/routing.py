@@ -1,9 +1,9 @@
 """What routers ask of their experts: how many must stay, and how many of each group.
 
-A router takes the largest k of its scores. A group-limited router (DeepSeek-V3, arXiv 2412.19437, section 2.1.2) looks at
-its experts as ``groups x experts per group``, takes the best groups, and then the largest k among their experts. Its two
-factors are no axes to prune: all groups must stay of one size, but which experts of each group stay is free. So they
-become one axis of all experts again, of which as many must stay in every group.
+A router takes the largest k of its scores. A group-limited router (DeepSeek-V3, arXiv 2412.19437, section 2.1.2) looks
+at its experts as ``groups x experts per group``, takes the best groups, and then the largest k among their experts.
+These two factors are no axes to prune: all groups must stay of one size, but which experts of each group stay is free.
+So they become one axis of all experts again, of which as many must stay in every group.
 """
 
 from __future__ import annotations

@@ -283,7 +283,7 @@ def _trace(model: nn.Module) -> CouplingGraph:
     tracer, dims = run(model)
     shapes = {name: tuple(t.shape) for name, t in stored_tensors(model).items()}
     constants = by_leaf(tracer.constants)
-    found = join_groups(_occurrences(dims))
+    occurrences = join_groups(_occurrences(dims))
     layer_of = LayerLocator(list(layer_lists(model)))
     units = [_unit(atom, where, layer_of, occurrences, constants.get(id(atom), [])) for atom, where in occurrences]
     units += _layer_units(model, shapes)
@@ -366,7 +366,7 @@ def _unit(
         frozen,
         fewest(atom),
         groups=groups_of(atom),
-        dims=where,
+        dims=dims,
         constants=constants,
     )
 

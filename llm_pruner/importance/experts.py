@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,16 +43,14 @@ OF_ROUTING = ("frequency", "ean", "reap", "mone")
 OF_OUTPUT = ("expert_loss", "expert_cosine")
 
 
-@dataclass
 class _Sums:
     """Sums over the tokens that are routed to each expert, float64: ``[experts]``, or ``[experts, hidden]``."""
 
-    tokens: torch.Tensor
-    norms: torch.Tensor
-    gated_norms: torch.Tensor
-    read: int = 0
-    outputs: torch.Tensor | None = None
-    squares: torch.Tensor | None = None
+    def __init__(self, experts: int):
+        self.tokens, self.norms, self.gated_norms = (torch.zeros(experts).double() for _ in range(3))
+        self.read = 0
+        self.outputs: torch.Tensor | None = None
+        self.squares: torch.Tensor | None = None
 
     def add(self, routing: Routing, *, moments: bool) -> None:
         expert, output = routing.expert.cpu(), routing.output.double()
@@ -93,7 +90,7 @@ def routing_scores(criterion: str, request: Request) -> dict[str, torch.Tensor]:
         PrunerError: there are no experts, they are not called in a known way, or an output is not finite.
     """
     units = experts_by_path(criterion, request)
-    sums = {path: _Sums(*(torch.zeros(unit.size).double() for _ in range(3))) for path, unit in units.items()}
+    sums = {path: _Sums(unit.size) for path, unit in units.items()}
 
     def visit(path: str, routing: Routing) -> None:
         if not routing.output.isfinite().all():
@@ -221,8 +218,8 @@ def _name_unreached(tokens: dict[str, torch.Tensor]) -> None:
     if unreached:
         name, experts = next(iter(unreached.items()))
         log.warning(
-            "no calibration token is routed to %d experts of %d layers (%s: %s): they score 0 and go first; a larger or "
-            "more varied calibration set reaches more",
+            "no calibration token is routed to %d experts of %d layers (%s: %s): they score 0 and go first; a larger "
+            "or more varied calibration set reaches more",
             sum(map(len, unreached.values())),
             len(unreached),
             name,

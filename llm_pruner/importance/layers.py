@@ -145,12 +145,12 @@ class CachedPass:
 
     def loss_without(self, removed: set[int], start: int) -> float:
         """Return the summed loss without some layers, of which ``start`` is the first."""
-        with self.without(gone, start):
+        with self.without(removed, start):
             return self._run()[0]
 
     def remove(self, removed: set[int], start: int) -> None:
         """Cache the pass without some layers, for passes to come."""
-        with self.without(gone, start) as states:
+        with self.without(removed, start) as states:
             self.loss, _ = self._run()
         self.states[start:] = states
 

@@ -19,7 +19,7 @@ def tower_paths(model: PreTrainedModel) -> dict[str, str]:
     names = {id(module): name for name, module in model.named_modules()}
     paths = {tower: names.get(id(model.get_encoder(modality)), "") for tower, modality in MODALITIES.items()}
     language = {"", names.get(id(model.base_model), ""), names.get(id(model.get_decoder()), "")}
-    return {tower: path for tower, path in found.items() if path not in language}
+    return {tower: path for tower, path in paths.items() if path not in language}
 
 
 def reach_towers(model: PreTrainedModel, names: Iterable[str]) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PrunerError
 from ..graph.blocks import block_of
 from ..graph.tracer import TraceError
-from ..graph.units import CouplingGraph, Unit, block_of
+from ..graph.units import CouplingGraph, Unit
 from ..importance.layers import BY_LOSS, BY_POSITION
 from ..importance.score import score
 from ..importance.scores import Scores

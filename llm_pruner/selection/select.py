@@ -351,7 +351,8 @@ class Policy:
             if unit.size % parts[i]:
                 plan.notes.append(f"{unit.name} has {unit.size} indices, which {parts[i]} devices cannot share equally")
             elif parts[i] > 1:
-                out[i] = rank_balanced(self.scores.of(unit, len(out[i])), len(out[i]), parts[i])
+                gone = len(removals[i])
+                removals[i] = rank_balanced(self.scores.of(unit, gone), gone, parts[i])
             if self.solving:
                 removals[i] = removals[i][~self.scores.of(unit, len(removals[i]))[removals[i]].isposinf()]
         return equalized(units, removals) if self.uniform else removals

@@ -153,7 +153,8 @@ def _compare(
 
     tokens = None if plan.tokens is None else torch.tensor(plan.tokens)
     with ExitStack() as stack:
-        for mode in (*modes.norms, modes.routers):
+        stack.enter_context(modes.routers)
+        for mode in modes.norms:
             stack.enter_context(mode)
         expected = _changed_logits(model, ids if tokens is None else _original_ids(ids, tokens), dtype, change)
     actual = _changed_logits(pruned, ids, dtype, lambda _, tensor: tensor)
