@@ -1,4 +1,4 @@
-"""What routers ask of their experts: how many must stay, and how many of each group.
+"""Read from a router how many experts must stay, and how many of each group.
 
 A router takes the largest k of its scores. A group-limited router (DeepSeek-V3, arXiv 2412.19437, section 2.1.2) looks
 at its experts as ``groups x experts per group``, takes the best groups, and then the largest k among their experts.
