@@ -198,5 +198,5 @@ def test_criteria_of_experts_refuse_models_without():
 
 def test_other_units_are_refused_by_name():
     model = mixture("mixtral")
-    with pytest.raises(lp.PrunerError, match=r"reap says nothing of model\.layers\.0"):
+    with pytest.raises(lp.PrunerError, match=r"reap does not score model\.layers\.0"):
         lp.score(model, lp.trace(model), torch.ones(1, 4).long(), "reap", kinds=["experts", "neurons"])

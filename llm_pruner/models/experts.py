@@ -28,7 +28,7 @@ PRODUCTS = (linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, 
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """What the experts of one module computed: an entry per token and expert that it is routed to.
+    """Output of the experts of one module: an entry per token and expert that it is routed to.
 
     Attributes:
         tokens: number of tokens that the module read.
