@@ -65,7 +65,8 @@ def next_steps(
 
 
 def _declared_and_read(name: str, like: PreTrainedConfig, trust: bool) -> tuple[str | None, PreTrainedConfig | None]:
-    """Return the class that a model declares, and its config with the class of ``like``, in which both are counted.
+    """Return the class that a model declares, and its config as both are counted: with the class of ``like``, and with
+    a head of its own where ``like`` has one, since files may hold a head that their config ties.
 
     The config is None for a model that is not at hand.
     """
@@ -78,6 +79,7 @@ def _declared_and_read(name: str, like: PreTrainedConfig, trust: bool) -> tuple[
     declared = declared_class(config)
     if config.model_type == like.model_type and like.architectures:
         config.architectures = like.architectures
+        config.get_text_config().tie_word_embeddings = like.get_text_config().tie_word_embeddings
     return declared, config
 
 

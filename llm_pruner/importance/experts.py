@@ -53,14 +53,16 @@ class _Sums:
         self.squares: torch.Tensor | None = None
 
     def add(self, routing: Routing, *, moments: bool) -> None:
-        expert, output = routing.expert.cpu(), routing.output.double()
-        norms = output.norm(dim=-1)
+        expert, norms = routing.expert.cpu(), routing.output.float().norm(dim=-1).double()
+        if not norms.isfinite().all():
+            raise PrunerError("an output of an expert is not finite: load the model with --dtype float32 or bfloat16")
         self.read += routing.tokens
         self.tokens.index_add_(0, expert, torch.ones_like(norms).cpu())
         self.norms.index_add_(0, expert, norms.cpu())
         self.gated_norms.index_add_(0, expert, (routing.gate.double() * norms).cpu())
         if not moments:
             return
+        output = routing.output.double()
         if self.outputs is None or self.squares is None:
             self.outputs, self.squares = (torch.zeros(len(self.tokens), output.shape[-1]).double() for _ in range(2))
         self.outputs.index_add_(0, expert, output.cpu())
@@ -93,8 +95,6 @@ def routing_scores(criterion: str, request: Request) -> dict[str, torch.Tensor]:
     sums = {path: _Sums(unit.size) for path, unit in units.items()}
 
     def visit(path: str, routing: Routing) -> None:
-        if not routing.output.isfinite().all():
-            raise PrunerError(f"an expert of {path} returns a number that is not finite: load with --dtype float32")
         sums[path].add(routing, moments=criterion == "mone")
 
     with watching(request.model, {path: unit.size for path, unit in units.items()}, visit):

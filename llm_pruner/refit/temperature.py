@@ -49,7 +49,7 @@ def scale_logits(model: PreTrainedModel, pruned: PreTrainedModel, ids: Inputs) -
 
 @torch.no_grad()
 def scaling_weights(model: PreTrainedModel, ids: Inputs) -> list[nn.Parameter]:
-    """Return the parameters that scale all logits when they are scaled: the last norm's, or an untied head's.
+    """Return the parameters that scale all logits when they are scaled: the last norm's, else an untied head's.
 
     Halves are tried on stand-ins, so that the model's own weights stay whatever happens.
     """
@@ -57,7 +57,7 @@ def scaling_weights(model: PreTrainedModel, ids: Inputs) -> list[nn.Parameter]:
     plain = _logits_with_halves(model, ids, set())
     inside = tuple(f"{path}." for path in layer_lists(model))
     outside = [m for n, m in model.named_modules() if not n.startswith(inside) and not list(m.children())]
-    for module in reversed(outside):
+    for module in sorted(reversed(outside), key=lambda module: module is model.get_output_embeddings()):
         weights = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
         if not weights or any(p is model.get_input_embeddings().weight for p in weights):
             continue
