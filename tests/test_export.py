@@ -151,7 +151,7 @@ def test_models_that_a_format_cannot_express_are_refused(tokenizer, saved, tmp_p
     )
     folder = saved(build("llama", vocab_size=len(tokenizer)))
     assert main(["export", folder, str(tmp_path / "out"), "--format", "gguf"]) == 2
-    assert "give a name that ends in .gguf" in capsys.readouterr().err
+    assert "give one that ends in .gguf" in capsys.readouterr().err
 
 
 def test_ways_to_split_text_have_names():

@@ -112,7 +112,7 @@ def test_other_versions_run_a_stage_and_a_measurement_anew(home, tmp_path, monke
         (step.folder / "model.safetensors").touch()
 
     monkeypatch.setattr(steps, "_run_command", write_weights)
-    monkeypatch.setattr(steps, "measure", lambda arguments: [])
+    monkeypatch.setattr(steps, "measure", lambda arguments, **_: [])
     monkeypatch.setattr(steps, "_row_of", lambda evaluations: {"parameters": 1})
     recipe, before = write_recipe(tmp_path, home, PRUNE, "evaluate: {}\n"), steps.versions()
     for _ in range(2):

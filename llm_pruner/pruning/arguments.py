@@ -94,7 +94,8 @@ class PruneArguments(Arguments):
     channel_wise: bool = flag(False, "prune hidden channels through the whole model", group="method")
     pruner_type: str | None = flag(
         None,
-        "importance criterion: random, l1, l2, taylor, activation, wanda, flap, or your own as package.module:function "
+        "importance criterion: random, l1, l2, taylor, activation, wanda, flap; of experts reap, ean, frequency, mone, "
+        "expert_loss, expert_cosine; or your own as package.module:function "
         "(default: taylor)",
         group="method",
     )
