@@ -8,6 +8,9 @@ from .choices import EngineName
 from .errors import PrunerError
 
 ENGINES = {"vllm": ("vllm", "vllm"), "llama.cpp": ("xllamacpp", "llama-cpp")}  # module and extra
+# Variables of vLLM's processes, where the user sets none: GiB for caches if it runs on a CPU (by default more than is
+# free beside a loaded model), and no more than errors in its log.
+VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def is_installed(module: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError, Unavailable
 from ..files import read_json
-from ..optional import require, require_engine
+from ..optional import VLLM_ENVIRONMENT, require, require_engine
 
 # Tasks of LLM-Pruner's table 1.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -110,7 +111,8 @@ def zero_shot_in_vllm(
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, "-m", "lm_eval", "--model", "vllm", "--tasks", ",".join(tasks), *given]
         command += ["--model_args", f"pretrained={folder},enforce_eager={not torch.cuda.is_available()}"]
-        run = subprocess.run([*command, "--output_path", output], capture_output=True, text=True)
+        command += ["--output_path", output]
+        run = subprocess.run(command, capture_output=True, text=True, env=VLLM_ENVIRONMENT | os.environ)
         file = next(Path(output).rglob("results*.json"), None)
         if run.returncode or file is None:
             errors = [line for line in run.stderr.splitlines() if "Error: " in line] or ["no results"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from ..checkpoint.save import save
 from ..choices import EngineName
 from ..errors import PrunerError
 from ..logs import log
-from ..optional import require_engine
+from ..optional import VLLM_ENVIRONMENT, require_engine
 from ..progress import track
 from ..turns import relative_spread
 from .gguf_writer import write_gguf
@@ -85,6 +86,7 @@ def running(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            env=VLLM_ENVIRONMENT | os.environ,
         )
         try:
             yield Engine(process, errors, str(model))

@@ -29,8 +29,6 @@ Next = Callable[[list[int]], dict[int, float]]  # log-probabilities of the most 
 
 
 def main() -> None:
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, where vLLM runs on a CPU
     # Answers have standard output to themselves: what engines and the processes that they start print goes elsewhere.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
