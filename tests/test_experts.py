@@ -51,7 +51,7 @@ def first(output):
 
 
 def contributions(block, unit, states, output):
-    """Return what each expert adds to the block's output, the output less that without it: [experts, tokens, hidden]."""
+    """Return what each expert adds to the output, as the difference without it: ``[experts, tokens, hidden]``."""
     stacks = {n: p for n, p in block.experts.named_parameters() if n.startswith("down_proj")}
     out = []
     for j in range(unit.size):
