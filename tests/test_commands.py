@@ -135,10 +135,10 @@ def test_criteria_of_forward_passes_and_compensation(folder):
     assert hf_prune(folder, *shared, "--save_ckpt_log_name", "refit", "--compensate", "least_squares") == 0
     plain, refit = (AutoModelForCausalLM.from_pretrained(folder / "runs" / name) for name in ("plain", "refit"))
     changed = [n for n, p in plain.named_parameters() if not torch.equal(p, refit.get_parameter(n))]
-    assert {name.split(".")[-2] for name in changed} == {"o_proj", "down_proj", "lm_head"}
+    assert {name.split(".")[-2] for name in changed} == {"o_proj", "down_proj", "norm"}
     report = json.loads((folder / "runs" / "refit" / "metrics.json").read_text())["compensation"]
     refitted = {r["module"] + ".weight" for r in report["layers"] if r["ridge"]}
-    assert refitted | {"lm_head.weight"} == set(changed) and report["temperature"] != 1
+    assert refitted | {"model.norm.weight"} == set(changed) and report["temperature"] != 1
 
 
 def test_presets(folder, capsys):

@@ -79,7 +79,8 @@ def _declared_and_read(name: str, like: PreTrainedConfig, trust: bool) -> tuple[
     declared = declared_class(config)
     if config.model_type == like.model_type and like.architectures:
         config.architectures = like.architectures
-        config.get_text_config().tie_word_embeddings = like.get_text_config().tie_word_embeddings
+        if getattr(config.get_text_config(), "tie_word_embeddings", None) is not None:
+            config.get_text_config().tie_word_embeddings = like.get_text_config().tie_word_embeddings
     return declared, config
 
 
