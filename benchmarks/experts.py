@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,6 @@ def main() -> None:
     if options.save:
         lp.save(model, tokenizer, options.save)
     record["rows"] = compared(model, held_out, list(train), options)
-    record["machine"] = torch.cuda.get_device_name() if options.device != "cpu" else f"{platform.machine()}, CPU"
     if options.output:
         options.output.write_text(json.dumps(record | provenance(), indent=1) + "\n")
 

@@ -11,14 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-
-import torch
 
 from llm_pruner.provenance import provenance
 from llm_pruner.serving.engines import running
@@ -57,7 +54,6 @@ def main() -> None:
         "spread": round(relative_spread(ratios), 4),
         "new_tokens": NEW_TOKENS,
         "rounds": ROUNDS,
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, CPU",
     }
     print(json.dumps(record | provenance(), indent=1))
     if options.output:

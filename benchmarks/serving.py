@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 
 from llm_pruner.provenance import provenance
@@ -48,8 +46,7 @@ def main() -> None:
         rows.append(
             {"model": Path(name).name, "weights": round(weights / read[0], 4), "ratios": ratios, **asdict(speed)}
         )
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, CPU"
-    record = {"rows": rows, "prompt": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "rounds": ROUNDS, "machine": machine}
+    record = {"rows": rows, "prompt": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "rounds": ROUNDS}
     print(json.dumps(record | provenance(), indent=1))
     if options.output:
         options.output.write_text(json.dumps(record | provenance(), indent=1) + "\n")
