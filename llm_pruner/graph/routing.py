@@ -44,14 +44,13 @@ def join_groups(found: list[Occurrence]) -> list[Occurrence]:
     for atom, where in found:
         if "indexed" in atom.tags:
             factors.setdefault(tuple(sorted(where)), []).append((atom, where))
-    out = list(found)
+    leaves = {id(atom): (atom, where) for atom, where in found}
     for pair in factors.values():
         joined = _joined(*pair) if len(pair) == 2 else None
         if joined is not None:
-            first = next(i for i, one in enumerate(out) if one[0] is pair[0][0])
-            out[first] = joined
-            out = [one for one in out if one[0] is not pair[1][0]]
-    return out
+            leaves[id(pair[0][0])] = joined
+            del leaves[id(pair[1][0])]
+    return list(leaves.values())
 
 
 def _joined(one: Occurrence, other: Occurrence) -> Occurrence | None:

@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from ..errors import PrunerError
-from ..models.blockwise import Compute, native_compute, standing_in
+from ..models.blockwise import Compute, StandIn, native_compute, standing_in
 from ..models.inputs import Inputs
 from ..models.running import evaluating, forward, implementations
 from ..progress import track
@@ -75,14 +75,19 @@ class Readers(TorchFunctionMode):
 
 
 @torch.no_grad()
+def run_through(model: nn.Module, calibration: Inputs, compute: Compute, stand_in: StandIn) -> None:
+    """Run the calibration set through the model, in eval mode, with stand-ins in the places of its tensors."""
+    with evaluating(model), standing_in(model, stand_in):
+        for ids in track(calibration.to(compute.device).split(SAMPLES_PER_PASS), "scoring, forward passes"):
+            forward(model, ids)
+
+
 def read(model: nn.Module, calibration: Inputs, visit: Visit, compute: Compute | None = None) -> None:
     """Run the calibration set ``[samples, tokens]`` through the model, in eval mode, and visit what weights read."""
     compute, readers = compute or native_compute(model), Readers(visit)
-    stand_ins = standing_in(model, lambda name, tensor: readers.register(name, compute.convert(tensor)))
     # Experts as a loop over views of their weights: that says what each of them reads.
-    with evaluating(model), implementations(model, experts="eager"), stand_ins, readers:
-        for ids in track(calibration.to(compute.device).split(SAMPLES_PER_PASS), "scoring, forward passes"):
-            forward(model, ids)
+    with implementations(model, experts="eager"), readers:
+        run_through(model, calibration, compute, lambda name, tensor: readers.register(name, compute.convert(tensor)))
 
 
 @dataclass

@@ -18,8 +18,6 @@ return (Llama 4), f_j is their output as it is and g_j is 1. An expert that no t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -31,12 +29,11 @@ from ..errors import PrunerError
 from ..graph.places import common_path
 from ..graph.units import Unit
 from ..logs import log
-from ..models.blockwise import standing_in
 from ..models.experts import Routing, Unrouted, watching
+from ..models.hooks import forward_hooks
+from ..models.layers import hidden_out
 from ..models.per_layer import layer_lists
-from ..models.running import evaluating, forward
-from ..progress import track
-from .activation import SAMPLES_PER_PASS
+from .activation import run_through
 from .request import Request
 
 OF_ROUTING = ("frequency", "ean", "reap", "mone")
@@ -113,10 +110,8 @@ def output_scores(criterion: str, request: Request) -> dict[str, torch.Tensor]:
     units = experts_by_path(criterion, request)
     blocks = {path: _Block(request.model, path, unit, criterion) for path, unit in units.items()}
     sizes = {path: unit.size for path, unit in units.items()}
-    with ExitStack() as stack:
-        for block in blocks.values():
-            stack.enter_context(block.measuring())
-        stack.enter_context(watching(request.model, sizes, lambda path, routing: blocks[path].note(routing)))
+    hooks = forward_hooks([(block.module, block.measure) for block in blocks.values()], with_kwargs=True)
+    with hooks, watching(request.model, sizes, lambda path, routing: blocks[path].note(routing)):
         _run(request)
     return {unit.name: blocks[path].total / max(blocks[path].tokens, 1) for path, unit in units.items()}
 
@@ -126,11 +121,9 @@ class _Block:
 
     def __init__(self, model: nn.Module, path: str, unit: Unit, criterion: str):
         self.path = common_path(unit.parameters)
-        if any(
-            self.path in (f"{stack}.{i}" for i in range(len(layers))) for stack, layers in layer_lists(model).items()
-        ):
-            raise PrunerError(f"{criterion}: the router of {path} lies outside of a block with its experts; use reap")
         self.module, self.unit, self.criterion = model.get_submodule(self.path), unit, criterion
+        if any(self.module is layer for layers in layer_lists(model).values() for layer in layers):
+            raise PrunerError(f"{criterion}: the router of {path} lies outside of a block with its experts; use reap")
         self.total, self.tokens = torch.zeros(unit.size).double(), 0
         self._routings: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._busy = False
@@ -141,21 +134,14 @@ class _Block:
             self._routings.append((routing.token, routing.expert))
             self.tokens += routing.tokens
 
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
-        handle = self.module.register_forward_hook(self._measure, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _measure(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def measure(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Add what removing each expert changes in the output of a pass of the block."""
         if self._busy:
             return
         (states, *others) = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         if others:
             raise PrunerError(f"{self.criterion}: {self.path} reads more than hidden states; use reap")
-        rows, results = (t.reshape(-1, t.shape[-1]) for t in (states, _first(output)))
+        rows, results = (t.reshape(-1, t.shape[-1]) for t in (states, hidden_out(output)))
         token, expert = (torch.cat(parts) for parts in zip(*self._routings, strict=True))
         self._routings.clear()
         self._busy = True
@@ -171,7 +157,7 @@ class _Block:
         with Unrouted(self.unit.slices(expert)) as mode:
             names = [name.removeprefix(f"{self.path}.") for name in mode.removed]
             replaced = {name: mode.stand_in(f"{self.path}.{name}", tensors[name]) for name in names}
-            return _first(functional_call(self.module, replaced, (states,)))
+            return hidden_out(functional_call(self.module, replaced, (states,)))
 
 
 def _change(criterion: str, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -179,11 +165,6 @@ def _change(criterion: str, before: torch.Tensor, after: torch.Tensor) -> torch.
     if criterion == "expert_cosine":
         return (1 - cosine_similarity(before, after, dim=-1)).sum()
     return (before - after).square().sum()
-
-
-def _first(output: Any) -> torch.Tensor:
-    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return first
 
 
 def experts_by_path(criterion: str, request: Request) -> dict[str, Unit]:
@@ -202,13 +183,10 @@ def experts_by_path(criterion: str, request: Request) -> dict[str, Unit]:
     return found
 
 
-@torch.no_grad()
 def _run(request: Request) -> None:
     """Run the calibration set through the model."""
-    compute, tokens = request.compute, request.tokens
-    with evaluating(request.model), standing_in(request.model, lambda _, tensor: compute.convert(tensor)):
-        for ids in track(tokens.to(compute.device).split(SAMPLES_PER_PASS), "scoring, forward passes"):
-            forward(request.model, ids)
+    compute = request.compute
+    run_through(request.model, request.tokens, compute, lambda _, tensor: compute.convert(tensor))
 
 
 def _name_unreached(tokens: dict[str, torch.Tensor]) -> None:

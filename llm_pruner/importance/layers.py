@@ -31,7 +31,7 @@ from torch.nn.functional import cosine_similarity
 from ..errors import PrunerError
 from ..graph.units import Unit
 from ..models.blockwise import Compute, computing
-from ..models.hooks import forward_hooks
+from ..models.hooks import Forward, forward_hooks, replaced_forwards
 from ..models.inputs import Inputs, tokens_per_sample
 from ..models.layers import hidden_in, hidden_out
 from ..models.loss import has_loss, total_loss
@@ -40,7 +40,6 @@ from ..models.running import evaluating, forward
 from ..progress import track
 
 TOKENS_PER_PASS = 2048  # in a forward pass
-Forward = Callable[..., Any]
 
 
 @dataclass
@@ -153,21 +152,6 @@ class CachedPass:
         with self.without(removed, start) as states:
             self.loss, _ = self._run()
         self.states[start:] = states
-
-
-@contextmanager
-def replaced_forwards(layers: list[nn.Module], replace: Callable[[int, Forward], Forward]) -> Iterator[None]:
-    """Run ``replace(index, forward)`` instead of each layer's ``forward`` for the length of the block."""
-    own = [layer.__dict__.get("forward") for layer in layers]
-    try:
-        for index, layer in enumerate(layers):
-            layer.forward = replace(index, layer.forward)
-        yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            layer.__dict__.pop("forward", None)  # the class's own shows again
-            if forward is not None:
-                layer.forward = forward
 
 
 def _block_influence(stack: LayerStack) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import PrunerError
+from .hooks import Forward, replaced_forwards
 from .per_layer import layer_lists
 from .torch_internals import tree_leaves, tree_map
 
@@ -129,16 +130,13 @@ class StandIns:
     @contextmanager
     def forwards(self, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
         """Run ``wrap(path, forward)`` instead of every block's ``forward``."""
-        before = {path: block.__dict__.get("forward") for path, block in self.blocks.items()}
-        try:
-            for path, block in self.blocks.items():
-                block.forward = wrap(path, self._on_own_device(path, block.forward))
+        paths = list(self.blocks)
+
+        def replace(index: int, forward: Forward) -> Forward:
+            return wrap(paths[index], self._on_own_device(paths[index], forward))
+
+        with replaced_forwards(list(self.blocks.values()), replace):
             yield
-        finally:
-            for path, block in self.blocks.items():
-                block.__dict__.pop("forward", None)  # the class's own shows again
-                if before[path] is not None:
-                    block.forward = before[path]  # type: ignore[assignment]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from ..errors import PrunerError
+from .hooks import Forward, replaced_forwards
 
 TOKENS_PER_CALL = 4096  # tokens whose experts' outputs are in memory at once
 CASTS = (torch.Tensor.to, torch.Tensor.type, torch.Tensor.float, torch.Tensor.double, torch.Tensor.type_as)
@@ -61,17 +62,13 @@ def watching(model: nn.Module, experts: dict[str, int], visit: Visit) -> Iterato
     Raises:
         PrunerError: when the model runs, if a module is called with other arguments than the two kinds above.
     """
-    modules = {path: model.get_submodule(path) for path in experts}
-    before = {path: module.__dict__.get("forward") for path, module in modules.items()}
-    try:
-        for path, module in modules.items():
-            module.forward = _watched(path, module.forward, experts[path], visit)
+    paths = list(experts)
+
+    def watch(index: int, forward: Forward) -> Forward:
+        return _watched(paths[index], forward, experts[paths[index]], visit)
+
+    with replaced_forwards([model.get_submodule(path) for path in paths], watch):
         yield
-    finally:
-        for path, module in modules.items():
-            module.__dict__.pop("forward", None)  # the class's own shows again
-            if before[path] is not None:
-                module.forward = before[path]  # type: ignore[assignment]
 
 
 def _watched(path: str, forward: Callable[..., Any], experts: int, visit: Visit) -> Callable[..., Any]:

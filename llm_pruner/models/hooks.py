@@ -1,13 +1,14 @@
-"""Forward hooks that are removed when their context ends, whatever happens in it."""
+"""Forward hooks, and forwards in the places of others, that are removed when their context ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
+Forward = Callable[..., Any]
 ModuleHook = tuple[nn.Module, Callable[..., Any]]
 
 
@@ -44,3 +45,18 @@ def forward_hooks(
             handle = module.register_forward_hook(hook, with_kwargs=with_kwargs, prepend=prepend)
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], replace: Callable[[int, Forward], Forward]) -> Iterator[None]:
+    """Run ``replace(index, forward)`` instead of each module's ``forward`` for the length of the block."""
+    own = [module.__dict__.get("forward") for module in modules]
+    try:
+        for index, module in enumerate(modules):
+            module.forward = replace(index, module.forward)
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            module.__dict__.pop("forward", None)  # the class's own shows again
+            if forward is not None:
+                module.forward = forward

@@ -147,7 +147,7 @@ def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: Pruning
         return ""
     half = model.dtype in (torch.float16, torch.bfloat16)
     ids = example_inputs(pruned, rows=2, tokens=16)
-    report = _compare(model, pruned, plan, ids, model.dtype, 0.05 if half else 0.01, masking_modes(model, plan))
+    report = _compare(model, pruned, plan, ids, model.dtype, 0.05 if half else 0.01, masking_modes(graph, plan))
     if report.equivalent:
         return ""
     return f"it computes something from the hidden size that must not change (logits are off by {report.relative:.1e})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from ..graph.units import trace
+from ..graph.units import CouplingGraph, trace
 from ..models.blockwise import native_compute, standing_in
 from ..models.experts import Unrouted
 from ..models.hooks import forward_hooks
@@ -102,7 +102,9 @@ def verify(
     """
     check_fits({name: tuple(t.shape) for name, t in stored_tensors(model).items()}, plan)
     ids = example_inputs(pruned, rows=2, tokens=16, seed=seed) if tokens is None else as_inputs(tokens)
-    compare = partial(_compare, model, pruned, plan, ids, tolerance=tolerance, modes=masking_modes(model, plan))
+    needs_modes = any(choice.kind in ("hidden", "experts") for choice in plan.units.values())
+    modes = masking_modes(trace(model), plan) if needs_modes else Modes()
+    compare = partial(_compare, model, pruned, plan, ids, tolerance=tolerance, modes=modes)
     report = _compare_finely(model, compare)
     if not report.equivalent and plan.layers:  # a norm behind a layer's sums does not pass on what is masked
         with _skipped_layers(model, plan):
@@ -244,17 +246,17 @@ class KeptNorms(TorchDispatchMode):
 class Modes:
     """Modes in which a model whose removed slices are zeroed computes what the pruned one does."""
 
-    norms: list[KeptNorms]
-    routers: Unrouted
+    norms: list[KeptNorms] = field(default_factory=list)
+    routers: Unrouted = field(default_factory=lambda: Unrouted({}))
 
 
-def masking_modes(model: PreTrainedModel, plan: PruningPlan) -> Modes:
+def masking_modes(graph: CouplingGraph, plan: PruningPlan) -> Modes:
     """Return the modes that a plan needs: one for every hidden unit that it cuts, and one for all experts."""
-    names = [name for name, choice in plan.units.items() if choice.kind in ("hidden", "experts")]
-    cut = [unit for unit in trace(model).units if unit.name in names] if names else []
     norms: list[KeptNorms] = []
     removed: dict[str, dict[int, torch.Tensor]] = {}
-    for unit in cut:
+    for unit in graph.of_kind("hidden", "experts"):
+        if unit.name not in plan.units:
+            continue
         if unit.kind == "experts":
             removed |= unit.slices(sorted(set(range(unit.size)) - set(plan.units[unit.name].kept.tolist())))
         else:
