@@ -12,7 +12,8 @@ from llm_pruner.recovery.run import recover
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_an_unpruned_model_is_trained(home, tmp_path, method, capsys):
-    out = recover(
+    flags = {"prune_model": str(home / "base"), "method": method, "merge": method == "lora"}
+    out = recover(arguments(home, tmp_path / "out", **flags))
         arguments(home, tmp_path / "out", prune_model=str(home / "base"), method=method, merge=method == "lora")
     )
     assert "base is not pruned: training it as it is" in (out / "recovery.log").read_text()
@@ -21,8 +22,8 @@ def test_an_unpruned_model_is_trained(home, tmp_path, method, capsys):
     assert type(trained) is type(original) and trained.num_parameters() == original.num_parameters()
     first, last = read_record(out)["losses"]["validation"]
     assert last < first
-    assert main(["prune", str(result), str(tmp_path / "pruned"), "--pruner_type", "l2", "--compensate", "none", "--quiet",
-                 "--eval_datasets", ""]) == 0  # fmt: skip
+    command = ["prune", str(result), str(tmp_path / "pruned"), "--pruner_type", "l2", "--compensate", "none", "--quiet"]
+    assert main([*command, "--eval_datasets", ""]) == 0
     assert lp.load(str(tmp_path / "pruned"))[0].num_parameters() < original.num_parameters()
 
 
