@@ -14,8 +14,6 @@ from llm_pruner.recovery.run import recover
 def test_an_unpruned_model_is_trained(home, tmp_path, method, capsys):
     flags = {"prune_model": str(home / "base"), "method": method, "merge": method == "lora"}
     out = recover(arguments(home, tmp_path / "out", **flags))
-        arguments(home, tmp_path / "out", prune_model=str(home / "base"), method=method, merge=method == "lora")
-    )
     assert "base is not pruned: training it as it is" in (out / "recovery.log").read_text()
     result = out / "merged" if method == "lora" else out
     original, trained = (lp.load(str(folder))[0] for folder in (home / "base", result))
