@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +15,18 @@ from ..logs import log
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply
 from ..surgery.tokenizer import cut_tokenizer
+from .blocks import check_dequantize
 from .boxes import OtherForm
 from .card import write_card
 from .companions import copy_companions
 from .config import load_config
-from .cut_shards import CutCheckpoint, InsideBlock, write_cuts
+from .cut_shards import CutCheckpoint, write_cuts
 from .load import load_model
 from .locate import PLAN_FILE, locate
 from .on_disk import on_disk
 from .quantized.config import quantization_after
 from .quantized.registry import QuantizedShards, open_shards
+from .quantized.weights import InsideBlock
 from .save import write_checkpoint
 from .shards import Shards
 from .standalone import forget_modelling, write_modelling
@@ -91,8 +94,12 @@ def cut_files(
     *,
     task: str | None = None,
     dequantize: bool = False,
+    pruned: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """Write the files of :func:`apply_to_files` into a folder that the caller completes.
+
+    Args:
+        pruned: the model that the plan leaves, if there is one already.
 
     Returns:
         The pruned model, on the meta device unless its weights had to be mapped.
@@ -100,7 +107,7 @@ def cut_files(
     path = Path(locate(source)[0])
     config = load_config(source, trust_remote_code, task=task)
     shards = open_shards(source, path) or Shards(path)
-    check_dequantize(source, shards, dequantize)
+    check_dequantize(source, dequantize)
     model = model_of(source, config, shards, trust_remote_code=trust_remote_code)
     forget_modelling(model)
     if model.can_generate() and (path / "generation_config.json").is_file():
@@ -113,7 +120,9 @@ def cut_files(
             raise PrunerError(f"{source}: {error}: {WAY_OUT}") from error
         boxes = {}
     hidden = any(choice.kind == "hidden" for choice in plan.units.values())  # factors of its size show in logits only
-    pruned = None if hidden or not boxes else _pruned_shapes(model, plan)
+    given = pruned is not None
+    if pruned is None and boxes and not hidden:
+        pruned = _pruned_shapes(model, plan)
     loaded = None
     if pruned is None:
         loaded = load_model(source, trust_remote_code=trust_remote_code, task=task, offload_folder=folder)
@@ -131,7 +140,11 @@ def cut_files(
             pruned=pruned,
             dequantized=dtype_of(config) if dequantize else None,
         )
-        if loaded is None and (left_out := forget_unread(pruned.config, source, shards.shapes().keys() - boxes.keys())):
+        if (
+            not given
+            and loaded is None
+            and (left_out := forget_unread(pruned.config, source, shards.shapes().keys() - boxes.keys()))
+        ):
             plan.settings[UNREAD] = left_out
         _write(checkpoint, config, source, folder)
     copy_companions(path, folder)
@@ -151,24 +164,14 @@ def _write(checkpoint: CutCheckpoint, config: PreTrainedConfig, source: str, fol
         hashes = write_cuts(checkpoint, folder)
     except InsideBlock as error:
         raise PrunerError(f"{source}: {error}: {WAY_OUT}") from error
-    pruned.config.dtype = config.dtype if checkpoint.dequantized is None else checkpoint.dequantized
+    written = copy.deepcopy(pruned.config)
+    written.dtype = config.dtype if checkpoint.dequantized is None else checkpoint.dequantized
     if isinstance(checkpoint.shards, QuantizedShards) and checkpoint.dequantized is None:
-        pruned.config.quantization_config = quantization_after(checkpoint.shards.quantization, checkpoint.renamed())
-    pruned.config.save_pretrained(folder)
-    pruned.config.__dict__.pop("quantization_config", None)
+        written.quantization_config = quantization_after(checkpoint.shards.quantization, checkpoint.renamed())
+    written.save_pretrained(folder)
     if pruned.can_generate():
         pruned.generation_config.save_pretrained(folder)
     replace(checkpoint.plan, weights=hashes).save(folder / PLAN_FILE)
-
-
-def check_dequantize(source: str, shards: Shards | None, dequantize: bool) -> None:
-    """Refuse ``--dequantize`` for weights that are not quantized.
-
-    Raises:
-        PrunerError: as above.
-    """
-    if dequantize and not isinstance(shards, QuantizedShards):
-        raise PrunerError(f"--dequantize has no effect on {source}, whose weights are not quantized: leave it out")
 
 
 def _pruned_shapes(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel | None:

@@ -58,7 +58,8 @@ def read_quantized(
     state: dict[str, Any] = {stored: _Lazy(shards, stored, chosen) for stored in shards.shapes()}
     if place is not in_memory:
         state = dict(assembled(model, shards, chosen, place))
-    model, report = type(model).from_pretrained(
+    loader: Any = type(model)
+    model, report = loader.from_pretrained(
         None, config=config, state_dict=state, dtype=chosen, output_loading_info=True
     )
     model.config.name_or_path = model.name_or_path = str(path)

@@ -58,11 +58,10 @@ def _decoder(scale: Part) -> Any:
 def _scale_dims(shards: Shards, name: str, shape: tuple[int, ...], blocks: list[int] | None) -> tuple[Dim, ...]:
     """Return the dims of a weight's scales: one for every block of its last two dims, or one for all."""
     stored = shards.tensors[name].shape
-    if not blocks:
-        expected, dims = () if len(stored) == 0 else (1,), (None,) * len(stored)
-    else:
-        lead = len(shape) - 2
-        sizes = [1] * lead + list(blocks)
+    expected: tuple[int, ...] = () if len(stored) == 0 else (1,)
+    dims: tuple[Dim, ...] = (None,) * len(stored)
+    if blocks:
+        sizes = [1] * (len(shape) - 2) + list(blocks)
         expected = tuple(-(-size // block) for size, block in zip(shape, sizes, strict=True))
         dims = tuple(
             None if 1 < block >= size else (dim, block)
