@@ -1,4 +1,4 @@
-"""Prune a quantized checkpoint: whole blocks of its scales are chosen, and its files are sliced or dequantized."""
+"""Prune a quantized checkpoint: no refit changes its weights, and indices that share scales go together."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint.apply_files import WAY_OUT, cut_files
+from ..checkpoint.apply_files import WAY_OUT
 from ..checkpoint.blocks import Blocks, check_dequantize, is_quantized, stored_blocks
-from ..checkpoint.config import load_config
-from ..checkpoint.save import write_checkpoint
-from ..checkpoint.standalone import write_modelling
-from ..checkpoint.stored import dtype_of
+from ..checkpoint.write_pruned import write_pruned
 from ..errors import PrunerError
 from ..graph.units import CouplingGraph, Unit
 from ..logs import log
@@ -69,26 +66,22 @@ def save_pruned(
     settings: PruneSettings,
     pruned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    plan: PruningPlan,
     folder: Path,
+    *,
+    plan: PruningPlan,
 ) -> None:
-    """Write the checkpoint of a run: the model, in 16 bits if it was dequantized, or slices of quantized files."""
-    model, standalone = settings.model, settings.output.standalone
-    if stays_quantized(settings):
-        cut_files(plan, model.name, folder, model.trust_remote_code, task=model.task, pruned=pruned)
-        if standalone:
-            write_modelling(pruned, folder)
-        return
-    if settings.output.dequantize:
-        round_weights(pruned, dtype_of(load_config(model.name, model.trust_remote_code)))
-    write_checkpoint(pruned, tokenizer, folder, plan, standalone=standalone)
-
-
-def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Convert the weights of a model to a dtype; its buffers stay, since tables of sines lose by rounding."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
+    """Write the checkpoint of a run, as :func:`llm_pruner.checkpoint.write_pruned.write_pruned` does."""
+    write_pruned(
+        pruned,
+        tokenizer,
+        folder,
+        plan,
+        source=settings.model.name,
+        dequantize=settings.output.dequantize,
+        standalone=settings.output.standalone,
+        trust_remote_code=settings.model.trust_remote_code,
+        task=settings.model.task,
+    )
 
 
 def blocks_after(blocks: Blocks, plan: PruningPlan) -> Blocks:
@@ -128,8 +121,8 @@ def log_blocks(graph: CouplingGraph, kinds: tuple[str, ...]) -> None:
     for kind in kinds:
         if sizes := sorted({unit.block for unit in graph.of_kind(kind)} - {1}):
             log.info(
-                "quantized weights: %s are kept in multiples of %s, blocks that share a scale; --dequantize keeps any "
-                "and writes 16 bits",
+                "quantized weights: %s keep multiples of %s indices, since these share scales; --dequantize keeps any "
+                "number and writes 16 bits",
                 kind,
                 " or ".join(map(str, sizes)),
             )

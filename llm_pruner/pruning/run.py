@@ -238,7 +238,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     del model
     if settings.output.save:
         with clock("save"):
-            save_pruned(settings, pruned, tokenizer, planned.plan, folder)
+            save_pruned(settings, pruned, tokenizer, folder, plan=planned.plan)
     metrics["after"] = measure(pruned, tokenizer, when="after pruning")
     warn_of_lost_quality(metrics)
     return PruneRun(model=pruned, tokenizer=tokenizer, plan=planned.plan, metrics=metrics, folder=folder)
