@@ -28,6 +28,7 @@ CASES = [("qwen3", "fp8"), ("deepseek_v3", "fp8"), *OF_MIXTURES]
 STOCK = [("qwen3", "fp8"), ("qwen3_moe", "fp8"), ("qwen3_moe", "fp8_tensor"), ("gpt_oss", "mxfp4")]
 # Values that share a scale, or a packed number, along the neurons of an MLP.
 BLOCKS = {"fp8": 16, "ct_fp8_block": 16, "ct_int4": 32, "ct_int4_zero": 16, "ct_nvfp4": 16, "mxfp4": 32}
+BLOCKS |= {"gptq": 32, "awq": 32}
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +113,10 @@ def slices():
     """Cases of formats and kinds; those that differ little from another are slow."""
     quick = {(name, how, "experts") for name, how in CASES if how in ("fp8", "mxfp4", "ct_int4_zero")}
     quick |= {("qwen3", "fp8", "layers"), ("gpt_oss", "mxfp4", "layers"), ("gpt_oss", "mxfp4", "neurons")}
-    quick |= {("qwen3_moe", how, "neurons") for how in ("ct_fp8_block", "ct_fp8_channel", "ct_int4_zero", "ct_nvfp4")}
+    quick |= {("qwen3_moe", how, "neurons") for how in ("ct_fp8_block", "ct_int4_zero", "ct_nvfp4", "gptq", "awq")}
     for name, how in CASES:
         for kind in ("experts", "layers", "neurons"):
-            if (name, kind) != ("qwen3", "experts"):
+            if (name, kind) != ("qwen3", "experts") and (how, kind) != ("gptq_ordered", "neurons"):
                 marks = [] if (name, how, kind) in quick else [pytest.mark.slow]
                 yield pytest.param(name, how, kind, marks=marks)
 
@@ -204,6 +205,13 @@ def test_cuts_inside_blocks_are_refused_or_written_in_16_bits(name, how, folders
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert same(written, lp.apply(model, plan).to(torch.bfloat16))
+
+
+def test_inputs_in_the_order_of_activations_stay(folders, tmp_path):
+    folder, _ = folders("qwen3_moe", "gptq_ordered")
+    _, plan = plan_of(folder, "neurons", blocks=32)
+    with pytest.raises(lp.PrunerError, match=r"g_idx holds one number for 64 values.*--dequantize"):
+        apply_to_files(plan, str(folder), tmp_path / "out")
 
 
 def test_hidden_channels_go_in_blocks(folders, tmp_path):
@@ -299,7 +307,7 @@ def test_flags_that_quantized_files_cannot_follow(home, with_tokenizer, tmp_path
     assert "which is not quantized: leave it out" in refused(other, capsys)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "torchao"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao", "hqq"])
 def test_other_formats_are_refused_by_name(method, folders, tmp_path):
     shutil.copytree(folders("qwen3", "fp8")[0], tmp_path / "model")
     document = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -320,6 +328,8 @@ DAMAGED = [
     ("ct_int4", {NAME + "_scale": torch.ones(128, 1)}, r"is \[128, 1\]; .* groups give .* scales of \[128, 2\]"),
     ("ct_int4", {NAME + "_shape": None}, f"lacks {NAME}_shape"),
     ("ct_int4", {NAME + "_packed": None}, f"lacks {NAME}, whose scales it holds"),
+    ("gptq", {NAME[:-6] + "scales": None}, "lacks model.layers.1.self_attn.q_proj.scales"),
+    ("awq", {NAME[:-6] + "qzeros": torch.ones(2, 3)}, r"qzeros in .* is \[2, 3\]; the config's groups need \[2, 16\]"),
     ("ct_int4", {NAME + "_g_idx": torch.zeros(64)}, "this form of compressed-tensors is not supported"),
 ]
 

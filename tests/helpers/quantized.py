@@ -197,6 +197,48 @@ def mxfp4(name, tensor):
     return parts, values.reshape(turned.shape).transpose(1, 2)
 
 
+def grouped(tensor, group):
+    """Integers 0 to 15 ``[outputs, inputs]``, scales and zero points ``[outputs, groups]``."""
+    low, high = tensor.view(len(tensor), -1, group).aminmax(dim=-1)
+    scale = ((high - low) / 15).clamp_min(1e-6).half()
+    zero = (-low / scale.float()).round().clamp(1, 15)
+    spread = [repeated(t, 1, group, tensor.shape) for t in (scale.float(), zero)]
+    integers = (tensor / spread[0] + spread[1]).round().clamp(0, 15)
+    return integers.long(), scale, zero.long(), (integers - spread[1]) * spread[0]
+
+
+def gptq(ordered):
+    def encode(name, tensor):
+        module, group = name.removesuffix(".weight"), 32
+        order = torch.randperm(tensor.shape[1], generator=torch.Generator().manual_seed(0))
+        order = order if ordered else torch.arange(tensor.shape[1])
+        integers, scale, zero, values = grouped(tensor[:, order], group)
+        index = torch.empty(len(order), dtype=torch.int32)
+        index[order] = torch.arange(len(order), dtype=torch.int32) // group
+        back = order.argsort()
+        parts = {
+            "qweight": pack(integers[:, back], 4).T,
+            "qzeros": pack(zero.T - 1, 4),
+            "scales": scale.T,
+            "g_idx": index,
+        }
+        return {f"{module}.{key}": part for key, part in parts.items()}, values[:, back]
+
+    return encode
+
+
+def awq(name, tensor):
+    module, group = name.removesuffix(".weight"), 32
+    integers, scale, zero, values = grouped(tensor, group)
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+    def packed(numbers):
+        return pack(numbers.view(len(numbers), -1, 8)[:, :, order].flatten(1), 4)
+
+    parts = {"qweight": packed(integers.T), "qzeros": packed(zero.T), "scales": scale.T}
+    return {f"{module}.{key}": part for key, part in parts.items()}, values
+
+
 def compressed(form: str, **weights: object) -> dict:
     scheme = {"symmetric": True, "dynamic": False, "observer": "minmax"} | weights
     group = {"targets": ["Linear"], "weights": scheme, "input_activations": None, "output_activations": None}
@@ -223,6 +265,19 @@ FORMATS = {
     "fp8": (fine_grained([16, 16]), fp8(16, 16, "_scale_inv")),
     "fp8_tensor": (fine_grained(None), fp8(None, None, "_scale_inv")),
     "mxfp4": ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, mxfp4),
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}, gptq(False)),
+    "gptq_ordered": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}, gptq(True)),
+    "awq": (
+        {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": 32,
+            "version": "gemm",
+            "zero_point": True,
+            "modules_to_not_convert": ["lm_head"],
+        },
+        awq,
+    ),
     "ct_fp8_channel": (
         compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
         fp8(1, None, "_scale"),

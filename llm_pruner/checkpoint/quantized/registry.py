@@ -12,8 +12,10 @@ import torch
 from ...errors import PrunerError
 from ...files import read_json
 from ..shards import INDEX, SINGLE, Shards
+from .awq import awq_weights
 from .compressed import compressed_weights
 from .fp8 import fp8_weights
+from .gptq import gptq_weights
 from .mxfp4 import mxfp4_weights
 from .weights import Part, Weight, dequantize
 
@@ -22,6 +24,8 @@ FORMATS: dict[str, Callable[[Shards, Mapping[str, Any]], Iterator[Weight]]] = {
     "fp8": fp8_weights,
     "mxfp4": mxfp4_weights,
     "compressed-tensors": compressed_weights,
+    "gptq": gptq_weights,
+    "awq": awq_weights,
 }
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # Scales and packed weights of float8, GPTQ, AWQ, compressed-tensors and bitsandbytes.

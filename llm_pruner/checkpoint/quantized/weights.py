@@ -28,11 +28,13 @@ class Part:
         dims: for every dim of the tensor, the dim of the weight that it runs along and the indices of the weight per
             index (the block of a scale, the values in a packed number); None for a dim that no cut changes.
         holds_shape: True for a tensor that states the shape of the weight.
+        is_prefix: True for a tensor that a cut shortens to its first numbers, as one that counts groups.
     """
 
     name: str
     dims: tuple[Dim, ...]
     holds_shape: bool = False
+    is_prefix: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,5 +148,5 @@ def part_positions(weight: Weight, part: Part, kept: Mapping[int, torch.Tensor])
         indices, counts = torch.unique_consecutive(chosen // block, return_counts=True)
         if not torch.equal(counts, (size - indices * block).clamp(max=block)):
             raise InsideBlock(f"{part.name} holds one number for {block} values, and the plan keeps some of them only")
-        positions[dim] = indices
+        positions[dim] = torch.arange(len(indices)) if part.is_prefix else indices
     return positions
