@@ -58,6 +58,7 @@ class Planning:
 
     Attributes:
         ids: calibration set, LongTensor ``[samples, tokens]`` or other inputs, None if the settings need none.
+        leading: tokens that every row of ``ids`` begins with, see :func:`~.calibration.leading_count`.
         place: where tensors of pruned models are put.
         weights: weights to score one after the other, of a model on the meta device.
         blocks: positions that a quantized checkpoint stores together, none if they need not stay together.
@@ -65,6 +66,7 @@ class Planning:
 
     settings: PruneSettings
     ids: Inputs | None = None
+    leading: int = 0
     clock: Stopwatch = field(default_factory=Stopwatch)
     place: Place = in_memory
     weights: Weights | None = None
