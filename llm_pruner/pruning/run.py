@@ -221,12 +221,8 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
         with clock("calibration"):
             ids = calibration_set(settings.calibration, tokenizer, model, settings.seed)
     place = on_disk(folder) if settings.model.offload else in_memory
-<<<<<<< HEAD
-    planning = Planning(settings=settings, ids=ids, clock=clock, place=place, blocks=blocks_for(settings))
-=======
-    leading = leading_count(settings.calibration, tokenizer)
-    planning = Planning(settings=settings, ids=ids, leading=leading, clock=clock, place=place)
->>>>>>> main
+    leading, blocks = leading_count(settings.calibration, tokenizer), blocks_for(settings)
+    planning = Planning(settings=settings, ids=ids, leading=leading, clock=clock, place=place, blocks=blocks)
     planned = make_plan(planning, model)
     if calibrates:
         planned.plan.settings[CALIBRATED_ON] = settings.calibration.dataset
