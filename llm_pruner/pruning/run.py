@@ -344,9 +344,8 @@ def _cut_files(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Prune
     name, trust = settings.model.name, settings.model.trust_remote_code
     task = settings.model.task
     model = meta_model(load_config(name, trust, task=task), trust)
-    weights = weights_in(name, trust, task=task)
-    planning = Planning(settings=settings, clock=clock, weights=weights, blocks=blocks_for(settings))
-    planned = make_plan(planning, model)
+    weights, blocks = weights_in(name, trust, task=task), blocks_for(settings)
+    planned = make_plan(Planning(settings=settings, clock=clock, weights=weights, blocks=blocks), model)
     for line in planned.plan.summary().splitlines():
         log.info("%s", line)
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
