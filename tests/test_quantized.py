@@ -28,7 +28,7 @@ CASES = [("qwen3", "fp8"), ("deepseek_v3", "fp8"), *OF_MIXTURES]
 STOCK = [("qwen3", "fp8"), ("qwen3_moe", "fp8"), ("qwen3_moe", "fp8_tensor"), ("gpt_oss", "mxfp4")]
 # Values that share a scale, or a packed number, along the neurons of an MLP.
 BLOCKS = {"fp8": 16, "ct_fp8_block": 16, "ct_int4": 32, "ct_int4_zero": 16, "ct_nvfp4": 16, "mxfp4": 32}
-BLOCKS |= {"gptq": 32, "awq": 32}
+BLOCKS |= {"gptq": 32, "awq": 32, "ct_mxfp4": 32}
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +365,23 @@ def test_a_missing_expert_is_refused(folders, tmp_path):
     _, plan = plan_of(folders("qwen3_moe", "fp8")[0], "experts")
     with pytest.raises(lp.PrunerError, match="its stored tensors make"):
         apply_to_files(plan, str(tmp_path / "model"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_scales_may_be_powers_of_two(dtype, folders, tmp_path):
+    shutil.copytree(folders("qwen3", "fp8")[0], tmp_path / "model")
+    tensors = stored(tmp_path / "model")
+    powers = {key: value.log2().round() for key, value in tensors.items() if key.endswith("_scale_inv")}
+    floats = {key: value.exp2() for key, value in powers.items()}
+    narrow = {key: (value + 127).to(torch.uint8).view(dtype) for key, value in powers.items()}
+    models = []
+    for scales in (floats, narrow):
+        save_file(tensors | scales, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+        models.append(lp.load(str(tmp_path / "model"), "float32")[0])
+    assert same(*models)
+    plan = plan_of(tmp_path / "model", "layers")[1]
+    apply_to_files(plan, str(tmp_path / "model"), tmp_path / "out")
+    assert same(lp.load(str(tmp_path / "out"), "float32")[0], lp.apply(models[0], plan))
 
 
 def test_a_last_block_may_be_shorter():

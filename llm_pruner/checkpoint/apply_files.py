@@ -140,12 +140,10 @@ def cut_files(
             pruned=pruned,
             dequantized=dtype_of(config) if dequantize else None,
         )
-        if (
-            not given
-            and loaded is None
-            and (left_out := forget_unread(pruned.config, source, shards.shapes().keys() - boxes.keys()))
-        ):
-            plan.settings[UNREAD] = left_out
+        if not given and loaded is None:
+            unread = shards.shapes().keys() - boxes.keys()
+            if left_out := forget_unread(pruned.config, source, unread):
+                plan.settings[UNREAD] = left_out
         _write(checkpoint, config, source, folder)
     copy_companions(path, folder)
     if plan.tokens is not None:

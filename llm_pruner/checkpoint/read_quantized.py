@@ -13,7 +13,6 @@ from ..surgery.apply import Place, in_memory
 from .config import meta_model
 from .locate import locate
 from .quantized.registry import QuantizedShards
-from .shards import NAMES
 from .stored import assembled, dtype_of
 
 
@@ -25,13 +24,6 @@ class _Lazy:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.shards.values(self.name, self.dtype)[index]
-
-    def get_dtype(self) -> str:
-        """Return safetensors' name of the dtype."""
-        return NAMES[self.dtype if self.name in self.shards.weights else self.shards.tensors[self.name].dtype]
-
-    def get_shape(self) -> list[int]:
-        return list(self.shards.shapes()[self.name])
 
 
 def read_quantized(

@@ -28,7 +28,7 @@ def weights_in(
         task: read them as the class of this task instead of the declared class.
 
     Raises:
-        PrunerError: as :class:`Shards`, and where the files hold the weights in another form.
+        PrunerError: as :class:`Shards` and :func:`stored_boxes`.
     """
     path = Path(locate(source)[0])
     shards = open_shards(source, path) or Shards(path)
@@ -52,7 +52,7 @@ def assembled(
         PrunerError: as :func:`stored_boxes`.
     """
     by_parameter: dict[str, list[str]] = {}
-    boxes = stored_boxes(model, shards)
+    boxes, own = stored_boxes(model, shards), model.state_dict()
     for name, box in boxes.items():
         by_parameter.setdefault(box.parameter, []).append(name)
     for parameter, names in by_parameter.items():
@@ -60,12 +60,11 @@ def assembled(
         if len(names) == 1 and first.is_whole:
             yield parameter, place(shards.values(names[0], dtype))
             continue
-        own = model.state_dict()[parameter]
         tensor = None
         for name in names:
             values = shards.values(name, dtype)
             if tensor is None:
-                tensor = place(values.new_zeros(()).expand(own.shape))
+                tensor = place(values.new_zeros(()).expand(own[parameter].shape))
                 tensor = tensor.clone() if not tensor.is_contiguous() else tensor
             boxes[name].fill(tensor, values)
         assert tensor is not None

@@ -183,6 +183,14 @@ def nvfp4(name, tensor):
     return parts, of_fp4(bits) * spread
 
 
+def rows_of_mxfp4(name, tensor):
+    """A weight in blocks along its inputs, as compressed-tensors stores it."""
+    parts, values = mxfp4(name, tensor.T[None])
+    blocks, scales = parts.values()
+    module = name.removesuffix(".weight")
+    return {f"{module}.weight_packed": blocks[0].flatten(1), f"{module}.weight_scale": scales[0]}, values[0].T
+
+
 def mxfp4(name, tensor):
     """Stacked experts ``[experts, in, out]``, in blocks along ``in``."""
     turned = tensor.transpose(1, 2)
@@ -298,6 +306,10 @@ FORMATS = {
     "ct_int4_zero": (
         compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=16, symmetric=False),
         int4(16, False),
+    ),
+    "ct_mxfp4": (
+        compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32),
+        rows_of_mxfp4,
     ),
     "ct_nvfp4": (
         compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),

@@ -127,9 +127,9 @@ class _Module:
         )
 
     def _zero_point(self, scale: Part, bits: int) -> Part:
-        """Return the part of zero points, which are packed along rows where the values are packed."""
+        """Return the part of zero points: one per scale, packed along rows where the values are packed."""
         dims = list(scale.dims)
-        if bits and dims:
+        if bits and dims[:1] == [(0, 1)]:
             dims[0] = (0, 32 // bits)
         return self._part("weight_zero_point", tuple(dims))
 
@@ -160,12 +160,9 @@ def _decoder(parts: Mapping[str, Part], bits: int) -> Any:
         values = values.float()
         if "zero" in chunk:
             zero = chunk["zero"]
-            if bits:
-                zero = packed_integers(zero.T, bits).T - 2 ** (bits - 1)
-                zero = zero[: shape[0]]
-                values = values - spread(zero.float(), parts["scale"], shape)
-            else:
-                values = values - spread(zero.float(), parts["zero"], shape)
+            if parts["zero"].dims != parts["scale"].dims:
+                zero = (packed_integers(zero.T, bits).T - 2 ** (bits - 1))[: shape[0]]
+            values = values - spread(zero.float(), parts["scale"], shape)
         return values * spread(scale, parts["scale"], shape)
 
     return decode
