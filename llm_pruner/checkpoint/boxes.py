@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..errors import PrunerError
 from ..selection.plan import PruningPlan, name_after
@@ -137,9 +139,6 @@ def _conversion(model: PreTrainedModel) -> tuple[list[Any], Any]:
 
     Gathers the private names of transformers' loader; checked on 5.23.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
