@@ -91,7 +91,9 @@ class _Module:
                 )
             return {"values": self._part("weight", ((0, 1), (1, 1)))}, place.shape, 0
         if not self.has("weight_packed"):
-            raise PrunerError(f"{self.shards.folder} lacks {self.name}.weight, whose scales it holds: it is incomplete")
+            raise PrunerError(
+                f"{self.shards.folder} lacks {self.name}.weight, whose scales it holds: the checkpoint is incomplete"
+            )
         place = self.shards.tensors[f"{self.name}.weight_packed"]
         rows, columns = place.shape
         if place.dtype is torch.uint8:
