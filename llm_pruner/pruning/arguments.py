@@ -245,6 +245,9 @@ class PruneArguments(Arguments):
     standalone: bool = flag(
         False, "also save a modelling file, so that per-layer checkpoints load without llm_pruner", group="output"
     )
+    dequantize: bool = flag(
+        False, "write a quantized model in 16 bits (default: slice its quantized files)", group="output"
+    )
     push_to_hub: str | None = flag(None, "upload the run's folder to the hub, as user/name", group="output")
     eval_datasets: list[str] = flag([GENERAL], "texts to measure perplexity on ('' for none)", group="output")
     max_windows: int = flag(0, "use only the first N windows of each text (0: all)", group="output")

@@ -30,6 +30,7 @@ from ..selection.select import select
 from ..surgery.apply import TOWERS, apply
 from .context import Planning
 from .presets import default_layers
+from .quantized import blocks_after, in_blocks, log_blocks
 from .settings import (
     BudgetSettings,
     CalibrationSettings,
@@ -117,6 +118,7 @@ def _make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
         planning = replace(planning, weights=kept)
     with clock("trace"):
         left = freeze_others(trace(shorter), shorter, settings.calibration.towers)
+        left = in_blocks(left, blocks_after(planning.blocks, dropped), settings.widths.kinds)
     try:
         planned = _plan_widths(planning, shorter, left, Whole(model=model, graph=graph, dropped=dropped))
     except NothingRemoved:
@@ -128,7 +130,8 @@ def _make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
 
 def _trace(planning: Planning, model: PreTrainedModel) -> CouplingGraph:
     inputs = planning.ids if isinstance(planning.ids, ModelInputs) else None
-    return trace_towers(model, planning.settings.calibration.towers, inputs)
+    graph = trace_towers(model, planning.settings.calibration.towers, inputs)
+    return in_blocks(graph, planning.blocks, planning.settings.widths.kinds)
 
 
 def without_scores(settings: PruneSettings) -> PruneSettings:
@@ -168,6 +171,7 @@ def check_plan(planning: Planning, model: PreTrainedModel) -> None:
         whole = Whole(model=model, graph=graph, dropped=dropped)
         model = apply(model, dropped)
         graph = freeze_others(trace(model), model, settings.calibration.towers)
+        graph = in_blocks(graph, blocks_after(planning.blocks, dropped), settings.widths.kinds)
     try:
         goal = _width_goal(planning, model, graph, whole)
     except NothingRemoved:
@@ -206,6 +210,7 @@ def _plan_widths(
     """
     settings, clock, steps = planning.settings, planning.clock, planning.settings.widths.iterative_steps
     goal = _width_goal(planning, model, graph, whole)
+    log_blocks(graph, goal.kinds)
     plan, pruned, current, scores = PruningPlan(), model, graph, None
     for step in range(1, steps + 1):
         plans = [plan, *([whole.dropped] if whole else [])]

@@ -173,13 +173,17 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """Output of a run: folder, and whether to save a checkpoint; ``named``: the user named the folder."""
+    """Output of a run: folder, and whether to save a checkpoint; ``named``: the user named the folder.
+
+    With ``dequantize``, a quantized checkpoint is written in 16 bits.
+    """
 
     folder: Path
     named: bool = False
     save: bool = False
     standalone: bool = False
     push_to_hub: str | None = None
+    dequantize: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +312,7 @@ def _output_settings(arguments: PruneArguments) -> OutputSettings:
         save=arguments.saves_checkpoint,
         standalone=arguments.standalone,
         push_to_hub=arguments.push_to_hub,
+        dequantize=arguments.dequantize,
     )
 
 

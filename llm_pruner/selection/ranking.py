@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil, prod
 
 import torch
@@ -70,6 +71,15 @@ def rank_balanced(scores: torch.Tensor, count: int, parts: int) -> torch.Tensor:
     width = len(scores) // parts
     order = torch.argsort(scores.view(parts, width), dim=1, stable=True)[:, : count // parts]
     return (order + width * torch.arange(parts)[:, None]).flatten()
+
+
+def by_block(scores: Scores, graph: CouplingGraph) -> Scores:
+    """Give every index the mean score of its block, so that a stable sort ranks blocks as a whole."""
+    blocks = {unit.name: unit.block for unit in graph.units if unit.block > 1 and unit.name in scores.values}
+    means = {
+        name: scores.values[name].view(-1, block).mean(1).repeat_interleave(block) for name, block in blocks.items()
+    }
+    return replace(scores, values={**scores.values, **means}) if means else scores
 
 
 def _mean(scores: torch.Tensor) -> torch.Tensor:

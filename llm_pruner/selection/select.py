@@ -18,6 +18,7 @@ from .ranking import (
     ALIGNMENTS,
     NORMALIZERS,
     alignment,
+    by_block,
     equalized,
     index_costs,
     rank_balanced,
@@ -105,7 +106,7 @@ def select(
         kinds = tuple({unit.kind: None for unit in graph.units if unit.name in counts or unit.kind in counts})
     policy = Policy(
         graph,
-        scores,
+        by_block(scores, graph),
         kinds,
         _by_kind(layers, kinds),
         scope,
@@ -321,6 +322,8 @@ class Policy:
             )
         if count == unit.size:
             return torch.tensor([], dtype=torch.long)
+        if count % unit.block:
+            raise PrunerError(f"{unit.name} cannot keep {count}: its quantized weights go in blocks of {unit.block}")
         if count % unit.multiple and unit.kind != "hidden":  # a shape may give that other heads to divide it
             raise PrunerError(f"{unit.name} cannot keep {count}: the model runs with multiples of {unit.multiple} only")
         if count % unit.groups:
@@ -332,7 +335,7 @@ class Policy:
         """Return the indices that each unit of a kind loses."""
         parts = [self.tensor_parallel if kind in SHARDED else unit.groups for unit in units]
         steps = [
-            lcm(self.round_to, n, unit.multiple, alignment(unit, self.align))
+            lcm(self.round_to, n * unit.block, unit.multiple, alignment(unit, self.align))
             for unit, n in zip(units, parts, strict=True)
         ]
         if self.scope == "local":
@@ -348,7 +351,7 @@ class Policy:
                 normalizer=NORMALIZERS[self.normalize],
             )
         for i, unit in enumerate(units):
-            if unit.size % parts[i]:
+            if unit.size % (parts[i] * unit.block):
                 plan.notes.append(f"{unit.name} has {unit.size} indices, which {parts[i]} devices cannot share equally")
             elif parts[i] > 1:
                 gone = len(removals[i])
