@@ -108,9 +108,11 @@ class LinearGradients:
             output.register_hook(partial(self._receive, self._layers[module], args[0].detach()))
 
     def _receive(self, layer: _Linear, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        product: torch.Tensor | None = None  # in one place for all samples: fresh memory costs more than the product
         for x, d in zip(inputs.flatten(1, -2), gradients.detach().flatten(1, -2), strict=True):
             if layer.weight:
-                self._add(layer.weight, d.T @ x if layer.rows_are_outputs else x.T @ d)
+                product = torch.mm(*(d.T, x) if layer.rows_are_outputs else (x.T, d), out=product)
+                self._add(layer.weight, product)
             if layer.bias:
                 self._add(layer.bias, d.sum(0))
 
