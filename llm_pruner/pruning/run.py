@@ -44,12 +44,14 @@ from ..provenance import command_line, provenance
 from ..selection.plan import PruningPlan
 from ..surgery.apply import TASK, in_memory
 from ..surgery.equivalence import verify
+from ..surgery.per_token import with_experts_per_token
 from ..version import __version__
 from .arguments import REQUIRES_SAVING, PruneArguments
 from .calibration import available_text, calibration_set
 from .checking import check_prune_inputs
 from .context import Planning, Progress, Stopwatch
 from .evaluation import compare_latency, evaluate_model, evaluation_windows, warn_of_lost_quality
+from .fewer_experts import send_to_fewer
 from .measurements import METRICS_FILE, before_and_after
 from .mending import mend
 from .planning import PlannedModel, make_plan, needs_calibration
@@ -213,6 +215,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
     measure = partial(evaluate_model, settings, texts=windows, clock=clock, originals=originals)
     metrics["before"] = measure(model, tokenizer, when="before pruning")
+    original, model = model, send_to_fewer(settings.experts, model, metrics, lambda m, w: measure(m, tokenizer, when=w))
     _move_to(settings.model, model, settings.model.device)
     ids = None
     if calibrates:
@@ -228,14 +231,14 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     for line in planned.plan.summary().splitlines():
         log.info("%s", line)
     metrics |= _check_equivalence(planning, model, planned)
-    pruned, refit = mend(planning, model, planned)
+    pruned, refit = mend(planning, original, planned)
     metrics |= refit
     _record_parameters(metrics, parameter_count(pruned))
     if settings.budget is not None and settings.budget.kind == "target_latency":
         with clock("latency"):
             metrics["latency"] = compare_latency(settings.budget, model, pruned)
     _save_plan(settings, planned.plan, planned.scores, folder)
-    del model
+    del model, original
     if settings.output.save:
         with clock("save"):
             write_checkpoint(pruned, tokenizer, folder, planned.plan, standalone=settings.output.standalone)
@@ -336,6 +339,8 @@ def _cut_files(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Prune
     name, trust = settings.model.name, settings.model.trust_remote_code
     task = settings.model.task
     model = meta_model(load_config(name, trust, task=task), trust)
+    if settings.experts.per_token is not None:
+        model = with_experts_per_token(model, settings.experts.per_token)
     weights = weights_in(name, trust, task=task)
     planned = make_plan(Planning(settings=settings, clock=clock, weights=weights), model)
     for line in planned.plan.summary().splitlines():

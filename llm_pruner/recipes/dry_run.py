@@ -29,6 +29,7 @@ from ..pruning.towers import LANGUAGE
 from ..selection.budgets import UNITS, NotMet, read_target
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply, task_of_plan
+from ..surgery.per_token import with_experts_per_token
 from ..surgery.uniform import uniform_config
 from ..vocabulary.arguments import VocabArguments
 from ..vocabulary.choosing import token_budget
@@ -321,12 +322,14 @@ def _in_class_for(task: str | None, model: PreTrainedModel, trust_remote_code: b
 
 def _prune(settings: PruneSettings, model: PreTrainedModel) -> Prediction:
     widths, budget = settings.widths, settings.budget
-    estimated = widths.scope == "global" or bool(widths.proportions)
+    estimated = widths.scope != "local" or bool(widths.proportions)
     timed = budget is not None and budget.kind == "target_latency"
     if budget is not None and timed:
         if read_target(budget.kind, budget.target, UNITS[budget.kind])[1] is not None:
             return Prediction(model=None)
         settings, estimated = replace(settings, budget=replace(budget, kind="target_macs")), True
+    if settings.experts.per_token is not None:
+        model = with_experts_per_token(model, settings.experts.per_token)
     try:
         return Prediction(model=make_plan(Planning(settings=settings), model).pruned, estimated=estimated)
     except TraceError:
