@@ -91,9 +91,7 @@ def routing_scores(criterion: str, request: Request) -> dict[str, torch.Tensor]:
     Raises:
         PrunerError: there are no experts, they are not called in a known way, or an output is not finite.
     """
-    units = experts_by_path(
-        request.model, request.units, f"{criterion} scores experts, {NO_EXPERTS}: choose another criterion"
-    )
+    units = _experts(criterion, request)
     sums = {path: _Sums(unit.size) for path, unit in units.items()}
 
     def visit(path: str, routing: Routing) -> bool:
@@ -112,9 +110,7 @@ def output_scores(criterion: str, request: Request) -> dict[str, torch.Tensor]:
     Raises:
         PrunerError: there are no experts, or their router lies outside of their block.
     """
-    units = experts_by_path(
-        request.model, request.units, f"{criterion} scores experts, {NO_EXPERTS}: choose another criterion"
-    )
+    units = _experts(criterion, request)
     blocks = {path: _Block(request.model, path, unit, criterion) for path, unit in units.items()}
 
     def visit(path: str, routing: Routing) -> bool:
@@ -175,6 +171,11 @@ def _change(criterion: str, before: torch.Tensor, after: torch.Tensor) -> torch.
     if criterion == "expert_cosine":
         return (1 - cosine_similarity(before, after, dim=-1)).sum()
     return (before - after).square().sum()
+
+
+def _experts(criterion: str, request: Request) -> dict[str, Unit]:
+    refusal = f"{criterion} scores experts, {NO_EXPERTS}: choose another criterion"
+    return experts_by_path(request.model, request.units, refusal)
 
 
 def _run(request: Request, units: dict[str, Unit], visit: Callable[[str, Routing], bool]) -> None:

@@ -307,10 +307,8 @@ class PruneArguments(Arguments):
         if not 0 <= self.seed < 2**32:
             raise PrunerError(f"--seed {self.seed} is out of range: give 0 to 4294967295")
         check_at_least(self, 0, "self_examples", "max_windows", *RANGES)
-        check_at_least(
-            self, 1, "num_examples", "experts_per_token", "iterative_steps", "round_to", "tensor_parallel", "layer"
-        )
-        check_at_least(self, 1, "budget_batch", "budget_tokens", "depth_examples", *SHAPE)
+        check_at_least(self, 1, "num_examples", "iterative_steps", "round_to", "tensor_parallel", "layer")
+        check_at_least(self, 1, "budget_batch", "budget_tokens", "depth_examples", "experts_per_token", *SHAPE)
         check_at_least(self, 2, "max_seq_len", "calib_seq_len")
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise PrunerError(

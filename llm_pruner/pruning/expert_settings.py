@@ -37,6 +37,5 @@ def scopes(arguments: PruneArguments) -> tuple[PerKind, PerKind]:
     scope = "global" if arguments.global_pruning else "local"
     of_experts = {None: scope, "uniform": "local", "global": "global"}[arguments.experts_per_layer]
     by_kind: PerKind = {kind: scope for kind in KINDS if scope == "global"} | {"experts": of_experts}
-    if arguments.experts_per_layer != "global" or arguments.normalize != "none":
-        return scope if of_experts == scope else by_kind, arguments.normalize
-    return scope if of_experts == scope else by_kind, {"experts": "mean"}
+    normalized = arguments.experts_per_layer == "global" and arguments.normalize == "none"
+    return scope if of_experts == scope else by_kind, {"experts": "mean"} if normalized else arguments.normalize

@@ -28,8 +28,9 @@ from ..selection.compose import compose_plans, scores_in_original
 from ..selection.plan import PruningPlan, name_after
 from ..selection.select import select
 from ..surgery.apply import TOWERS, apply
-from ..surgery.per_token import EXPERTS_PER_TOKEN, with_experts_per_token
+from ..surgery.per_token import EXPERTS_PER_TOKEN
 from .context import Planning
+from .fewer_experts import routed_to_fewer
 from .presets import default_layers
 from .settings import (
     BudgetSettings,
@@ -165,8 +166,7 @@ def check_plan(planning: Planning, model: PreTrainedModel) -> None:
         PrunerError: :func:`make_plan` would raise one whatever the scores.
     """
     settings, whole = planning.settings, None
-    if settings.experts.per_token is not None:
-        model = with_experts_per_token(model, settings.experts.per_token)
+    model = routed_to_fewer(settings.experts, model)
     graph = _trace(planning, model)
     if settings.widths.uniform:
         _refuse_differing_layers(model, "give the model that it was pruned from")

@@ -44,14 +44,13 @@ from ..provenance import command_line, provenance
 from ..selection.plan import PruningPlan
 from ..surgery.apply import TASK, in_memory
 from ..surgery.equivalence import verify
-from ..surgery.per_token import with_experts_per_token
 from ..version import __version__
 from .arguments import REQUIRES_SAVING, PruneArguments
 from .calibration import available_text, calibration_set
 from .checking import check_prune_inputs
 from .context import Planning, Progress, Stopwatch
 from .evaluation import compare_latency, evaluate_model, evaluation_windows, warn_of_lost_quality
-from .fewer_experts import send_to_fewer
+from .fewer_experts import routed_to_fewer, send_to_fewer
 from .measurements import METRICS_FILE, before_and_after
 from .mending import mend
 from .planning import PlannedModel, make_plan, needs_calibration
@@ -338,9 +337,7 @@ def _cut_files(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Prune
     """Score and cut a checkpoint tensor by tensor, without loading it."""
     name, trust = settings.model.name, settings.model.trust_remote_code
     task = settings.model.task
-    model = meta_model(load_config(name, trust, task=task), trust)
-    if settings.experts.per_token is not None:
-        model = with_experts_per_token(model, settings.experts.per_token)
+    model = routed_to_fewer(settings.experts, meta_model(load_config(name, trust, task=task), trust))
     weights = weights_in(name, trust, task=task)
     planned = make_plan(Planning(settings=settings, clock=clock, weights=weights), model)
     for line in planned.plan.summary().splitlines():

@@ -23,13 +23,13 @@ from ..models.skeleton import parameter_count, skeleton
 from ..models.tasks import ask_for, class_for
 from ..pruning.arguments import PruneArguments
 from ..pruning.context import Planning
+from ..pruning.fewer_experts import routed_to_fewer
 from ..pruning.planning import make_plan, without_scores
 from ..pruning.settings import PruneSettings, resolve_settings
 from ..pruning.towers import LANGUAGE
 from ..selection.budgets import UNITS, NotMet, read_target
 from ..selection.plan import PruningPlan
 from ..surgery.apply import apply, task_of_plan
-from ..surgery.per_token import with_experts_per_token
 from ..surgery.uniform import uniform_config
 from ..vocabulary.arguments import VocabArguments
 from ..vocabulary.choosing import token_budget
@@ -328,8 +328,7 @@ def _prune(settings: PruneSettings, model: PreTrainedModel) -> Prediction:
         if read_target(budget.kind, budget.target, UNITS[budget.kind])[1] is not None:
             return Prediction(model=None)
         settings, estimated = replace(settings, budget=replace(budget, kind="target_macs")), True
-    if settings.experts.per_token is not None:
-        model = with_experts_per_token(model, settings.experts.per_token)
+    model = routed_to_fewer(settings.experts, model)
     try:
         return Prediction(model=make_plan(Planning(settings=settings), model).pruned, estimated=estimated)
     except TraceError:

@@ -50,11 +50,12 @@ def run_inspect(args: InspectArguments) -> None:
     plan = PruningPlan.load(plan_file, verify=args.verify) if plan_file.is_file() else None
     reports: list[PermutationReport] = []
     super_experts: dict[str, list[int]] | None = None
+    model: Any
     if args.verify or args.super_experts is not None:
-        loaded: Any = load(args.model, "float32", "cpu", args.trust_remote_code, task=args.task)
-        model, graph = loaded[0], trace_towers(loaded[0], args.towers)
+        model, tokenizer = load(args.model, "float32", "cpu", args.trust_remote_code, task=args.task)
+        graph = trace_towers(model, args.towers)
         if args.super_experts is not None:
-            super_experts = find_on_text(*loaded, graph, args.super_experts)
+            super_experts = find_on_text(model, tokenizer, graph, args.super_experts)
         reports = verify_units(model, graph) if args.verify else []
     else:
         config = load_config(args.model, args.trust_remote_code, task=args.task)
