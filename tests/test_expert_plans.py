@@ -255,3 +255,54 @@ def test_choices_that_are_joined_point_into_one_axis():
     graph = lp.trace(model)
     plan = lp.select(graph, lp.score(model, graph, IDS, "reap", kinds=["experts"]), 0.5, kinds=["experts"])
     assert lp.verify(model, lp.apply(model, plan), plan).equivalent
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "note"),
+    [
+        ("mixtral", 0.75, "2 layers keep 2 of 4 experts, not 1: a token is sent to as many"),
+        ("deepseek_v3", 0.9, "1 layers keep 8 of 16 experts, not 1: a token is sent to as many"),
+        ("deepseek_v3", 0.1, "1 layers keep 16 of 16 experts, not 14: as many in each of 4 groups"),
+        ("mixtral", 0.25, ""),
+    ],
+)
+def test_plans_note_experts_that_stay(name, ratio, note):
+    model = mixture(name)
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, None, "random", kinds=["experts"])
+    try:
+        notes = lp.select(graph, scores, ratio, kinds=["experts"]).notes
+    except lp.PrunerError as error:
+        notes = [str(error)]
+    assert note in notes or (not note and not notes) or (ratio == 0.1 and "removes nothing" in notes[0])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "granitemoe"])
+def test_the_balancing_loss_follows(name):
+    model = mixture(name)
+    graph = lp.trace(model)
+    model.config.output_router_logits = True
+    first, *_ = units = [unit.name for unit in graph.of_kind("experts")]
+    scores = lp.score(model, graph, None, "l2", kinds=["experts"])
+    uniform = lp.apply(model, lp.select(graph, scores, counts={"experts": 3}))
+    assert uniform.config.output_router_logits
+    assert uniform(IDS, labels=IDS).aux_loss.isfinite()
+    differing = lp.apply(model, lp.select(graph, scores, counts={first: 3}))
+    assert len(units) > 1 and not differing.config.output_router_logits
+    assert differing(IDS, labels=IDS).loss.isfinite()
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_fields_of_routers_follow(name, tmp_path):
+    model = mixture(name)
+    graph = lp.trace(model)
+    unit = graph.of_kind("experts")[0]
+    kept = max(unit.size // 2, unit.minimum)
+    plan = lp.select(graph, lp.score(model, graph, None, "l2", kinds=["experts"]), counts={"experts": kept})
+    lp.save(lp.apply(model, plan), None, tmp_path / "fewer", plan=plan)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "fewer")
+    before, after = model.config.to_dict(), stock.config.to_dict()
+    changed = {field for field in before if before[field] != after[field] and "dtype" not in field}
+    assert changed <= {"num_experts", "num_local_experts", "n_routed_experts", "architectures", "_name_or_path"}
+    assert {after[field] for field in changed if "experts" in field} == {kept}
+    assert stock(IDS).logits.isfinite().all()

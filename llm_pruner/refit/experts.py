@@ -26,7 +26,7 @@ from .stream import ResidualStream
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertRefit:
-    """Outcome for the experts of one module: relative squared errors as of a projection, and the lower median of lambda."""
+    """Outcome for the experts of one module: relative squared errors, and the lower median of lambda."""
 
     before: float
     after: float

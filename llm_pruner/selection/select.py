@@ -21,6 +21,7 @@ from .ranking import (
     alignment,
     equalized,
     index_costs,
+    notes_on_experts,
     rank_balanced,
     rank_globally,
     rank_locally,
@@ -276,6 +277,8 @@ class Policy:
             self.scores.of(unit)
         if spanning := [unit for unit in units if unit.layer is None and not self._in_requested_layers(unit)]:
             plan.notes.append(f"{kind}: {len(spanning)} units span layers: left out, since layers were given")
+        if self._scope_of(kind) == "local" and not self.solving:
+            plan.notes += notes_on_experts(pruned, ratio)
         unchanged = 0
         for unit, removed in zip(pruned, self._removals(kind, pruned, ratio, plan), strict=True):
             self._remove(plan, unit, removed)

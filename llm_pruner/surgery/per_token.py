@@ -14,11 +14,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
-from ..graph.units import Unit, trace
+from ..graph.units import CouplingGraph, Unit, trace
 from ..models.constructors import fields_of, refusal
 from ..models.inputs import example_inputs, share_inputs
 from ..models.per_layer import set_field
-from ..models.running import MetaReads, forward, tracing_mode
+from ..models.running import ROUTER_LOSS, MetaReads, forward, tracing_mode
 from ..models.skeleton import shapes_of, skeleton
 from ..selection.plan import PruningPlan
 from .rebuild import build_from_state
@@ -83,6 +83,22 @@ def experts_per_token(model: PreTrainedModel) -> int:
         PrunerError: as :func:`with_experts_per_token`.
     """
     return _change(model, 1)[0]
+
+
+def without_balancing_loss(config: PreTrainedConfig, plan: PruningPlan, graph: CouplingGraph) -> PreTrainedConfig:
+    """Return the config without the auxiliary loss of routers, if a plan leaves layers with different experts.
+
+    The loss of transformers takes one number of experts for all layers, and fails in any forward pass.
+    """
+    sizes = {unit.name: unit.size for unit in graph.of_kind("experts")}
+    sizes |= {name: choice.kept.numel() for name, choice in plan.units.items() if name in sizes}
+    if len(set(sizes.values())) < 2:
+        return config
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        if getattr(part, ROUTER_LOSS, False):
+            setattr(part, ROUTER_LOSS, False)
+    return config
 
 
 def _change(model: PreTrainedModel, k: int) -> tuple[int, PreTrainedConfig]:
