@@ -119,7 +119,7 @@ def _collect(stream: ResidualStream, layer: int, module: nn.Module, targets: lis
 
 
 class _DownInputs:
-    """What the last weight that an expert computes with reads."""
+    """Reader of the inputs of the last weight that an expert computes with."""
 
     def __init__(self, model: PreTrainedModel, module: nn.Module):
         compute = native_compute(model)

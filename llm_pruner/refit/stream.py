@@ -229,7 +229,7 @@ def added_experts(stream: ResidualStream, layer: int) -> list[str]:
     for name in stacks:
         fits: list[bool] = []
 
-        def move(_: nn.Module, args: Any, kwargs: Any, output: Any, fits: list[bool] = fits) -> Any:
+        def move(_: nn.Module, args: Any, kwargs: Any, output: Any, *, fits: list[bool] = fits) -> Any:
             routed = isinstance(output, torch.Tensor) and top_k_call(args, kwargs) is not None
             fits.append(routed and output.numel() == plain.numel())
             return output + moved.view(output.shape) if fits[-1] else output

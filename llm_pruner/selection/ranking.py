@@ -25,7 +25,7 @@ def removable_count(unit: Unit, ratio: float) -> int:
 
 def notes_on_experts(units: list[Unit], ratio: float) -> list[str]:
     """Return remarks on layers that keep more experts than a ratio leaves."""
-    notes = Counter()
+    notes: Counter[str] = Counter()
     for unit in units:
         left = int(unit.size * (1 - ratio))
         kept = _rounded(unit, left, unit.groups)
