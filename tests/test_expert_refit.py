@@ -10,6 +10,7 @@ from test_experts import mixture
 import llm_pruner as lp
 from llm_pruner.models.running import logits
 from llm_pruner.refit.stream import ResidualStream, added_experts, single_stack
+from llm_pruner.surgery.per_token import with_experts_per_token
 
 IDS = torch.randint(3, 60, (64, 16), generator=torch.Generator().manual_seed(0))
 OTHERS = torch.randint(3, 60, (16, 16), generator=torch.Generator().manual_seed(1))
@@ -41,7 +42,7 @@ def test_the_refit_brings_outputs_closer(name):
 
 
 def test_a_damaged_expert_is_mended():
-    model = mixture("mixtral")
+    model = with_experts_per_token(mixture("mixtral"), 1)  # so that no other expert can make up for it
     damaged = copy.deepcopy(model)
     stack = damaged.model.layers[1].mlp.experts.down_proj
     with torch.no_grad():
