@@ -31,4 +31,4 @@ def check_choices(name: str, setting: PerKind, choices: Iterable[str]) -> None:
         raise PrunerError(f"{name} is given for kind {unknown[0]!r}, not valid: choose from {', '.join(KINDS)}")
     for value in [setting] if isinstance(setting, str) else by_kind.values():
         if value not in choices:
-            raise PrunerError(f"{name} {value!r} is not valid: choose {' or '.join(choices)}")
+            raise PrunerError(f"{name} {value!r} is not valid: choose from {', '.join(choices)}")
