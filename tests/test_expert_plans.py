@@ -103,6 +103,7 @@ def test_scopes_by_kind_are_checked(setting, message):
         ({"kinds": "experts", "experts_per_layer": "global", "uniform": True}, "exclude each other"),
         ({"kinds": "experts", "experts_per_layer": "uniform", "normalize": "mean"}, "add --experts_per_layer global"),
         ({"kinds": "experts", "experts_per_layer": "some"}, "'some' is not valid: choose from uniform, global"),
+        ({"experts_per_token": 1, "pruning_ratio": 0.2}, "says not of what: add --kinds experts"),
         ({"experts_per_token": 0}, "--experts_per_token 0 is out of range: give 1 or more"),
         ({"experts_per_token": 3}, "sends a token to 2 experts; give 1 to 2"),
         ({"experts_per_token": 2}, "--experts_per_token 2: the model has that number already"),

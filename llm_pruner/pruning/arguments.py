@@ -307,6 +307,9 @@ class PruneArguments(Arguments):
             for name in ("experts_per_layer", "protect_super_experts"):
                 if getattr(self, name) is not None:
                     raise PrunerError(f"--{name} is about the experts that go: add --kinds experts")
+        alone = not any(map(self.is_given, (*MODES, *TARGETS, "shares")))
+        if self.experts_per_token is not None and alone and self.is_given("pruning_ratio"):
+            raise PrunerError("--pruning_ratio beside --experts_per_token says not of what: add --kinds experts")
         if self.uniform and self.experts_per_layer == "global":
             raise PrunerError("--uniform and --experts_per_layer global exclude each other: give one")
         if self.experts_per_layer == "uniform" and self.normalize != "none" and not self.global_pruning:
