@@ -111,7 +111,8 @@ def _check_against_config(config: PreTrainedConfig, settings: PruneSettings) -> 
     """Refuse layers, widths, shapes and targets that the model cannot have, if any are named."""
     widths = settings.widths
     ranges = any(end is not None for ends in widths.ranges.values() for end in ends)
-    if not (settings.layers.any or settings.shape or settings.budget or widths.kinds or widths.uniform or ranges):
+    named = (settings.layers.any, settings.shape, settings.budget, widths.kinds, widths.uniform, ranges)
+    if not any((*named, settings.experts.per_token)):
         return
     trust_remote_code, blocks = settings.model.trust_remote_code, blocks_for(settings)
     settings = without_scores(settings)

@@ -90,4 +90,5 @@ class Planning:
                 device=self.settings.model.device,
                 weights=self.weights,
                 cache=cache,
+                protect_super_experts="experts" in kinds and self.settings.experts.protects(scoring.criterion),
             )

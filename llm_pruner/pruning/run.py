@@ -50,6 +50,7 @@ from .calibration import available_text, calibration_set, leading_count
 from .checking import check_prune_inputs
 from .context import Planning, Progress, Stopwatch
 from .evaluation import compare_latency, evaluate_model, evaluation_windows, warn_of_lost_quality
+from .fewer_experts import routed_to_fewer, send_to_fewer
 from .measurements import METRICS_FILE, before_and_after
 from .mending import mend
 from .planning import PlannedModel, make_plan, needs_calibration
@@ -215,6 +216,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
     measure = partial(evaluate_model, settings, texts=windows, clock=clock, originals=originals)
     metrics["before"] = measure(model, tokenizer, when="before pruning")
+    original, model = model, send_to_fewer(settings.experts, model, metrics, lambda m, w: measure(m, tokenizer, when=w))
     _move_to(settings.model, model, settings.model.device)
     ids = None
     if calibrates:
@@ -231,14 +233,14 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     for line in planned.plan.summary().splitlines():
         log.info("%s", line)
     metrics |= _check_equivalence(planning, model, planned)
-    pruned, refit = mend(planning, model, planned)
+    pruned, refit = mend(planning, original, planned)
     metrics |= refit
     _record_parameters(metrics, parameter_count(pruned))
     if settings.budget is not None and settings.budget.kind == "target_latency":
         with clock("latency"):
             metrics["latency"] = compare_latency(settings.budget, model, pruned)
     _save_plan(settings, planned.plan, planned.scores, folder)
-    del model
+    del model, original
     if settings.output.save:
         with clock("save"):
             save_pruned(settings, pruned, tokenizer, folder, plan=planned.plan)
@@ -343,7 +345,7 @@ def _cut_files(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Prune
     """Score and cut a checkpoint tensor by tensor, without loading it."""
     name, trust = settings.model.name, settings.model.trust_remote_code
     task = settings.model.task
-    model = meta_model(load_config(name, trust, task=task), trust)
+    model = routed_to_fewer(settings.experts, meta_model(load_config(name, trust, task=task), trust))
     weights, blocks = weights_in(name, trust, task=task), blocks_for(settings)
     planned = make_plan(Planning(settings=settings, clock=clock, weights=weights, blocks=blocks), model)
     for line in planned.plan.summary().splitlines():

@@ -14,7 +14,9 @@ from ..importance.criteria import check_criterion
 from ..models.dispatch import resolve_device
 from ..refit.compensate import MIN_SAMPLES
 from ..selection.budgets import COUNTS, UNITS, read_target
+from ..selection.per_kind import PerKind
 from .arguments import TARGETS, PruneArguments
+from .expert_settings import ExpertSettings, expert_settings, scopes
 from .presets import PRESETS
 
 # Fields of a config file that describe the file, not the model's shape.
@@ -118,8 +120,8 @@ class WidthSettings:
     ratio: float = 0.5
     proportions: Mapping[str, float] = field(default_factory=dict)
     iterative_steps: int = 1
-    scope: str = "local"
-    normalize: str = "none"
+    scope: PerKind = "local"
+    normalize: PerKind = "none"
     floor: float = 0.0
     round_to: int = 1
     tensor_parallel: int = 1
@@ -197,6 +199,7 @@ class PruneSettings:
     calibration: CalibrationSettings
     layers: LayerSettings
     widths: WidthSettings
+    experts: ExpertSettings
     shape: Mapping[str, Any]
     budget: BudgetSettings | None
     refit: RefitSettings
@@ -205,10 +208,10 @@ class PruneSettings:
 
     @property
     def prunes_widths(self) -> bool:
-        """Return True unless only whole layers or blocks are removed."""
+        """Return True unless only whole layers or blocks are removed, or tokens are sent to fewer experts."""
         if self.widths.kinds:
             return self.widths.kinds != ("layers",)
-        return not self.layers.any or bool(self.budget or self.shape)
+        return not (self.layers.any or self.experts.per_token) or bool(self.budget or self.shape)
 
 
 def resolve_settings(arguments: PruneArguments) -> PruneSettings:
@@ -245,6 +248,7 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
         ),
         layers=_layer_settings(arguments),
         widths=_width_settings(arguments, bool(value["hardware_align"])),
+        experts=expert_settings(arguments),
         shape=_shape(arguments),
         budget=_budget_settings(arguments),
         refit=_refit_settings(arguments, value),
@@ -343,6 +347,7 @@ def _width_settings(arguments: PruneArguments, align: bool) -> WidthSettings:
     proportions: Mapping[str, float] = arguments.proportions()
     if "layers" in kinds and any(map(arguments.is_given, TARGETS)):
         proportions = dict.fromkeys(kinds, 1.0)
+    scope, normalize = scopes(arguments)
     return WidthSettings(
         preset=arguments.preset,
         kinds=kinds,
@@ -350,8 +355,8 @@ def _width_settings(arguments: PruneArguments, align: bool) -> WidthSettings:
         ratio=arguments.pruning_ratio,
         proportions=proportions,
         iterative_steps=arguments.iterative_steps,
-        scope="global" if arguments.global_pruning else "local",
-        normalize=arguments.normalize,
+        scope=scope,
+        normalize=normalize,
         floor=arguments.floor,
         round_to=arguments.round_to,
         tensor_parallel=arguments.tensor_parallel,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil, prod
@@ -21,6 +22,18 @@ def removable_count(unit: Unit, ratio: float) -> int:
     channels = unit.size * unit.width
     removed = (channels - int(channels * (1 - ratio))) // unit.width
     return min(removed, unit.size - unit.minimum)
+
+
+def notes_on_experts(units: list[Unit], ratio: float) -> list[str]:
+    """Return remarks on layers that keep more experts than a ratio leaves."""
+    notes: Counter[str] = Counter()
+    for unit in units:
+        left = int(unit.size * (1 - ratio))
+        kept = _rounded(unit, left, unit.groups)
+        if unit.kind == "experts" and kept > left:
+            why = "a token is sent to as many" if left < unit.minimum else f"as many in each of {unit.groups} groups"
+            notes[f"keep {kept} of {unit.size} experts, not {left}: {why}"] += 1
+    return [f"{count} layers {note}" for note, count in notes.items()]
 
 
 def _rounded(unit: Unit, kept: int, step: int) -> int:
