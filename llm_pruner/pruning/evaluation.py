@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import text
 from ..display import percent
-from ..evaluation.evaluate import PROMPTS
+from ..evaluation.generation import PROMPTS
 from ..evaluation.latency import latencies
 from ..evaluation.perplexity import check_length, perplexity, windows
 from ..evaluation.similarity import Originals, pieces_of

@@ -18,8 +18,9 @@ from ..checkpoint.config import load_config
 from ..checkpoint.locate import base_of, is_adapter
 from ..commands import COMMANDS
 from ..evaluation.evaluate import Evaluation
+from ..evaluation.names import metrics_of, short_names
 from ..evaluation.run import measure
-from ..evaluation.table import as_json, metrics_of, short_names
+from ..evaluation.table import as_json
 from ..files import digest, folder_lock, strict_json, write_text
 from ..flags import canonical_flags
 from ..inputs import InputCheck

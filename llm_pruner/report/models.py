@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.table import short_names
+from ..evaluation.names import short_names
 from .runs import MeasuredModel, Run
 
 STAGES = ("evaluated", "original", "vocabulary", "pruned", "recovered")  # a later one says more about a model

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..checkpoint.locate import PLAN_FILE
 from ..errors import PrunerError
-from ..evaluation.evaluate import PROMPTS
-from ..evaluation.table import short_names
+from ..evaluation.generation import PROMPTS
+from ..evaluation.names import short_names
 from ..importance.scores import SCORES_FILE, Scores
 from ..selection.plan import PruningPlan
 
