@@ -160,7 +160,7 @@ class _Columns:
                     values=values,
                     errors=errors if any(error is not None for error in errors) else [],
                     spreads=spreads if any(spread is not None for spread in spreads) else [],
-                    intervals=[one and (one.low, one.high) for one in intervals] if any(intervals) else [],
+                    intervals=[(one.low, one.high) if one else None for one in intervals] if any(intervals) else [],
                     lower_is_better=lower_is_better,
                     only_csv=only_csv,
                 )
@@ -181,22 +181,22 @@ class _Columns:
     def add_quality(self, per_byte: bool) -> None:
         texts = short_names(self.names(lambda e: e.perplexity))
         quantities = {"perplexity": "ppl"} | ({"byte_perplexity": "ppl/byte"} if per_byte else {})
-        for field, short in quantities.items():
+        for quantity, short in quantities.items():
             for text, title in texts.items():
                 self.add(
-                    f"{field}_{title}",
+                    f"{quantity}_{title}",
                     f"{short} {title}",
                     short_score,
-                    lambda e, t=text, f=field: getattr(e.perplexity[t], f) if t in e.perplexity else None,  # type: ignore[misc]
+                    lambda e, t=text, f=quantity: getattr(e.perplexity[t], f) if t in e.perplexity else None,  # type: ignore[misc]
                     lower_is_better=True,
                 )
-        for field in ("cosine", "agreement"):
+        for measure in ("cosine", "agreement"):
             for text, title in short_names(self.names(lambda e: e.similarity)).items():
                 self.add(
-                    f"{field}_{title}",
-                    f"{field} {title}",
+                    f"{measure}_{title}",
+                    f"{measure} {title}",
                     "{:.3f}".format,
-                    lambda e, t=text, f=field: getattr(e.similarity[t], f) if t in e.similarity else None,  # type: ignore[misc]
+                    lambda e, t=text, f=measure: getattr(e.similarity[t], f) if t in e.similarity else None,  # type: ignore[misc]
                     lower_is_better=False,
                 )
         for text, title in short_names(self.names(lambda e: e.divergence)).items():
@@ -214,10 +214,9 @@ class _Columns:
 
     def add_metric(self, task: str, metric: str, title: str) -> None:
         accuracy = is_accuracy(metric)
-        limited = next(
-            (len(q.ids) for e in self.evaluations if (q := e.questions.get(task)) and len(q.ids) < q.total), 0
-        )
-        first = f" (first {limited:,})" if limited else ""
+        asked = [questions for e in self.evaluations if (questions := e.questions.get(task)) is not None]
+        limits = {f" (first {len(questions.ids):,})" for questions in asked if len(questions.ids) < questions.total}
+        first = next(iter(limits), "")
         self.add(
             f"{title}_{metric}",
             f"{title}{first} {metric}{' %' if accuracy else ''}",

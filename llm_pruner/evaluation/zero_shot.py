@@ -224,8 +224,8 @@ def _explain_load_failure(task: str, error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"--tasks {task} needs a package that is not installed: {text[:300]}"
     return (
-        f"the data of {task} is not available ({type(error).__name__}: {text[:200]}); with no network, describe a local "
-        "copy in a task file and give its folder as --include_path"
+        f"the data of {task} is not available ({type(error).__name__}: {text[:200]}); with no network, describe a "
+        "local copy in a task file and give its folder as --include_path"
     )
 
 

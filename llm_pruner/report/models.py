@@ -73,6 +73,10 @@ def _combine(one: MeasuredModel, other: MeasuredModel) -> MeasuredModel:
         arguments=last.arguments or first.arguments,
         speeds=one.speeds | other.speeds,
         perplexity=one.perplexity | other.perplexity,
+        byte_perplexity=one.byte_perplexity | other.byte_perplexity,
+        kl=one.kl | other.kl,
+        questions=one.questions | other.questions,
+        generation=one.generation or other.generation,
         **{
             name: getattr(one, name) if getattr(other, name) is None else getattr(other, name)
             for name in ("parameters", "macs", "weight_bytes", "accuracy", "accuracy_error")
