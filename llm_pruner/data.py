@@ -23,7 +23,7 @@ from .choices import EMBEDDED_TEXTS, GENERAL, PYTHON_DOCS, SELF
 from .errors import PrunerError, Unavailable
 from .files import read_json
 from .models.blockwise import computing, native_compute
-from .models.generate import Sampling, TokenClock, generate, seeded
+from .models.generate import Sampling, TokenClock, generate, leading_tokens, seeded
 from .models.running import context_length
 from .progress import Step
 
@@ -144,6 +144,7 @@ def calibration(
     *,
     seed: int | None = None,
     fewer: bool = False,
+    bos: bool = True,
 ) -> torch.Tensor:
     """Draw a calibration set: LongTensor ``[samples, tokens]``.
 
@@ -152,6 +153,8 @@ def calibration(
             documents, and a place in each, at random (as LLM-Pruner does). Once all documents have been used, samples
             come from their unused parts, from the first document on.
         fewer: accept fewer samples, at least one, if the text is too short.
+        bos: begin every sample with the tokens that the tokenizer puts before a text, which count towards ``tokens``;
+            False cuts samples from running text, as LLM-Pruner does.
 
     Raises:
         PrunerError: the data set has too little text.
@@ -163,31 +166,44 @@ def calibration(
     if seed is not None:
         pool = list(pool)
         rng.shuffle(pool)
+    start = leading_tokens(tokenizer) if bos else []
+    if tokens <= len(start):
+        raise PrunerError(f"samples of {tokens} tokens hold no text: the tokenizer puts {len(start)} before it")
     rows: list[list[int]] = []
     rests: list[list[int]] = []  # unused parts of documents, for when there are no more documents
     longest = 0
     for document in pool:
-        ids = tokenizer(document, truncation=False, verbose=False)["input_ids"]
+        ids = list(tokenizer(document, truncation=False, verbose=False)["input_ids"])
         longest = max(longest, len(ids))
-        rests.append(ids)
-        _take(rests, -1, rows, tokens, rng if seed is not None else None)
+        rests.append(ids[len(start) :])
+        _take(rests, -1, rows, tokens - len(start), rng if seed is not None else None)
         if len(rows) == samples:
-            return torch.tensor(rows, dtype=torch.long)
-    while any(len(rest) >= tokens for rest in rests):
+            return _as_rows(start, rows)
+    while any(len(rest) >= tokens - len(start) for rest in rests):
         for i in range(len(rests)):
-            _take(rests, i, rows, tokens, rng if seed is not None else None)
+            _take(rests, i, rows, tokens - len(start), rng if seed is not None else None)
             if len(rows) == samples:
-                return torch.tensor(rows, dtype=torch.long)
+                return _as_rows(start, rows)
     if fewer and rows:
-        return torch.tensor(rows, dtype=torch.long)
+        return _as_rows(start, rows)
     raise PrunerError(
         f"{name} gives {len(rows)} samples of {tokens} tokens (its longest document has {longest}), {samples} are "
         "needed: ask for fewer or shorter samples, or give more text"
     )
 
 
+def _as_rows(start: list[int], rows: list[list[int]]) -> torch.Tensor:
+    return torch.tensor([[*start, *row] for row in rows], dtype=torch.long)
+
+
 def self_written(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: int, tokens: int, *, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    tokens: int,
+    *,
+    seed: int = 0,
+    bos: bool = True,
 ) -> torch.Tensor:
     """Generate a calibration set with the model itself, without any data: LongTensor ``[samples, tokens]``.
 
@@ -196,11 +212,14 @@ def self_written(
 
     Args:
         seed: of the draws; the global random state is restored.
+        bos: leave the tokens that the tokenizer puts before a text in the samples; see :func:`calibration`.
 
     Raises:
         PrunerError: the model cannot generate.
     """
-    start = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
+    leading = leading_tokens(tokenizer)
+    start = leading or [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None][:1]
+    dropped = 0 if leading and bos else len(start)
     prompts = []
     for i in range(samples):
         opening = OPENINGS[i // 2 % len(OPENINGS)] if i % 2 or not start else ""
@@ -211,7 +230,7 @@ def self_written(
     prompt_batches = [torch.tensor([prompts[i] for i in places]) for places in batches]
     written = _continue_prompts(model, prompt_batches, tokens, seed)
     for places, batch, continued in zip(batches, prompt_batches, written, strict=True):
-        rows |= zip(places.tolist(), torch.cat([batch[:, len(start) :], continued], dim=1)[:, :tokens], strict=True)
+        rows |= zip(places.tolist(), torch.cat([batch[:, dropped:], continued], dim=1)[:, :tokens], strict=True)
     return torch.stack([rows[i] for i in range(samples)])
 
 
@@ -240,7 +259,9 @@ def continues_text(model: PreTrainedModel) -> bool:
     return bool(model.can_generate() and not model.config.is_encoder_decoder)
 
 
-def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, seed: int = 0) -> torch.Tensor:
+def self_calibration(
+    model: PreTrainedModel, ids: torch.Tensor, samples: int, seed: int = 0, *, leading: int = 0
+) -> torch.Tensor:
     """Sample calibration text from the model itself: LongTensor ``[samples, tokens]``.
 
     Self-written samples cover more than a small text does, and need no data (Williams et al., arXiv 2410.17170, who
@@ -250,14 +271,18 @@ def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, se
     Args:
         ids: LongTensor ``[rows, tokens]``.
         seed: of the draws; the global random state is restored.
+        leading: number of tokens that the tokenizer puts before a text and every row of ``ids`` begins with; prompts
+            and samples begin with them, too.
 
     Raises:
         PrunerError: the model cannot generate.
     """
     tokens = ids.shape[1]
     prompt_tokens = max(1, min(tokens // 4, (context_length(model) or 2**31) - tokens))
-    prompts = ids.repeat(-(-samples // len(ids)), 1)[:samples, -prompt_tokens:]
-    return torch.cat(_continue_prompts(model, prompts.split(PROMPTS_PER_PASS), tokens, seed))
+    rows = ids.repeat(-(-samples // len(ids)), 1)[:samples]
+    prompts = torch.cat([rows[:, :leading], rows[:, max(leading, tokens - prompt_tokens) :]], dim=1)
+    written = torch.cat(_continue_prompts(model, prompts.split(PROMPTS_PER_PASS), tokens, seed))
+    return torch.cat([rows[:, :leading].to(written), written], dim=1)[:, :tokens]
 
 
 def _take(rests: list[list[int]], i: int, rows: list[list[int]], tokens: int, rng: random.Random | None) -> None:

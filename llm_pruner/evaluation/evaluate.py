@@ -26,7 +26,7 @@ from .cost import macs, memory
 from .divergence import Divergence, OriginalDistributions
 from .generation import GenerationQuality, continue_prompts
 from .labelled import measure_labelled
-from .perplexity import Perplexity, perplexity, windows
+from .perplexity import Perplexity, perplexity, title_of_text, windows
 from .questions import Questions
 from .similarity import Originals, Similarity, pieces_of
 from .speed import Speed, speed, speeds, tokens_read, warnings_of
@@ -42,7 +42,7 @@ class Measurements:
     Attributes:
         texts: texts by name, for perplexity.
         media: folders of images or sounds, for models that read these.
-        seq_len, stride, max_windows: how texts are cut into windows; see :func:`~.perplexity.windows`.
+        seq_len, stride, bos, max_windows: how texts are cut into windows; see :func:`~.perplexity.windows`.
         batch_size: windows or requests per forward pass; None: as many as fit.
         tasks: names of lm-eval's tasks, or of :data:`~.task_sets.TASK_SETS`.
         labelled: labelled files or folders; see :func:`~.labelled.measure_labelled`.
@@ -56,6 +56,7 @@ class Measurements:
     media: tuple[str, ...] = ()
     seq_len: int = 128
     stride: int | None = None
+    bos: bool = True
     max_windows: int | None = None
     batch_size: int | None = None
     tasks: tuple[str, ...] = ()
@@ -188,8 +189,10 @@ def _evaluate_without_speed(
 
 def _windows_of_texts(tokenizer: PreTrainedTokenizerBase, settings: Measurements) -> dict[str, torch.Tensor]:
     return {
-        title: windows(tokenizer, text, settings.seq_len, settings.max_windows, stride=settings.stride)
-        for title, text in settings.texts.items()
+        title_of_text(name, tokenizer, settings.bos): windows(
+            tokenizer, text, settings.seq_len, settings.max_windows, stride=settings.stride, bos=settings.bos
+        )
+        for name, text in settings.texts.items()
     }
 
 

@@ -20,7 +20,7 @@ from ..serving.engines import in_format, measure_engines
 from .arguments import EvaluateArguments, PerplexityArguments
 from .evaluate import Evaluation, Measurements, evaluate_models, keep_outputs
 from .generation import QUALITY_PROMPTS
-from .perplexity import perplexity, windows
+from .perplexity import perplexity, title_of_text, windows
 from .shared_texts import warn_for_models
 from .similarity import Originals
 from .table import Table, as_json, table
@@ -96,6 +96,7 @@ def resolve(args: EvaluateArguments) -> Measurements:
         media=tuple(name for name in args.datasets if is_media(name)),
         seq_len=args.seq_len,
         stride=args.stride or None,
+        bos=args.bos,
         max_windows=args.max_windows or None,
         batch_size=args.batch_size or None,
         tasks=() if _runs_tasks_in_vllm(args) else tuple(args.tasks),
@@ -149,7 +150,7 @@ def run_perplexity(args: PerplexityArguments) -> None:
     device = resolve_device(args.device, "--device")
     model, tokenizer = load_with_tokenizer(args.model, args.dtype, device, args.trust_remote_code, verify=args.verify)
     stride = args.stride or None
-    ids = windows(tokenizer, content, args.seq_len, args.max_windows or None, stride=stride)
+    ids = windows(tokenizer, content, args.seq_len, args.max_windows or None, stride=stride, bos=args.bos)
     result = perplexity(
         model,
         ids,
@@ -159,8 +160,9 @@ def run_perplexity(args: PerplexityArguments) -> None:
         model_name=args.model,
         text_name=args.dataset,
     )
-    record = {"model": args.model, "dataset": args.dataset, **asdict(result), "arguments": asdict(args)}
-    print(f"{args.model} on {args.dataset}: perplexity {result.perplexity:.4f} ({result.tokens} tokens)")
+    title = title_of_text(args.dataset, tokenizer, args.bos)
+    record = {"model": args.model, "dataset": title, **asdict(result), "arguments": asdict(args)}
+    print(f"{args.model} on {title}: perplexity {result.perplexity:.4f} ({result.tokens} tokens)")
     if args.output:
         write_text(Path(args.output), strict_json(record))
 

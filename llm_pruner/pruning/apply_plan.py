@@ -24,7 +24,7 @@ from ..provenance import provenance
 from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
 from ..surgery.apply import TASK, apply, task_of_plan
-from .calibration import calibration_set
+from .calibration import calibration_set, leading_count
 from .mending import compensate_plan
 from .refit_record import RefitRecord
 
@@ -74,7 +74,8 @@ def _apply_and_refit(plan: PruningPlan, arguments: ApplyArguments, target: Path,
         if left_out := unread_tensors(model):
             plan.settings[UNREAD] = left_out
         calibration = calibration_set(refit.calibration, tokenizer, model, refit.seed)
-        pruned = repeat_refit(model, apply(model, plan), plan, calibration, refit=refit)
+        leading = leading_count(refit.calibration, tokenizer)
+        pruned = repeat_refit(model, apply(model, plan), plan, calibration, refit=refit, leading=leading)
         write_checkpoint(pruned, tokenizer, folder, plan, standalone=arguments.standalone)
         write_card(pruned.config, folder, plan, target.name)
         write_text(folder / APPLY_FILE, record)
@@ -88,11 +89,13 @@ def repeat_refit(
     calibration: Inputs,
     *,
     refit: RefitRecord,
+    leading: int = 0,
 ) -> PreTrainedModel:
     """Rescale norms and compensate as a run did; return the refitted model.
 
     Args:
         calibration: LongTensor ``[samples, tokens]`` or other inputs, without the samples that the model writes itself.
+        leading: tokens that every sample begins with because the tokenizer puts them before a text.
 
     Raises:
         PrunerError: as :func:`llm_pruner.compensate`.
@@ -101,7 +104,7 @@ def repeat_refit(
         rescale_norms(model, pruned, plan, calibration)
     if refit.compensation != "none":
         if refit.self_samples and isinstance(calibration, torch.Tensor):
-            own = self_calibration(model, calibration, refit.self_samples, refit.seed)
+            own = self_calibration(model, calibration, refit.self_samples, refit.seed, leading=leading)
             calibration = torch.cat([own, calibration])
         pruned, _ = compensate_plan(model, pruned, plan, calibration, method=refit.compensation)
     log.info("refitted again: %s on %d samples", refit.compensation, len(calibration))

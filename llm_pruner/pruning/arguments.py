@@ -202,6 +202,12 @@ class PruneArguments(Arguments):
     calib_seed: int | None = flag(
         None, "draw calibration samples at random with this seed (default: take the first)", group="calibration"
     )
+    bos: bool | None = flag(
+        None,
+        "begin every window, of calibration and evaluation, with the tokens that the tokenizer puts before a text, "
+        "such as BOS (default: true; false as in LLM-Pruner, set by paper)",
+        group="calibration",
+    )
     self_examples: int | None = flag(
         None,
         "additional samples for --compensate, written by the model itself (default: 128, set by the preset)",

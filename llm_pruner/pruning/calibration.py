@@ -12,6 +12,7 @@ from ..data import HUB, calibration, documents, self_calibration, self_written
 from ..errors import PrunerError
 from ..logs import log
 from ..media import describe, is_media, media_inputs
+from ..models.generate import leading_tokens
 from ..models.inputs import Inputs, needed_inputs, reads_text_only
 from ..models.running import context_length
 from ..progress import Step
@@ -78,6 +79,11 @@ def _why_not_self(model: PreTrainedModel, offload: bool) -> str:
     return ""
 
 
+def leading_count(settings: CalibrationSettings, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Return the number of tokens that every sample begins with because the tokenizer puts them before a text."""
+    return len(leading_tokens(tokenizer)) if settings.bos and tokenizer is not None else 0
+
+
 def calibration_set(
     settings: CalibrationSettings, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, seed: int = 0
 ) -> Inputs:
@@ -99,10 +105,17 @@ def calibration_set(
     assert tokenizer is not None
     if settings.dataset == SELF:
         log.info("calibration: %d samples of %d tokens, written by the model itself", samples, tokens)
-        return self_written(model, tokenizer, samples, tokens, seed=seed if settings.seed is None else settings.seed)
+        seed = seed if settings.seed is None else settings.seed
+        return self_written(model, tokenizer, samples, tokens, seed=seed, bos=settings.bos)
     with Step("reading calibration text"):
         ids = calibration(
-            settings.dataset, tokenizer, samples, tokens, seed=settings.seed, fewer=settings.fewer_samples
+            settings.dataset,
+            tokenizer,
+            samples,
+            tokens,
+            seed=settings.seed,
+            fewer=settings.fewer_samples,
+            bos=settings.bos,
         )
     log.info("calibration: %d samples of %d tokens from %s", *ids.shape, settings.dataset)
     if len(ids) < samples:

@@ -19,7 +19,6 @@ from ..selection.plan import PruningPlan
 from .context import Planning
 from .planning import PlannedModel
 from .refit_record import RefitRecord
-from .settings import PruneSettings
 
 
 def mend(planning: Planning, model: PreTrainedModel, planned: PlannedModel) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -38,7 +37,7 @@ def mend(planning: Planning, model: PreTrainedModel, planned: PlannedModel) -> t
         refit = replace(refit, rescale_norms=True)
     if settings.refit.compensation != "none":
         with planning.clock("compensate"):
-            pruned, record["compensation"] = _compensate(settings, model, planned, ids)
+            pruned, record["compensation"] = _compensate(planning, model, planned, ids)
         if "none" not in record["compensation"]:
             own = record["compensation"]["self_samples"]
             refit = replace(refit, compensation=settings.refit.compensation, self_samples=own)
@@ -48,16 +47,16 @@ def mend(planning: Planning, model: PreTrainedModel, planned: PlannedModel) -> t
 
 
 def _compensate(
-    settings: PruneSettings, model: PreTrainedModel, planned: PlannedModel, ids: Inputs
+    planning: Planning, model: PreTrainedModel, planned: PlannedModel, ids: Inputs
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the compensated model and a record of it.
 
     A model that cannot be compensated is left alone unless the user asked for it.
     """
-    refit, pruned, own = settings.refit, planned.pruned, 0
+    refit, pruned, own = planning.settings.refit, planned.pruned, 0
     try:
-        if refit.self_samples and (refit.self_samples_required or not settings.model.offload):
-            ids, own = _with_self_samples(settings, model, ids)
+        if refit.self_samples and (refit.self_samples_required or not planning.settings.model.offload):
+            ids, own = _with_self_samples(planning, model, ids)
         pruned, report = compensate_plan(model, pruned, planned.plan, ids, method=refit.compensation)
     except PrunerError as error:
         if refit.required:
@@ -91,12 +90,13 @@ def compensate_plan(
     return pruned, compensate(model, pruned, ids, method, kept=kept)
 
 
-def _with_self_samples(settings: PruneSettings, model: PreTrainedModel, ids: Inputs) -> tuple[Inputs, int]:
+def _with_self_samples(planning: Planning, model: PreTrainedModel, ids: Inputs) -> tuple[Inputs, int]:
     """Return the calibration set, with self-written samples in front if the model can write, and their number."""
     if isinstance(ids, ModelInputs):
         return ids, 0
+    settings = planning.settings
     try:
-        own = self_calibration(model, ids, settings.refit.self_samples, settings.seed)
+        own = self_calibration(model, ids, settings.refit.self_samples, settings.seed, leading=planning.leading)
     except PrunerError as error:
         if settings.refit.self_samples_required:  # the user asked for them
             raise

@@ -46,7 +46,7 @@ from ..surgery.apply import TASK, in_memory
 from ..surgery.equivalence import verify
 from ..version import __version__
 from .arguments import REQUIRES_SAVING, PruneArguments
-from .calibration import available_text, calibration_set
+from .calibration import available_text, calibration_set, leading_count
 from .checking import check_prune_inputs
 from .context import Planning, Progress, Stopwatch
 from .evaluation import compare_latency, evaluate_model, evaluation_windows, warn_of_lost_quality
@@ -219,7 +219,8 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
         with clock("calibration"):
             ids = calibration_set(settings.calibration, tokenizer, model, settings.seed)
     place = on_disk(folder) if settings.model.offload else in_memory
-    planning = Planning(settings=settings, ids=ids, clock=clock, place=place)
+    leading = leading_count(settings.calibration, tokenizer)
+    planning = Planning(settings=settings, ids=ids, leading=leading, clock=clock, place=place)
     planned = make_plan(planning, model)
     if calibrates:
         planned.plan.settings[CALIBRATED_ON] = settings.calibration.dataset

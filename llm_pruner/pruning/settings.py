@@ -54,6 +54,7 @@ class CalibrationSettings:
         replaceable: use another text if this one is not available (:func:`available_text`).
         fewer_samples: accept fewer samples where the text is short.
         shorter_samples: accept samples cut to the model's context length.
+        bos: begin every sample with the tokens that the tokenizer puts before a text.
         towers: parts of a model that reads more than text; others than ``language`` take images or sounds.
     """
 
@@ -64,6 +65,7 @@ class CalibrationSettings:
     replaceable: bool = False
     fewer_samples: bool = False
     shorter_samples: bool = False
+    bos: bool = True
     towers: str = "language"
 
 
@@ -154,10 +156,11 @@ class RefitSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Measurements before and after pruning."""
+    """Measurements before and after pruning; ``bos`` as in :class:`CalibrationSettings`."""
 
     datasets: tuple[str, ...] = ()
     tokens: int = 128
+    bos: bool = True
     max_windows: int | None = None
     device: str = "cpu"
     generate_before: bool = False
@@ -230,6 +233,7 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
             seed=arguments.calib_seed,
             fewer_samples=arguments.num_examples is None,
             shorter_samples=arguments.calib_seq_len is None,
+            bos=value["bos"],
             towers=arguments.towers,
         ),
         layers=_layer_settings(arguments),
@@ -237,7 +241,7 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
         shape=_shape(arguments),
         budget=_budget_settings(arguments),
         refit=_refit_settings(arguments, value),
-        evaluation=_evaluation_settings(arguments),
+        evaluation=_evaluation_settings(arguments, value["bos"]),
         output=_output_settings(arguments),
     )
     compensation, samples = settings.refit.compensation, settings.calibration.samples
@@ -268,10 +272,11 @@ def _model_settings(arguments: PruneArguments) -> ModelSettings:
     )
 
 
-def _evaluation_settings(arguments: PruneArguments) -> EvaluationSettings:
+def _evaluation_settings(arguments: PruneArguments, bos: bool) -> EvaluationSettings:
     return EvaluationSettings(
         datasets=tuple(arguments.eval_datasets),
         tokens=arguments.max_seq_len,
+        bos=bos,
         max_windows=arguments.max_windows or None,
         device=resolve_device(arguments.eval_device, "--eval_device"),
         generate_before=arguments.test_before_train,

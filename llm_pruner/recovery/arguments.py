@@ -93,6 +93,12 @@ class RecoverArguments(Arguments):
     )
     prompt_template_name: str = flag("alpaca", "prompt template: alpaca, question, or a .json file", group="data")
     no_instruction: bool = flag(False, "use no prompt template", group="data")
+    bos: bool = flag(
+        True,
+        "begin every packed or validation window with the tokens that the tokenizer puts before a text, such as BOS "
+        "(false: as in LLM-Pruner)",
+        group="data",
+    )
     train_on_inputs: bool = flag(False, "train on prompts as well as answers", group="data")
     add_eos_token: bool = flag(
         False, "add an end-of-text token when measuring a prompt's length, as LLM-Pruner does", group="data"

@@ -19,7 +19,7 @@ from ..checkpoint.load import load, load_with_tokenizer
 from ..checkpoint.locate import PLAN_FILE, identity, is_adapter, locate
 from ..checkpoint.next_steps import log_next_steps
 from ..errors import PrunerError
-from ..evaluation.perplexity import check_length
+from ..evaluation.perplexity import check_length, title_of_text
 from ..evaluation.shared_texts import TRAINED_ON, sources_of, warn_of_shared_texts
 from ..files import MODEL_CONFIGS, digest, file_lock, folder_for_run, same_folder
 from ..logs import log, logging_to
@@ -117,7 +117,9 @@ def _run(settings: RecoverySettings, plan: PruningPlan, flags: dict[str, Any]) -
         model.enable_input_require_grads()
     student = make_trainable(model, settings.adapter)
     texts = {
-        name: validation_windows(name, model, tokenizer, settings.data.max_windows)
+        title_of_text(name, tokenizer, form.bos): validation_windows(
+            name, model, tokenizer, settings.data.max_windows, bos=form.bos
+        )
         for name in settings.data.validation_texts
     }
     data = _Data(train=train, texts=texts, evaluation=texts | ({} if validation is None else {VALIDATION: validation}))

@@ -261,6 +261,7 @@ def _data_settings(arguments: RecoverArguments) -> DataSettings:
             objective=arguments.objective,
             seed=arguments.seed,
             packing=arguments.packing,
+            bos=arguments.bos,
         ),
         shorter_examples=arguments.cutoff_len is None,
         validation_size=arguments.val_set_size,
