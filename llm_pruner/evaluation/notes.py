@@ -70,7 +70,7 @@ def _task_notes(evaluations: list[Evaluation]) -> list[str]:
     for task, q in questions.items():
         if len(q.ids) < q.total:
             notes.append(
-                f"{titles[task]}: only {len(q.ids):,} of its {q.total:,} questions (--limit), the first of each task; "
+                f"{titles[task]}: only {len(q.ids):,} of its {q.total:,} questions (--limit); "
                 "not comparable with published numbers."
             )
     if any("_stderr" in name for one in evaluations for task in one.tasks.values() for name in task):

@@ -108,21 +108,20 @@ def questions_of(
         members: names of the tasks and groups within a group.
 
     Returns:
-        None if the tasks have no accuracy.
+        None if the tasks have no accuracy in common.
     """
-    pooled: list[tuple[str, float, float, str]] = []
-    metrics = []
-    for task in tasks:
-        records = samples.get(task.task_name, ())
-        names = [_name(metric, record["filter"]) for record in records for metric in record["metrics"]]
-        metric = headline(dict.fromkeys(names))
-        if metric is None:
-            return None
-        metrics.append(metric)
-        pooled += [_result(task, record, metric) for record in records if _is_of(record, metric)]
+    records = {task.task_name: samples.get(task.task_name, ()) for task in tasks}
+    names = [
+        dict.fromkeys(_name(metric, one["filter"]) for one in of_task for metric in one["metrics"])
+        for of_task in records.values()
+    ]
+    metric = headline(name for name in names[0] if all(name in others for others in names))
+    if metric is None:
+        return None
+    pooled = [_result(task, one, metric) for task in tasks for one in records[task.task_name] if _is_of(one, metric)]
     ids, scores, chance, answers = zip(*pooled, strict=True)
     return Questions(
-        metric=metrics[0],
+        metric=metric,
         total=sum(len(task.eval_docs) for task in tasks),
         examples=int(tasks[0].get_config("num_fewshot") or 0),
         ids=ids,
