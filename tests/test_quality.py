@@ -206,6 +206,7 @@ def test_the_figure_of_qualities_reads_well(models, tasks, monkeypatch):
     assert quality is not None and quality.drawing is not None
     texts = Texts(quality.drawing, monkeypatch)
     assert texts.boxes and texts.outside() == [] and texts.meeting() == []
+    assert len([text for text, _ in texts.boxes if text.startswith("a_rather")]) == min(models, 7), "the legend"
     assert "kept" in quality.drawing.alt and "KL per token, wikitext2" in quality.drawing.alt
     assert "<title>" in quality.drawing.svg() and len(quality.rows) == models
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..checkpoint.load import load, load_with_tokenizer
 from ..checkpoint.locate import locate
-from ..data import text
+from ..corpora import text
 from ..files import file_for_run, folder_for_run, strict_json, write_text
 from ..logs import logging_to
 from ..media import is_media

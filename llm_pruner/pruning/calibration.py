@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..choices import GENERAL, SELF, SYNTHETIC
-from ..data import HUB, calibration, documents, self_calibration, self_written
+from ..corpora import HUB, documents
+from ..data import calibration, self_calibration
 from ..errors import PrunerError
 from ..logs import log
 from ..media import describe, is_media, media_inputs
@@ -103,21 +104,20 @@ def calibration_set(
         log.info("calibration: %d samples of %s", len(inputs), describe(settings.dataset))
         return inputs
     assert tokenizer is not None
-    if settings.dataset == SELF:
-        log.info("calibration: %d samples of %d tokens, written by the model itself", samples, tokens)
-        seed = seed if settings.seed is None else settings.seed
-        return self_written(model, tokenizer, samples, tokens, seed=seed, bos=settings.bos)
-    with Step("reading calibration text"):
-        ids = calibration(
-            settings.dataset,
-            tokenizer,
-            samples,
-            tokens,
-            seed=settings.seed,
-            fewer=settings.fewer_samples,
-            bos=settings.bos,
-        )
-    log.info("calibration: %d samples of %d tokens from %s", *ids.shape, settings.dataset)
+    origin = "written by the model itself" if settings.dataset == SELF else f"from {settings.dataset}"
+    log.info("calibration: %d samples of %d tokens, %s", samples, tokens, origin)
+    ids = calibration(
+        settings.dataset,
+        tokenizer,
+        samples,
+        tokens,
+        seed=settings.seed,
+        fewer=settings.fewer_samples,
+        bos=settings.bos,
+        packed=settings.packed,
+        model=model,
+        self_seed=seed,
+    )
     if len(ids) < samples:
         log.info("the calibration text gives %d samples of %d tokens, not %d", len(ids), tokens, samples)
     return ids

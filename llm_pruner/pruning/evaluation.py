@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import text
+from ..corpora import text
 from ..display import percent
 from ..evaluation.generation import PROMPTS
 from ..evaluation.latency import latencies

@@ -25,6 +25,7 @@ from ..checkpoint.standalone import write_modelling
 from ..checkpoint.stored import weights_in
 from ..checkpoint.unread import UNREAD, unread_tensors
 from ..choices import DEFAULT_MODEL, SYNTHETIC
+from ..data import calibration_sources
 from ..display import amount, html_table
 from ..errors import PrunerError
 from ..evaluation.shared_texts import CALIBRATED_ON, warn_of_shared_texts
@@ -206,7 +207,8 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     calibrates = needs_calibration(settings) or settings.refit.compensation != "none"
     if calibrates:
         settings = replace(settings, calibration=available_text(settings.calibration, model, settings.model.offload))
-        warn_of_shared_texts([settings.calibration.dataset], settings.evaluation.datasets)
+        names = [source.name for source in calibration_sources(settings.calibration.dataset)]
+        warn_of_shared_texts(names, settings.evaluation.datasets)
     originals, dataset = Originals(), settings.calibration.dataset
     fallback = dataset if calibrates and is_media(dataset) else SYNTHETIC
     windows = evaluation_windows(settings.evaluation, model, tokenizer, originals=originals, fallback=fallback)

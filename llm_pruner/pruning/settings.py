@@ -13,7 +13,7 @@ from ..files import read_json
 from ..importance.criteria import check_criterion
 from ..models.dispatch import resolve_device
 from ..refit.compensate import MIN_SAMPLES
-from ..selection.budgets import UNITS, read_target
+from ..selection.budgets import COUNTS, UNITS, read_target
 from .arguments import TARGETS, PruneArguments
 from .presets import PRESETS
 
@@ -54,6 +54,7 @@ class CalibrationSettings:
         replaceable: use another text if this one is not available (:func:`available_text`).
         fewer_samples: accept fewer samples where the text is short.
         shorter_samples: accept samples cut to the model's context length.
+        packed: join documents and cut samples side by side.
         bos: begin every sample with the tokens that the tokenizer puts before a text.
         towers: parts of a model that reads more than text; others than ``language`` take images or sounds.
     """
@@ -65,6 +66,7 @@ class CalibrationSettings:
     replaceable: bool = False
     fewer_samples: bool = False
     shorter_samples: bool = False
+    packed: bool = False
     bos: bool = True
     towers: str = "language"
 
@@ -228,11 +230,12 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
         calibration=CalibrationSettings(
             dataset=value["calib_dataset"],
             replaceable=arguments.calib_dataset is None,
-            samples=value["num_examples"],
+            samples=_sample_count(arguments, value),
             tokens=value["calib_seq_len"],
             seed=arguments.calib_seed,
-            fewer_samples=arguments.num_examples is None,
+            fewer_samples=arguments.num_examples is None and arguments.calib_tokens is None,
             shorter_samples=arguments.calib_seq_len is None,
+            packed=arguments.calib_packing,
             bos=value["bos"],
             towers=arguments.towers,
         ),
@@ -258,6 +261,18 @@ def filled_arguments(arguments: PruneArguments) -> dict[str, Any]:
     preset = PRESETS[arguments.preset]
     flags = asdict(arguments) | {"save_model": arguments.saves_checkpoint}
     return {name: preset.get(name) if value is None else value for name, value in flags.items()}
+
+
+def _sample_count(arguments: PruneArguments, value: Mapping[str, Any]) -> int:
+    if arguments.calib_tokens is None:
+        return int(value["num_examples"])
+    try:
+        number, factor = read_target("calib_tokens", arguments.calib_tokens, COUNTS)
+    except PrunerError:
+        factor = None
+    if factor is None:
+        raise PrunerError(f"--calib_tokens {arguments.calib_tokens!r} is not valid: give an amount such as 1M")
+    return max(1, round(number * factor) // int(value["calib_seq_len"]))
 
 
 def _model_settings(arguments: PruneArguments) -> ModelSettings:

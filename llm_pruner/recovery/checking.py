@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from ..checkpoint.checking import check_language_model, check_later_language_model, check_model
 from ..checkpoint.config import meta_model
 from ..checkpoint.locate import folder_of
-from ..data import check_text
+from ..corpora import check_text
 from ..errors import PrunerError
 from ..evaluation.perplexity import check_length
 from ..files import check_file

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..choices import EMBEDDED_TEXTS
-from ..data import text
+from ..corpora import text
 from ..errors import PrunerError
 from ..evaluation.perplexity import check_length, windows
 from ..files import complete_folder, folder_lock

@@ -20,9 +20,10 @@ from ..logs import log
 from ..models.generate import leading_tokens
 from ..progress import track
 from ..provenance import versions
+from ..row_kinds import ANSWERS, QUESTIONS, TEXTS, Record, RowKind, read_messages, read_text, row_kind
 from .objectives import Example, Vocabulary, denoise
 from .prompts import Prompt, plain_prompt, prompt_template
-from .rows import ANSWERS, QUESTIONS, TEXTS, Record, RowKind, read_messages, read_text, reading, row_columns, row_kind
+from .rows import reading, row_columns
 
 IGNORED = -100  # label of tokens that are not learnt; the losses of torch and transformers skip it
 

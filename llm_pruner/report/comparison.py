@@ -214,10 +214,11 @@ def _draw_bars(
     groups = list(dict.fromkeys(bar.group for bar in bars))
     height, handles = THICKNESS / len(drawn), {}
     for bar in bars:
-        place = groups.index(bar.group) - THICKNESS / 2 + height * (drawn.index(bar.model) + 0.5)
+        members = [one.model for one in bars if one.group == bar.group]
+        place = groups.index(bar.group) + height * (members.index(bar.model) - (len(members) - 1) / 2)
         colour = GREY if bar.model == 0 else COLOURS[(bar.model - 1) % len(COLOURS)]
         interval = bar.interval
-        (patch,) = ax.barh(
+        container = ax.barh(
             [place],
             [bar.value],
             height=height,
@@ -229,8 +230,8 @@ def _draw_bars(
             label=shorten(models[bar.model].name),
         )
         bounds = "" if interval is None else f" [{interval.low:.3g}, {interval.high:.3g}]"
-        drawing.tip(patch, f"{models[bar.model].name}, {bar.group}: {bar.value:.3g}{bounds}")
-        handles[bar.model] = patch
+        drawing.tip(container[0], f"{models[bar.model].name}, {bar.group}: {bar.value:.3g}{bounds}")
+        handles[bar.model] = container
     ax.set_yticks(range(len(groups)), groups)
     ax.invert_yaxis()
     return handles
