@@ -169,7 +169,7 @@ def test_comparisons_are_written_and_read_back(tmp_path):
     assert record["comparison"]["mean"]["is_real"] is True and record["comparison"]["piqa"]["questions"] == 400
     read_back = read(tmp_path).models
     assert [one.questions for one in read_back] == [one.questions for one in models]
-    assert read_back[1].kl == {"wikitext2": (0.9, 0.01)}
+    assert read_back[1].kl == {"wikitext2": (0.9, 0.01, "smollm2-135m")}
 
 
 def test_standard_errors_are_shown_by_recipes():
@@ -192,7 +192,7 @@ def crowd(models: int, tasks: int) -> list[MeasuredModel]:
             name=f"a_rather_long_name_of_a_model_{i}",
             stage="original" if i == 0 else "pruned",
             byte_perplexity={"wikitext2, 32,768 tokens in 128s": 2.0 + i / 10},
-            kl={} if i == 0 else {"wikitext2": (0.3 * i, 0.02)},
+            kl={} if i == 0 else {"wikitext2": (0.3 * i, 0.02, "m0")},
             questions={f"task_{t}": answered(drawn(0.8 - i / 20, 60, seed=t + i)) for t in range(tasks)},
             generation={"repetition": 0.2, "tokens": 31.0},
         )
@@ -209,6 +209,15 @@ def test_the_figure_of_qualities_reads_well(models, tasks, monkeypatch):
     assert len([text for text, _ in texts.boxes if text.startswith("a_rather")]) == min(models, 7), "the legend"
     assert "kept" in quality.drawing.alt and "KL per token, wikitext2" in quality.drawing.alt
     assert "<title>" in quality.drawing.svg() and len(quality.rows) == models
+
+
+def test_divergence_from_another_model_is_not_shown_as_one_from_the_original():
+    models = crowd(3, 1)
+    models[2] = replace(models[2], kl={"wikitext2": (0.1, 0.01, "m1")})
+    quality = compare_models(models)
+    assert quality is not None
+    kl = quality.heads.index("KL wikitext2, nats/token")
+    assert [row[kl] for row in quality.rows] == ["", "0.300 ± 0.020", ""]
 
 
 def test_qualities_of_one_model_are_not_compared():

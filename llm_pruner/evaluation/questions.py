@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+DECIMALS = 6  # of scores, in files too: statistics of saved runs are those of the runs themselves
 ID_DIGITS = 8  # of a hash; questions are matched by their place too
 UNLIKELY = -1e3  # log-likelihood of the choices that a guess does not take
 # Metrics that are a share of the questions, in the order in which the headline of a task is chosen.
@@ -98,24 +99,29 @@ def headline(metrics: Iterable[str]) -> str | None:
 
 
 def questions_of(
-    tasks: Sequence[Any], samples: Mapping[str, Sequence[Mapping[str, Any]]], members: Iterable[str] = ()
+    tasks: Sequence[Any],
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    examples: int = 0,
+    names: Iterable[str] = (),
 ) -> Questions | None:
     """Return the results of a task, or of the tasks of a group pooled.
 
     Args:
         tasks: lm-eval's task objects.
         samples: lm-eval's records of single documents by task.
-        members: names of the tasks and groups within a group.
+        examples: worked examples before each question.
+        names: names of the tasks and groups within a group.
 
     Returns:
         None if the tasks have no accuracy in common.
     """
     records = {task.task_name: samples.get(task.task_name, ()) for task in tasks}
-    names = [
+    metrics = [
         dict.fromkeys(_name(metric, one["filter"]) for one in of_task for metric in one["metrics"])
         for of_task in records.values()
     ]
-    metric = headline(name for name in names[0] if all(name in others for others in names))
+    metric = headline(name for name in metrics[0] if all(name in others for others in metrics))
     if metric is None:
         return None
     pooled = [_result(task, one, metric) for task in tasks for one in records[task.task_name] if _is_of(one, metric)]
@@ -123,12 +129,12 @@ def questions_of(
     return Questions(
         metric=metric,
         total=sum(len(task.eval_docs) for task in tasks),
-        examples=int(tasks[0].get_config("num_fewshot") or 0),
+        examples=examples,
         ids=ids,
         scores=scores,
         chance=chance,
         answers=answers,
-        members=tuple(members),
+        members=tuple(names),
     )
 
 
@@ -143,7 +149,7 @@ def _is_of(record: Mapping[str, Any], metric: str) -> bool:
 def _result(task: Any, record: Mapping[str, Any], metric: str) -> tuple[str, float, float, str]:
     """Return id, score, chance and answer of a question."""
     name, responses = metric.partition(",")[0], record["filtered_resps"]
-    identity, score = str(record["doc_hash"])[:ID_DIGITS], float(record[name])
+    identity, score = str(record["doc_hash"])[:ID_DIGITS], round(float(record[name]), DECIMALS)
     if task.OUTPUT_TYPE != "multiple_choice":
         return identity, score, 0.0, hashlib.sha256(json.dumps(responses).encode()).hexdigest()[:ID_DIGITS]
     choices = task.doc_to_choice(record["doc"])
@@ -151,7 +157,7 @@ def _result(task: Any, record: Mapping[str, Any], metric: str) -> tuple[str, flo
     lengths = [len(choice) or 1 if name == "acc_norm" else 1 for choice in choices]
     likelihoods = [float(one[0]) / length for one, length in zip(responses, lengths, strict=False)]
     answer = max(range(len(choices)), key=likelihoods.__getitem__)
-    return identity, score, sum(guesses) / len(guesses), str(answer)
+    return identity, score, round(sum(guesses) / len(guesses), DECIMALS), str(answer)
 
 
 def _score_of_guess(task: Any, document: Any, choice: int, responses: int, metric: str) -> float:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
@@ -17,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError, Unavailable
-from ..files import read_json, write_text
+from ..files import read_json
 from ..optional import VLLM_ENVIRONMENT, require, require_engine
 from .harness import language_model
 from .questions import Questions, questions_of
@@ -30,7 +30,6 @@ from .task_sets import PAPER_TASKS, expand_tasks
 CODE_SWITCH = "HF_ALLOW_CODE_EVAL"  # of lm-eval's metric of code, in the environment
 RESAMPLES = 1000  # of lm-eval's bootstrap, for standard errors of metrics that are no means
 Loaded = dict[str, tuple[Any, list[Any]]]  # by name a group of lm-eval's, None for a task, and the tasks in it
-OWN_GROUP = "llm_pruner_tasks"  # of tasks with other numbers of worked examples than lm-eval's
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def run_lm_eval(
     flags: Mapping[str, Any],
     prompting: Prompting | None = None,
 ) -> ZeroShot:
-    """Run lm-eval's own program in a process of its own, and read its results.
+    """Run lm-eval's own program in processes of its own, one for each number of worked examples; read the results.
 
     Args:
         backend: lm-eval's name of what runs the model, such as ``vllm`` or ``hf``.
@@ -161,15 +160,27 @@ def run_lm_eval(
     """
     prompting, include_path = prompting or Prompting(), flags.get("include_path")
     chosen = check_tasks(tasks, include_path, confirm_run_unsafe_code=prompting.confirm_run_unsafe_code)
+    runs: dict[int | None, list[str]] = defaultdict(list)
+    for task, examples in chosen.items():
+        given = flags.get("num_fewshot")
+        runs[examples if given is None else given].append(task)
+    found = ZeroShot()
+    for examples, names in runs.items():
+        run = _run_program(backend, arguments, names, flags={**flags, "num_fewshot": examples}, prompting=prompting)
+        found = ZeroShot(found.tasks | run.tasks, _merge(found.results, run.results), found.questions | run.questions)
+    return found
+
+
+def _run_program(
+    backend: str, arguments: str, tasks: Sequence[str], *, flags: Mapping[str, Any], prompting: Prompting
+) -> ZeroShot:
+    """Run lm-eval's program once: it takes one number of worked examples for all tasks."""
     values = {**flags, "system_instruction": prompting.system_instruction, "gen_kwargs": prompting.gen_kwargs}
     given = [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
     given += [f"--{name}" for name in ("apply_chat_template", "confirm_run_unsafe_code") if getattr(prompting, name)]
     with tempfile.TemporaryDirectory() as output:
-        named = Path(output) / "tasks.yaml"
-        write_text(named, yaml.safe_dump({"group": OWN_GROUP, "task": _members(chosen)}))
-        names = str(named) if any(examples is not None for examples in chosen.values()) else ",".join(chosen)
-        command = [sys.executable, "-m", "lm_eval", "--model", backend, "--tasks", names, "--model_args", arguments]
-        command += [*given, "--log_samples", "--output_path", output]
+        command = [sys.executable, "-m", "lm_eval", "--model", backend, "--tasks", ",".join(tasks)]
+        command += ["--model_args", arguments, *given, "--log_samples", "--output_path", output]
         run = subprocess.run(command, capture_output=True, text=True, env=VLLM_ENVIRONMENT | os.environ)
         file = next(Path(output).rglob("results*.json"), None)
         if run.returncode or file is None:
@@ -177,7 +188,7 @@ def run_lm_eval(
             raise PrunerError(f"lm-eval cannot run {arguments} in {backend}: {errors[-1].strip()}")
         results = read_json(file)
         with _errors_only("lm_eval"):
-            groups = _load_tasks(chosen, include_path)
+            groups = _load_tasks(dict.fromkeys(tasks), flags.get("include_path"))
         samples = {
             task.task_name: [json.loads(line) for line in _samples_file(file, task.task_name).read_text().splitlines()]
             for _, members in groups.values()
@@ -186,14 +197,15 @@ def run_lm_eval(
     return _collect(results, groups, samples)
 
 
+def _merge(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Join the records of two runs of lm-eval with different tasks."""
+    nested = {key: one[key] | value for key, value in other.items() if isinstance(value, dict) and key in one}
+    return one | other | nested
+
+
 def _samples_file(results: Path, task: str) -> Path:
     """Return the file of a task's single documents beside that of the results."""
     return results.with_name(results.name.replace("results_", f"samples_{task}_")).with_suffix(".jsonl")
-
-
-def _members(tasks: Mapping[str, int | None]) -> list[Any]:
-    """Return tasks as the members of a group of lm-eval's, each with its worked examples."""
-    return [name if examples is None else {"task": name, "num_fewshot": examples} for name, examples in tasks.items()]
 
 
 def _load_tasks(tasks: Mapping[str, int | None], include_path: str | None) -> Loaded:
@@ -235,7 +247,8 @@ def _collect(results: dict[str, Any], groups: Loaded, samples: Mapping[str, Sequ
     questions = {}
     for name, (group, members) in groups.items():
         inner = [one.task_name for one in members] + [one.name for one in group.get_all_groups()] if group else []
-        found = questions_of(members, samples, inner)
+        examples = int(results["n-shot"].get(members[0].task_name) or 0)
+        found = questions_of(members, samples, examples=examples, names=inner)
         if found is not None:
             questions[name] = found
     return ZeroShot(tasks, results, questions)

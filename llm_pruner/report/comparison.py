@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..evaluation.notes import explain_difference
@@ -60,21 +60,15 @@ def compare_models(models: Sequence[MeasuredModel]) -> Quality | None:
     first = next((model for model in measured if model.stage == ORIGINAL), measured[0] if measured else None)
     if first is None or len(measured) < 2:
         return None
-    measured = [first, *(model for model in measured if model is not first)]
-    comparisons = [compare_questions(first.questions, model.questions) for model in measured]
-    comparisons[0] = {}
+    measured = [_kl_to(first.model, model) for model in (first, *(one for one in measured if one is not first))]
+    comparisons = [{}, *(compare_questions(first.questions, model.questions) for model in measured[1:])]
     heads, rows = _table(measured, comparisons)
-    task_rows = [
-        row for model, comparison in zip(measured, comparisons, strict=True) for row in _task_rows(model, comparison)
-    ]
-    notes = [
-        explain_difference(model.name, first.name, comparison)
-        for model, comparison in zip(measured, comparisons, strict=True)
-        if comparison
-    ]
-    for before, model in itertools.pairwise(measured[1:]):
-        if step := compare_questions(before.questions, model.questions):
-            notes.append(explain_difference(model.name, before.name, step))
+    pairs = list(zip(measured, comparisons, strict=True))
+    task_rows = [row for model, comparison in pairs for row in _task_rows(model, comparison)]
+    notes = [explain_difference(model.name, first.name, comparison) for model, comparison in pairs if comparison]
+    for before, model in _steps(measured):
+        if comparison := compare_questions(before.questions, model.questions):
+            notes.append(explain_difference(model.name, before.name, comparison))
     return Quality(
         heads=heads,
         rows=rows,
@@ -83,6 +77,19 @@ def compare_models(models: Sequence[MeasuredModel]) -> Quality | None:
         notes=notes,
         drawing=_draw(measured, comparisons),
     )
+
+
+def _kl_to(reference: str, model: MeasuredModel) -> MeasuredModel:
+    """Return a model without divergences from other models than the original."""
+    return replace(model, kl={text: kl for text, kl in model.kl.items() if kl[2] == reference})
+
+
+def _steps(models: Sequence[MeasuredModel]) -> list[tuple[MeasuredModel, MeasuredModel]]:
+    """Return each model with the one that it was made from; where no run says so, with the one before it."""
+    others = models[1:]
+    if not any(model.parent for model in others):
+        return list(itertools.pairwise(others[:MOST_BARS]))
+    return [(one, other) for other in others for one in others if one.model == other.parent]
 
 
 def _percent(share: float) -> str:
@@ -114,7 +121,7 @@ def _table(
         columns[f"ppl/byte {text}"] = ["" if value is None else f"{value:.3f}" for value in values]
     for text in dict.fromkeys(text for model in models for text in model.kl):
         divergences = [model.kl.get(text) for model in models]
-        columns[f"KL {text}, nats/token"] = [_with_error(one, "{:.3f}".format) for one in divergences]
+        columns[f"KL {text}, nats/token"] = [_with_error(one and one[:2], "{:.3f}".format) for one in divergences]
     accuracies = [mean_accuracy(model.questions) if model.questions else None for model in models]
     columns["accuracy %"] = [_with_error(one, _percent) for one in accuracies]
     for head, show in KEPT.items():
@@ -193,7 +200,7 @@ def _bars_of_distances(models: Sequence[MeasuredModel]) -> list[_Bar]:
     """Return KL per token and loss per byte, both in nats."""
     bars = []
     for i, model in enumerate(models):
-        for text, (value, error) in model.kl.items():
+        for text, (value, error, _) in model.kl.items():
             spread = 1.96 * (error or 0.0)
             interval = Interval(value=value, low=value - spread, high=value + spread) if error else None
             bars.append(_Bar(group=f"KL per token, {_text(text)}", model=i, value=value, interval=interval))

@@ -32,7 +32,8 @@ def merge_models(runs: Iterable[Run]) -> list[MeasuredModel]:
     for model in (model for run in runs for model in run.models):
         identity = _identify(model.model, folders)
         parent = _identify(model.parent, folders) if model.parent else ""
-        model = replace(model, model=identity, parent=parent)
+        kl = {text: (kl, error, _identify(other, folders)) for text, (kl, error, other) in model.kl.items()}
+        model = replace(model, model=identity, parent=parent, kl=kl)
         merged[identity] = _combine(merged[identity], model) if identity in merged else model
     shorts = short_names(merged)
     different = _differing_flags(m.arguments for m in merged.values() if m.stage == "pruned")

@@ -39,7 +39,7 @@ class MeasuredModel:
         speeds: tokens per second by what was timed, since only equal work compares.
         perplexity: by text and protocol, since only equal protocols compare.
         byte_perplexity: the same per byte.
-        kl: divergence from the first model of the evaluation and its standard error, by text.
+        kl: divergence from another model by text: value, standard error, and that model.
         questions: results of single questions by task.
         generation: properties of the continuations of prompts.
         accuracy: mean over the tasks, normalised by length for tasks that define it.
@@ -57,7 +57,7 @@ class MeasuredModel:
     speeds: dict[str, float] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
     byte_perplexity: dict[str, float] = field(default_factory=dict)
-    kl: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    kl: dict[str, tuple[float, float | None, str]] = field(default_factory=dict)
     questions: dict[str, Questions] = field(default_factory=dict)
     generation: dict[str, float] = field(default_factory=dict)
     accuracy: float | None = None
@@ -209,7 +209,7 @@ def _read_evaluation(run: Run, content: dict[str, Any]) -> None:
     evaluations = content["models"]
     names = short_names(evaluation["model"] for evaluation in evaluations)
     for evaluation in evaluations:
-        run.models.append(_evaluated_model(evaluation))
+        run.models.append(_evaluated_model(evaluation, evaluations[0]["model"]))
         for prompt, continuation in evaluation.get("samples", {}).items():
             run.samples.setdefault(prompt, {})[names[evaluation["model"]]] = continuation
     first = evaluations[0]
@@ -237,7 +237,7 @@ _READERS = {
 }
 
 
-def _evaluated_model(evaluation: Mapping[str, Any]) -> MeasuredModel:
+def _evaluated_model(evaluation: Mapping[str, Any], first: str) -> MeasuredModel:
     speed = evaluation["speed"] or {}
     speeds = {}
     if speed.get("prefill"):
@@ -262,7 +262,7 @@ def _evaluated_model(evaluation: Mapping[str, Any]) -> MeasuredModel:
         speeds=speeds,
         perplexity=_perplexities(evaluation["perplexity"]),
         byte_perplexity=_perplexities(evaluation["perplexity"], "byte_perplexity"),
-        kl={text: (one["kl"], one["error"]) for text, one in evaluation.get("divergence", {}).items()},
+        kl={text: (one["kl"], one["error"], first) for text, one in evaluation.get("divergence", {}).items()},
         questions=questions,
         generation=evaluation.get("generation") or {},
         accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
