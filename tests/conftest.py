@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.media import save_llava
 from helpers.models import ARCHITECTURES, SHARED, require_embedded_model
+from helpers.tasks import write_tasks
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -113,53 +114,7 @@ def llava(tokenizer, tmp_path) -> Path:
     return save_llava(tokenizer, tmp_path / "llava")
 
 
-QUESTIONS = {
-    "ours": """task: ours
-output_type: multiple_choice
-doc_to_text: "{{q}}"
-doc_to_target: label
-doc_to_choice: choices
-fewshot_split: test
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-""",
-    "generated": """task: ours_generated
-output_type: generate_until
-doc_to_text: "{{q}}"
-doc_to_target: "{{choices[label]}}"
-generation_kwargs: {until: ["zzz"], max_gen_toks: 4}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-filter_list:
-  - name: first-word
-    filter: [{function: regex, regex_pattern: "(\\\\S+)"}, {function: take_first}]
-""",
-    "code": """task: ours_code
-unsafe_code: true
-output_type: multiple_choice
-doc_to_text: "{{q}}"
-doc_to_target: label
-doc_to_choice: choices
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-""",
-    "group": """group: ours_group
-task: [ours_code, ours]
-aggregate_metric_list: [{metric: acc, weight_by_size: true}]
-""",
-}
-
-
 @pytest.fixture(scope="session")
-def tasks(tmp_path_factory):
-    """A folder with tasks of 20 questions: ``ours`` (choices), ``ours_generated``, ``ours_code`` and a group."""
-    folder = tmp_path_factory.mktemp("tasks")
-    rows = [
-        {"q": f"Is {i} more", "choices": [f"than {i - 1}", f"or {i} less", "neither"], "label": i % 3}
-        for i in range(20)
-    ]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/data.jsonl}}}}\ntest_split: test\n"
-    for name, content in QUESTIONS.items():
-        (folder / f"{name}.yaml").write_text(content + ("" if name == "group" else data + "metadata: {version: 1.0}\n"))
-    return folder
+def tasks(tmp_path_factory) -> Path:
+    """A folder with tasks for lm-eval."""
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
