@@ -57,7 +57,7 @@ class Comparison:
 
     @property
     def is_real(self) -> bool:
-        """True if the interval of the difference excludes 0."""
+        """Return True if the interval of the difference excludes 0."""
         return self.difference.low > 0 or self.difference.high < 0
 
 

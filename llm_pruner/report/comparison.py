@@ -123,7 +123,8 @@ def _table(
         divergences = [model.kl.get(text) for model in models]
         columns[f"KL {text}, nats/token"] = [_with_error(one and one[:2], "{:.3f}".format) for one in divergences]
     accuracies = [mean_accuracy(model.questions) if model.questions else None for model in models]
-    columns["accuracy %"] = [_with_error(one, _percent) for one in accuracies]
+    several = any(len(model.questions) > 1 for model in models)
+    columns["mean accuracy %" if several else "accuracy %"] = [_with_error(one, _percent) for one in accuracies]
     for head, show in KEPT.items():
         columns[head] = [show(next(iter(one.values()))) if one else "" for one in comparisons]
     columns["repeats %"] = [_percent(m.generation["repetition"]) if m.generation else "" for m in models]
