@@ -283,6 +283,12 @@ def test_tasks_that_cannot_be_loaded_name_the_remedy(task, message, base, tasks)
         zero_shot(*base, [task], include_path=str(tasks))
 
 
+@pytest.mark.parametrize("flag", ["--apply_chat_template", "--system_instruction=x", "--gen_kwargs=a=1"])
+def test_flags_of_tasks_need_tasks(flag, home, capsys):
+    assert main(["evaluate", str(home / "base"), "--datasets=", flag]) == 2
+    assert f"{flag.partition('=')[0]} changes tasks only: name some with --tasks" in capsys.readouterr().err
+
+
 def test_a_folder_of_tasks_must_exist(base):
     with pytest.raises(PrunerError, match="--include_path /nowhere is not a folder: give one that holds task files"):
         zero_shot(*base, ["ours"], include_path="/nowhere")

@@ -66,7 +66,7 @@ class EvaluateArguments(MeasuringArguments):
         False, "put questions into the chat template of the tokenizer, worked examples as its turns", group="tasks"
     )
     system_instruction: str | None = flag(
-        None, "text before each question, of the chat template's system", group="tasks"
+        None, "text before each question; with a chat template, its system message", group="tasks"
     )
     gen_kwargs: str | None = flag(
         None, "settings of tasks that generate, as in max_gen_toks=256,temperature=0", group="tasks"
@@ -105,6 +105,9 @@ class EvaluateArguments(MeasuringArguments):
         check_at_least(self, 0, "batch_size", "max_windows", "stride", "tokens", "num_fewshot")
         check_at_least(self, 1, "batch", "new_tokens", "limit")
         check_at_least(self, 2, "seq_len")
+        for name in ("apply_chat_template", "system_instruction", "gen_kwargs", "confirm_run_unsafe_code"):
+            if getattr(self, name) and not self.tasks:
+                raise PrunerError(f"--{name} changes tasks only: name some with --tasks")
         if self.tasks:
             require("lm_eval", "eval", "tasks need")
         if self.engine is not None:

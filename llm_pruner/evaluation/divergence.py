@@ -78,12 +78,13 @@ class OriginalDistributions:
     @torch.no_grad()
     def _distributions(model: PreTrainedModel, ids: torch.Tensor, name: str) -> list[torch.Tensor]:
         """Return the log-probabilities of each window ``[tokens, vocabulary]``, in float16 on the CPU."""
-        count = windows_compared(model.config.get_text_config().vocab_size, ids.shape[1])
-        rows = []
+        rows: list[torch.Tensor] = []
         with evaluating(model), computing(model) as used:
-            for row in track(ids[:count].split(1), f"distributions on {name}"):
+            for row in track(ids[: max(1, TOKENS // ids.shape[1])].split(1), f"distributions on {name}"):
                 logits = model(**model_inputs(model, row.to(used.device)), use_cache=False).logits[0, :-1]
                 rows.append(logits.float().log_softmax(-1).clamp_min(LEAST).half().cpu())
+                if len(rows) == windows_compared(logits.shape[-1], ids.shape[1]):
+                    break
         return rows
 
 

@@ -20,7 +20,7 @@ def requests_that_fit(model: PreTrainedModel, tokens: int) -> int:
     """
     config = model.config.get_text_config()
     depth = getattr(config, "num_hidden_layers", 1) or 1
-    per_token = 4 * (2 * config.vocab_size + 2 * depth * getattr(config, "hidden_size", 0))
+    per_token = 4 * (2 * getattr(config, "vocab_size", 0) + 2 * depth * getattr(config, "hidden_size", 0))
     return max(1, min(LARGEST, int(SHARE * free_bytes(model.device) / (per_token * max(tokens, 1)))))
 
 
