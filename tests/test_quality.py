@@ -99,6 +99,15 @@ def test_only_equal_questions_are_paired():
     assert compare_questions({"a": first}, {"a": half})["a"].questions == 10
 
 
+def test_questions_are_paired_wherever_they_stand():
+    """Limits shorten every task of a group, so places differ; a task may repeat a question."""
+    ids = ("a", "b", "b", "c", "d", "e")
+    first = replace(answered([1, 0, 1, 1, 0, 1]), ids=ids)
+    few = replace(answered([0, 1, 1]), ids=("b", "b", "e"))
+    compared = compare_questions({"t": first}, {"t": few})["t"]
+    assert compared.questions == 3 and compared.agreement == 1.0
+
+
 # --- Divergence and generation ----------------------------------------------------------------------------------------
 
 

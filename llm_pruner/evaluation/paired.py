@@ -9,7 +9,8 @@ is the same draw in a fraction of the time.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,11 +106,11 @@ def mean_accuracy(tasks: Mapping[str, Questions]) -> tuple[float, float]:
 
 
 def _resample(first: Questions, other: Questions, generator: np.random.Generator) -> _Resampled | None:
-    common = [i for i, (a, b) in enumerate(zip(first.ids, other.ids, strict=False)) if a == b]
+    places = {key: j for j, key in enumerate(_keys(other.ids))}
+    common = [(i, places[key]) for i, key in enumerate(_keys(first.ids)) if key in places]
     if not common:
         return None
-    rows = np.array([first.scores, first.chance]).T[common]
-    rows = np.insert(rows, 1, np.array(other.scores)[common], axis=1)
+    rows = np.array([(first.scores[i], other.scores[j], first.chance[i]) for i, j in common])
     kinds, counts = np.unique(rows, axis=0, return_counts=True)
     shares, size = counts / len(common), max(1, PER_DRAW // len(kinds))
     draws = [
@@ -121,8 +122,18 @@ def _resample(first: Questions, other: Questions, generator: np.random.Generator
         draws=np.concatenate(draws),
         error=float(rows[:, 1].std(ddof=1) / len(common) ** 0.5) if len(common) > 1 else 0.0,
         questions=len(common),
-        agreement=sum(first.answers[i] == other.answers[i] for i in common) / len(common),
+        agreement=sum(first.answers[i] == other.answers[j] for i, j in common) / len(common),
     )
+
+
+def _keys(ids: Sequence[str]) -> list[tuple[str, int]]:
+    """Return each id with the number of times that it occurred before: some tasks repeat a question."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for identity in ids:
+        keys.append((identity, seen[identity]))
+        seen[identity] += 1
+    return keys
 
 
 def _compare(tasks: list[_Resampled]) -> Comparison:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DECIMALS = 6  # of scores, in files too: statistics of saved runs are those of the runs themselves
-ID_DIGITS = 8  # of a hash; questions are matched by their place too
+ID_DIGITS = 8  # of a hash: two of 10,000 questions share one with a probability of 1%
 UNLIKELY = -1e3  # log-likelihood of the choices that a guess does not take
 # Metrics that are a share of the questions, in the order in which the headline of a task is chosen.
 ACCURACIES = ("acc_norm", "acc", "pass@1", "pass_at_1", "exact_match", "math_verify")
