@@ -82,7 +82,7 @@ def test_stock_lm_eval_agrees(name, home, tasks, tmp_path):
 
 @pytest.mark.slow
 def test_the_program_of_lm_eval_gives_the_same_questions(home, base, tasks, monkeypatch):
-    """What vLLM runs goes through that program; transformers stands in for vLLM."""
+    """Run the program that vLLM is run by, with transformers in its place."""
     monkeypatch.setitem(TASK_SETS, "mine", {"ours": 2, "ours_generated": None})
     flags = {"include_path": str(tasks), "limit": 7, "device": "cpu"}
     told = run_lm_eval("hf", f"pretrained={home / 'base'}", ["mine"], flags=flags)
