@@ -31,7 +31,10 @@ class RecoverArguments(Arguments):
     """Flags of ``llm-pruner recover``."""
 
     model: str = flag(
-        "", "pruned model: a folder written by prune or llm_pruner.save", group="model", aliases=("prune_model",)
+        "",
+        "model to train: a folder written by prune or llm_pruner.save, or an unpruned one, for comparison",
+        group="model",
+        aliases=("prune_model",),
     )
     device: str = flag(
         "auto", "device: auto, cpu, cuda, mps (several GPUs: accelerate launch or torchrun)", group="model"
@@ -164,7 +167,7 @@ class RecoverArguments(Arguments):
             PrunerError: flags exclude or need each other, a value is out of range, or a package is not installed.
         """
         if not self.model:
-            raise PrunerError("--model is missing: give the folder of a pruned model")
+            raise PrunerError("--model is missing: give the folder of the model to train")
         check_combinations(self, EXCLUSIVE, REQUIRES)
         if self.teacher_cache and not self.distills:
             raise PrunerError("--teacher_cache needs --teacher or --method distill")
