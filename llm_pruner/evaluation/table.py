@@ -351,8 +351,9 @@ class _Columns:
 
 def compare_with_first(evaluations: Sequence[Evaluation]) -> list[dict[str, Comparison]]:
     """Return the comparison of each model's answers with the first model's; that of the first is empty."""
-    first, *others = evaluations
-    return [{}, *(compare_questions(first.questions, one.questions) for one in others)]
+    return [
+        compare_questions(evaluations[0].questions, one.questions) if i else {} for i, one in enumerate(evaluations)
+    ]
 
 
 def table(evaluations: list[Evaluation]) -> Table:
