@@ -8,6 +8,7 @@ from ..errors import PrunerError
 from ..graph.units import KINDS
 
 PerKind = str | Mapping[str, str]
+LayerChoice = Iterable[int] | Mapping[str, Iterable[int]] | None
 SCOPES = ("local", "global")
 
 
@@ -32,3 +33,20 @@ def check_choices(name: str, setting: PerKind, choices: Iterable[str]) -> None:
     for value in [setting] if isinstance(setting, str) else by_kind.values():
         if value not in choices:
             raise PrunerError(f"{name} {value!r} is not valid: choose from {', '.join(choices)}")
+
+
+def layers_by_kind(layers: LayerChoice, kinds: tuple[str, ...]) -> dict[str, set[int]] | None:
+    """Return the requested layers by kind; None for no restriction."""
+    if layers is None:
+        return None
+    if not isinstance(layers, (Mapping, Iterable)):
+        raise PrunerError(f"layers {layers!r} is not valid: give several, such as [{layers!r}] or range(4, 28)")
+    if not isinstance(layers, Mapping):
+        every = set(layers)
+        return {kind: every for kind in kinds}
+    unknown = [kind for kind in layers if kind not in KINDS]
+    if unknown:
+        raise PrunerError(
+            f"layers are given for kind {unknown[0]!r}, which is not valid: choose from {', '.join(KINDS)}"
+        )
+    return {kind: set(chosen) for kind, chosen in layers.items()}

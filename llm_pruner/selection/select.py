@@ -13,7 +13,7 @@ from ..errors import PrunerError
 from ..graph.units import KINDS, CouplingGraph, Unit
 from ..importance.scores import Scores
 from .budgets import Budget, NothingRemoved, NotMet, parameter_budget, solve
-from .per_kind import SCOPES, PerKind, check_choices, choice_for
+from .per_kind import SCOPES, LayerChoice, PerKind, check_choices, choice_for, layers_by_kind
 from .plan import PruningPlan, name_after
 from .ranking import (
     ALIGNMENTS,
@@ -29,7 +29,6 @@ from .ranking import (
     role,
 )
 
-LayerChoice = Iterable[int] | Mapping[str, Iterable[int]] | None
 SHARDED = ("heads", "neurons", "channels")  # what tensor parallelism splits
 WHOLE_MODEL = ("hidden", "vocabulary", "layers")
 
@@ -111,7 +110,7 @@ def select(
         graph,
         by_block(scores, graph),
         kinds,
-        _by_kind(layers, kinds),
+        layers_by_kind(layers, kinds),
         scope,
         round_to,
         normalize,
@@ -384,20 +383,3 @@ class Policy:
 def _is_removed(unit: Unit, plan: PruningPlan) -> bool:
     """Return True if a unit lies in layers that the plan removes."""
     return bool(plan.layers) and all(name_after(name, plan) is None for name in unit.parameters)
-
-
-def _by_kind(layers: LayerChoice, kinds: tuple[str, ...]) -> dict[str, set[int]] | None:
-    """Return the requested layers by kind; None for no restriction."""
-    if layers is None:
-        return None
-    if not isinstance(layers, (Mapping, Iterable)):
-        raise PrunerError(f"layers {layers!r} is not valid: give several, such as [{layers!r}] or range(4, 28)")
-    if not isinstance(layers, Mapping):
-        every = set(layers)
-        return {kind: every for kind in kinds}
-    unknown = [kind for kind in layers if kind not in KINDS]
-    if unknown:
-        raise PrunerError(
-            f"layers are given for kind {unknown[0]!r}, which is not valid: choose from {', '.join(KINDS)}"
-        )
-    return {kind: set(chosen) for kind, chosen in layers.items()}
