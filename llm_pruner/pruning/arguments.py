@@ -17,6 +17,7 @@ from ..choices import (
     LayerCriterion,
     Normalizer,
     Preset,
+    Refit,
     TaylorVariant,
     Tower,
 )
@@ -50,6 +51,8 @@ EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
         "it times layers on one device; use --target_macs",
     ),
     (("compensate",), ("channel_wise",), "compensation compares hidden states of one size"),
+    (("compensate",), ("refit",), "each names the refit"),
+    (("compensate",), ("refit_tokens", "refit_minutes"), "only --refit blocks and distill train"),
     (("save_model", "standalone", "push_to_hub"), ("no_save",), "one needs the checkpoint, the other writes none"),
 )
 # Flags that need one of others.
@@ -110,10 +113,24 @@ class PruneArguments(Arguments):
         "none", "with --global_pruning, normalise the scores of a unit before ranking", group="method"
     )
     iterative_steps: int = flag(1, "number of pruning steps, each with new scores", group="method")
-    compensate: Compensation | None = flag(
+    refit: Refit | None = flag(
         None,
-        "refit of the projections or biases of every layer (default: least_squares, set by the preset)",
+        "refit without labels on the calibration set after pruning; blocks and distill train on top of ridge (default: "
+        "distill, set by the preset)",
         group="method",
+    )
+    refit_tokens: int | None = flag(
+        None,
+        "tokens that --refit distill trains on in all, and --refit blocks on each block (default: 65536)",
+        group="method",
+    )
+    refit_minutes: float | None = flag(
+        None,
+        "minutes that --refit distill or blocks trains at most; the result then depends on the speed",
+        group="method",
+    )
+    compensate: Compensation | None = flag(
+        None, "earlier name of --refit none, ridge (least_squares) or bias", group="method"
     )
     rescale_norms: bool = flag(
         False, "rescale norms to their original outputs when hidden channels are removed", group="method"
@@ -193,7 +210,7 @@ class PruneArguments(Arguments):
     )
     num_examples: int | None = flag(
         None,
-        "samples in the calibration set, at least 32 with --compensate (default: 128, set by the preset)",
+        "samples in the calibration set, at least 32 with --refit (default: 128, set by the preset)",
         group="calibration",
     )
     calib_seq_len: int | None = flag(
@@ -204,7 +221,7 @@ class PruneArguments(Arguments):
     )
     self_examples: int | None = flag(
         None,
-        "additional samples for --compensate, written by the model itself (default: 128, set by the preset)",
+        "additional samples for --refit, written by the model itself (default: 128, set by the preset)",
         group="calibration",
     )
     score_cache: str | None = flag(
@@ -277,6 +294,9 @@ class PruneArguments(Arguments):
         if not 0 <= self.seed < 2**32:
             raise PrunerError(f"--seed {self.seed} is out of range: give 0 to 4294967295")
         check_at_least(self, 0, "self_examples", "max_windows", *RANGES)
+        check_at_least(self, 1, "refit_tokens")
+        if self.refit_minutes is not None and not 0 < self.refit_minutes < float("inf"):
+            raise PrunerError(f"--refit_minutes {self.refit_minutes} is out of range: give minutes above 0")
         check_at_least(self, 1, "num_examples", "iterative_steps", "round_to", "tensor_parallel", "layer")
         check_at_least(self, 1, "budget_batch", "budget_tokens", "depth_examples", *SHAPE)
         check_at_least(self, 2, "max_seq_len", "calib_seq_len")

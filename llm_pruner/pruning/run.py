@@ -203,7 +203,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     if tokenizer is None and reads_text_only(model):
         raise no_tokenizer(settings.model.name)
     log.info("loaded %s: %s parameters; preset %s", settings.model.name, f"{parameter_count(model):,}", settings.preset)
-    calibrates = needs_calibration(settings) or settings.refit.compensation != "none"
+    calibrates = needs_calibration(settings) or settings.refit.needs_text
     if calibrates:
         settings = replace(settings, calibration=available_text(settings.calibration, model, settings.model.offload))
         warn_of_shared_texts([settings.calibration.dataset], settings.evaluation.datasets)
@@ -228,7 +228,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     for line in planned.plan.summary().splitlines():
         log.info("%s", line)
     metrics |= _check_equivalence(planning, model, planned)
-    pruned, refit = mend(planning, model, planned)
+    pruned, refit = mend(planning, model, planned, tokenizer)
     metrics |= refit
     _record_parameters(metrics, parameter_count(pruned))
     if settings.budget is not None and settings.budget.kind == "target_latency":
@@ -324,7 +324,7 @@ def _works_on_files(settings: PruneSettings) -> bool:
         needs_calibration(settings)
         or settings.widths.iterative_steps > 1
         or settings.widths.proportions
-        or settings.refit.compensation != "none"
+        or settings.refit.needs_text
         or settings.calibration.towers != LANGUAGE  # traced on images or sounds, often by weights
     )
     path, gguf = locate(settings.model.name)

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..choices import SHAPE
+from ..choices import CLOSED_FORM, SHAPE, TRAINED
 from ..errors import PrunerError
 from ..files import read_json
 from ..importance.criteria import check_criterion
 from ..models.dispatch import resolve_device
+from ..refit.budget import Budget
 from ..refit.compensate import MIN_SAMPLES
 from ..selection.budgets import UNITS, read_target
 from .arguments import TARGETS, PruneArguments
@@ -138,18 +139,28 @@ class RefitSettings:
     """Settings of the refit after pruning.
 
     Attributes:
-        compensation: method, or ``none``.
-        required: fail if compensation is impossible, instead of going on without it.
+        compensation: method of the closed form, or ``none``.
+        training: ``blocks`` or ``distill``, behind the closed form, or ``none``.
+        budget: budget of the training.
+        required: fail if the refit is impossible, instead of going on without it; of a training, its closed form is
+            not required.
         self_samples: calibration samples that the model writes itself, besides those of the text.
         self_samples_required: write them even if the model is offloaded, which is slow; fail if it cannot write.
         rescale_norms: rescale norms when hidden channels are removed.
     """
 
     compensation: str = "none"
+    training: str = "none"
+    budget: Budget | None = None
     required: bool = False
     self_samples: int = 0
     self_samples_required: bool = False
     rescale_norms: bool = False
+
+    @property
+    def needs_text(self) -> bool:
+        """True if the refit reads a calibration set."""
+        return self.compensation != "none" or self.training != "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,11 +251,12 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
         evaluation=_evaluation_settings(arguments),
         output=_output_settings(arguments),
     )
-    compensation, samples = settings.refit.compensation, settings.calibration.samples
-    if compensation != "none" and samples < MIN_SAMPLES:
+    samples = settings.calibration.samples
+    if settings.refit.needs_text and samples < MIN_SAMPLES:
+        flag = "refit" if arguments.compensate is None else "compensate"
         raise PrunerError(
-            f"--compensate {compensation} needs --num_examples of at least {MIN_SAMPLES}, better 128, not {samples}: "
-            "give more, or --compensate none"
+            f"--{flag} {value[flag]} needs --num_examples of at least {MIN_SAMPLES}, better 128, not {samples}: "
+            f"give more, or --{flag} none"
         )
     return settings
 
@@ -253,6 +265,8 @@ def filled_arguments(arguments: PruneArguments) -> dict[str, Any]:
     """Return all flags by name, with the preset's values for flags not given, and ``save_model`` as resolved."""
     preset = PRESETS[arguments.preset]
     flags = asdict(arguments) | {"save_model": arguments.saves_checkpoint}
+    if arguments.compensate is not None:
+        flags["refit"] = next((new for new, old in CLOSED_FORM.items() if old == arguments.compensate), "none")
     return {name: preset.get(name) if value is None else value for name, value in flags.items()}
 
 
@@ -346,12 +360,21 @@ def _budget_settings(arguments: PruneArguments) -> BudgetSettings | None:
 
 
 def _refit_settings(arguments: PruneArguments, value: Mapping[str, Any]) -> RefitSettings:
-    compensation = value["compensate"]
-    if arguments.compensate is None and "hidden" in (*arguments.kinds, *("hidden",) * arguments.channel_wise):
-        compensation = "none"  # the default of a preset gives way where hidden states change their size
+    refit = value["refit"]
+    required = arguments.refit is not None or arguments.compensate is not None
+    closed_form = CLOSED_FORM["ridge"] if refit in TRAINED else CLOSED_FORM.get(refit, "none")
+    if "hidden" in (*arguments.kinds, *("hidden",) * arguments.channel_wise) and (refit in TRAINED or not required):
+        closed_form = "none"  # it compares hidden states, which change their size
+    given = (arguments.refit_tokens, arguments.refit_minutes)
+    if given != (None, None) and refit not in TRAINED:
+        name = "refit_minutes" if arguments.refit_tokens is None else "refit_tokens"
+        raise PrunerError(f"--{name} has no effect with --refit {refit}: give --refit distill or blocks")
+    tokens = value["refit_tokens"] if arguments.refit_minutes is None else arguments.refit_tokens
     return RefitSettings(
-        compensation=compensation,
-        required=arguments.compensate is not None,
+        compensation=closed_form,
+        training=refit if refit in TRAINED else "none",
+        budget=Budget(tokens=tokens, minutes=arguments.refit_minutes) if refit in TRAINED else None,
+        required=required,
         self_samples=value["self_examples"],
         self_samples_required=arguments.self_examples is not None,
         rescale_norms=arguments.rescale_norms,
