@@ -234,7 +234,7 @@ def test_the_same_run_gives_the_same_bits(folder):
         ("--target_macs 0.01 --budget_tokens 16", "cannot be reached"),
         ("--compensate wishes", "choose from none, least_squares"),
         ("--compensate least_squares --num_examples 10", "--num_examples of at least 32"),
-        ("--preset fast", "choose from best, paper"),
+        ("--preset quick", "choose from best, fast, paper"),
         ("--compensate least_squares --channel_wise --num_examples 40", "hidden states of one size"),
     ],
 )

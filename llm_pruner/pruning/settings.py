@@ -363,8 +363,13 @@ def _refit_settings(arguments: PruneArguments, value: Mapping[str, Any]) -> Refi
     refit = value["refit"]
     required = arguments.refit is not None or arguments.compensate is not None
     closed_form = CLOSED_FORM["ridge"] if refit in TRAINED else CLOSED_FORM.get(refit, "none")
-    if "hidden" in (*arguments.kinds, *("hidden",) * arguments.channel_wise) and (refit in TRAINED or not required):
-        closed_form = "none"  # it compares hidden states, which change their size
+    if "hidden" in (*arguments.kinds, *("hidden",) * arguments.channel_wise):
+        if required and refit in CLOSED_FORM:
+            raise PrunerError(
+                f"--refit {refit} compares hidden states of one size, and hidden channels are pruned: give --refit "
+                "distill or blocks"
+            )
+        closed_form = "none"
     given = (arguments.refit_tokens, arguments.refit_minutes)
     if given != (None, None) and refit not in TRAINED:
         name = "refit_minutes" if arguments.refit_tokens is None else "refit_tokens"

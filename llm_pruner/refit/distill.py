@@ -31,10 +31,19 @@ from ..progress import Step
 from ..selection.plan import PruningPlan
 from .budget import Budget, Spending
 from .matching import matching_stacks
-from .training import BETAS, endless_batches, hold_out, in_float32, learning_rate, narrow_arithmetic, tokens_in
+from .training import (
+    BETAS,
+    endless_batches,
+    hold_out,
+    in_float32,
+    learning_rate,
+    narrow_arithmetic,
+    rate_for,
+    tokens_in,
+)
 
-HELD_OUT = 16  # one sample of so many measures the result
-PEAK_RATE = 3e-4
+HELD_OUT = 16  # one sample of so many, and at most so many, measure the result
+RATE = 3e-4  # up to 512 hidden channels
 TOKENS_PER_STEP = 512
 STREAM_WEIGHT = 1.0  # b
 LARGEST_GRADIENT = 1.0
@@ -140,8 +149,8 @@ def distill(
     Args:
         model: original model, which stays as it is.
         pruned: pruned model, of the same vocabulary.
-        calibration: LongTensor ``[samples, tokens]`` or other inputs, a sixteenth of which is held out; the others are
-            repeated if the budget is larger.
+        calibration: LongTensor ``[samples, tokens]`` or other inputs, a sixteenth of which is held out, at most 16;
+            the others are repeated if the budget is larger.
         plan: plan of the pruned model; needed if it lost layers.
         seed: of the order of the samples.
 
@@ -151,7 +160,7 @@ def distill(
     Raises:
         PrunerError: there are fewer than 16 samples.
     """
-    fitted, held_out = hold_out(calibration, HELD_OUT)
+    fitted, held_out = hold_out(calibration, min(len(calibration) // HELD_OUT, HELD_OUT))
     if not len(held_out):
         raise PrunerError(f"distillation needs at least {HELD_OUT} calibration samples, not {len(calibration)}")
     samples = max(1, TOKENS_PER_STEP // tokens_per_sample(calibration))
@@ -180,7 +189,8 @@ def _descend(
     distillation: Distillation, trained: list[nn.Parameter], batches: Iterator[Inputs], spending: Spending
 ) -> int:
     """Train until the budget is spent, or the loss is not finite; return the steps of the optimizer."""
-    optimizer = torch.optim.Adam(trained, lr=PEAK_RATE, betas=BETAS, fused=True)
+    peak = rate_for(distillation.pruned, RATE)
+    optimizer = torch.optim.Adam(trained, lr=peak, betas=BETAS, fused=True)
     steps, parts = 0, 100
     with Step("distilling, percent of the budget", parts) as progress:
         while spending.share < 1:
@@ -192,7 +202,7 @@ def _descend(
             loss.backward()
             nn.utils.clip_grad_norm_(trained, LARGEST_GRADIENT)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(PEAK_RATE, spending.share)
+                group["lr"] = learning_rate(peak, spending.share)
             optimizer.step()
             optimizer.zero_grad()
             steps += 1

@@ -32,11 +32,11 @@ from .budget import Budget, Spending
 from .matching import MatchingStack, matching_stacks
 from .stream import ResidualStream
 from .temperature import scale_logits
-from .training import BETAS, learning_rate, narrow_arithmetic, tokens_in
+from .training import BETAS, learning_rate, narrow_arithmetic, rate_for, tokens_in
 
 SAMPLES_PER_STEP = 8
 HELD_OUT = 4  # every 4th batch decides which weights stay
-PEAK_RATE = 2e-3
+RATE = 2e-3  # up to 512 hidden channels
 PATIENCE = 2  # epochs without a gain on held-out samples that end the training of a block
 TEMPERATURE_SAMPLES = 32
 
@@ -122,6 +122,7 @@ class BlockTrainer:
         self.compute = native_compute(pruned)
         self.tokens = [tokens_in(batch) for batch in batches]
         self.generator = torch.Generator().manual_seed(seed)
+        self.peak = rate_for(pruned, RATE)
         self._trained: dict[str, torch.Tensor] = {}  # tensors of the block in training, by name
 
     def _stand_in(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -162,13 +163,13 @@ class BlockTrainer:
         spending = Spending(budget)
         with self._trainable(path) as tensors:
             kept = [tensor.detach().clone() for tensor in tensors]
-            optimizer = torch.optim.Adam(tensors, lr=PEAK_RATE, betas=BETAS) if tensors else None
+            optimizer = torch.optim.Adam(tensors, betas=BETAS) if tensors else None
             since = 0
             while optimizer and best > 0 and spending.share < 1 and since < PATIENCE:
                 order = torch.randperm(len(fitted), generator=self.generator).tolist()
                 for b in (fitted[j] for j in order):
                     spending.tokens += self.tokens[b]
-                    _step(block, b, optimizer, spending.share)
+                    _step(block, b, optimizer, learning_rate(self.peak, spending.share))
                     if spending.share == 1:
                         break
                 since += 1
@@ -217,8 +218,8 @@ class Block:
         return sum(self.loss(batch).item() for batch in batches) / len(batches)
 
 
-def _step(block: Block, batch: int, optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Take one step of the optimizer, unless the loss is not finite."""
+def _step(block: Block, batch: int, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Take one step of the optimizer at a learning rate, unless the loss is not finite."""
     with torch.enable_grad():
         with narrow_arithmetic(block.stream.hidden[batch].device):
             loss = block.loss(batch)
@@ -226,6 +227,6 @@ def _step(block: Block, batch: int, optimizer: torch.optim.Optimizer, share: flo
             return
         loss.backward()
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(PEAK_RATE, share)
+        group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()

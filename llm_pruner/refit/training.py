@@ -8,12 +8,24 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..models.inputs import Inputs, tokens_per_sample
 from ..models.torch_internals import multiplies_bfloat16
 
 BETAS = (0.9, 0.95)  # of Adam: the second moment forgets soon, since trainings have few steps
+USUAL_WIDTH = 512
 WARMUP = 0.05  # share of the budget in which the learning rate rises
+
+
+def rate_for(model: PreTrainedModel, rate: float) -> float:
+    """Return the peak learning rate of a model: ``rate`` up to 512 hidden channels, and less for more.
+
+    Adam moves every weight by about the learning rate, and outputs by that times the number of inputs (Yang et al.,
+    arXiv 2203.03466).
+    """
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    return rate * min(1.0, USUAL_WIDTH / width) if isinstance(width, int) else rate
 
 
 def learning_rate(peak: float, share: float) -> float:
@@ -27,10 +39,20 @@ def learning_rate(peak: float, share: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (share - WARMUP) / (1 - WARMUP)))
 
 
-def hold_out(calibration: Inputs, every: int) -> tuple[Inputs, Inputs]:
-    """Split a calibration set in two: the samples to train on, and the last of every so many."""
-    held_out = len(calibration) // every
-    return calibration[: len(calibration) - held_out], calibration[len(calibration) - held_out :]
+def hold_out(calibration: Inputs, samples: int) -> tuple[Inputs, Inputs]:
+    """Split a calibration set in two: the samples to train on, and so many others.
+
+    These are spread evenly over token ids, which may come from several texts, and the last of other inputs.
+
+    >>> hold_out(torch.arange(12).view(6, 2), 2)[1].tolist()
+    [[4, 5], [10, 11]]
+    """
+    total = len(calibration)
+    if not isinstance(calibration, torch.Tensor):
+        return calibration[: total - samples], calibration[total - samples :]
+    is_held_out = torch.zeros(total, dtype=torch.bool)
+    is_held_out[[(i + 1) * total // samples - 1 for i in range(samples)]] = True
+    return calibration[~is_held_out], calibration[is_held_out]
 
 
 def endless_batches(inputs: Inputs, samples: int, seed: int) -> Iterator[Inputs]:
