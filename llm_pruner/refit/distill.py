@@ -45,6 +45,7 @@ from .training import (
 HELD_OUT = 16  # one sample of so many, and at most so many, measure the result
 RATE = 3e-4  # up to 512 hidden channels
 TOKENS_PER_STEP = 512
+OTHERS_PER_STEP = 8  # samples of images or sounds
 STREAM_WEIGHT = 1.0  # b
 LARGEST_GRADIENT = 1.0
 
@@ -163,7 +164,9 @@ def distill(
     fitted, held_out = hold_out(calibration, min(len(calibration) // HELD_OUT, HELD_OUT))
     if not len(held_out):
         raise PrunerError(f"distillation needs at least {HELD_OUT} calibration samples, not {len(calibration)}")
-    samples = max(1, TOKENS_PER_STEP // tokens_per_sample(calibration))
+    samples = (
+        max(1, TOKENS_PER_STEP // tokens_per_sample(calibration)) if torch.is_tensor(calibration) else OTHERS_PER_STEP
+    )
     with (
         evaluating(model),
         evaluating(pruned),
