@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..errors import PrunerError
 from ..models.blockwise import computing
 from ..models.hooks import forward_hooks
-from ..models.inputs import Inputs, tokens_per_sample
+from ..models.inputs import Inputs
 from ..models.layers import hidden_out
 from ..models.running import equal_draws, evaluating, forward, main_output
 from ..models.tasks import has_token_logits
@@ -164,9 +164,9 @@ def distill(
     fitted, held_out = hold_out(calibration, min(len(calibration) // HELD_OUT, HELD_OUT))
     if not len(held_out):
         raise PrunerError(f"distillation needs at least {HELD_OUT} calibration samples, not {len(calibration)}")
-    samples = (
-        max(1, TOKENS_PER_STEP // tokens_per_sample(calibration)) if torch.is_tensor(calibration) else OTHERS_PER_STEP
-    )
+    samples = OTHERS_PER_STEP
+    if isinstance(calibration, torch.Tensor):
+        samples = max(1, TOKENS_PER_STEP // calibration.shape[1])
     with (
         evaluating(model),
         evaluating(pruned),
