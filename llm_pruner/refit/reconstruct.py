@@ -36,8 +36,8 @@ from .training import BETAS, learning_rate, narrow_arithmetic, rate_for, tokens_
 
 SAMPLES_PER_STEP = 8
 HELD_OUT = 4  # every 4th batch decides which weights stay
-RATE = 2e-3  # up to 512 hidden channels
-PATIENCE = 2  # epochs without a gain on held-out samples that end the training of a block
+RATE = 1e-3  # up to 512 hidden channels
+PATIENCE = 2  # epochs without a gain on held-out samples that end the second half of a block's training
 TEMPERATURE_SAMPLES = 32
 
 
@@ -165,7 +165,7 @@ class BlockTrainer:
             kept = [tensor.detach().clone() for tensor in tensors]
             optimizer = torch.optim.Adam(tensors, betas=BETAS) if tensors else None
             since = 0
-            while optimizer and best > 0 and spending.share < 1 and since < PATIENCE:
+            while optimizer and best > 0 and spending.share < 1 and (since < PATIENCE or spending.share < 0.5):
                 order = torch.randperm(len(fitted), generator=self.generator).tolist()
                 for b in (fitted[j] for j in order):
                     spending.tokens += self.tokens[b]
