@@ -1,69 +1,27 @@
-"""Texts by name, and calibration sets made of them.
-
-A name is an embedded text (``general``, ``python-docs``), a hub data set (``wikitext2``, ``ptb``, ``c4``,
-``bookcorpus``) or a local ``.txt``, ``.json`` or ``.jsonl`` file; for calibration also ``self``, text that the model
-writes itself.
-"""
+"""Calibration sets: drawn from texts by name, or written by the model itself."""
 
 from __future__ import annotations
 
-import difflib
-import json
+import itertools
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .choices import EMBEDDED_TEXTS, GENERAL, PYTHON_DOCS, SELF
-from .errors import PrunerError, Unavailable
-from .files import read_json
+from .choices import SELF
+from .corpora import SOME, check_text, conversations, documents, holds_conversations, text
+from .errors import PrunerError
 from .models.blockwise import computing, native_compute
-from .models.generate import Sampling, TokenClock, generate, seeded
+from .models.generate import Sampling, TokenClock, generate, leading_tokens, seeded
 from .models.running import context_length
 from .progress import Step
 
+__all__ = ["OPENINGS", "calibration", "continues_text", "documents", "self_calibration", "self_written", "text"]
 
-@dataclass(frozen=True)
-class HubText:
-    """Location of a data set on the hub; all are plain files, without a loading script."""
-
-    loader: str
-    config: str | None
-    column: str
-    splits: dict[str, str]  # "train" and "test" -> split or data file
-    by_file: bool = False
-    whole: str | None = None  # the data files of all of "train", where that has many: the first will do for a sample
-
-
-_PTB = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/{}/0000.parquet"
-HUB = {
-    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "text", {"train": "train", "test": "test"}),
-    "ptb": HubText(
-        "parquet", None, "sentence", {"train": _PTB.format("train"), "test": _PTB.format("validation")}, by_file=True
-    ),  # LLM-Pruner measures on its validation part
-    "c4": HubText(
-        "json",
-        None,
-        "text",
-        {
-            "train": "hf://datasets/allenai/c4/en/c4-train.00000-of-01024.json.gz",
-            "test": "hf://datasets/allenai/c4/en/c4-validation.00000-of-00008.json.gz",
-        },
-        by_file=True,
-        whole="hf://datasets/allenai/c4/en/c4-train.*.json.gz",
-    ),
-    "bookcorpus": HubText("rojagtap/bookcorpus", None, "text", {"train": "train"}),
-}
-TEXTS = Path(__file__).with_name("texts")
-HELD_OUT = {GENERAL: 2, PYTHON_DOCS: 5}  # every n-th document is for measuring
-COLUMNS = ("text", "sentence", "content", "output")
-SOME = 20_000  # documents of a hub data set: calibration and evaluation need a few
-CHUNK = 2**20  # characters of a text file that are looked at together
 PROMPTS_PER_PASS = 64
 WRITING = "writing calibration text with the model, tokens"
 WHOLE_DISTRIBUTION = Sampling(repetition_penalty=1.0)
@@ -78,62 +36,56 @@ OPENINGS = (
 )
 
 
-def documents(name: str, split: str = "train", most: int | None = None) -> Iterator[str]:
-    """Yield the texts of a data set in order, as they come.
+@dataclass(frozen=True)
+class Source:
+    """Text of a calibration set: its name, and the share of the samples that come from it."""
 
-    Args:
-        name: see the module.
-        split: ``train`` (for calibration) or ``test`` (held out). A local file has one split.
-        most: of a data set on the hub, stop after so many.
-
-    Raises:
-        PrunerError: no such data set, split or file, or a file without text.
-    """
-    if name in EMBEDDED_TEXTS:
-        return iter(_embedded(name, split))
-    if name == SELF:
-        raise PrunerError(f"the text {SELF!r} is written by the model to be pruned: it is for --calib_dataset only")
-    if name in HUB:
-        return _from_hub(name, split, most)
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise PrunerError(
-            f"no data set {name!r}{_nearest(name)}: choose from {', '.join((*EMBEDDED_TEXTS, *HUB))}, or give a .txt, "
-            ".json or .jsonl file"
-        )
-    if path.suffix not in (".txt", ".json", ".jsonl"):
-        raise PrunerError(f"cannot read {name}: give a .txt, .json or .jsonl file")
-    return _from_file(path)
+    name: str
+    share: float = 1.0
 
 
-def check_text(name: str, split: str = "train") -> None:
-    """Refuse a text that cannot be read or is empty, by its first document.
+def calibration_sources(dataset: str) -> tuple[Source, ...]:
+    """Read names of texts with proportions, such as ``c4:0.5,chats.jsonl:0.3,self:0.2``; equal ones where none stand.
+
+    >>> calibration_sources("c4:3,self:1")
+    (Source(name='c4', share=0.75), Source(name='self', share=0.25))
 
     Raises:
-        PrunerError: as :func:`documents`, and :class:`~llm_pruner.errors.Unavailable`.
+        PrunerError: a proportion is not valid, or only some of the texts have one.
     """
-    if name in HUB:
-        _check_hub(name, split)
-    elif not any(document.strip() for document in documents(name, split)):
-        raise PrunerError(f"{name} holds no text")
+    if Path(dataset).expanduser().exists():  # its name may hold commas
+        return (Source(dataset),)
+    pairs = [_name_and_proportion(entry.strip()) for entry in dataset.split(",") if entry.strip()]
+    if not pairs:
+        raise PrunerError("--calib_dataset '' names no text: give one, such as general")
+    given = [proportion for _, proportion in pairs if proportion is not None]
+    if given and len(given) < len(pairs):
+        missing = next(name for name, proportion in pairs if proportion is None)
+        raise PrunerError(f"--calib_dataset {dataset}: {missing} has no proportion: give all texts one, or none")
+    if not all(0 < proportion < math.inf for proportion in given):
+        raise PrunerError(f"--calib_dataset {dataset} is not valid: give proportions above 0, such as c4:0.5,self:0.5")
+    total = sum(given) or len(pairs)
+    return tuple(Source(name, (proportion or 1.0) / total) for name, proportion in pairs)
 
 
-@cache
-def _check_hub(name: str, split: str) -> None:
-    next(documents(name, split, 1))
+def check_calibration_text(name: str) -> None:
+    """Refuse a text to calibrate on that cannot be read or is empty.
+
+    Raises:
+        PrunerError: as :func:`~.corpora.documents`, and :class:`~llm_pruner.errors.Unavailable`.
+    """
+    if not holds_conversations(name):
+        check_text(name)
 
 
-def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, [*EMBEDDED_TEXTS, *HUB, SELF], n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def text(name: str, split: str = "test") -> str:
-    """Return a data set as one text: documents joined by a blank line, as LLM-Pruner does; a .txt file as it stands."""
-    path = Path(name).expanduser()
-    if path.suffix == ".txt" and path.is_file():
-        return _read(path)
-    return "\n\n".join(documents(name, split, SOME))
+def _name_and_proportion(entry: str) -> tuple[str, float | None]:
+    name, colon, number = entry.rpartition(":")
+    if not (name and colon) or Path(entry).expanduser().exists():
+        return entry, None
+    try:
+        return name, float(number)
+    except ValueError:
+        return entry, None
 
 
 def calibration(
@@ -144,50 +96,178 @@ def calibration(
     *,
     seed: int | None = None,
     fewer: bool = False,
+    bos: bool = True,
+    packed: bool = False,
+    model: PreTrainedModel | None = None,
+    self_seed: int = 0,
 ) -> torch.Tensor:
     """Draw a calibration set: LongTensor ``[samples, tokens]``.
 
+    Documents that occur again are left out. Chats and instructions of a local file are written in the tokenizer's chat
+    template. Samples of several texts are mixed evenly, so that any first part holds every text.
+
     Args:
+        name: a text, or several with proportions: ``c4:0.5,chats.jsonl:0.3,self:0.2``.
         seed: None takes the first documents that are long enough, from their beginning; a number draws
             documents, and a place in each, at random (as LLM-Pruner does). Once all documents have been used, samples
             come from their unused parts, from the first document on.
         fewer: accept fewer samples, at least one, if the text is too short.
+        bos: begin every sample with the tokens that the tokenizer puts before a text, which count towards ``tokens``;
+            False cuts samples from running text, as LLM-Pruner does.
+        packed: join documents, each ended by the end-of-text token, and cut samples side by side, so that short
+            documents count too; ``seed`` then draws the order of the documents.
+        model: writes the samples of the text ``self``, drawn by ``self_seed`` where ``seed`` is None.
 
     Raises:
-        PrunerError: the data set has too little text.
+        PrunerError: the data set has too little text, a proportion is not valid, or there is no model to write.
+
+    >>> from llm_pruner import load
+    >>> calibration("general:3,python-docs:1", load("smollm2-135m")[1], 8, 32).shape
+    torch.Size([8, 32])
     """
+    sources = calibration_sources(name)
     if samples < 1 or tokens < 2:
         raise PrunerError(f"a calibration set needs at least 1 sample of 2 tokens, not {samples} of {tokens}")
-    rng = random.Random(seed)
-    pool: Iterable[str] = documents(name, "train", SOME)
-    if seed is not None:
-        pool = list(pool)
-        rng.shuffle(pool)
-    rows: list[list[int]] = []
-    rests: list[list[int]] = []  # unused parts of documents, for when there are no more documents
-    longest = 0
-    for document in pool:
-        ids = tokenizer(document, truncation=False, verbose=False)["input_ids"]
-        longest = max(longest, len(ids))
-        rests.append(ids)
-        _take(rests, -1, rows, tokens, rng if seed is not None else None)
-        if len(rows) == samples:
-            return torch.tensor(rows, dtype=torch.long)
-    while any(len(rest) >= tokens for rest in rests):
-        for i in range(len(rests)):
-            _take(rests, i, rows, tokens, rng if seed is not None else None)
-            if len(rows) == samples:
-                return torch.tensor(rows, dtype=torch.long)
-    if fewer and rows:
-        return torch.tensor(rows, dtype=torch.long)
-    raise PrunerError(
-        f"{name} gives {len(rows)} samples of {tokens} tokens (its longest document has {longest}), {samples} are "
-        "needed: ask for fewer or shorter samples, or give more text"
+    cutter = _Cutter(tokenizer, tokens, bos)
+    rows: list[list[list[int]]] = []
+    for source, count in zip(sources, _sample_counts(sources, samples), strict=True):
+        if source.name == SELF:
+            if model is None:
+                raise PrunerError(f"the text {SELF!r} is written by a model, and none is given")
+            own = self_written(model, tokenizer, count, tokens, seed=self_seed if seed is None else seed, bos=bos)
+            rows.append(own.tolist())
+            continue
+        rng = None if seed is None else random.Random(seed)
+        with Step(f"reading calibration text from {source.name}"):
+            texts = _read_texts(source.name, tokenizer, rng)
+            drawn = cutter.packed(texts) if packed else cutter.from_documents(texts, rng)
+            rows.append(list(itertools.islice(drawn, count)))
+        if len(rows[-1]) < count and not (fewer and rows[-1]):
+            raise PrunerError(
+                f"{source.name} gives {len(rows[-1])} samples of {tokens} tokens (its longest document has "
+                f"{cutter.longest}), {count} are needed: ask for fewer or shorter samples, or give more text"
+            )
+    return torch.tensor(_mix_evenly(rows), dtype=torch.long)
+
+
+def _sample_counts(sources: Sequence[Source], samples: int) -> list[int]:
+    """Share samples out by largest remainders.
+
+    >>> _sample_counts([Source("a", 0.5), Source("b", 0.3), Source("c", 0.2)], 8)
+    [4, 2, 2]
+
+    Raises:
+        PrunerError: a text would give no sample.
+    """
+    exact = [source.share * samples for source in sources]
+    counts = [int(number) for number in exact]
+    by_remainder = sorted(range(len(sources)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: samples - sum(counts)]:
+        counts[i] += 1
+    if 0 in counts:
+        name = sources[counts.index(0)].name
+        raise PrunerError(f"{name} would give none of {samples} samples: give it a larger proportion, or more samples")
+    return counts
+
+
+def _mix_evenly(groups: list[list[list[int]]]) -> list[list[int]]:
+    """Interleave groups of rows so that any first part holds each in proportion.
+
+    >>> _mix_evenly([[[1], [2], [3], [4]], [[8], [9]]])
+    [[1], [8], [2], [3], [9], [4]]
+    """
+    places = [((i + 0.5) / len(group), g, row) for g, group in enumerate(groups) for i, row in enumerate(group)]
+    return [row for _, _, row in sorted(places, key=lambda place: place[:2])]
+
+
+def _read_texts(name: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random | None) -> Iterator[str]:
+    """Yield the distinct documents of a text, in an order drawn at random if there is ``rng``."""
+    texts: Iterable[str] = (
+        conversations(name, tokenizer) if holds_conversations(name) else documents(name, "train", SOME)
     )
+    if rng is not None:
+        texts = list(texts)
+        rng.shuffle(texts)
+    seen = set()
+    for document in texts:
+        if document not in seen:
+            seen.add(document)
+            yield document
+
+
+@dataclass
+class _Cutter:
+    """Cuts texts into samples of ``tokens``.
+
+    Attributes:
+        bos: begin each sample with the tokens that the tokenizer puts before a text.
+        longest: tokens of the longest document so far.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    tokens: int
+    bos: bool
+    longest: int = 0
+
+    def __post_init__(self) -> None:
+        self._leading = leading_tokens(self.tokenizer)
+        self._start = self._leading if self.bos else []
+        self._length = self.tokens - len(self._start)
+        if self._length < 1:
+            raise PrunerError(
+                f"samples of {self.tokens} tokens hold no text: the tokenizer puts {len(self._start)} before it"
+            )
+
+    def _tokenize(self, document: str) -> list[int]:
+        """Return the tokens of a document, without those before it if each sample begins with them."""
+        ids = list(self.tokenizer(document, truncation=False, verbose=False)["input_ids"])
+        self.longest = max(self.longest, len(ids))
+        while self._leading and ids[: len(self._leading)] == self._leading:  # a chat template may write them as well
+            ids = ids[len(self._leading) :]
+        return ids if self.bos else [*self._leading, *ids]
+
+    def packed(self, documents: Iterable[str]) -> Iterator[list[int]]:
+        """Yield samples side by side from all documents joined, each ended by the end-of-text token."""
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        rest: list[int] = []
+        for document in documents:
+            ids = self._tokenize(document)
+            rest += ids if ids[-1:] == end else [*ids, *end]
+            full = len(rest) // self._length * self._length
+            for i in range(0, full, self._length):
+                yield [*self._start, *rest[i : i + self._length]]
+            rest = rest[full:]
+
+    def from_documents(self, documents: Iterable[str], rng: random.Random | None) -> Iterator[list[int]]:
+        """Yield one sample a document, its beginning or a place drawn by ``rng``, then their unused parts in turn."""
+        rests: list[list[int]] = []
+        for document in documents:
+            rests.append(self._tokenize(document))
+            yield from self._take(rests, -1, rng)
+        while any(len(rest) >= self._length for rest in rests):
+            for i in range(len(rests)):
+                yield from self._take(rests, i, rng)
+
+    def _take(self, rests: list[list[int]], i: int, rng: random.Random | None) -> Iterator[list[int]]:
+        """Yield a sample from the unused part of a document, if it is long enough, and keep what is left of that."""
+        ids = rests[i]
+        if len(ids) < self._length:
+            return
+        start = 0 if rng is None else rng.randint(0, len(ids) - self._length)
+        rests[i] = ids[start + self._length :]
+        if start >= self._length:
+            rests.append(ids[:start])
+        yield [*self._start, *ids[start : start + self._length]]
 
 
 def self_written(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: int, tokens: int, *, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    tokens: int,
+    *,
+    seed: int = 0,
+    bos: bool = True,
 ) -> torch.Tensor:
     """Generate a calibration set with the model itself, without any data: LongTensor ``[samples, tokens]``.
 
@@ -196,11 +276,14 @@ def self_written(
 
     Args:
         seed: of the draws; the global random state is restored.
+        bos: leave the tokens that the tokenizer puts before a text in the samples; see :func:`calibration`.
 
     Raises:
         PrunerError: the model cannot generate.
     """
-    start = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
+    leading = leading_tokens(tokenizer)
+    start = leading or [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None][:1]
+    dropped = 0 if leading and bos else len(start)
     prompts = []
     for i in range(samples):
         opening = OPENINGS[i // 2 % len(OPENINGS)] if i % 2 or not start else ""
@@ -211,7 +294,7 @@ def self_written(
     prompt_batches = [torch.tensor([prompts[i] for i in places]) for places in batches]
     written = _continue_prompts(model, prompt_batches, tokens, seed)
     for places, batch, continued in zip(batches, prompt_batches, written, strict=True):
-        rows |= zip(places.tolist(), torch.cat([batch[:, len(start) :], continued], dim=1)[:, :tokens], strict=True)
+        rows |= zip(places.tolist(), torch.cat([batch[:, dropped:], continued], dim=1)[:, :tokens], strict=True)
     return torch.stack([rows[i] for i in range(samples)])
 
 
@@ -240,7 +323,9 @@ def continues_text(model: PreTrainedModel) -> bool:
     return bool(model.can_generate() and not model.config.is_encoder_decoder)
 
 
-def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, seed: int = 0) -> torch.Tensor:
+def self_calibration(
+    model: PreTrainedModel, ids: torch.Tensor, samples: int, seed: int = 0, *, leading: int = 0
+) -> torch.Tensor:
     """Sample calibration text from the model itself: LongTensor ``[samples, tokens]``.
 
     Self-written samples cover more than a small text does, and need no data (Williams et al., arXiv 2410.17170, who
@@ -250,111 +335,15 @@ def self_calibration(model: PreTrainedModel, ids: torch.Tensor, samples: int, se
     Args:
         ids: LongTensor ``[rows, tokens]``.
         seed: of the draws; the global random state is restored.
+        leading: number of tokens that the tokenizer puts before a text and every row of ``ids`` begins with; prompts
+            and samples begin with them, too.
 
     Raises:
         PrunerError: the model cannot generate.
     """
     tokens = ids.shape[1]
     prompt_tokens = max(1, min(tokens // 4, (context_length(model) or 2**31) - tokens))
-    prompts = ids.repeat(-(-samples // len(ids)), 1)[:samples, -prompt_tokens:]
-    return torch.cat(_continue_prompts(model, prompts.split(PROMPTS_PER_PASS), tokens, seed))
-
-
-def _take(rests: list[list[int]], i: int, rows: list[list[int]], tokens: int, rng: random.Random | None) -> None:
-    """Move a sample from the unused part of a document to the rows: its beginning, or a place drawn at random."""
-    ids = rests[i]
-    if len(ids) >= tokens:
-        start = 0 if rng is None else rng.randint(0, len(ids) - tokens)
-        rows.append(ids[start : start + tokens])
-        rests[i] = ids[start + tokens :]
-        if start >= tokens:
-            rests.append(ids[:start])
-
-
-def _embedded(name: str, split: str) -> list[str]:
-    """Return the documents of an embedded text; every second or fifth is held out."""
-    every = HELD_OUT[name]
-    everything = (TEXTS / f"{name}.txt").read_text(encoding="utf-8").split("\n%%\n")
-    return [document for i, document in enumerate(everything) if (i % every == every - 1) == (split == "test")]
-
-
-def _from_hub(name: str, split: str, most: int | None) -> Iterator[str]:
-    from datasets import load_dataset
-
-    where = HUB[name]
-    if split not in where.splits:
-        raise PrunerError(f"{name} has no held-out part to measure on: choose another text")
-    several = where.whole if split == "train" and (most is None or most > SOME) else None
-    files = several or where.splits[split]
-    try:
-        if where.by_file:
-            data = load_dataset(where.loader, data_files=files, split="train", streaming=True)
-        else:
-            data = load_dataset(where.loader, where.config, split=where.splits[split], streaming=True)
-        for i, row in enumerate(data):
-            if i == most:
-                return
-            yield row[where.column]
-    except Exception as error:  # the hub client raises many kinds; the user needs one line
-        reason = " ".join(str(error).split())[:160]
-        raise Unavailable(
-            f"the data set {name} could not be fetched from the hub ({type(error).__name__}: {reason}); give a local "
-            f".txt, .json or .jsonl file instead, or {GENERAL}, which needs no network"
-        ) from error
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PrunerError(f"cannot read {path}: {error}") from error
-
-
-def _from_file(path: Path) -> Iterator[str]:
-    has_rows = False
-    for row in read_rows(path):
-        has_rows = True
-        yield row if path.suffix == ".txt" else _row_text(path, row)
-    if not has_rows:
-        raise PrunerError(f"{path} holds no rows")
-
-
-def read_rows(path: Path) -> Iterator[Any]:
-    """Yield the entries of a file as they are read: paragraphs of a text, lines of JSON, entries of a list."""
-    if path.suffix == ".json":
-        content = read_json(path)
-        yield from content if isinstance(content, list) else []
-        return
-    try:
-        with path.open(encoding="utf-8", newline="\n" if path.suffix == ".jsonl" else None) as file:
-            if path.suffix == ".jsonl":
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield _json(line, path, number)
-                return
-            rest = ""
-            while chunk := file.read(CHUNK):
-                *whole, rest = (rest + chunk).split("\n\n")
-                yield from (part for part in whole if part.strip())
-            if rest.strip():
-                yield rest
-    except (OSError, UnicodeDecodeError) as error:
-        raise PrunerError(f"cannot read {path}: {error}") from error
-
-
-def _json(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise PrunerError(f"{path} is not valid jsonl: line {number}: {str(error)[:200]}") from error
-
-
-def _row_text(path: Path, row: object) -> str:
-    if isinstance(row, str):
-        return row
-    if isinstance(row, dict):
-        for column in COLUMNS:
-            if isinstance(row.get(column), str):
-                return row[column]
-        raise PrunerError(f"{path} has no column {' or '.join(COLUMNS)}; it has {', '.join(map(str, row))}")
-    raise PrunerError(f"{path} must hold texts or rows with a text column")
+    rows = ids.repeat(-(-samples // len(ids)), 1)[:samples]
+    prompts = torch.cat([rows[:, :leading], rows[:, max(leading, tokens - prompt_tokens) :]], dim=1)
+    written = torch.cat(_continue_prompts(model, prompts.split(PROMPTS_PER_PASS), tokens, seed))
+    return torch.cat([rows[:, :leading].to(written), written], dim=1)[:, :tokens]

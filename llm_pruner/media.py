@@ -19,7 +19,7 @@ import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, PreTrainedModel
 
 from .choices import SYNTHETIC
-from .data import check_text
+from .corpora import check_text
 from .errors import PrunerError
 from .graph.units import CouplingGraph, trace
 from .models.inputs import ModelInputs, example_inputs, needed_inputs, reads_text_only

@@ -15,7 +15,7 @@ from llm_pruner.errors import PrunerError
 from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.evaluation.similarity import outputs, similarity
 from llm_pruner.files import read_json
-from llm_pruner.importance.gradients import visit_gradients
+from llm_pruner.importance.gradients import visit_moments
 from llm_pruner.models.per_layer import REFUSAL
 from llm_pruner.models.tasks import predicts_tokens, task_of, task_of_config
 from llm_pruner.surgery.slicing import mask
@@ -91,8 +91,8 @@ def test_random_projections_estimate_how_far_the_output_moves():
     model = model_of("RobertaForTokenClassification", num_labels=2, num_hidden_layers=1)
     name, ids = "classifier.weight", tokens(1, 8)
     squares: list[torch.Tensor] = []
-    visit_gradients(model, [name], ids.expand(600, -1), lambda _, __, g: squares.append(g.square()), per_sample=True)
-    found = torch.stack(squares).mean(0)
+    visit_moments(model, [name], ids.expand(600, -1), lambda _, __, moments: squares.append(moments.square))
+    (found,) = squares
     with torch.no_grad():
         hidden = model.roberta(ids).last_hidden_state[0]
     expected = hidden.square().sum(0) / (hidden.shape[0] * 2)

@@ -71,7 +71,7 @@ def test_random_samples_use_the_whole_of_a_document(tmp_path, tokenizer):
 def test_paragraphs_are_read_as_they_come(chunk, tmp_path, monkeypatch):
     content = "a\n\n\nb\nc\n\n\n\nd\n\n"
     (tmp_path / "a.txt").write_text(content)
-    monkeypatch.setattr("llm_pruner.data.CHUNK", chunk)
+    monkeypatch.setattr("llm_pruner.corpora.CHUNK", chunk)
     assert list(documents(str(tmp_path / "a.txt"))) == [p for p in content.split("\n\n") if p.strip()]
 
 

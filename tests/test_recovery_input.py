@@ -21,9 +21,8 @@ from llm_pruner.recovery.settings import OutputSettings, resolve_settings
     ("changes", "message"),
     [
         ({"prune_model": "/nowhere"}, "there is no model folder /nowhere"),
-        ({"prune_model": "nobody/nothing"}, "there is no pruned model nobody/nothing"),
+        ({"prune_model": "nobody/nothing"}, "there is no model nobody/nothing"),
         ({"prune_model": None}, "--model is missing"),
-        ({"prune_model": "base"}, "is not a pruned model"),
         ({"data_path": "/nowhere.json"}, "there is no data file"),
         ({"lora_r": 33}, "--lora_r 33 is more than model.layers.0.self_attn.q_proj"),
         ({"lora_target_modules": "c_attn"}, "has no linear layer c_attn; it has down_proj"),

@@ -97,7 +97,7 @@ REFUSED = [
     ("prune {tmp}/bare --output out --eval_datasets ''", "holds no safetensors weights"),
     ("evaluate {home}/base nowhere/at/all --datasets {home}/text.txt", "error: there is no model folder"),
     ("evaluate {home}/base {tmp}/bare --datasets {home}/text.txt", "error: {tmp}/bare"),
-    ("recover {home}/base --output out", "is not a pruned model"),
+    ("recover {home}/base --output out --method distill", "give it as --teacher"),
     (RECOVER + "--method distill --teacher nowhere/at/all", "--teacher nowhere/at/all"),
     (RECOVER + "--objective ul2", "--objective ul2 is for encoder-decoders"),
     (RECOVER + "--lora_target_modules q_prj", "--lora_target_modules q_prj is in no layer"),

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import llm_pruner as lp
-from llm_pruner.recovery.rows import read_messages, read_rows, read_text, row_kind
+from llm_pruner.recovery.rows import read_rows
 from llm_pruner.recovery.tokenize import ExampleFormat, tokenize
+from llm_pruner.row_kinds import read_messages, read_text, row_kind
 
 FORM = ExampleFormat(cutoff_len=48)
 TURN = {"role": "user", "content": "Hello"}

@@ -18,6 +18,12 @@ class MeasuringArguments(Arguments):
 
     seq_len: int = flag(128, "tokens per window", group="texts")
     stride: int = flag(0, "tokens between the starts of two windows (0: windows do not overlap)", group="texts")
+    bos: bool = flag(
+        True,
+        "begin every window with the tokens that the tokenizer puts before a text, such as BOS (false: as in "
+        "LLM-Pruner)",
+        group="texts",
+    )
     max_windows: int = flag(0, "use only the first N windows of a text (0: all)", group="texts")
     device: str = flag("auto", "device: auto, cpu, cuda, cuda:1, mps, ...", group="model")
     dtype: Dtype = flag("auto", "dtype of the weights", group="model")

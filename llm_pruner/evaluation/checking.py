@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoint.checking import check_language_model, check_later_language_model, check_model
-from ..data import check_text
+from ..corpora import check_text
 from ..files import check_file
 from ..inputs import InputCheck
 from ..media import check_dataset

@@ -25,7 +25,7 @@ from ..models.towers import tower_paths
 from ..serving.engines import EngineSpeed
 from .cost import macs, memory
 from .labelled import measure_labelled
-from .perplexity import Perplexity, perplexity, windows
+from .perplexity import Perplexity, perplexity, title_of_text, windows
 from .similarity import Originals, Similarity, pieces_of
 from .speed import Speed, speed, speeds, tokens_read, warnings_of
 from .zero_shot import ZeroShot, zero_shot
@@ -46,7 +46,7 @@ class Measurements:
     Attributes:
         texts: texts by name, for perplexity.
         media: folders of images or sounds, for models that read these.
-        seq_len, stride, max_windows: how texts are cut into windows; see :func:`~.perplexity.windows`.
+        seq_len, stride, bos, max_windows: how texts are cut into windows; see :func:`~.perplexity.windows`.
         batch_size: windows or requests per forward pass; None: as many as fit.
         tasks: names of lm-eval's tasks.
         labelled: labelled files or folders; see :func:`~.labelled.measure_labelled`.
@@ -60,6 +60,7 @@ class Measurements:
     media: tuple[str, ...] = ()
     seq_len: int = 128
     stride: int | None = None
+    bos: bool = True
     max_windows: int | None = None
     batch_size: int | None = None
     tasks: tuple[str, ...] = ()
@@ -176,8 +177,9 @@ def _measure_perplexities(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements
 ) -> dict[str, Perplexity]:
     results = {}
-    for title, text in settings.texts.items():
-        ids = windows(tokenizer, text, settings.seq_len, settings.max_windows, stride=settings.stride)
+    for text_name, text in settings.texts.items():
+        title = title_of_text(text_name, tokenizer, settings.bos)
+        ids = windows(tokenizer, text, settings.seq_len, settings.max_windows, stride=settings.stride, bos=settings.bos)
         results[title] = perplexity(
             model,
             ids,

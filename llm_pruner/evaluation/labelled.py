@@ -11,7 +11,7 @@ import pandas
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import read_rows
+from ..corpora import read_rows
 from ..errors import PrunerError
 from ..media import Medium, check_media, load_processor, process, process_sound, read_media
 from ..models.blockwise import computing

@@ -1,4 +1,4 @@
-"""Perplexity by LLM-Pruner's protocol (adjacent windows of ``seq_len`` tokens), or by windows that overlap."""
+"""Perplexity over windows of ``seq_len`` tokens, side by side or overlapping."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
 from ..models.blockwise import Compute, computing
+from ..models.generate import leading_tokens
 from ..models.loss import total_loss
 from ..models.running import context_length, evaluating
 from ..progress import track
@@ -50,11 +51,14 @@ def windows(
     max_windows: int | None = None,
     *,
     stride: int | None = None,
+    bos: bool = True,
 ) -> torch.Tensor:
     """Cut a text into windows: LongTensor ``[windows, seq_len]``; a rest shorter than a window is left out.
 
     Args:
-        stride: tokens from the start of a window to the start of the next; None: ``seq_len``, side by side.
+        stride: tokens from the start of a window to the start of the next; None: side by side.
+        bos: begin every window with the tokens that the tokenizer puts before a text, which count towards ``seq_len``;
+            False cuts windows from running text, as LLM-Pruner does.
 
     Raises:
         PrunerError: the text is shorter than one window, or ``stride`` is out of range.
@@ -67,7 +71,20 @@ def windows(
     ids = torch.tensor(tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=torch.long)
     if len(ids) < seq_len:
         raise PrunerError(f"the text has {len(ids)} tokens, less than one window of {seq_len}: lower --seq_len")
-    return ids.unfold(0, seq_len, stride)[:max_windows]
+    start = leading_tokens(tokenizer) if bos else []
+    length = seq_len - len(start)
+    if length < 1:
+        raise PrunerError(f"seq_len {seq_len} is out of range: the tokenizer puts {len(start)} tokens before a text")
+    rows = ids[len(start) :].unfold(0, length, min(stride, length))[:max_windows]
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(len(rows), -1), rows], dim=1)
+
+
+def title_of_text(name: str, tokenizer: PreTrainedTokenizerBase, bos: bool) -> str:
+    """Return the name of a text for tables, where it says if windows lack tokens that the tokenizer would begin with.
+
+    Perplexities with and without them do not compare.
+    """
+    return f"{name} without BOS" if not bos and leading_tokens(tokenizer) else name
 
 
 def check_length(model: PreTrainedModel, tokens: int) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..checkpoint.load import load, load_with_tokenizer
 from ..checkpoint.locate import locate
-from ..data import text
+from ..corpora import text
 from ..files import file_for_run, folder_for_run, strict_json, write_text
 from ..logs import logging_to
 from ..media import is_media
@@ -19,7 +19,7 @@ from ..provenance import provenance
 from ..serving.engines import in_format, measure_engines
 from .arguments import EvaluateArguments, PerplexityArguments
 from .evaluate import PROMPTS, Evaluation, Measurements, evaluate_models, keep_outputs
-from .perplexity import perplexity, windows
+from .perplexity import perplexity, title_of_text, windows
 from .shared_texts import warn_for_models
 from .similarity import Originals
 from .table import Table, as_json, table
@@ -93,6 +93,7 @@ def resolve(args: EvaluateArguments) -> Measurements:
         media=tuple(name for name in args.datasets if is_media(name)),
         seq_len=args.seq_len,
         stride=args.stride or None,
+        bos=args.bos,
         max_windows=args.max_windows or None,
         batch_size=args.batch_size or None,
         tasks=() if _runs_tasks_in_vllm(args) else task_names(args),
@@ -140,7 +141,7 @@ def run_perplexity(args: PerplexityArguments) -> None:
     device = resolve_device(args.device, "--device")
     model, tokenizer = load_with_tokenizer(args.model, args.dtype, device, args.trust_remote_code, verify=args.verify)
     stride = args.stride or None
-    ids = windows(tokenizer, content, args.seq_len, args.max_windows or None, stride=stride)
+    ids = windows(tokenizer, content, args.seq_len, args.max_windows or None, stride=stride, bos=args.bos)
     result = perplexity(
         model,
         ids,
@@ -150,8 +151,9 @@ def run_perplexity(args: PerplexityArguments) -> None:
         model_name=args.model,
         text_name=args.dataset,
     )
-    record = {"model": args.model, "dataset": args.dataset, **asdict(result), "arguments": asdict(args)}
-    print(f"{args.model} on {args.dataset}: perplexity {result.perplexity:.4f} ({result.tokens} tokens)")
+    title = title_of_text(args.dataset, tokenizer, args.bos)
+    record = {"model": args.model, "dataset": title, **asdict(result), "arguments": asdict(args)}
+    print(f"{args.model} on {title}: perplexity {result.perplexity:.4f} ({result.tokens} tokens)")
     if args.output:
         write_text(Path(args.output), strict_json(record))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..checkpoint.locate import PLAN_FILE
+from ..data import calibration_sources
 from ..logs import log
 from ..media import is_media
 from ..selection.plan import PruningPlan
@@ -18,7 +19,8 @@ TRAINED_ON = "trained_on"
 def sources_of(plan: PruningPlan) -> set[str]:
     """Return the texts that a plan's model was calibrated and trained on, by the names that the flags gave."""
     calibrated, trained = plan.settings.get(CALIBRATED_ON), plan.settings.get(TRAINED_ON)
-    return {str(calibrated)} - {"None"} | {str(name) for name in (trained or ())}
+    calibrated_on = calibration_sources(str(calibrated)) if calibrated else ()
+    return {source.name for source in calibrated_on} | {str(name) for name in (trained or ())}
 
 
 def warn_of_shared_texts(sources: Iterable[str], measured_on: Iterable[str], model: str = "the pruned model") -> None:

@@ -11,8 +11,10 @@ upcast to float32, and a model larger than memory needs no more of it than one b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,47 +27,77 @@ from ..models.inputs import Inputs, reads_text_only, tokens_per_sample
 from ..models.running import evaluating, main_output, model_inputs, target_ids, without_cache
 from ..models.tasks import predicts_tokens
 from ..progress import Step, track
+from .linear_gradients import LinearGradients, MomentSums, VisitMoments
 
 Visit = Callable[[str, torch.Tensor, torch.Tensor], None]
 TOKENS_PER_PASS = 1024  # in a forward pass
 
 
-def _ignore(name: str, weight: torch.Tensor) -> None:
-    """Do nothing when a parameter is done."""
+class _Gradients:
+    """Receiver of the gradients of a mean loss, in fp32, once all batches have passed a block."""
+
+    linears: LinearGradients | None = None
+
+    def __init__(self, visit: Visit):
+        self._visit = visit
+
+    def after_batch(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Let the gradients of a block's tensors add up over batches."""
+
+    def after_block(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, weight, gradient in _take_gradients(tensors):
+            self._visit(name, weight, gradient)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GradientVisitor:
-    """Receiver of gradients, called as soon as each is computed.
+class _Squares:
+    """Receiver of the gradients of each sample's own mean loss, whose moments it hands on.
 
     Attributes:
-        visit: called with the name, weight and gradient of a parameter, in fp32.
-        done: called with a name and weight when all gradients of a parameter have been visited.
-        per_sample: visit the gradient of each sample's own mean loss, one by one.
+        linears: receives those of linear layers from passes of several samples; None for passes of one sample.
     """
 
-    visit: Visit
-    done: Callable[[str, torch.Tensor], None] = _ignore
-    per_sample: bool = False
+    def __init__(self, visit: VisitMoments, samples: int, *, with_mean: bool, linears: LinearGradients | None = None):
+        self._visit, self._samples, self._with_mean, self.linears = visit, samples, with_mean, linears
+        self._sums: dict[str, MomentSums] = {}
+
+    def after_batch(self, tensors: dict[str, torch.Tensor]) -> None:
+        if self.linears is None:
+            for name, _, gradient in _take_gradients(tensors):
+                if name not in self._sums:
+                    self._sums[name] = MomentSums(gradient, with_mean=self._with_mean)
+                self._sums[name].add(gradient)
+
+    def after_block(self, tensors: dict[str, torch.Tensor]) -> None:
+        if self.linears is not None:
+            received, self._sums = self.linears.received(), self.linears.sums
+            tensors = {name: tensor for name, tensor in tensors.items() if name in received}
+        for name, tensor in _projections_first(tensors):
+            sums = self._sums.pop(name, None) or MomentSums(tensor.detach(), with_mean=self._with_mean)
+            self._visit(name, tensor.detach().float(), sums.moments(self._samples))
+
+
+def _take_gradients(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield names, tensors and gradients in fp32; remove the gradients."""
+    for name, tensor in _projections_first(tensors):
+        gradient, tensor.grad = tensor.grad, None
+        if gradient is None:  # the loss does not depend on it
+            gradient = torch.zeros_like(tensor)
+        yield name, tensor.detach().float(), gradient.float()
+
+
+def _projections_first(tensors: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """Return tensors by name as their gradients come, so that the first gradient that is not finite is named."""
+    return sorted(reversed(tensors.items()), key=lambda pair: pair[1].ndim < 2)
 
 
 def visit_gradients(
-    model: nn.Module,
-    names: Iterable[str],
-    ids: Inputs,
-    visit: Visit,
-    *,
-    done: Callable[[str, torch.Tensor], None] = _ignore,
-    per_sample: bool = False,
-    compute: Compute | None = None,
+    model: nn.Module, names: Iterable[str], ids: Inputs, visit: Visit, *, compute: Compute | None = None
 ) -> float:
     """Visit gradients of the mean token loss: ``visit(name, weight, gradient)`` in fp32 for every named parameter.
 
     Args:
         names: names of parameters.
         ids: LongTensor ``[samples, tokens]``, or other inputs.
-        done: called with a name and weight when all gradients of a parameter have been visited.
-        per_sample: visit the gradient of each sample's own mean loss, one by one, instead of that of all samples.
         compute: where and how to compute; by default where the model is.
 
     Returns the loss. The model's own parameters, flags, gradients and mode are not touched.
@@ -74,23 +106,55 @@ def visit_gradients(
         PrunerError: the loss is not finite.
     """
     compute = compute or native_compute(model)
-    names = set(names)
-    rows = 1 if per_sample else max(1, TOKENS_PER_PASS // tokens_per_sample(ids))
-    batches = list(ids.to(compute.device).split(rows))
-    shares = [1.0 if per_sample else len(batch) / len(ids) for batch in batches]
-    # Gradients of parameters outside the blocks add up over a whole sweep: there, every sample needs its own sweep.
-    outside = names & StandIns(model, lambda _, tensor: tensor).names() if per_sample else set()
-    losses = []
-    if names - outside or not outside:
-        visitor = GradientVisitor(visit=visit, done=done, per_sample=per_sample)
-        losses = _Sweep(model, names - outside, compute, visitor).run(batches, shares)
+    batches = _batches(ids, compute)
+    shares = [len(batch) / len(ids) for batch in batches]
+    losses = _Sweep(model, set(names), compute, _Gradients(visit)).run(batches, shares)
+    return sum(loss * share for loss, share in zip(losses, shares, strict=True))
+
+
+def visit_moments(
+    model: nn.Module,
+    names: Iterable[str],
+    ids: Inputs,
+    visit: VisitMoments,
+    *,
+    with_mean: bool = False,
+    compute: Compute | None = None,
+) -> None:
+    """Visit moments of the gradients of each sample's own mean loss: ``visit(name, weight, moments)`` in fp32.
+
+    Gradients of linear layers come from passes of several samples: that of one sample is the product of its own
+    activations and output gradients (as in per-sample clipping, arXiv 1510.01799). Other parameters take a pass per
+    sample, and those outside the blocks a whole sweep, since there gradients add up.
+
+    Args:
+        names, ids, compute: as in :func:`visit_gradients`.
+        with_mean: visit the mean of the gradients as well as that of their squares.
+
+    Raises:
+        PrunerError: the loss of a sample is not finite.
+    """
+    compute, samples = compute or native_compute(model), len(ids)
+    receiver = partial(_Squares, visit, samples, with_mean=with_mean)
+    outside = set(names) & StandIns(model, lambda _, tensor: tensor).names()
+    inside = set(names) - outside
+    linears = LinearGradients(model, inside, with_mean=with_mean)
+    if samples > 1 and linears.candidates:
+        batches = _batches(ids, compute)
+        shares = [float(len(batch)) for batch in batches]  # each sample counts as if it were alone
+        _Sweep(model, linears.candidates, compute, receiver(linears=linears)).run(batches, shares)
+        inside -= linears.received()
+    single = list(ids.to(compute.device).split(1))
+    if inside:
+        _Sweep(model, inside, compute, receiver()).run(single, [1.0] * samples)
     if outside:
-        sweep = _Sweep(model, outside, compute, GradientVisitor(visit=visit, per_sample=per_sample))
-        losses = [sweep.run([batch], [1.0])[0] for batch in track(batches, "scoring outside the layers, by samples")]
-        parameters = dict(model.named_parameters())
-        for name in outside:
-            done(name, compute.convert(parameters[name]).float())
-    return sum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True)) / len(ids)
+        sweep = _Sweep(model, outside, compute, receiver())
+        for batch in track(single, "scoring outside the layers, by samples"):
+            sweep.run([batch], [1.0], last=batch is single[-1])
+
+
+def _batches(ids: Inputs, compute: Compute) -> list[Any]:
+    return list(ids.to(compute.device).split(max(1, TOKENS_PER_PASS // tokens_per_sample(ids))))
 
 
 @dataclass
@@ -133,39 +197,49 @@ class _Sweep:
     """Forward passes of all batches, then one backward pass through the blocks with all of them.
 
     Attributes:
-        names: parameters whose gradients are visited.
+        names: parameters whose gradients the receiver is given.
         tapes: calls of blocks, in order, one tape per batch.
         drawn: random projections so far, which seed the next.
         forwards: each block's own forward, by its path.
     """
 
-    def __init__(self, model: nn.Module, names: set[str], compute: Compute, visitor: GradientVisitor):
-        self.model, self.names, self.visitor = model, names, visitor
+    def __init__(self, model: nn.Module, names: set[str], compute: Compute, receiver: _Gradients | _Squares):
+        self.model, self.names, self.receiver = model, names, receiver
+        self.linears = receiver.linears
 
         def stand_in(name: str, tensor: torch.Tensor) -> torch.Tensor:
             converted = compute.convert(tensor)
-            return converted.requires_grad_(True) if name in names else converted
+            return converted.requires_grad_(True) if name in names and self.linears is None else converted
 
         self.stand_ins = StandIns(model, stand_in)
         self.tapes: list[list[_Call]] = []
         self.drawn = 0
         self.forwards: dict[str, Callable[..., Any]] = {}
 
-    def run(self, batches: list[Any], shares: list[float]) -> list[float]:
-        """Return the mean loss of every batch; gradients are those of the losses times their shares."""
+    def run(self, batches: list[Any], shares: list[float], *, last: bool = True) -> list[float]:
+        """Return the mean loss of every batch; gradients are those of the losses times their shares.
+
+        Args:
+            last: False if gradients of more batches will follow in another run.
+        """
         self.tapes = []
-        with evaluating(self.model), self.stand_ins.placed() as rest:
+        hooks = nullcontext() if self.linears is None else self.linears.hooked()
+        with evaluating(self.model), self.stand_ins.placed() as rest, hooks:
             with self.stand_ins.forwards(self._record), torch.enable_grad():
                 pairs = list(zip(batches, shares, strict=True))
                 losses = [self._forward(*pair) for pair in track(pairs, "scoring, forward passes")]
             outside = {name: tensor for name, tensor in rest.items() if name in self.names}
             self._backward(everywhere=bool(outside))
-            self._finish(outside)
+            self.receiver.after_batch(outside)
+            if last:
+                self.receiver.after_block(outside)
         return losses
 
     def _forward(self, ids: Inputs, share: float) -> float:
         """Run one batch; leave a tape of its blocks and the gradients of what follows the last of them."""
         self.tapes.append([])
+        if self.linears is not None:
+            self.linears.begin_batch(len(ids))
         inputs = model_inputs(self.model, ids)
         output = main_output(self.model(**inputs, **without_cache(self.model)))
         if not output.requires_grad:
@@ -173,8 +247,9 @@ class _Sweep:
         if predicts_tokens(self.model) and reads_text_only(self.model):
             loss, _ = NextTokenLoss.apply(output.clone() if output._is_view() else output, target_ids(inputs))
         else:
-            self.drawn += 1
-            loss = _random_projection(output, seed=self.drawn)
+            rows = output.split(len(output) if self.linears is None else 1)
+            loss = torch.stack([_random_projection(row, seed=self.drawn + i) for i, row in enumerate(rows, 1)]).mean()
+            self.drawn += len(rows)
         if not torch.isfinite(loss):
             raise PrunerError(f"the calibration loss is {loss.item()}; load the model with --dtype float32 or bfloat16")
         (loss * share).backward(retain_graph=True)
@@ -185,6 +260,8 @@ class _Sweep:
         self.forwards[path] = forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            if self.linears is not None:
+                _begin_graph(args, kwargs)
             with self.stand_ins.placed(path), torch.no_grad():
                 output = forward(*args, **kwargs)
             output = tree_map(_leaf, output)
@@ -210,25 +287,16 @@ class _Sweep:
             named = {name: tensor for name, tensor in tensors.items() if name in self.names}
             for tape in self.tapes:
                 tape.pop().backward(self.forwards[path])
-                if self.visitor.per_sample:
-                    self._visit(named)
+                self.receiver.after_batch(named)
                 step.advance()
-            self._finish(named, visit=not self.visitor.per_sample)
+            self.receiver.after_block(named)
 
-    def _finish(self, tensors: dict[str, torch.Tensor], *, visit: bool = True) -> None:
-        if visit:
-            self._visit(tensors)
-        for name, tensor in tensors.items():
-            self.visitor.done(name, tensor.detach().float())
 
-    @torch.no_grad()
-    def _visit(self, tensors: dict[str, torch.Tensor]) -> None:
-        # As gradients come, projections before norms, so that the first bad one is named.
-        for name, tensor in sorted(reversed(tensors.items()), key=lambda pair: pair[1].ndim < 2):
-            gradient, tensor.grad = tensor.grad, None
-            if gradient is None:  # the loss does not depend on it
-                gradient = torch.zeros_like(tensor)
-            self.visitor.visit(name, tensor.detach().float(), gradient.float())
+def _begin_graph(*arguments: Any) -> None:
+    """Let the first floating-point argument of a block require gradients, so that all its layers receive some."""
+    floating = (v for v in tree_leaves(arguments) if isinstance(v, torch.Tensor) and v.is_floating_point())
+    if (first := next(floating, None)) is not None and not first.requires_grad:
+        first.requires_grad_()
 
 
 def _leaf(value: Any) -> Any:

@@ -20,7 +20,8 @@ from torch import nn
 from ..errors import PrunerError
 from ..models.blockwise import Compute
 from .aggregate import reduce_to
-from .gradients import visit_gradients
+from .gradients import visit_gradients, visit_moments
+from .linear_gradients import Moments
 from .scores import Dims, Salience
 
 VARIANTS = ("vectorize", "param_first", "param_second", "param_mix")
@@ -41,8 +42,6 @@ def taylor(
         PrunerError: a gradient is not finite; the message names the parameter.
     """
     salience: dict[tuple[str, int], torch.Tensor] = {}
-    samples = len(calibration)
-    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # g and H of the parameters being visited
 
     def add(name: str, value: torch.Tensor, signed: bool = False) -> None:
         for dim in dims[name]:
@@ -58,27 +57,14 @@ def taylor(
         value = weight * gradient
         add(name, value if variant == "vectorize" else value.abs_(), signed=variant == "vectorize")
 
-    def second(name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        # W H W is a sum over samples of non-negative terms, so channels are enough.
-        add(name, (weight * gradient).square_().div_(samples))
+    def second(name: str, weight: torch.Tensor, moments: Moments) -> None:
+        curvature = moments.square.mul_(weight).mul_(weight)
+        if moments.mean is not None:  # samples are of one length, so the mean of their gradients is g
+            curvature = (weight * moments.mean).sub_(curvature, alpha=0.5).abs_()
+        add(name, curvature)
 
-    def both(name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        # |a - b| needs both per weight. Samples are of one length, so g is the mean of theirs.
-        squared = gradient.square().div_(samples)
-        if name in sums:
-            sums[name][0].add_(gradient, alpha=1 / samples)
-            sums[name][1].add_(squared)
-        else:
-            sums[name] = gradient / samples, squared
-
-    def mixed(name: str, weight: torch.Tensor) -> None:
-        gradient, hessian = sums.pop(name)
-        add(name, (weight * gradient).sub_(hessian.mul_(weight).mul_(weight), alpha=0.5).abs_())
-
-    if variant == "param_mix":
-        visit_gradients(model, dims, calibration, both, done=mixed, per_sample=True, compute=compute)
-    elif variant == "param_second":
-        visit_gradients(model, dims, calibration, second, per_sample=True, compute=compute)
+    if variant in ("param_second", "param_mix"):
+        visit_moments(model, dims, calibration, second, with_mean=variant == "param_mix", compute=compute)
     else:
         visit_gradients(model, dims, calibration, first, compute=compute)
     return salience

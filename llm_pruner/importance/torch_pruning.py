@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import PrunerError
 from ..graph.units import Unit
 from .aggregate import scored_dims
-from .gradients import visit_gradients
+from .gradients import visit_gradients, visit_moments
 from .request import Request
 
 Gradients = dict[str, torch.Tensor]  # by parameter name, in fp32
@@ -89,11 +89,12 @@ def _gradients(importance: Any, units: Iterable[Unit], request: Request) -> Grad
     names = parameters & {name for unit in units for name in unit.parameters}
     gradients: Gradients = {}
 
-    def add(name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        value = gradient.square().div_(len(ids)) if squared else gradient
-        gradients[name] = gradients[name].add_(value) if name in gradients else value
-
-    visit_gradients(request.model, names, ids, add, per_sample=squared, compute=request.compute)
+    if squared:
+        visit_moments(
+            request.model, names, ids, lambda n, _, m: gradients.update({n: m.square}), compute=request.compute
+        )
+    else:
+        visit_gradients(request.model, names, ids, lambda n, _, g: gradients.update({n: g}), compute=request.compute)
     return gradients
 
 

@@ -71,6 +71,18 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id  # type: ignore[return-value]
 
 
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special tokens that a tokenizer puts before a text, such as beginning-of-sequence; often none.
+
+    Models trained with such a token rely on it: without it at the first place of a window, a Gemma's perplexity is
+    many times as high.
+    """
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    marked = list(tokenizer("a")["input_ids"])
+    starts = (i for i in range(len(marked) - len(plain) + 1) if plain and marked[i : i + len(plain)] == plain)
+    return marked[: next(starts, 0)]
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the random numbers of CPU and ``device`` for the block, and restore their state afterwards."""

@@ -26,7 +26,7 @@ from ..refit.methods import train
 from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
 from ..surgery.apply import TASK, apply, task_of_plan
-from .calibration import calibration_set
+from .calibration import calibration_set, leading_count
 from .mending import compensate_plan, training_text
 from .refit_record import RefitRecord
 
@@ -90,7 +90,7 @@ def repeat_refit(
     calibration: Inputs,
     *,
     refit: RefitRecord,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> PreTrainedModel:
     """Rescale norms, compensate and train as a run did; return the refitted model.
 
@@ -104,7 +104,9 @@ def repeat_refit(
     if refit.rescale_norms:
         rescale_norms(model, pruned, plan, calibration)
     if refit.self_samples and isinstance(calibration, torch.Tensor):
-        text = torch.cat([self_calibration(model, calibration, refit.self_samples, refit.seed), calibration])
+        leading = leading_count(refit.calibration, tokenizer)
+        own = self_calibration(model, calibration, refit.self_samples, refit.seed, leading=leading)
+        text = torch.cat([own, calibration])
     if refit.compensation != "none":
         pruned, _ = compensate_plan(model, pruned, plan, text, method=refit.compensation)
     if refit.training != "none":

@@ -44,6 +44,7 @@ EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
     (("depth",), ("layer_wise", "drop_layers"), "one chooses layers, the other names them"),
     (("layer_wise",), ("global_pruning", "iterative_steps"), "layers are dropped by position"),
     (("layer_wise", "channel_wise"), RANGES, "layer ranges are for heads and neurons"),
+    (("calib_tokens",), ("num_examples",), "each sets the size of the calibration set"),
     (("device_map",), ("stream",), "one spreads a model in memory, the other leaves it in its files"),
     (
         ("target_latency",),
@@ -205,7 +206,17 @@ class PruneArguments(Arguments):
     calib_dataset: str | None = flag(
         None,
         "calibration text: self (the model writes it), general, python-docs, bookcorpus, c4, wikitext2, ptb, or a "
-        ".txt, .json or .jsonl file (default: self; paper: bookcorpus, or self where the hub cannot be reached)",
+        ".txt, .json or .jsonl file; several with proportions as c4:0.5,chats.jsonl:0.3,self:0.2 (default: self; "
+        "paper: bookcorpus, or self where the hub cannot be reached)",
+        group="calibration",
+    )
+    calib_tokens: str | None = flag(
+        None, "tokens in the calibration set, such as 1M, instead of --num_examples", group="calibration"
+    )
+    calib_packing: bool = flag(
+        False,
+        "join documents and cut samples side by side, so that short documents count too (default: one sample a "
+        "document while there are enough)",
         group="calibration",
     )
     num_examples: int | None = flag(
@@ -218,6 +229,12 @@ class PruneArguments(Arguments):
     )
     calib_seed: int | None = flag(
         None, "draw calibration samples at random with this seed (default: take the first)", group="calibration"
+    )
+    bos: bool | None = flag(
+        None,
+        "begin every window, of calibration and evaluation, with the tokens that the tokenizer puts before a text, "
+        "such as BOS (default: true; false as in LLM-Pruner, set by paper)",
+        group="calibration",
     )
     self_examples: int | None = flag(
         None,

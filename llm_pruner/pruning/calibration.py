@@ -8,10 +8,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..choices import GENERAL, SELF, SYNTHETIC
-from ..data import HUB, calibration, documents, self_calibration, self_written
+from ..corpora import HUB, documents
+from ..data import calibration, self_calibration
 from ..errors import PrunerError
 from ..logs import log
 from ..media import describe, is_media, media_inputs
+from ..models.generate import leading_tokens
 from ..models.inputs import Inputs, needed_inputs, reads_text_only
 from ..models.running import context_length
 from ..progress import Step
@@ -78,6 +80,11 @@ def _why_not_self(model: PreTrainedModel, offload: bool) -> str:
     return ""
 
 
+def leading_count(settings: CalibrationSettings, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Return the number of tokens that every sample begins with because the tokenizer puts them before a text."""
+    return len(leading_tokens(tokenizer)) if settings.bos and tokenizer is not None else 0
+
+
 def calibration_set(
     settings: CalibrationSettings, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, seed: int = 0
 ) -> Inputs:
@@ -97,14 +104,20 @@ def calibration_set(
         log.info("calibration: %d samples of %s", len(inputs), describe(settings.dataset))
         return inputs
     assert tokenizer is not None
-    if settings.dataset == SELF:
-        log.info("calibration: %d samples of %d tokens, written by the model itself", samples, tokens)
-        return self_written(model, tokenizer, samples, tokens, seed=seed if settings.seed is None else settings.seed)
-    with Step("reading calibration text"):
-        ids = calibration(
-            settings.dataset, tokenizer, samples, tokens, seed=settings.seed, fewer=settings.fewer_samples
-        )
-    log.info("calibration: %d samples of %d tokens from %s", *ids.shape, settings.dataset)
+    origin = "written by the model itself" if settings.dataset == SELF else f"from {settings.dataset}"
+    log.info("calibration: %d samples of %d tokens, %s", samples, tokens, origin)
+    ids = calibration(
+        settings.dataset,
+        tokenizer,
+        samples,
+        tokens,
+        seed=settings.seed,
+        fewer=settings.fewer_samples,
+        bos=settings.bos,
+        packed=settings.packed,
+        model=model,
+        self_seed=seed,
+    )
     if len(ids) < samples:
         log.info("the calibration text gives %d samples of %d tokens, not %d", len(ids), tokens, samples)
     return ids

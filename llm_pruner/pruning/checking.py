@@ -12,12 +12,13 @@ from ..checkpoint.checking import check_model, needs_tokenizer
 from ..checkpoint.config import meta_model
 from ..checkpoint.locate import locate
 from ..choices import SELF
+from ..data import calibration_sources, check_calibration_text
 from ..errors import PrunerError
 from ..files import check_file, check_folder
 from ..graph.tracer import TraceError
 from ..importance.layers import BY_LOSS, check_strategy
 from ..inputs import InputCheck
-from ..media import check_dataset, load_processor
+from ..media import check_dataset, check_media, is_media, load_processor
 from ..models.inputs import example_inputs
 from ..models.loss import has_loss
 from ..models.running import stored_tensors
@@ -51,15 +52,28 @@ def check_prune_inputs(arguments: PruneArguments, check: InputCheck) -> None:
         _check_losses(config, settings)
         _check_against_config(config, settings)
     calibrates = needs_calibration(settings) or settings.refit.needs_text
-    if calibrates and not settings.calibration.replaceable and settings.calibration.dataset != SELF:
+    if calibrates and not settings.calibration.replaceable:
         with check.flag("calib_dataset", settings.calibration.dataset):
-            check_dataset(settings.calibration.dataset)
+            check_calibration(settings.calibration.dataset)
     for name in settings.evaluation.datasets:
         with check.flag("eval_datasets", name):
             check_dataset(name, "test")
     if settings.scoring.cache is not None:
         with check.flag("score_cache", settings.scoring.cache):
             check_file(settings.scoring.cache / "scores")
+
+
+def check_calibration(dataset: str) -> None:
+    """Refuse a calibration set of which a text, or folder of images or sounds, cannot be read or is empty.
+
+    Raises:
+        PrunerError: as above, or a proportion is not valid.
+    """
+    for source in calibration_sources(dataset):
+        if is_media(source.name):
+            check_media(source.name)
+        elif source.name != SELF:
+            check_calibration_text(source.name)
 
 
 def _check_inputs(config: PreTrainedConfig, settings: PruneSettings) -> None:
@@ -116,9 +130,8 @@ def check_apply_inputs(arguments: ApplyArguments, check: InputCheck) -> None:
             plan = PruningPlan.load(arguments.plan, arguments.verify)
     if plan is not None and arguments.refit:
         text = arguments.calib_dataset or RefitRecord.of(plan.settings.get("refit")).calibration.dataset
-        if text != SELF:
-            with check.flag("calib_dataset", text):
-                check_dataset(text)
+        with check.flag("calib_dataset", text):
+            check_calibration(text)
     if not check.skips(arguments.model):
         with check.flag("model", arguments.model):
             task = arguments.task or (task_of_plan(plan) if plan is not None else None)

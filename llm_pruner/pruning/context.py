@@ -57,12 +57,14 @@ class Planning:
 
     Attributes:
         ids: calibration set, LongTensor ``[samples, tokens]`` or other inputs, None if the settings need none.
+        leading: tokens that every row of ``ids`` begins with, see :func:`~.calibration.leading_count`.
         place: where tensors of pruned models are put.
         weights: weights to score one after the other, of a model on the meta device.
     """
 
     settings: PruneSettings
     ids: Inputs | None = None
+    leading: int = 0
     clock: Stopwatch = field(default_factory=Stopwatch)
     place: Place = in_memory
     weights: Weights | None = None

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import text
+from ..corpora import text
 from ..display import percent
 from ..evaluation.evaluate import PROMPTS
 from ..evaluation.latency import latencies
-from ..evaluation.perplexity import check_length, perplexity, windows
+from ..evaluation.perplexity import check_length, perplexity, title_of_text, windows
 from ..evaluation.similarity import Originals, pieces_of
 from ..logs import log
 from ..models.blockwise import computing, native_compute
@@ -54,7 +54,9 @@ def evaluation_windows(
     if settings.datasets:
         check_length(model, settings.tokens)
     return {
-        name: windows(tokenizer, text(name, "test"), settings.tokens, settings.max_windows)
+        title_of_text(name, tokenizer, settings.bos): windows(
+            tokenizer, text(name, "test"), settings.tokens, settings.max_windows, bos=settings.bos
+        )
         for name in settings.datasets
     }
 

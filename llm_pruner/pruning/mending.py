@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..choices import SELF
-from ..data import self_calibration
+from ..data import calibration_sources, self_calibration
 from ..errors import PrunerError
 from ..logs import log
 from ..models.inputs import Inputs, ModelInputs
@@ -50,7 +50,7 @@ def mend(
     text = ids
     if settings.refit.needs_text:
         with planning.clock("self_samples"):
-            text, own = _with_self_samples(settings, model, ids)
+            text, own = _with_self_samples(planning, model, ids)
         refit = replace(refit, self_samples=own)
     if settings.refit.compensation != "none":
         with planning.clock("compensate"):
@@ -154,7 +154,8 @@ def training_text(
     A text that the model writes itself is not continued: writing takes longer than reading it again.
     """
     drawn = calibration.samples
-    if not isinstance(text, torch.Tensor) or samples <= len(text) or calibration.dataset == SELF:
+    writes = SELF in (source.name for source in calibration_sources(calibration.dataset))
+    if not isinstance(text, torch.Tensor) or samples <= len(text) or writes:
         return text
     more = replace(calibration, samples=drawn + samples - len(text), fewer_samples=True)
     further = calibration_set(more, tokenizer, model, seed)[drawn:]
@@ -175,14 +176,15 @@ def compensate_plan(
     return pruned, compensate(model, pruned, ids, method, kept=kept)
 
 
-def _with_self_samples(settings: PruneSettings, model: PreTrainedModel, ids: Inputs) -> tuple[Inputs, int]:
+def _with_self_samples(planning: Planning, model: PreTrainedModel, ids: Inputs) -> tuple[Inputs, int]:
     """Return the calibration set, with self-written samples in front if the model can write, and their number."""
+    settings = planning.settings
     refit = settings.refit
     unwritten = settings.model.offload and not refit.self_samples_required  # too slow
     if isinstance(ids, ModelInputs) or not refit.self_samples or unwritten:
         return ids, 0
     try:
-        own = self_calibration(model, ids, refit.self_samples, settings.seed)
+        own = self_calibration(model, ids, refit.self_samples, settings.seed, leading=planning.leading)
     except PrunerError as error:
         if refit.self_samples_required:  # the user asked for them
             raise

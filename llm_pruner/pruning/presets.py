@@ -16,6 +16,7 @@ PAPER: dict[str, Any] = {
     "calib_seq_len": 64,
     "refit": "none",
     "refit_tokens": 65_536,
+    "bos": False,
     "self_examples": 0,
     "hardware_align": False,
 }
@@ -27,6 +28,7 @@ FAST: dict[str, Any] = PAPER | {
     "num_examples": 128,
     "calib_seq_len": 128,
     "refit": "ridge",
+    "bos": True,
     "self_examples": 128,
     "hardware_align": True,
 }

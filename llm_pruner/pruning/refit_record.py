@@ -55,7 +55,7 @@ class RefitRecord:
         if record is None:
             raise PrunerError("the plan's run was not refitted: leave out --refit")
         try:
-            calibration = CalibrationSettings(**record["calibration"])
+            calibration = CalibrationSettings(**{"bos": False, **record["calibration"]})  # older records lack it
             refit = cls(**{**record, "calibration": calibration})
             numbers = [refit.self_samples, refit.seed, refit.training_samples, refit.training_tokens]
             numbers += [calibration.samples, calibration.tokens]

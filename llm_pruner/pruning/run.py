@@ -25,6 +25,7 @@ from ..checkpoint.standalone import write_modelling
 from ..checkpoint.stored import weights_in
 from ..checkpoint.unread import UNREAD, unread_tensors
 from ..choices import DEFAULT_MODEL, SYNTHETIC
+from ..data import calibration_sources
 from ..display import amount, html_table
 from ..errors import PrunerError
 from ..evaluation.shared_texts import CALIBRATED_ON, warn_of_shared_texts
@@ -46,7 +47,7 @@ from ..surgery.apply import TASK, in_memory
 from ..surgery.equivalence import verify
 from ..version import __version__
 from .arguments import REQUIRES_SAVING, PruneArguments
-from .calibration import available_text, calibration_set
+from .calibration import available_text, calibration_set, leading_count
 from .checking import check_prune_inputs
 from .context import Planning, Progress, Stopwatch
 from .evaluation import compare_latency, evaluate_model, evaluation_windows, warn_of_lost_quality
@@ -206,7 +207,8 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     calibrates = needs_calibration(settings) or settings.refit.needs_text
     if calibrates:
         settings = replace(settings, calibration=available_text(settings.calibration, model, settings.model.offload))
-        warn_of_shared_texts([settings.calibration.dataset], settings.evaluation.datasets)
+        names = [source.name for source in calibration_sources(settings.calibration.dataset)]
+        warn_of_shared_texts(names, settings.evaluation.datasets)
     originals, dataset = Originals(), settings.calibration.dataset
     fallback = dataset if calibrates and is_media(dataset) else SYNTHETIC
     windows = evaluation_windows(settings.evaluation, model, tokenizer, originals=originals, fallback=fallback)
@@ -219,7 +221,8 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
         with clock("calibration"):
             ids = calibration_set(settings.calibration, tokenizer, model, settings.seed)
     place = on_disk(folder) if settings.model.offload else in_memory
-    planning = Planning(settings=settings, ids=ids, clock=clock, place=place)
+    leading = leading_count(settings.calibration, tokenizer)
+    planning = Planning(settings=settings, ids=ids, leading=leading, clock=clock, place=place)
     planned = make_plan(planning, model)
     if calibrates:
         planned.plan.settings[CALIBRATED_ON] = settings.calibration.dataset

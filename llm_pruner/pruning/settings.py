@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..choices import CLOSED_FORM, SHAPE, TRAINED
+from ..choices import CLOSED_FORM, SHAPE
 from ..errors import PrunerError
 from ..files import read_json
 from ..importance.criteria import check_criterion
 from ..models.dispatch import resolve_device
-from ..refit.budget import Budget
 from ..refit.compensate import MIN_SAMPLES
-from ..selection.budgets import UNITS, read_target
+from ..selection.budgets import COUNTS, UNITS, read_target
 from .arguments import TARGETS, PruneArguments
 from .presets import PRESETS
+from .refit_settings import RefitSettings, refit_settings
 
 # Fields of a config file that describe the file, not the model's shape.
 NO_SHAPE = ("architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map")
@@ -55,6 +55,8 @@ class CalibrationSettings:
         replaceable: use another text if this one is not available (:func:`available_text`).
         fewer_samples: accept fewer samples where the text is short.
         shorter_samples: accept samples cut to the model's context length.
+        packed: join documents and cut samples side by side.
+        bos: begin every sample with the tokens that the tokenizer puts before a text.
         towers: parts of a model that reads more than text; others than ``language`` take images or sounds.
     """
 
@@ -65,6 +67,8 @@ class CalibrationSettings:
     replaceable: bool = False
     fewer_samples: bool = False
     shorter_samples: bool = False
+    packed: bool = False
+    bos: bool = True
     towers: str = "language"
 
 
@@ -135,40 +139,12 @@ class BudgetSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefitSettings:
-    """Settings of the refit after pruning.
-
-    Attributes:
-        compensation: method of the closed form, or ``none``.
-        training: ``blocks`` or ``distill``, behind the closed form, or ``none``.
-        budget: budget of the training.
-        required: fail if the refit is impossible, instead of going on without it; of a training, its closed form is
-            not required.
-        self_samples: calibration samples that the model writes itself, besides those of the text.
-        self_samples_required: write them even if the model is offloaded, which is slow; fail if it cannot write.
-        rescale_norms: rescale norms when hidden channels are removed.
-    """
-
-    compensation: str = "none"
-    training: str = "none"
-    budget: Budget | None = None
-    required: bool = False
-    self_samples: int = 0
-    self_samples_required: bool = False
-    rescale_norms: bool = False
-
-    @property
-    def needs_text(self) -> bool:
-        """True if the refit reads a calibration set."""
-        return self.compensation != "none" or self.training != "none"
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Measurements before and after pruning."""
+    """Measurements before and after pruning; ``bos`` as in :class:`CalibrationSettings`."""
 
     datasets: tuple[str, ...] = ()
     tokens: int = 128
+    bos: bool = True
     max_windows: int | None = None
     device: str = "cpu"
     generate_before: bool = False
@@ -236,19 +212,21 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
         calibration=CalibrationSettings(
             dataset=value["calib_dataset"],
             replaceable=arguments.calib_dataset is None,
-            samples=value["num_examples"],
+            samples=_sample_count(arguments, value),
             tokens=value["calib_seq_len"],
             seed=arguments.calib_seed,
-            fewer_samples=arguments.num_examples is None,
+            fewer_samples=arguments.num_examples is None and arguments.calib_tokens is None,
             shorter_samples=arguments.calib_seq_len is None,
+            packed=arguments.calib_packing,
+            bos=value["bos"],
             towers=arguments.towers,
         ),
         layers=_layer_settings(arguments),
         widths=_width_settings(arguments, bool(value["hardware_align"])),
         shape=_shape(arguments),
         budget=_budget_settings(arguments),
-        refit=_refit_settings(arguments, value),
-        evaluation=_evaluation_settings(arguments),
+        refit=refit_settings(arguments, value),
+        evaluation=_evaluation_settings(arguments, value["bos"]),
         output=_output_settings(arguments),
     )
     samples = settings.calibration.samples
@@ -270,6 +248,18 @@ def filled_arguments(arguments: PruneArguments) -> dict[str, Any]:
     return {name: preset.get(name) if value is None else value for name, value in flags.items()}
 
 
+def _sample_count(arguments: PruneArguments, value: Mapping[str, Any]) -> int:
+    if arguments.calib_tokens is None:
+        return int(value["num_examples"])
+    try:
+        number, factor = read_target("calib_tokens", arguments.calib_tokens, COUNTS)
+    except PrunerError:
+        factor = None
+    if factor is None:
+        raise PrunerError(f"--calib_tokens {arguments.calib_tokens!r} is not valid: give an amount such as 1M")
+    return max(1, round(number * factor) // int(value["calib_seq_len"]))
+
+
 def _model_settings(arguments: PruneArguments) -> ModelSettings:
     return ModelSettings(
         name=arguments.model,
@@ -282,10 +272,11 @@ def _model_settings(arguments: PruneArguments) -> ModelSettings:
     )
 
 
-def _evaluation_settings(arguments: PruneArguments) -> EvaluationSettings:
+def _evaluation_settings(arguments: PruneArguments, bos: bool) -> EvaluationSettings:
     return EvaluationSettings(
         datasets=tuple(arguments.eval_datasets),
         tokens=arguments.max_seq_len,
+        bos=bos,
         max_windows=arguments.max_windows or None,
         device=resolve_device(arguments.eval_device, "--eval_device"),
         generate_before=arguments.test_before_train,
@@ -357,33 +348,6 @@ def _budget_settings(arguments: PruneArguments) -> BudgetSettings | None:
                 kind=kind, target=str(target), tokens=arguments.budget_tokens, batch=arguments.budget_batch
             )
     return None
-
-
-def _refit_settings(arguments: PruneArguments, value: Mapping[str, Any]) -> RefitSettings:
-    refit = value["refit"]
-    required = arguments.refit is not None or arguments.compensate is not None
-    closed_form = CLOSED_FORM["ridge"] if refit in TRAINED else CLOSED_FORM.get(refit, "none")
-    if "hidden" in (*arguments.kinds, *("hidden",) * arguments.channel_wise):
-        if required and refit in CLOSED_FORM:
-            raise PrunerError(
-                f"--refit {refit} compares hidden states of one size, and hidden channels are pruned: give --refit "
-                "distill or blocks"
-            )
-        closed_form = "none"
-    given = (arguments.refit_tokens, arguments.refit_minutes)
-    if given != (None, None) and refit not in TRAINED:
-        name = "refit_minutes" if arguments.refit_tokens is None else "refit_tokens"
-        raise PrunerError(f"--{name} has no effect with --refit {refit}: give --refit distill or blocks")
-    tokens = value["refit_tokens"] if arguments.refit_minutes is None else arguments.refit_tokens
-    return RefitSettings(
-        compensation=closed_form,
-        training=refit if refit in TRAINED else "none",
-        budget=Budget(tokens=tokens, minutes=arguments.refit_minutes) if refit in TRAINED else None,
-        required=required,
-        self_samples=value["self_examples"],
-        self_samples_required=arguments.self_examples is not None,
-        rescale_norms=arguments.rescale_norms,
-    )
 
 
 def _shape(arguments: PruneArguments) -> dict[str, Any]:

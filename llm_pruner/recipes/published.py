@@ -21,8 +21,9 @@ PUBLISHED = LIBRARY / "paper" / "published.json"
 
 def read_measured(row: dict[str, Any], name: str) -> float | None:
     """Return a row's number by its name in the paper."""
-    if (perplexity := row.get(f"perplexity {name}")) is not None:
-        return perplexity
+    for text in (f"{name} without BOS", name):  # the paper's windows lack it
+        if (perplexity := row.get(f"perplexity {text}")) is not None:
+            return float(perplexity)
     accuracy = row.get(f"{name} acc_norm", row.get(f"{name} acc"))
     return None if accuracy is None else 100 * accuracy
 

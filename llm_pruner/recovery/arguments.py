@@ -31,7 +31,10 @@ class RecoverArguments(Arguments):
     """Flags of ``llm-pruner recover``."""
 
     model: str = flag(
-        "", "pruned model: a folder written by prune or llm_pruner.save", group="model", aliases=("prune_model",)
+        "",
+        "model to train: a folder written by prune or llm_pruner.save, or an unpruned one, for comparison",
+        group="model",
+        aliases=("prune_model",),
     )
     device: str = flag(
         "auto", "device: auto, cpu, cuda, mps (several GPUs: accelerate launch or torchrun)", group="model"
@@ -93,6 +96,12 @@ class RecoverArguments(Arguments):
     )
     prompt_template_name: str = flag("alpaca", "prompt template: alpaca, question, or a .json file", group="data")
     no_instruction: bool = flag(False, "use no prompt template", group="data")
+    bos: bool = flag(
+        True,
+        "begin every packed or validation window with the tokens that the tokenizer puts before a text, such as BOS "
+        "(false: as in LLM-Pruner)",
+        group="data",
+    )
     train_on_inputs: bool = flag(False, "train on prompts as well as answers", group="data")
     add_eos_token: bool = flag(
         False, "add an end-of-text token when measuring a prompt's length, as LLM-Pruner does", group="data"
@@ -158,7 +167,7 @@ class RecoverArguments(Arguments):
             PrunerError: flags exclude or need each other, a value is out of range, or a package is not installed.
         """
         if not self.model:
-            raise PrunerError("--model is missing: give the folder of a pruned model")
+            raise PrunerError("--model is missing: give the folder of the model to train")
         check_combinations(self, EXCLUSIVE, REQUIRES)
         if self.teacher_cache and not self.distills:
             raise PrunerError("--teacher_cache needs --teacher or --method distill")

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from ..checkpoint.checking import check_language_model, check_later_language_model, check_model
 from ..checkpoint.config import meta_model
 from ..checkpoint.locate import folder_of
-from ..data import check_text
+from ..corpora import check_text
 from ..errors import PrunerError
 from ..evaluation.perplexity import check_length
 from ..files import check_file
@@ -17,7 +17,7 @@ from ..inputs import InputCheck
 from .arguments import DEFAULT_OUTPUT, RecoverArguments
 from .prompts import prompt_template
 from .rows import check_rows
-from .run import LOG_FILE, check_output, find_checkpoint, load_plan
+from .run import LOG_FILE, check_output, find_checkpoint, load_plan, teacher_name
 
 
 def check_recovery_inputs(arguments: RecoverArguments, check: InputCheck) -> None:
@@ -27,7 +27,10 @@ def check_recovery_inputs(arguments: RecoverArguments, check: InputCheck) -> Non
         check_later_language_model(check, "recover", arguments.trust_remote_code)
     else:
         with check.flag("model", model):
-            original = str(load_plan(model).settings.get("base_model", ""))
+            plan = load_plan(model)
+            original = str(plan.settings.get("base_model", ""))
+            if arguments.distills and arguments.teacher in (None, "auto"):
+                teacher_name(None, plan)
             _check_config(check_model(model, arguments.trust_remote_code, tokenizer=True), arguments, check)
     _check_teacher(arguments, original, check)
     for source in arguments.data_path:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..choices import EMBEDDED_TEXTS
-from ..data import text
+from ..corpora import text
 from ..errors import PrunerError
 from ..evaluation.perplexity import check_length, windows
 from ..files import complete_folder, folder_lock
@@ -86,7 +86,12 @@ def _as_int64(examples: Any) -> Any:
 
 
 def validation_windows(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_windows: int | None = None
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_windows: int | None = None,
+    *,
+    bos: bool = True,
 ) -> Any:
     """Return windows of a held-out text as a data set; an encoder-decoder reads one half and writes the other.
 
@@ -96,7 +101,7 @@ def validation_windows(
     import datasets
 
     check_length(model, WINDOW)
-    ids = windows(tokenizer, text(name, "test"), WINDOW, max_windows)
+    ids = windows(tokenizer, text(name, "test"), WINDOW, max_windows, bos=bos)
     inputs, labels = (ids[:, : WINDOW // 2], ids[:, WINDOW // 2 :]) if model.config.is_encoder_decoder else (ids, ids)
     return datasets.Dataset.from_dict({"input_ids": inputs.tolist(), "labels": labels.tolist()})
 

@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..choices import EMBEDDED_TEXTS
-from ..data import HUB, documents
+from ..corpora import HUB, documents
 from ..errors import PrunerError, Unavailable
 from ..logs import log
-
-Record = dict[str, Any]
-RowKind = Literal["chat", "instruction", "pair", "text"]
+from ..row_kinds import Record, row_kind
 
 MAX_DOCUMENTS = 200_000  # documents of a hub text that are read without --streaming
-TEXTS = ("text", "content", "sentence")
-ANSWERS = ("output", "response", "completion", "answer", "chosen")
-QUESTIONS = ("prompt", "question")
-CHATS = ("messages", "conversations")
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-TURN = '{"role": "user", "content": "Hello"}'
 
 
 def read_rows(source: str, streaming: bool = False) -> Any:
@@ -145,102 +136,3 @@ def row_columns(data: Any, source: str) -> tuple[str, ...]:
     if first is None:
         raise PrunerError(f"the data set {source} is empty")
     return tuple(first)
-
-
-def row_kind(columns: Iterable[str], source: str) -> RowKind:
-    """Recognise the kind of a data set's rows by their columns.
-
-    >>> row_kind(["instruction", "input", "output"], "alpaca.json")
-    'instruction'
-
-    Raises:
-        PrunerError: no kind has these columns; the message lists them.
-    """
-    names = set(columns)
-    if names & set(CHATS):
-        return "chat"
-    if "instruction" in names and names & set(ANSWERS):
-        return "instruction"
-    if names & set(QUESTIONS) and names & set(ANSWERS):
-        return "pair"
-    if names & set(TEXTS):
-        return "text"
-    raise PrunerError(
-        f"{source} has the columns {', '.join(sorted(names)) or 'none'}: give instruction and output, prompt and "
-        "completion, messages, or text"
-    )
-
-
-def read_text(row: Record, *columns: str) -> str:
-    """Return the first of a row's columns that is not null, as text; ``""`` if all are null or missing.
-
-    >>> read_text({"output": None, "response": 4}, "output", "response")
-    '4'
-
-    Raises:
-        PrunerError: the value is neither a text nor a number.
-    """
-    for name in columns:
-        value = row.get(name)
-        if _is_text(value):
-            return str(value)
-        if value is not None:
-            raise PrunerError(f"{name} is {_describe(value)}: give a text or a number")
-    return ""
-
-
-def read_messages(row: Record) -> list[dict[str, str]]:
-    """Return the turns of a chat as ``{"role": ..., "content": ...}``; none if the chat is null.
-
-    Roles of ShareGPT (``human``, ``gpt``) become those of chat templates, and content in parts becomes one text.
-
-    Raises:
-        PrunerError: the chat is no list, or a turn lacks its role or content or has one of another type.
-    """
-    for name in CHATS:
-        turns = row.get(name)
-        if isinstance(turns, list):
-            return [_read_turn(turn, f"turn {number} of {name}") for number, turn in enumerate(turns, 1)]
-        if turns is not None:
-            raise PrunerError(f"{name} is {_describe(turns)}: give a list of turns, such as [{TURN}]")
-    return []
-
-
-def _read_turn(turn: Any, name: str) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise PrunerError(f"{name} is {_describe(turn)}: give an object, such as {TURN}")
-    role, content = (
-        next((turn[key] for key in keys if turn.get(key) is not None), None)
-        for keys in (("role", "from"), ("content", "value"))
-    )
-    if not isinstance(role, str) or not role:
-        raise PrunerError(f"the role of {name} is {_describe(role)}: give a text, such as user or assistant")
-    if isinstance(content, list):
-        content = "".join(_read_part(part, f"part {number} of {name}") for number, part in enumerate(content, 1))
-    if not _is_text(content):
-        raise PrunerError(f"the content of {name} is {_describe(content)}: give a text, or a list of text parts")
-    return {"role": ROLES.get(role, role), "content": str(content)}
-
-
-def _read_part(part: Any, name: str) -> str:
-    """Read a part of a turn's content as chat templates have it: ``{"type": "text", "text": "Hello"}``."""
-    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    raise PrunerError(f'{name} is {_describe(part)}: give text parts, such as {{"type": "text", "text": "Hello"}}')
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
-
-
-def _describe(value: Any) -> str:
-    """Name a value's type as JSON does and show its beginning: ``a list (['a', 'b'])``."""
-    if value is None:
-        return "missing"
-    if value == "":
-        return "empty"
-    names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", int: "a number", float: "a number"}
-    name = next((name for kind, name in names.items() if type(value) is kind), None)
-    name = name or ("a date" if isinstance(value, date) else f"of type {type(value).__name__}")
-    shown = repr(value)
-    return f"{name} ({shown if len(shown) <= 60 else shown[:57] + '...'})"

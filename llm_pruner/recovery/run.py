@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -19,7 +20,7 @@ from ..checkpoint.load import load, load_with_tokenizer
 from ..checkpoint.locate import PLAN_FILE, identity, is_adapter, locate
 from ..checkpoint.next_steps import log_next_steps
 from ..errors import PrunerError
-from ..evaluation.perplexity import check_length
+from ..evaluation.perplexity import check_length, title_of_text
 from ..evaluation.shared_texts import TRAINED_ON, sources_of, warn_of_shared_texts
 from ..files import MODEL_CONFIGS, digest, file_lock, folder_for_run, same_folder
 from ..logs import log, logging_to
@@ -103,6 +104,8 @@ def _run(settings: RecoverySettings, plan: PruningPlan, flags: dict[str, Any]) -
     set_seed(settings.seed)
     checkpoint = _resumed_checkpoint(settings.output)
     model, tokenizer = _load_model(settings.model)
+    if not plan.units and not plan.blocks:
+        log.info("%s is not pruned: training it as it is, for comparison", settings.model.name)
     form = _example_format(settings, model)
     settings = replace(settings, data=replace(settings.data, sources=reachable_sources(settings.data)))
     train, validation = training_data(settings.data, tokenizer, form)
@@ -117,7 +120,9 @@ def _run(settings: RecoverySettings, plan: PruningPlan, flags: dict[str, Any]) -
         model.enable_input_require_grads()
     student = make_trainable(model, settings.adapter)
     texts = {
-        name: validation_windows(name, model, tokenizer, settings.data.max_windows)
+        title_of_text(name, tokenizer, form.bos): validation_windows(
+            name, model, tokenizer, settings.data.max_windows, bos=form.bos
+        )
         for name in settings.data.validation_texts
     }
     data = _Data(train=train, texts=texts, evaluation=texts | ({} if validation is None else {VALIDATION: validation}))
@@ -240,21 +245,21 @@ def _log_result(record: dict[str, Any], folder: Path) -> None:
 
 
 def load_plan(model: str) -> PruningPlan:
-    """Load the plan of a pruned model from its folder or its repository on the hub."""
+    """Load the plan of a pruned model from its folder or its repository on the hub; an empty one for another model."""
     path, _ = locate(model)
     file = Path(path) / PLAN_FILE
     if Path(path).is_dir():
         if is_adapter(path):
             raise PrunerError(f"--model {path} holds an adapter: give the folder that pruning wrote")
-        if not file.is_file():
-            raise PrunerError(f"--model {path} is not a pruned model: it has no {PLAN_FILE}")
-        return PruningPlan.load(file)
+        return PruningPlan.load(file) if file.is_file() else PruningPlan()
     try:
         return PruningPlan.load(hf_hub_download(path, PLAN_FILE))
+    except RemoteEntryNotFoundError:
+        return PruningPlan()
     except Exception as error:  # the hub client raises many kinds; the user needs one line
         why = " ".join(str(error).split())[:160]
         raise PrunerError(
-            f"there is no pruned model {model}: no such folder exists, and on the hub no {PLAN_FILE} of that name "
+            f"there is no model {model}: no such folder exists, and on the hub no {PLAN_FILE} of that name "
             f"({type(error).__name__}: {why})"
         ) from error
 
@@ -300,7 +305,7 @@ def _prepare_teacher(
 ) -> tuple[Teacher, Any]:
     """Return the teacher and the training examples, which hold its outputs if these are cached."""
     assert settings.teacher is not None
-    name = _teacher_name(settings.teacher, plan)
+    name = teacher_name(settings.teacher.name, plan)
     teacher = _load_teacher(settings.teacher, name, settings.model.trust_remote_code)
     teacher.check(model)
     if settings.teacher.cache is None:
@@ -328,10 +333,15 @@ def _content_hash(examples: Any) -> str:
     return str(examples._fingerprint)
 
 
-def _teacher_name(teacher: TeacherSettings, plan: PruningPlan) -> str:
-    name = teacher.name or str(plan.settings.get("base_model", ""))
+def teacher_name(given: str | None, plan: PruningPlan) -> str:
+    """Return the name of the teacher: the given one, or the model that the plan was made for.
+
+    Raises:
+        PrunerError: neither is known.
+    """
+    name = given or str(plan.settings.get("base_model", ""))
     if not name:
-        raise PrunerError("the plan does not name the unpruned model: give it as --teacher")
+        raise PrunerError("no plan names the unpruned model, which is the teacher: give it as --teacher")
     return name
 
 

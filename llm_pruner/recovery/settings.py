@@ -45,7 +45,7 @@ class AdapterSettings:
     Attributes:
         alpha: the adapter's product is scaled by alpha / rank.
         target_modules: last names of the layers to adapt, such as ``q_proj``; empty for all but the output head.
-        base_model: folder or hub id of the model, for the adapter's config.
+        base_model: name of the model, for the adapter's config.
     """
 
     method: Literal["lora", "dora"] = "lora"
@@ -53,7 +53,7 @@ class AdapterSettings:
     alpha: int = 16
     dropout: float = 0.05
     target_modules: Sequence[str] = ()
-    base_model: str | None = None
+    base_model: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,8 +245,8 @@ def _adapter_settings(arguments: RecoverArguments) -> AdapterSettings | None:
         alpha=arguments.lora_alpha,
         dropout=arguments.lora_dropout,
         target_modules=tuple(arguments.lora_target_modules or ()),
-        # An absolute path, so that the adapter finds its model from any working directory; a hub id stays.
-        base_model=str(model.resolve()) if model.is_dir() else None,
+        # An absolute path, so that the adapter finds its model from any working directory; other names stay.
+        base_model=str(model.resolve()) if model.exists() else str(model),
     )
 
 
@@ -261,6 +261,7 @@ def _data_settings(arguments: RecoverArguments) -> DataSettings:
             objective=arguments.objective,
             seed=arguments.seed,
             packing=arguments.packing,
+            bos=arguments.bos,
         ),
         shorter_examples=arguments.cutoff_len is None,
         validation_size=arguments.val_set_size,

@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import PrunerError
 from ..files import digest
 from ..logs import log
+from ..models.generate import leading_tokens
 from ..progress import track
 from ..provenance import versions
+from ..row_kinds import ANSWERS, QUESTIONS, TEXTS, Record, RowKind, read_messages, read_text, row_kind
 from .objectives import Example, Vocabulary, denoise
 from .prompts import Prompt, plain_prompt, prompt_template
-from .rows import ANSWERS, QUESTIONS, TEXTS, Record, RowKind, read_messages, read_text, reading, row_columns, row_kind
+from .rows import reading, row_columns
 
 IGNORED = -100  # label of tokens that are not learnt; the losses of torch and transformers skip it
 
@@ -40,6 +42,7 @@ class ExampleFormat:
             the encoder reads the first half of a window and the decoder writes the second.
         seed: of the denoisers.
         packing: join answered prompts into windows of ``cutoff_len`` tokens instead of one example each.
+        bos: begin every window with the tokens that the tokenizer puts before a text, which count towards its length.
     """
 
     cutoff_len: int = 256
@@ -50,6 +53,7 @@ class ExampleFormat:
     objective: str = "causal"
     seed: int = 0
     packing: bool = False
+    bos: bool = True
 
     @property
     def max_tokens(self) -> int | None:
@@ -106,7 +110,11 @@ def _windows(
 ) -> Iterator[Example]:
     """Join examples, each ended by the end-of-text token, and cut them into windows of equal length."""
     make_example = _example_maker(kind, tokenizer, form, source)
-    windows = _cut((make_example(row, index) for index, row in enumerate(_iterate(data, source))), form.cutoff_len)
+    start = leading_tokens(tokenizer) if form.bos else []
+    if form.cutoff_len <= len(start):
+        raise PrunerError(f"--cutoff_len {form.cutoff_len} is out of range: give more than {len(start)}")
+    examples = (make_example(row, index) for index, row in enumerate(_iterate(data, source)))
+    windows = _cut(examples, form.cutoff_len, start)
     if form.objective != "causal":
         ids = (window["input_ids"] for window in windows)
         yield from denoise(ids, form.objective, Vocabulary.of(tokenizer), form.seed)
@@ -124,17 +132,24 @@ def _iterate(data: Iterable[Record], source: str) -> Iterator[Record]:
         yield from data
 
 
-def _cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
+def _cut(examples: Iterable[Example], length: int, start: list[int]) -> Iterator[Example]:
+    """Yield windows of ``length`` tokens, each begun by the tokens ``start``."""
+    opening = {"input_ids": start, "labels": [IGNORED] * len(start)}
     rest: Example = {"input_ids": [], "labels": []}
     for example in examples:
         if not _has_labels(example):
             continue
         for name, ids in rest.items():
             ids += example[name]
-        full = len(rest["labels"]) // length * length
-        for start in range(0, full, length):
-            yield {name: ids[start : start + length] for name, ids in rest.items()}
-        rest = {name: ids[full:] for name, ids in rest.items()}
+        taken = 0
+        while True:
+            begun = rest["input_ids"][taken : taken + len(start)] == start  # where an example begins
+            end = taken + length - (0 if begun else len(start))
+            if end > len(rest["labels"]):
+                break
+            yield {name: ([] if begun else opening[name]) + ids[taken:end] for name, ids in rest.items()}
+            taken = end
+        rest = {name: ids[taken:] for name, ids in rest.items()}
 
 
 def _example_maker(

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..checkpoint.checking import check_model
 from ..checkpoint.load import load_tokenizer, no_tokenizer
 from ..checkpoint.locate import locate
-from ..data import check_text
+from ..corpora import check_text
 from ..errors import PrunerError, Unavailable
 from ..files import check_file, check_folder, read_json
 from ..inputs import InputCheck

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from ..data import documents
+from ..corpora import documents
 from ..errors import PrunerError
 from ..files import digest, read_json, write_text
 from ..progress import Step

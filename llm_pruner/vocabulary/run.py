@@ -15,7 +15,7 @@ from ..checkpoint.locate import PLAN_FILE
 from ..checkpoint.next_steps import log_next_steps
 from ..checkpoint.save import write_checkpoint
 from ..checkpoint.unread import UNREAD, unread_tensors
-from ..data import text
+from ..corpora import text
 from ..errors import PrunerError
 from ..files import complete_folder, folder_for_run, strict_json, write_text
 from ..graph.units import CouplingGraph, Unit, trace

@@ -1,0 +1,137 @@
+"""Gradients of single samples for the weights of linear layers, from passes of several samples.
+
+For a linear layer y = W x, let x_n ``[tokens, in]`` be the activations of sample n and d_n ``[tokens, out]`` the
+gradients of its loss with respect to y. The gradient of the sample is d_n' x_n, and sum_t d_nt for the bias
+(Goodfellow, arXiv 1510.01799). One batched pass yields x and d of all samples; the products cost what a backward pass
+spends on W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..models.hooks import forward_hooks
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of the samples' gradients.
+
+    Attributes:
+        square: mean square h, the diagonal of the Fisher information.
+        mean: mean g; None where only h was asked for.
+    """
+
+    square: torch.Tensor
+    mean: torch.Tensor | None
+
+
+VisitMoments = Callable[[str, torch.Tensor, Moments], None]
+
+
+class MomentSums:
+    """Sums of the squares of gradients, and of the gradients where their mean is asked for, in fp32."""
+
+    def __init__(self, like: torch.Tensor, *, with_mean: bool):
+        self._square = torch.zeros_like(like, dtype=torch.float32)
+        self._mean = torch.zeros_like(self._square) if with_mean else None
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add the gradient of one sample."""
+        gradient = gradient.float()
+        self._square.addcmul_(gradient, gradient)
+        if self._mean is not None:
+            self._mean.add_(gradient)
+
+    def moments(self, samples: int) -> Moments:
+        return Moments(self._square.div_(samples), None if self._mean is None else self._mean.div_(samples))
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """Linear layer: the names of its weight and bias, where their gradients are wanted, and the weight's layout."""
+
+    weight: str | None
+    bias: str | None
+    rows_are_outputs: bool
+
+
+class LinearGradients:
+    """Receiver of the single samples' gradients of linear layers during batched passes.
+
+    Attributes:
+        candidates: parameters that may be received: weights and biases of linear layers that nothing else holds.
+        sums: moments so far, of parameters whose gradients have come.
+    """
+
+    def __init__(self, model: nn.Module, names: set[str], *, with_mean: bool):
+        self.sums: dict[str, MomentSums] = {}
+        self._with_mean = with_mean
+        self._layers = dict(_linear_layers(model, names))
+        self._calls: dict[nn.Module, list[bool]] = {module: [] for module in self._layers}
+        self._batches = self._rows = 0
+
+    @property
+    def candidates(self) -> set[str]:
+        return {name for layer in self._layers.values() for name in (layer.weight, layer.bias) if name}
+
+    def received(self) -> set[str]:
+        """Return the candidates whose layers ran once a pass, on all samples in order; known after a forward pass."""
+        whole = [self._layers[module] for module, calls in self._calls.items() if self._ran_on_all(calls)]
+        return {name for layer in whole for name in (layer.weight, layer.bias) if name}
+
+    def _ran_on_all(self, calls: list[bool]) -> bool:
+        return len(calls) == self._batches and all(calls)
+
+    def begin_batch(self, rows: int) -> None:
+        """Expect a forward pass of ``rows`` samples."""
+        self._rows, self._batches = rows, self._batches + 1
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Watch the layers: without gradients note what they are given, with gradients receive those of samples."""
+        with forward_hooks([(module, self._watch) for module in self._layers]):
+            yield
+
+    def _watch(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if not torch.is_grad_enabled():
+            self._calls[module].append(args[0].ndim > 2 and len(args[0]) == self._rows)
+        elif self._ran_on_all(self._calls[module]) and output.requires_grad:
+            output.register_hook(partial(self._receive, self._layers[module], args[0].detach()))
+
+    def _receive(self, layer: _Linear, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        for x, d in zip(inputs.flatten(1, -2), gradients.detach().flatten(1, -2), strict=True):
+            if layer.weight:
+                self._add(layer.weight, d.T @ x if layer.rows_are_outputs else x.T @ d)
+            if layer.bias:
+                self._add(layer.bias, d.sum(0))
+
+    def _add(self, name: str, gradient: torch.Tensor) -> None:
+        if name not in self.sums:
+            self.sums[name] = MomentSums(gradient, with_mean=self._with_mean)
+        self.sums[name].add(gradient)
+
+
+def _linear_layers(model: nn.Module, names: set[str]) -> Iterator[tuple[nn.Module, _Linear]]:
+    """Yield linear layers that have a weight or bias of ``names``, and hold each alone."""
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    name_of = {id(parameter): name for name, parameter in model.named_parameters() if name in names}
+    for module in model.modules():
+        if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+            continue
+        wanted = [
+            name_of.get(id(p)) if p is not None and holders[id(p)] == 1 else None for p in (module.weight, module.bias)
+        ]
+        if any(wanted):
+            yield module, _Linear(*wanted, rows_are_outputs=type(module).forward is nn.Linear.forward)
