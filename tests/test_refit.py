@@ -116,6 +116,16 @@ def test_the_loss_is_that_by_hand():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_every_step_reads_the_weights_of_the_step_before():
+    """Casts of weights that are kept over steps would train, and measure, on those of the first step."""
+    model, ids = build("gpt2"), tokens(64, 16)
+    plan, pruned = pruned_by(model, kinds=("neurons",))
+    report = distill(model, pruned, ids, Budget(tokens=12000), plan=plan)
+    assert report.after < 0.97 * report.before
+    _, held_out = hold_out(ids, 4)
+    assert Distillation(model, pruned, plan).mean_loss(held_out, 4) == pytest.approx(report.after, rel=0.02)
+
+
 def test_a_model_that_predicts_no_tokens_learns_its_output():
     model = classifier("BertForSequenceClassification", "bert", **TEXT)
     plan, pruned = pruned_by(model, kinds=("neurons",))

@@ -43,7 +43,7 @@ from .training import (
 )
 
 HELD_OUT = 16  # one sample of so many, and at most so many, measure the result
-RATE = 3e-4  # up to 512 hidden channels
+RATE = 2e-4  # up to 512 hidden channels
 TOKENS_PER_STEP = 512
 OTHERS_PER_STEP = 8  # samples of images or sounds
 STREAM_WEIGHT = 1.0  # b

@@ -73,7 +73,9 @@ def tokens_in(inputs: Inputs) -> int:
 
 def narrow_arithmetic(device: torch.device) -> AbstractContextManager[None]:
     """Return a context that multiplies matrices in bfloat16 where the device is faster at that."""
-    return torch.autocast(device.type, torch.bfloat16) if multiplies_bfloat16(device) else nullcontext()
+    if not multiplies_bfloat16(device):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # a cache would outlive an optimizer's step
 
 
 @contextmanager
