@@ -126,7 +126,8 @@ def _train(
         log.info("no training: %s", error)
         return {"none": str(error)}
     log.info("%s", report.summary())
-    return asdict(report) | {"training_samples": samples, "training_tokens": report.tokens}
+    tokens = refit.budget.tokens if refit.budget.minutes is None else report.tokens
+    return asdict(report) | {"training_samples": samples, "training_tokens": tokens}
 
 
 def training_samples(training: str, budget: Budget, text: Inputs) -> int:

@@ -20,7 +20,7 @@ class RefitRecord:
         compensation: method, or ``none``.
         training: ``blocks`` or ``distill``, behind the compensation, or ``none``.
         training_samples: samples of the text that it read, those of the calibration set among them.
-        training_tokens: tokens that it trained on.
+        training_tokens: its budget of tokens; under a budget of minutes, the tokens that it trained on.
         self_samples: samples that the model writes itself, in front of the others.
         seed: seed of these.
         rescale_norms: rescale norms before the compensation.
