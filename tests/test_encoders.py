@@ -18,7 +18,7 @@ from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
 from llm_pruner.evaluation.labelled import measure_labelled
 from llm_pruner.models.inputs import example_inputs
-from llm_pruner.models.running import logits
+from llm_pruner.models.running import logits, main_output
 from llm_pruner.pruning import run
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -38,6 +38,12 @@ ENCODER_DECODERS = {
         | {"eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 0},
     ),
     "BartForSequenceClassification": ("bart", SIDES),
+}
+T5 = ENCODER_DECODERS["T5ForSequenceClassification"]
+OF_TOKENS = {
+    "T5ForQuestionAnswering": T5,
+    "BartForQuestionAnswering": ("bart", SIDES),
+    "T5ForTokenClassification": T5,
 }
 
 
@@ -143,6 +149,21 @@ def test_classifiers_that_read_a_text_twice(name, tokenizer, tmp_path):
     rows = [{"text": word, "label": label} for word, label in zip(words, labels, strict=True)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert measure_labelled(model, tokenizer, str(tmp_path / "rows.jsonl"))["acc"] == 1
+
+
+@pytest.mark.parametrize("name", OF_TOKENS)
+def test_encoder_decoders_give_an_output_for_every_token(name):
+    """Calibration and comparison read the whole text, whose tokens all have a class or a place in the answer."""
+    model = build(name, OF_TOKENS[name][0], **OF_TOKENS[name][1])
+    plan, pruned = pruned_by(model, kinds=["neurons"])
+    assert lp.verify(model, pruned, plan).equivalent
+    ids = tokens(4, 12).clamp_min(3)
+    ids[:, -1] = OF_TOKENS[name][1]["eos_token_id"]
+    output = logits(model, ids)
+    assert output.shape == (4, 12, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(output, main_output(model(input_ids=ids)))
+    lp.score(model, lp.trace(model), ids, "taylor", taylor="param_second", kinds=["neurons"])
 
 
 @pytest.mark.parametrize("columns", (("premise", "hypothesis"), ("text", "other"), ("sentence1", "sentence2")))

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from helpers.models import ARCHITECTURES, build, require_embedded_model
+from transformers import DecisionTransformerConfig
 
 import llm_pruner as lp
 from llm_pruner.cli import main
@@ -173,3 +174,14 @@ def test_removed_layers_are_named(tmp_path, monkeypatch, capsys):
     lp.save(lp.apply(model, plan := lp.select(graph, scores, 0.5, ["layers"])), None, tmp_path, plan=plan)
     output = inspect(tmp_path, columns=80, monkeypatch=monkeypatch, capsys=capsys)
     assert "removed from model.layers: 2-4" in output and "3 of 6" in output
+
+
+def test_weights_are_not_asked_for_where_inputs_are_missing(tmp_path, capsys):
+    """A decision transformer reads states, which no signature or config tells, with or without its weights."""
+    config = DecisionTransformerConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=8)
+    config.architectures = ["DecisionTransformerModel"]
+    config.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "needs 'states', which cannot be guessed: give lp.trace(model, inputs=…)" in error
+    assert "--verify" not in error

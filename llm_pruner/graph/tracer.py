@@ -26,7 +26,7 @@ from ..models.inputs import (
     has_remembered_inputs,
     input_embedding,
     reads_text_only,
-    reads_text_twice,
+    reads_whole_text,
 )
 from ..models.per_layer import Constant
 from ..models.running import answer_on_meta, main_output, model_inputs, stored_tensors, tracing_mode
@@ -43,6 +43,10 @@ TRACE_ROWS, TRACE_TOKENS = 2, 16  # long enough for every branch of a decoder to
 
 class TraceError(PrunerError):
     """Error: the model could not be run for tracing."""
+
+
+class UnknownInputs(TraceError):
+    """Error: the inputs of a model cannot be guessed, with or without its weights."""
 
 
 class Tracer(TorchDispatchMode):
@@ -229,6 +233,8 @@ def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
     """
     try:
         return _trace_on(model, torch.device("meta"))
+    except UnknownInputs:
+        raise
     except TraceError as on_meta:
         if any(tensor.device.type == "meta" for tensor in stored_tensors(model).values()):
             raise TraceError(f"{on_meta}; a model with its weights may do better") from on_meta
@@ -320,7 +326,7 @@ def _inputs_to_trace(model: nn.Module, vocabulary: Dim | None) -> dict[str, torc
     try:
         examples = example_inputs(model, TRACE_ROWS, TRACE_TOKENS)
     except PrunerError as error:
-        raise TraceError(f"{error}: it cannot be traced") from error
+        raise UnknownInputs(f"{error}: it cannot be traced") from error
     if isinstance(examples, ModelInputs) and has_remembered_inputs(model):
         return examples.tensors()
     inputs = model_inputs(model, examples)
@@ -328,5 +334,5 @@ def _inputs_to_trace(model: nn.Module, vocabulary: Dim | None) -> dict[str, torc
         for name in IDS & inputs.keys():
             ids = torch.arange(TRACE_ROWS * TRACE_TOKENS).view(TRACE_ROWS, TRACE_TOKENS) * 31
             ids = ids % size_of(vocabulary)
-            inputs[name] = ended(model, ids) if reads_text_twice(model) else ids
+            inputs[name] = ended(model, ids) if reads_whole_text(model) else ids
     return inputs

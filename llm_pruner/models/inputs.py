@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import PrunerError
-from .tasks import task_name
+from .tasks import OF_WHOLE_TEXTS, task_name
 
 IDS = {"input_ids", "decoder_input_ids"}
 IMAGE_SIZE, CHANNELS, SAMPLES_OF_SOUND, MEL_FRAMES = 224, 3, 16_000, 64  # where a config states none
@@ -186,7 +186,7 @@ def needed_inputs(model: nn.Module) -> list[str]:
     names = [name for name in ([main] if isinstance(main, str) else main) if name in parameters or not required]
     names += required
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if encoder_decoder and "decoder_input_ids" in parameters and not reads_text_twice(model):
+    if encoder_decoder and "decoder_input_ids" in parameters and not reads_whole_text(model):
         names.append("decoder_input_ids")
     if "return_loss" in parameters:
         names += [name for name in ("input_ids", "pixel_values", "input_features") if name in parameters][:2]
@@ -209,7 +209,7 @@ def example_inputs(model: nn.Module, rows: int = 2, tokens: int = 16, seed: int 
         return _remembered[model].to(device)
     if reads_text_only(model):
         ids = _random_ids(model, rows, tokens, generator)
-        return (ended(model, ids) if reads_text_twice(model) else ids).to(device)
+        return (ended(model, ids) if reads_whole_text(model) else ids).to(device)
     drawn = {}
     for name in needed_inputs(model):
         if name in IDS:
@@ -226,10 +226,14 @@ def _random_ids(model: nn.Module, rows: int, tokens: int, generator: torch.Gener
     return torch.randint(0, embedding.weight.shape[0], (rows, tokens), generator=generator)
 
 
-def reads_text_twice(model: nn.Module) -> bool:
-    """Return True for a classifier that gives a whole text to its encoder and its decoder, as T5's and BART's do."""
+def reads_whole_text(model: nn.Module) -> bool:
+    """Return True for an encoder-decoder that reads the whole text in its encoder, not a half in each of its parts.
+
+    Classifiers and models that answer questions make the decoder's input of the text themselves, as BART's do, or have
+    no decoder at all, as T5's classifier of tokens.
+    """
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return bool(encoder_decoder) and task_name(model) == "text-classification"
+    return bool(encoder_decoder) and task_name(model) in OF_WHOLE_TEXTS
 
 
 def ended(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from .inputs import (
     ended,
     input_embedding,
     reads_text_only,
-    reads_text_twice,
+    reads_whole_text,
 )
 from .per_layer import IMPLEMENTATION_SLOTS
 from .tasks import predicts_tokens
@@ -112,14 +112,14 @@ def model_inputs(model: nn.Module, ids: Inputs) -> dict[str, torch.Tensor]:
     """Return token ids ``[rows, tokens]``, or a batch of other inputs, as arguments of the model.
 
     An encoder-decoder reads the first half of each row in its encoder and the second in its decoder: it predicts how
-    the text goes on. One that reads a text in both, as classifiers do, is given the whole of it, ended as it expects.
+    the text goes on. A classifier or a model that answers questions reads the whole text, ended as it expects.
     """
     if isinstance(ids, ModelInputs):
         dtype = next(model.parameters()).dtype
         return {name: t.to(dtype) if t.is_floating_point() else t for name, t in ids.tensors().items()}
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {"input_ids": ids}
-    if reads_text_twice(model):
+    if reads_whole_text(model):
         return {"input_ids": ids if ids.device.type == "meta" else ended(model, ids)}
     half = ids.shape[1] // 2
     return {"input_ids": ids[:, :half], "decoder_input_ids": ids[:, half:]}

@@ -43,6 +43,7 @@ TASKS = {
     "pretraining": ("AutoModelForPreTraining", "MODEL_FOR_PRETRAINING_MAPPING_NAMES"),
 }
 OF_VALUES = ("depth-estimation", "masked-image-modeling")
+OF_WHOLE_TEXTS = ("text-classification", "token-classification", "question-answering")
 OF_TOKENS = (TEXT_GENERATION, TEXT_TO_TEXT, IMAGE_TEXT)
 
 

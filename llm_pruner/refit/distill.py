@@ -1,20 +1,14 @@
 """Distillation without labels: train all weights of a pruned model to predict what the original predicts.
 
-With p the original's and q the pruned model's probabilities of the next token, and h_p and h_q the hidden states behind
-a layer of both, the loss of a token is
-
-    KL(p || q)  +  b * mean over layers of |h_p - h_q|^2 / |h_p|^2
-
-(Hinton et al., arXiv 1503.02531, section 2, with the original's probabilities alone; hidden states as in TinyBERT,
-arXiv 1909.10351, equation 8, relative to the original's, so that b means the same for every model). Models that predict
-no tokens learn their main output instead, by its relative squared error. The saved model is plain.
+With p the original's and q the pruned model's probabilities of the next token, the loss of a token is KL(p || q) (Hinton
+et al., arXiv 1503.02531, section 2, with the original's probabilities alone). Models that predict no tokens learn their
+main output instead, by its squared error relative to the original's. The saved model is plain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,15 +16,11 @@ from transformers import PreTrainedModel
 
 from ..errors import PrunerError
 from ..models.blockwise import computing
-from ..models.hooks import forward_hooks
 from ..models.inputs import Inputs
-from ..models.layers import hidden_out
 from ..models.running import equal_draws, evaluating, forward, main_output
 from ..models.tasks import has_token_logits
 from ..progress import Step
-from ..selection.plan import PruningPlan
 from .budget import Budget, Spending
-from .matching import matching_stacks
 from .training import (
     BETAS,
     endless_batches,
@@ -46,7 +36,6 @@ HELD_OUT = 16  # one sample of so many, and at most so many, measure the result
 RATE = 2e-4  # up to 512 hidden channels
 TOKENS_PER_STEP = 512
 OTHERS_PER_STEP = 8  # samples of images or sounds
-STREAM_WEIGHT = 1.0  # b
 LARGEST_GRADIENT = 1.0
 
 
@@ -78,62 +67,28 @@ def relative_distance(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
     return ((theirs - ours).square().sum(-1) / theirs.square().sum(-1).clamp_min(1e-12)).sum()
 
 
+@dataclass(frozen=True)
 class Distillation:
-    """The loss of a pruned model against the original, batch by batch.
+    """The loss of a pruned model against the original, batch by batch."""
 
-    Args:
-        plan: as for :func:`distill`.
-        weight: b, the weight of the hidden states; 0 leaves them out.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        pruned: PreTrainedModel,
-        plan: PruningPlan | None = None,
-        weight: float = STREAM_WEIGHT,
-    ):
-        self.model, self.pruned, self.weight = model, pruned, weight
-        self.stacks = matching_stacks(model, pruned, plan) if weight else []
+    model: PreTrainedModel
+    pruned: PreTrainedModel
 
     def loss(self, inputs: Inputs) -> torch.Tensor:
         """Return the mean loss over the positions of a batch."""
-        with torch.no_grad():
-            output, their_states = _run(self.model, inputs, [s.theirs[i] for s in self.stacks for i in s.last])
-        theirs = main_output(output)
-        output, our_states = _run(self.pruned, inputs, [layer for s in self.stacks for layer in s.ours])
-        ours = main_output(output)
+        with equal_draws():
+            output = forward(self.pruned, inputs)
+        with torch.no_grad(), equal_draws():
+            theirs = main_output(forward(self.model, inputs))
+        ours, positions = main_output(output), theirs[..., 0].numel()
         if has_token_logits(self.pruned) and getattr(output, "logits", None) is not None:
-            total = divergence(ours.float().log_softmax(-1), theirs.float().log_softmax(-1)) / theirs[..., 0].numel()
-        else:
-            total = _mean_distance(theirs, ours)
-        stacks = [stack for stack in self.stacks for _ in stack.ours]
-        if not len(stacks) == len(their_states) == len(our_states):  # layers that run several times, as ALBERT's do
-            stacks, their_states, our_states = [], [], []
-        for stack, h_p, h_q in zip(stacks, their_states, our_states, strict=True):
-            if (target := stack.comparable(h_p, h_q)) is not None:
-                total = total + self.weight / len(stacks) * _mean_distance(target, h_q)
-        return total
+            return divergence(ours.float().log_softmax(-1), theirs.float().log_softmax(-1)) / positions
+        return relative_distance(theirs, ours) / positions
 
     @torch.no_grad()
     def mean_loss(self, inputs: Inputs, samples: int) -> float:
         """Return the mean loss of samples, run so many at a time."""
         return sum(self.loss(batch).item() * len(batch) for batch in inputs.split(samples)) / len(inputs)
-
-
-def _mean_distance(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-    return relative_distance(theirs, ours) / theirs[..., 0].numel()
-
-
-def _run(model: PreTrainedModel, inputs: Inputs, layers: list[nn.Module]) -> tuple[Any, list[torch.Tensor]]:
-    """Return a model's output and the hidden states behind some layers."""
-    states: list[torch.Tensor] = []
-
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        states.append(hidden_out(output))
-
-    with forward_hooks([(layer, keep) for layer in layers]), equal_draws():
-        return forward(model, inputs), states
 
 
 def distill(
@@ -142,7 +97,6 @@ def distill(
     calibration: Inputs,
     budget: Budget,
     *,
-    plan: PruningPlan | None = None,
     seed: int = 0,
 ) -> DistillReport:
     """Train all weights of ``pruned`` in place to predict what ``model`` predicts.
@@ -152,7 +106,6 @@ def distill(
         pruned: pruned model, of the same vocabulary.
         calibration: LongTensor ``[samples, tokens]`` or other inputs, a sixteenth of which is held out, at most 16;
             the others are repeated if the budget is larger.
-        plan: plan of the pruned model; needed if it lost layers.
         seed: of the order of the samples.
 
     Returns:
@@ -174,7 +127,7 @@ def distill(
         computing(model) as compute,
         narrow_arithmetic(compute.device),
     ):
-        distillation = Distillation(model, pruned, plan)
+        distillation = Distillation(model, pruned)
         held_out = held_out.to(compute.device)
         before = distillation.mean_loss(held_out, samples)
         start = [parameter.detach().clone() for parameter in trained]

@@ -1,4 +1,4 @@
-"""Which layers of a pruned model correspond to which of the original."""
+"""Match the layers of a pruned model with those of the original."""
 
 from __future__ import annotations
 

@@ -138,4 +138,4 @@ def train(
         raise PrunerError(f"a refit needs one vocabulary, and these have {tokens[0]} and {tokens[1]} tokens")
     if method == "blocks":
         return RefitReport(blocks=reconstruct(model, pruned, calibration, budget, plan=plan, seed=seed))
-    return RefitReport(distillation=distill(model, pruned, calibration, budget, plan=plan, seed=seed))
+    return RefitReport(distillation=distill(model, pruned, calibration, budget, seed=seed))

@@ -19,7 +19,7 @@ from ..evaluation.speed import tokens_read
 from ..evaluation.tabular import short_number
 from ..files import read_json, strict_json
 from ..graph.permutation import PermutationReport, verify_units
-from ..graph.tracer import TraceError
+from ..graph.tracer import TraceError, UnknownInputs
 from ..graph.units import CouplingGraph, Unit
 from ..models.inputs import has_remembered_inputs, reads_text_only
 from ..models.skeleton import parameter_count
@@ -55,8 +55,10 @@ def run_inspect(args: InspectArguments) -> None:
         model = meta_model(config, args.trust_remote_code)
         try:
             graph = trace_towers(model, args.towers)
+        except UnknownInputs:
+            raise
         except TraceError as error:
-            raise PrunerError(f"{error}: add --verify, which reads them") from error
+            raise PrunerError(f"{error}: add --verify, which loads the weights") from error
     _check_layer(graph, args.layer)
     parameters, of_sample = parameter_count(model), _macs_of_sample(model)
     if args.json:

@@ -151,6 +151,7 @@ MORE: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
     },
     "zaya": {"num_experts_per_tok": 1},
+    "t5": {"decoder_start_token_id": 0},  # as all its checkpoints have
 }
 
 

@@ -27,7 +27,7 @@ import llm_pruner as lp
 from helpers.architectures import media_types, model_types, other_types, tiny_model
 from llm_pruner.graph.permutation import LOGIT_TOLERANCE, check_permutation
 from llm_pruner.graph.units import CouplingGraph
-from llm_pruner.models.inputs import example_inputs, reads_text_only
+from llm_pruner.models.inputs import example_inputs, reads_text_only, reads_whole_text
 from llm_pruner.models.per_layer import has_per_layer_widths
 from llm_pruner.models.running import logits, main_output, relative_difference, without_cache
 from llm_pruner.selection.plan import PruningPlan
@@ -164,6 +164,8 @@ def masked_copy(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
 def _forward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     if not reads_text_only(model):
         return logits(model, example_inputs(model, seed=1))
+    if reads_whole_text(model):
+        return logits(model, ids)
     both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     return main_output(model(input_ids=ids, **both, **without_cache(model))).float()
 
