@@ -1,8 +1,8 @@
 """Distillation without labels: train all weights of a pruned model to predict what the original predicts.
 
-With p the original's and q the pruned model's probabilities of the next token, the loss of a token is KL(p || q) (Hinton
-et al., arXiv 1503.02531, section 2, with the original's probabilities alone). Models that predict no tokens learn their
-main output instead, by its squared error relative to the original's. The saved model is plain.
+With p the original's and q the pruned model's probabilities of the next token, the loss of a token is KL(p || q)
+(Hinton et al., arXiv 1503.02531, section 2, with the original's probabilities alone). Models that predict no tokens
+learn their main output instead, by its squared error relative to the original's. The saved model is plain.
 """
 
 from __future__ import annotations
