@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 import llm_pruner as lp
 from llm_pruner.data import text
 from llm_pruner.evaluation.perplexity import windows
+from llm_pruner.importance.activation import SAMPLES_PER_PASS
 from llm_pruner.provenance import provenance
 
 EXPERTS, PER_TOKEN, NOISE = 8, 2, 0.3  # noise: share of each weight's standard deviation
@@ -132,6 +134,21 @@ def losses(model: PreTrainedModel, held_out: dict[str, torch.Tensor], options: a
     return out
 
 
+@torch.no_grad()
+def forward_passes(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Run the model on calibration samples, as many in a pass as a scoring takes."""
+    for batch in ids.to(model.device).split(SAMPLES_PER_PASS):
+        model(input_ids=batch, use_cache=False)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(run: Callable[[], None]) -> float:
+    began = time.monotonic()
+    run()
+    return time.monotonic() - began
+
+
 def compared(
     model: PreTrainedModel, held_out: dict[str, torch.Tensor], names: list[str], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
@@ -142,12 +159,14 @@ def compared(
             draw = torch.Generator().manual_seed(seed)
             pools = [held_out[name][:-WINDOWS] for name in names]
             ids = torch.cat([pool[torch.randperm(len(pool), generator=draw)[: WINDOWS // 2]] for pool in pools])
+            forward = seconds_of(lambda ids=ids: forward_passes(model, ids))
             began = time.monotonic()
             scores = lp.score(model, graph, ids, criterion, kinds=["experts"], seed=seed)
             seconds = time.monotonic() - began
             for ratio in RATIOS:
                 pruned = lp.apply(model, lp.select(graph, scores, ratio, kinds=["experts"]))
                 row = {"criterion": criterion, "ratio": ratio, "seed": seed, "seconds": round(seconds, 2)}
+                row["times_a_forward_pass"] = round(seconds / forward, 3)
                 rows.append(row | {"losses": losses(pruned, held_out, options), "calibration": list(ids.shape)})
                 print(json.dumps(rows[-1]), flush=True)
     return rows

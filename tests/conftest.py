@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.media import save_llava
 from helpers.models import ARCHITECTURES, SHARED, require_embedded_model
+from helpers.tasks import write_tasks
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -111,3 +112,9 @@ def shared() -> Path:
 def llava(tokenizer, tmp_path) -> Path:
     """A folder with a tiny model of images and text, and its processor."""
     return save_llava(tokenizer, tmp_path / "llava")
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory) -> Path:
+    """A folder with tasks for lm-eval."""
+    return write_tasks(tmp_path_factory.mktemp("tasks"))

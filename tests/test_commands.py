@@ -232,7 +232,7 @@ def test_the_same_run_gives_the_same_bits(folder):
         ("--target_params 0.9 --target_macs 0.9", "exclude each other"),
         ("--target_memory 3parsec", "use a fraction"),
         ("--floor 1", "out of range"),
-        ("--normalize mean", "--normalize needs --global_pruning"),
+        ("--normalize mean", "--normalize needs one of --global_pruning"),
         ("--target_macs 0.01 --budget_tokens 16", "cannot be reached"),
         ("--compensate wishes", "choose from none, least_squares"),
         ("--compensate least_squares --num_examples 10", "--num_examples of at least 32"),

@@ -41,11 +41,24 @@ LLAMA_3_8B = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
+QWEN3_30B = {
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
 CONFIGS = {
     "llm_pruner_llama7b": ("llama", {"vocab_size": 32000}),
     "pruning_llms_7b_to_3.4b": ("llama", LLAMA_13B),
     "openba_v2_5_stages": ("t5", T5_XL),
     "minitron_style": ("llama", LLAMA_3_8B),
+    "reap_qwen3_30b": ("qwen3_moe", QWEN3_30B),
     "llmpruner_bloom_zh": ("bloom", {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}),
 }
 PUBLISHED_SIZES = {

@@ -4,11 +4,7 @@ import csv
 import importlib
 import io
 import json
-import logging
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +22,6 @@ from llm_pruner.evaluation.perplexity import Perplexity, byte_perplexity, perple
 from llm_pruner.evaluation.speed import Speed
 from llm_pruner.evaluation.table import table
 from llm_pruner.evaluation.tabular import TERMINAL, short_number, terminal_tables
-from llm_pruner.evaluation.zero_shot import PAPER_TASKS, zero_shot
 from llm_pruner.files import strict_json
 
 
@@ -139,93 +134,6 @@ def test_json_is_strict():
     }
 
 
-# --- Tasks ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    """A folder with a multiple-choice task of 20 questions."""
-    folder = tmp_path_factory.mktemp("tasks")
-    rows = [
-        {"q": f"Is {i} more", "choices": [f"than {i - 1}", f"or {i} less", "neither"], "label": i % 3}
-        for i in range(20)
-    ]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "ours.yaml").write_text(
-        f"""task: ours
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/data.jsonl}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{q}}}}"
-doc_to_target: label
-doc_to_choice: choices
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-metadata: {{version: 1.0}}
-"""
-    )
-    return folder
-
-
-def by_hand(model, tokenizer, folder):
-    """Accuracies by the likelihood of every choice, plain and by the length of its text."""
-    right = {"acc": 0, "acc_norm": 0}
-    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
-    for row in rows:
-        found = []
-        for choice in row["choices"]:
-            context, whole = tokenizer(row["q"])["input_ids"], tokenizer(f"{row['q']} {choice}")["input_ids"]
-            with torch.no_grad():
-                logs = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
-            found.append(sum(logs[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
-        lengths = [len(choice) for choice in row["choices"]]
-        right["acc"] += max(range(3), key=found.__getitem__) == row["label"]
-        right["acc_norm"] += max(range(3), key=lambda i: found[i] / lengths[i]) == row["label"]
-    return {name: count / len(rows) for name, count in right.items()}
-
-
-@pytest.mark.parametrize("name", ("base", "uniform", "pruned"))
-def test_accuracy_is_that_of_a_computation_by_hand(home, tasks, name):
-    model, tokenizer = lp.load(str(home / name))
-    level = logging.getLogger("lm_eval").level
-    found = zero_shot(model, tokenizer, ["ours"], include_path=str(tasks))
-    assert logging.getLogger("lm_eval").level == level
-    expected = by_hand(model, tokenizer, tasks)
-    assert {key: found.tasks["ours"][key] for key in expected} == pytest.approx(expected)
-    assert found.tasks["ours"]["acc_norm"] == expected["acc_norm"]
-    assert found.results["n-samples"]["ours"]["effective"] == 20
-    few = zero_shot(model, tokenizer, ["ours"], include_path=str(tasks), limit=5)
-    assert few.results["n-samples"]["ours"]["effective"] == 5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["uniform", "pruned"])
-def test_stock_lm_eval_agrees(name, home, tasks, tmp_path):
-    """Without any of ours in the process: on a plain checkpoint, and where layers differ on a standalone one."""
-    model, tokenizer = lp.load(str(home / name))
-    lp.save(model, tokenizer, tmp_path / "model", standalone=name == "pruned")
-    arguments = f"pretrained={tmp_path / 'model'}" + (",trust_remote_code=True" if name == "pruned" else "")
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments]
-    command += ["--tasks", "ours", "--include_path", str(tasks), "--device", "cpu"]
-    command += ["--output_path", str(tmp_path / "out")]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (file,) = (tmp_path / "out").rglob("*.json")
-    stock = json.loads(file.read_text())["results"]["ours"]
-    found = zero_shot(model, tokenizer, ["ours"], include_path=str(tasks)).tasks["ours"]
-    assert (found["acc"], found["acc_norm"]) == (stock["acc,none"], stock["acc_norm,none"])
-
-
-def test_unknown_tasks(home, tasks):
-    model, tokenizer = lp.load(str(home / "base"))
-    with pytest.raises(PrunerError, match=r"no task 'piqua'; the nearest are piqa"):
-        zero_shot(model, tokenizer, ["piqua"], include_path=str(tasks))
-    assert len(PAPER_TASKS) == 7
-
-
 # --- Side by side ---------------------------------------------------------------------------------------------------
 
 
@@ -292,15 +200,18 @@ def test_tables_go_into_papers_as_they_are():
     assert shown.models == ["smollm2-135m", "prune_log/a_b", "tune_log/a_b"]
     lines = shown.markdown().splitlines()
     assert lines[0] == (
-        "| model | params | ratio | MACs | weights | ppl wikitext2 | piqa acc % | arc_easy acc_norm % "
-        "| read tok/s | write tok/s |"
+        "| model | params | ratio | MACs | weights | ppl wikitext2 | ppl/byte wikitext2 | piqa acc % "
+        "| arc_easy acc_norm % | read tok/s | write tok/s |"
     )
+    # The original is no candidate for bold.
     assert lines[2].startswith("| smollm2-135m | 135 M | 1.000 | 17.8 G | 513 MiB |")
-    assert lines[2].endswith("| 20.70 | 70.0 ± 1.1 | 70.0 | 497.0 | 20.00 |"), "the original is no candidate for bold"
-    assert lines[3].endswith("| **20.60** | 60.0 ± 1.1 | 60.0 | 497.0 | 20.00 |")
-    assert lines[4].endswith("| 20.65 | **65.0 ± 1.1** | **65.0** | 497.0 | **25.00** |")
+    assert lines[2].endswith("| 20.70 | 2.00 | 70.0 ± 1.1 | 70.0 | 497.0 | 20.00 |"), (
+        "the original is no candidate for bold"
+    )
+    assert lines[3].endswith("| **20.60** | 2.00 | 60.0 ± 1.1 | 60.0 | 497.0 | 20.00 |")
+    assert lines[4].endswith("| 20.65 | 2.00 | **65.0 ± 1.1** | **65.0** | 497.0 | **25.00** |")
     latex = shown.latex().splitlines()
-    assert latex[0] == "\\begin{tabular}{lrrrrrrrrr}" and latex[1:4:2] == ["\\toprule", "\\midrule"]
+    assert latex[0] == "\\begin{tabular}{lrrrrrrrrrr}" and latex[1:4:2] == ["\\toprule", "\\midrule"]
     assert latex[6].startswith("tune\\_log/a\\_b & ") and "\\textbf{65.0 $\\pm$ 1.1}" in latex[6]
     (first, *_) = csv.DictReader(shown.csv().splitlines())
     assert first["macs"] == "17779654656" and first["piqa_acc"] == "0.7" and first["piqa_acc_stderr"] == "0.011"

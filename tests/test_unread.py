@@ -102,7 +102,7 @@ def quantize(folder, how):
         save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, file, metadata={"format": "pt"})
     elif how == "config":
         config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         (folder / "config.json").write_text(json.dumps(config))
     else:
         add_tensors(folder, {f"model.layers.0.mlp.up_proj.{how}": torch.ones(1)})

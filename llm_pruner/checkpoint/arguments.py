@@ -17,6 +17,7 @@ class ApplyArguments(Arguments):
     output: str = flag("", "folder to write", aliases=("out",))
     verify: bool = flag(False, "refuse a plan that was changed after it was written, and check the written files")
     standalone: bool = flag(False, "also write a modelling file, so that per-layer checkpoints load without llm_pruner")
+    dequantize: bool = flag(False, "write a quantized model in 16 bits (default: slice its quantized files)")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
     quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors")
     refit: bool = flag(False, "load the model and repeat the refit of the plan's run (compensation, rescaled norms)")

@@ -15,8 +15,8 @@ from .arguments import UniformArguments
 from .config import load_config
 from .load import TOKENIZERS, no_tokenizer
 from .locate import base_of, is_adapter, locate
+from .quantized.registry import open_shards
 from .shards import INDEX, shard_files
-from .unread import check_unquantized
 
 
 def check_model(
@@ -50,7 +50,7 @@ def check_model(
         )
     if (Path(path) / INDEX).is_file():
         shard_files(Path(path))
-    check_unquantized(name, Path(path), config)
+    open_shards(name, Path(path))
     if tokenizer and needs_tokenizer(config) and not any(any(Path(path).glob(pattern)) for pattern in TOKENIZERS):
         raise no_tokenizer(name)
     return config

@@ -39,7 +39,9 @@ def _read_config(name: str, trust_remote_code: bool, revision: str | None) -> Pr
         if gguf:
             status = (Path(path) / gguf).stat()
             return deepcopy(_gguf_config(path, gguf, status.st_size, status.st_mtime_ns))
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision or "main")
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision or "main")
+        config.__dict__.pop("quantization_config", None)  # of the files, not of the model that is made of them
+        return config
     except Exception as error:
         raise PrunerError(explain(name, path, error)) from error
 

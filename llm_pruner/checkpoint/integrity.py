@@ -6,10 +6,12 @@ from pathlib import Path
 
 from ..errors import PrunerError
 from ..selection.plan import PruningPlan
+from .boxes import OtherForm
 from .config import load_config, meta_model
 from .locate import PLAN_FILE
+from .quantized.registry import open_shards
 from .shards import Shards, sha256
-from .stored import OtherForm, stored_names
+from .stored import stored_boxes
 
 
 def check(folder: str | Path, trust_remote_code: bool = False) -> None:
@@ -33,20 +35,18 @@ def check(folder: str | Path, trust_remote_code: bool = False) -> None:
                 f"{folder / name} is not the file that was written: its SHA-256 begins {actual[:12]}, the plan says "
                 f"{expected[:12]}"
             )
-    shards = Shards(folder)
+    shards = open_shards(str(folder), folder) or Shards(folder)
     strangers = [file.name for file in shards.files if file.name not in plan.weights]
     if strangers:
         raise PrunerError(f"{folder / strangers[0]} is not part of the checkpoint that the plan describes")
     model = meta_model(load_config(str(folder), trust_remote_code), trust_remote_code)
     own = model.state_dict()
     try:
-        names = stored_names(model, shards)
+        boxes = stored_boxes(model, shards)
     except OtherForm:  # the hashes have to do
         return
-    for stored, name in names.items():
-        shape = shards.tensors[stored].shape
-        if shape != tuple(own[name].shape):
+    for stored, box in boxes.items():
+        if box.is_whole and box.shape != tuple(own[box.parameter].shape):
             raise PrunerError(
-                f"{stored} in {shards.tensors[stored].file} is {list(shape)}; config.json makes it "
-                f"{list(own[name].shape)}"
+                f"{stored} in {folder} is {list(box.shape)}; config.json makes it {list(own[box.parameter].shape)}"
             )

@@ -20,13 +20,17 @@ from ..logs import log
 from ..models.dispatch import check_device, spread
 from ..models.tasks import ask_for, auto_model_class
 from ..progress import Step, without_bars
+from ..surgery.apply import Place, in_memory
 from .adapters import merge_adapter
 from .config import untie
 from .gguf_reader import parsed_once
 from .integrity import check
 from .locate import PLAN_FILE, base_of, explain, is_adapter, locate
+from .on_disk import on_disk
+from .quantized.registry import QuantizedShards, check_method, open_shards
+from .read_quantized import read_quantized
 from .shards import INDEX, Shards, shard_files
-from .unread import check_unquantized, note_unread
+from .unread import note_unread
 
 # Files that a tokenizer is read from, one at least.
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "*.spm", "tekken.json")
@@ -49,8 +53,9 @@ def load(
     device_map: str | None = None,
     verify: bool = False,
     task: str | None = None,
+    offload_folder: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a model, in eval mode, and its tokenizer.
+    """Load a model, in eval mode, and its tokenizer. Quantized weights are dequantized.
 
     Args:
         name: ``smollm2-135m`` (the embedded model), a hub id, a folder, or a ``.gguf`` file, which is dequantized. The
@@ -65,13 +70,15 @@ def load(
         verify: first check the folder of a pruned model against the hashes in its plan; others have none.
         task: load the class of this task, such as ``text-generation``, instead of the class that the checkpoint
             declares; tensors that this class does not read are named in the log.
+        offload_folder: folder on whose disk the weights of a quantized checkpoint are dequantized to, memory-mapped,
+            instead of to memory. Other weights stay in their files anyway.
 
     Returns:
         Model and tokenizer; the tokenizer is None for a folder without one.
 
     Raises:
-        PrunerError: the model or device does not exist, the checkpoint is quantized, incomplete or pickled, or its
-            architecture has no class for the task.
+        PrunerError: the model or device does not exist, the checkpoint is incomplete, pickled or quantized in a format
+            that is not read, or its architecture has no class for the task.
 
     Example:
         >>> import llm_pruner as lp
@@ -82,6 +89,7 @@ def load(
     path, _ = locate(name)
     options: dict[str, Any] = {"revision": revision, "token": token}
     of_weights: dict[str, Any] = {"device_map": device_map, "verify": verify, "task": task}
+    of_weights["offload_folder"] = offload_folder
     if is_adapter(path):
         base = load(base_of(path), dtype, device, trust_remote_code, **options, **of_weights)
         return merge_adapter(*base, path)
@@ -149,6 +157,7 @@ def load_model(
     device_map: str | None = None,
     verify: bool = False,
     task: str | None = None,
+    offload_folder: str | Path | None = None,
 ) -> PreTrainedModel:
     """Load the model alone, as :func:`load` does; no adapters."""
     dtype = torch_dtype(dtype)
@@ -167,7 +176,8 @@ def load_model(
     if gguf is not None:
         common["gguf_file"] = gguf
     with parsed_once(), without_bars(), Step(f"loading {name}"):
-        model, report, shards = _read_model(name, dtype, common, task)
+        place = in_memory if offload_folder is None else on_disk(offload_folder)
+        model, report, shards = _read_model(name, dtype, common, task=task, place=place)
     if report["missing_keys"] and task is not None:
         raise PrunerError(
             f"{name} cannot be loaded for the task {task}: it holds no {min(report['missing_keys'])} of "
@@ -180,16 +190,20 @@ def load_model(
         )
     _note_untied(model, name)
     if gguf is None:
-        note_unread(model, name, shards.tensors if shards else (), report["unexpected_keys"])
+        note_unread(model, name, shards.shapes() if shards else (), report["unexpected_keys"])
     else:
         _forget_quantization(model)
     return (spread(model) if device_map else model.to(device)).eval()  # type: ignore[arg-type]
 
 
 def _read_model(
-    name: str, dtype: str | torch.dtype, common: dict[str, Any], task: str | None
+    name: str, dtype: str | torch.dtype, common: dict[str, Any], *, task: str | None, place: Place
 ) -> tuple[PreTrainedModel, Any, Shards | None]:
-    """Read a model with transformers; return it, the loader's report, and its shards if it has any here."""
+    """Read a model with transformers; return it, the loader's report, and its shards if it has any here.
+
+    Args:
+        place: function that moves dequantized weights to their final memory.
+    """
     path, gguf = locate(name)
     shards = None
     kwargs: dict[str, Any] = {"dtype": torch.float32 if gguf and dtype == "auto" else dtype}
@@ -197,7 +211,15 @@ def _read_model(
         config = AutoConfig.from_pretrained(path, **common)
         ask_for(task, config)
         if gguf is None:
-            shards = check_unquantized(name, Path(path), config)
+            shards = open_shards(name, Path(path))
+            if isinstance(shards, QuantizedShards):
+                model, report = read_quantized(
+                    name, config, shards, dtype=dtype, place=place, trust_remote_code=common["trust_remote_code"]
+                )
+                return model, report, shards
+            if quantization := getattr(config, "quantization_config", None):
+                check_method(name, quantization)
+                raise PrunerError(f"{name} is quantized: give its folder (hf download {name})")
             kwargs["use_safetensors"] = True
         else:
             kwargs["quantization_config"] = GgufConfig(dequantize=True)

@@ -27,6 +27,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -80,6 +81,14 @@ class Shards:
     def of(self, file: Path) -> dict[str, Stored]:
         """Return the tensors of one file."""
         return {name: stored for name, stored in self.tensors.items() if stored.file == file}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all tensors by name."""
+        return {name: stored.shape for name, stored in self.tensors.items()}
+
+    def values(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Read a tensor as it is stored; ``dtype`` is for weights that are stored in another form."""
+        return self.read(name)
 
     def read(self, name: str, again: bool = False) -> torch.Tensor:
         """Read a tensor into memory; nothing stays mapped.

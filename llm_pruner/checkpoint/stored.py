@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -10,13 +11,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PrunerError
 from ..models.running import stored_tensors
 from ..models.skeleton import canonical_names, names_of
+from ..surgery.apply import Place, in_memory
+from .boxes import Box, OtherForm, boxes_of
 from .config import load_config, meta_model, untie
 from .locate import locate
+from .quantized.registry import open_shards
 from .shards import Shards
-
-
-class OtherForm(PrunerError):
-    """A checkpoint holds its tensors in another form than the model, such as every expert by itself."""
 
 
 def weights_in(
@@ -28,41 +28,86 @@ def weights_in(
         task: read them as the class of this task instead of the declared class.
 
     Raises:
-        PrunerError: as :class:`Shards`, and where the files hold the weights in another form.
+        PrunerError: as :class:`Shards` and :func:`stored_boxes`.
     """
-    shards = Shards(locate(source)[0])
+    path = Path(locate(source)[0])
+    shards = open_shards(source, path) or Shards(path)
     config = load_config(source, trust_remote_code, task=task)
     model = model_of(source, config, shards, trust_remote_code=trust_remote_code)
     canonical = canonical_names(model)
-    for stored, name in stored_names(model, shards).items():
-        yield canonical[name], shards.read(stored)
+    for name, tensor in assembled(model, shards, dtype_of(config)):
+        yield canonical[name], tensor
 
 
-def stored_names(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
-    """Return the model's name of every stored tensor; tensors that the model does not know are left out.
+def assembled(
+    model: PreTrainedModel, shards: Shards, dtype: torch.dtype, place: Place = in_memory
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a model one by one, each made of the stored tensors that lie in it.
+
+    Args:
+        dtype: dtype of weights that are stored quantized.
+        place: function that moves a tensor to its final memory, where it is filled.
+
+    Raises:
+        PrunerError: as :func:`stored_boxes`.
+    """
+    by_parameter: dict[str, list[str]] = {}
+    boxes, own = stored_boxes(model, shards), model.state_dict()
+    for name, box in boxes.items():
+        by_parameter.setdefault(box.parameter, []).append(name)
+    for parameter, names in by_parameter.items():
+        first = boxes[names[0]]
+        if len(names) == 1 and first.is_whole:
+            yield parameter, place(shards.values(names[0], dtype))
+            continue
+        tensor = None
+        for name in names:
+            values = shards.values(name, dtype)
+            if tensor is None:
+                tensor = place(values.new_zeros(()).expand(own[parameter].shape))
+                tensor = tensor.clone() if not tensor.is_contiguous() else tensor
+            boxes[name].fill(tensor, values)
+        assert tensor is not None
+        yield parameter, tensor
+
+
+def dtype_of(config: PreTrainedConfig) -> torch.dtype:
+    """Return the dtype of a config's weights, or bfloat16 if it names none or one that nothing is computed in."""
+    dtype = config.dtype
+    return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def stored_boxes(model: PreTrainedModel, shards: Shards) -> dict[str, Box]:
+    """Return the place in the model of every stored tensor; tensors that the model does not know are left out.
 
     Raises:
         PrunerError: the checkpoint lacks tensors of the model, or (``OtherForm``) holds them in another form.
     """
-    own = model.state_dict()
-    prefix = model.base_model_prefix
-    names = {}
-    for stored in shards.tensors:
+    shapes = shards.shapes()
+    own, prefix = model.state_dict(), model.base_model_prefix
+    boxes = {}
+    for stored, shape in shapes.items():
         for name in (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}.")):
             if name in own:
-                names[stored] = name
+                boxes[stored] = Box(parameter=name, shape=shape, dims=tuple((dim, 0) for dim in range(len(shape))))
                 break
-    tied = names_of(model)
-    matched = set(names.values())
-    missing = [name for name in stored_tensors(model) if name in own and not matched & set(tied[name])]
-    if missing:
-        strange = [name for name in shards.tensors if name not in names]
+    if _missing(model, boxes):
+        rest = {name: shape for name, shape in shapes.items() if name not in boxes}
+        boxes |= boxes_of(model, rest)
+    if missing := _missing(model, boxes):
+        strange = [name for name in shapes if name not in boxes]
         if strange:
-            raise OtherForm(
-                f"{shards.folder} stores {strange[0]} and not {missing[0]}, as {type(model).__name__} has it"
-            )
-        raise PrunerError(f"{shards.folder} lacks {missing[0]} of {type(model).__name__}: the checkpoint is incomplete")
-    return names
+            raise OtherForm(f"{shards.folder} stores {strange[0]} and not {missing}, as {type(model).__name__} has it")
+        raise PrunerError(f"{shards.folder} lacks {missing} of {type(model).__name__}: the checkpoint is incomplete")
+    return boxes
+
+
+def _missing(model: PreTrainedModel, boxes: Mapping[str, Box]) -> str | None:
+    """Return a tensor of the model that no stored tensor lies in."""
+    own, tied = model.state_dict(), names_of(model)
+    matched = {box.parameter for box in boxes.values()}
+    missing = (name for name in stored_tensors(model) if name in own and not matched & set(tied[name]))
+    return next(missing, None)
 
 
 def model_of(

@@ -1,57 +1,19 @@
-"""Find tensors that the files of a checkpoint hold and its model does not read, and refuse quantized weights."""
+"""Find tensors that the files of a checkpoint hold and its model does not read."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import PrunerError
 from ..logs import log
-from .shards import INDEX, SINGLE, Shards
 
-QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-# Scales and packed weights of float8, GPTQ, AWQ, compressed-tensors and bitsandbytes.
-QUANTIZATION_TENSORS = re.compile(
-    r"\.((weight|input|output|k|v)_scale(_inv|_2)?|qweight|qzeros|g_idx|weight_packed|SCB|absmax|quant_map)$"
-)
-NARROW_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 UNREAD = "unread_tensors"  # where plans and metrics list them
 COMPUTED = re.compile(r"(inv_freq|masked_bias|position_ids|attn\.bias|attention\.bias)$")  # buffers made anew
 PREDICTED_LAYERS = re.compile("nextn|mtp")  # fields that count layers for multi-token prediction
 _unread: WeakKeyDictionary[PreTrainedModel, list[str]] = WeakKeyDictionary()
-
-
-def check_unquantized(name: str, folder: Path, config: PreTrainedConfig) -> Shards | None:
-    """Refuse a checkpoint of quantized weights, since cutting weights would not cut their scales.
-
-    Args:
-        name: name of the model, for the message.
-        folder: folder of the model; if it holds no safetensors files, only the config is checked.
-
-    Returns:
-        The shards of the folder, with their headers read; None if the folder holds no safetensors files.
-
-    Raises:
-        PrunerError: the config, a file or a tensor tells of quantization, or a shard is damaged.
-    """
-    signs = ["quantization_config"] if getattr(config, "quantization_config", None) is not None else []
-    signs += [file for file in QUANTIZATION_FILES if (folder / file).is_file()]
-    shards = None
-    if not signs and any((folder / file).is_file() for file in (SINGLE, INDEX)):
-        shards = Shards(folder)
-        tensors = shards.tensors.items()
-        signs += [n for n, tensor in tensors if QUANTIZATION_TENSORS.search(n) or tensor.dtype in NARROW_FLOATS]
-    if signs:
-        raise PrunerError(
-            f"{name} is quantized ({signs[0]}); structural pruning needs the original weights: load the unquantized "
-            "checkpoint"
-        )
-    return shards
 
 
 def note_unread(model: PreTrainedModel, name: str, tensors: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -9,6 +9,10 @@ from ..errors import PrunerError
 from ..flags import Arguments, check_at_least, flag
 from ..optional import require, require_engine
 
+SETS = (
+    "paper (the seven of LLM-Pruner's table 1), openllm (MMLU, ARC-challenge, HellaSwag, WinoGrande, TruthfulQA, "
+    "GSM8K), reasoning (GSM8K, MATH-500), code (HumanEval, MBPP)"
+)
 TEXTS = "general, wikitext2, ptb, c4, python-docs, or a .txt, .json or .jsonl file"
 
 
@@ -46,7 +50,7 @@ class EvaluateArguments(MeasuringArguments):
     )
     datasets: list[str] = flag([GENERAL], f"texts for perplexity: {TEXTS} ('' for none)", group="texts")
     batch_size: int = flag(0, "windows or requests per forward pass (0: as many as fit)", group="texts")
-    tasks: list[str] = flag([], "tasks of lm-eval; paper: the seven of LLM-Pruner's table 1", group="tasks")
+    tasks: list[str] = flag([], f"tasks of lm-eval, and sets of them: {SETS}", group="tasks")
     labelled: list[str] = flag(
         [],
         "labelled .jsonl files, or folders of images or sounds: accuracy of classifiers, rank correlation of rewards "
@@ -56,7 +60,19 @@ class EvaluateArguments(MeasuringArguments):
     include_path: str | None = flag(None, "folder with your own lm-eval task files", group="tasks")
     limit: int | None = flag(None, "use only the first N documents of each task", group="tasks")
     num_fewshot: int | None = flag(
-        None, "worked examples before each question (default: the task's own number)", group="tasks"
+        None, "worked examples before each question (default: the set's or the task's own number)", group="tasks"
+    )
+    apply_chat_template: bool = flag(
+        False, "put questions into the chat template of the tokenizer, worked examples as its turns", group="tasks"
+    )
+    system_instruction: str | None = flag(
+        None, "text before each question; with a chat template, its system message", group="tasks"
+    )
+    gen_kwargs: str | None = flag(
+        None, "settings of tasks that generate, as in max_gen_toks=256,temperature=0", group="tasks"
+    )
+    confirm_run_unsafe_code: bool = flag(
+        False, "run the code that models write in tasks such as humaneval and mbpp, on this machine", group="tasks"
     )
     tokens: int = flag(128, "tokens per sequence for speed, MACs and cache (0: measure no speed)", group="cost")
     batch: int = flag(1, "sequences per batch for speed, MACs and cache", group="cost")
@@ -67,7 +83,11 @@ class EvaluateArguments(MeasuringArguments):
         "llama.cpp",
         group="cost",
     )
-    samples: bool = flag(False, "let every model continue a few prompts", group="output")
+    samples: bool = flag(
+        False,
+        "let every model continue a few prompts, and measure the length and repetition of the texts",
+        group="output",
+    )
     output: str | None = flag(
         None, "folder for table.csv, table.md, table.tex, evaluation.json and lm_eval/", group="output"
     )
@@ -85,6 +105,9 @@ class EvaluateArguments(MeasuringArguments):
         check_at_least(self, 0, "batch_size", "max_windows", "stride", "tokens", "num_fewshot")
         check_at_least(self, 1, "batch", "new_tokens", "limit")
         check_at_least(self, 2, "seq_len")
+        for name in ("apply_chat_template", "system_instruction", "gen_kwargs", "confirm_run_unsafe_code"):
+            if getattr(self, name) and not self.tasks:
+                raise PrunerError(f"--{name} changes tasks only: name some with --tasks")
         if self.tasks:
             require("lm_eval", "eval", "tasks need")
         if self.engine is not None:
@@ -96,7 +119,7 @@ class ZeroShotArguments(EvaluateArguments):
     """Flags of ``evaluate/zero_shot.py``."""
 
     datasets: list[str] = flag([], f"texts to measure perplexity on as well: {TEXTS}", group="texts")
-    tasks: list[str] = flag(["paper"], "tasks of lm-eval; paper: the seven of LLM-Pruner's table 1", group="tasks")
+    tasks: list[str] = flag(["paper"], f"tasks of lm-eval, and sets of them: {SETS}", group="tasks")
     tokens: int = flag(0, "tokens per sequence for speed, MACs and cache (0: measure no speed)", group="cost")
 
 

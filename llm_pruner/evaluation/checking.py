@@ -11,7 +11,6 @@ from ..inputs import InputCheck
 from ..media import check_dataset
 from .arguments import EvaluateArguments, PerplexityArguments
 from .labelled import check_labelled
-from .run import task_names
 from .zero_shot import check_task_data, check_tasks
 
 
@@ -33,10 +32,10 @@ def check_evaluation_inputs(arguments: EvaluateArguments, check: InputCheck) -> 
         with check.flag("labelled", name):
             check_labelled(name)
     if arguments.tasks:
-        tasks = task_names(arguments)
         with check.flag("tasks", ",".join(arguments.tasks)):
-            check_tasks(tasks, arguments.include_path)
-            check_task_data(tasks, arguments.include_path)
+            confirmed = arguments.confirm_run_unsafe_code
+            check_tasks(arguments.tasks, arguments.include_path, confirm_run_unsafe_code=confirmed)
+            check_task_data(arguments.tasks, arguments.include_path)
     if arguments.output and not check.skips(arguments.output):
         with check.flag("output", arguments.output):
             check_file(Path(arguments.output) / "evaluation.json")

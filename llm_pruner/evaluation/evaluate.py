@@ -15,7 +15,6 @@ from ..checkpoint.load import no_tokenizer
 from ..errors import PrunerError
 from ..files import digest
 from ..logs import log
-from ..models.generate import continue_text
 from ..models.inputs import input_embedding, reads_text_only
 from ..models.layers import LayerLocator
 from ..models.per_layer import layer_lists
@@ -24,18 +23,15 @@ from ..models.tasks import predicts_tokens
 from ..models.towers import tower_paths
 from ..serving.engines import EngineSpeed
 from .cost import macs, memory
+from .divergence import Divergence, OriginalDistributions
+from .generation import GenerationQuality, continue_prompts
 from .labelled import measure_labelled
 from .perplexity import Perplexity, perplexity, title_of_text, windows
+from .questions import Questions
 from .similarity import Originals, Similarity, pieces_of
 from .speed import Speed, speed, speeds, tokens_read, warnings_of
-from .zero_shot import ZeroShot, zero_shot
+from .zero_shot import Prompting, ZeroShot, zero_shot
 
-# LLM-Pruner's.
-PROMPTS = (
-    "I believe the meaning of life is",
-    "Simply put, the theory of relativity states that",
-    "Building a website can be done in 10 simple steps:\n",
-)
 DEFAULT_TOKENS = 128  # for multiply-accumulates and the cache where no speed is measured
 
 
@@ -48,9 +44,9 @@ class Measurements:
         media: folders of images or sounds, for models that read these.
         seq_len, stride, bos, max_windows: how texts are cut into windows; see :func:`~.perplexity.windows`.
         batch_size: windows or requests per forward pass; None: as many as fit.
-        tasks: names of lm-eval's tasks.
+        tasks: names of lm-eval's tasks, or of :data:`~.task_sets.TASK_SETS`.
         labelled: labelled files or folders; see :func:`~.labelled.measure_labelled`.
-        include_path, limit, num_fewshot: of those tasks; see :func:`~.zero_shot.zero_shot`.
+        include_path, limit, num_fewshot, prompting: of those tasks; see :func:`~.zero_shot.zero_shot`.
         tokens, batch: size of the input for speed, multiply-accumulates and cache; 0 tokens: measure no speed.
         new_tokens: tokens to generate for decode speed and after each prompt.
         prompts: texts to continue greedily.
@@ -68,6 +64,7 @@ class Measurements:
     include_path: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
+    prompting: Prompting = field(default_factory=Prompting)
     tokens: int = DEFAULT_TOKENS
     batch: int = 1
     new_tokens: int = 32
@@ -89,6 +86,9 @@ class Evaluation:
         tasks: metrics by the name of the task.
         tokenizer: hash of its vocabulary; perplexities per token of different tokenizers do not compare.
         samples: continuation by prompt.
+        generation: properties of these continuations.
+        divergence: of the next-token distributions from the first model's, by the name of the text.
+        questions: results of single questions by task.
         results: lm-eval's own record.
         engine: speeds in another engine, if one was asked for.
     """
@@ -107,6 +107,9 @@ class Evaluation:
     similarity: dict[str, Similarity] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict, repr=False)
     engine: EngineSpeed | None = None
+    generation: GenerationQuality | None = None
+    divergence: dict[str, Divergence] = field(default_factory=dict)
+    questions: dict[str, Questions] = field(default_factory=dict, repr=False)
 
     @property
     def non_embedding(self) -> int:
@@ -120,17 +123,21 @@ def evaluate_model(
     settings: Measurements,
     *,
     originals: Originals | None = None,
+    distributions: OriginalDistributions | None = None,
 ) -> Evaluation:
     """Measure a model on the device that it is on.
 
     Args:
         settings: what to measure; the speed is measured last.
         originals: outputs to compare a model with that does not predict tokens; the first such model adds its own.
+        distributions: the same for next-token distributions; None measures no divergence.
 
     Raises:
         PrunerError: a text is too short, a loss is not finite, or a task is not available.
     """
-    evaluation = _evaluate_without_speed(name, model, tokenizer, settings, originals=originals or Originals())
+    evaluation = _evaluate_without_speed(
+        name, model, tokenizer, settings, originals=originals or Originals(), distributions=distributions
+    )
     if not settings.tokens:
         return evaluation
     return replace(evaluation, speed=speed(model, settings.tokens, settings.batch, new_tokens=settings.new_tokens))
@@ -143,6 +150,7 @@ def _evaluate_without_speed(
     settings: Measurements,
     *,
     originals: Originals,
+    distributions: OriginalDistributions | None,
 ) -> Evaluation:
     writes = predicts_tokens(model)
     if settings.tasks and not writes:
@@ -152,10 +160,13 @@ def _evaluate_without_speed(
     if settings.media and reads_text_only(model) and not tower_paths(model):
         raise PrunerError(f"{name} reads text and no images or sounds: name texts instead of {settings.media[0]}")
     for_text = cast(PreTrainedTokenizerBase, tokenizer)
-    perplexities = _measure_perplexities(name, model, for_text, settings) if writes else {}  # finds broken weights
+    texts = _windows_of_texts(for_text, settings) if writes else {}
+    perplexities = _measure_perplexities(name, model, for_text, texts, settings=settings)  # finds broken weights
+    vocabulary = digest(sorted(tokenizer.get_vocab().items())) if tokenizer is not None else ""
     tasks = _run_tasks(model, for_text, settings) if settings.tasks else ZeroShot()
     tokens = tokens_read(model, settings.tokens or DEFAULT_TOKENS)
     weight_bytes = sum(p.nbytes for p in model.parameters())
+    samples, quality = _continue_prompts(model, for_text, settings) if writes else ({}, None)
     return Evaluation(
         model=name,
         parameters=parameter_count(model),
@@ -166,21 +177,35 @@ def _evaluate_without_speed(
         perplexity=perplexities,
         tasks=tasks.tasks | _measure_labelled(model, tokenizer, settings),
         speed=None,
-        tokenizer=digest(sorted(tokenizer.get_vocab().items())) if tokenizer is not None else "",
-        samples=_continue_prompts(model, for_text, settings) if writes else {},
+        tokenizer=vocabulary,
+        samples=samples,
+        generation=quality,
+        divergence=distributions.compare(model, texts, vocabulary) if distributions is not None else {},
+        questions=tasks.questions,
         similarity=_measure_similarities(model, tokenizer, settings, originals) if settings.media or not writes else {},
         results=tasks.results,
     )
 
 
+def _windows_of_texts(tokenizer: PreTrainedTokenizerBase, settings: Measurements) -> dict[str, torch.Tensor]:
+    return {
+        title_of_text(name, tokenizer, settings.bos): windows(
+            tokenizer, text, settings.seq_len, settings.max_windows, stride=settings.stride, bos=settings.bos
+        )
+        for name, text in settings.texts.items()
+    }
+
+
 def _measure_perplexities(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, torch.Tensor],
+    *,
+    settings: Measurements,
 ) -> dict[str, Perplexity]:
-    results = {}
-    for text_name, text in settings.texts.items():
-        title = title_of_text(text_name, tokenizer, settings.bos)
-        ids = windows(tokenizer, text, settings.seq_len, settings.max_windows, stride=settings.stride, bos=settings.bos)
-        results[title] = perplexity(
+    return {
+        title: perplexity(
             model,
             ids,
             settings.batch_size,
@@ -189,7 +214,8 @@ def _measure_perplexities(
             model_name=name,
             text_name=title,
         )
-    return results
+        for title, ids in texts.items()
+    }
 
 
 def _measure_labelled(
@@ -220,8 +246,10 @@ def keep_outputs(
 
 def _continue_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements
-) -> dict[str, str]:
-    return {prompt: continue_text(model, tokenizer, prompt, settings.new_tokens) for prompt in settings.prompts}
+) -> tuple[dict[str, str], GenerationQuality | None]:
+    if not settings.prompts:
+        return {}, None
+    return continue_prompts(model, tokenizer, settings.prompts, settings.new_tokens)
 
 
 def _run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Measurements) -> ZeroShot:
@@ -232,7 +260,8 @@ def _run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setti
         include_path=settings.include_path,
         limit=settings.limit,
         num_fewshot=settings.num_fewshot,
-        batch_size=settings.batch_size or "auto",
+        batch_size=settings.batch_size,
+        prompting=settings.prompting,
     )
 
 
@@ -252,22 +281,28 @@ def evaluate_models(
             is; False times each by itself, and gives no ratios of speeds.
         originals: outputs to compare those of all models with (default: those of the first).
     """
-    evaluations, models = [], []
+    evaluations, models, names = [], [], list(names)
     originals = originals or Originals()
+    distributions = OriginalDistributions() if len(names) > 1 else None
     for name in names:
         model, tokenizer = load(name)
         if together and settings.tokens:
-            evaluations.append(_evaluate_without_speed(name, model, tokenizer, settings, originals=originals))
+            measured = _evaluate_without_speed(
+                name, model, tokenizer, settings, originals=originals, distributions=distributions
+            )
             models.append(model)
         else:
-            evaluations.append(evaluate_model(name, model, tokenizer, settings, originals=originals))
+            measured = evaluate_model(
+                name, model, tokenizer, settings, originals=originals, distributions=distributions
+            )
+        evaluations.append(measured)
         del model, tokenizer
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if models:
-        measured = speeds(models, settings.tokens, settings.batch, new_tokens=settings.new_tokens)
-        evaluations = [replace(one, speed=timed) for one, timed in zip(evaluations, measured, strict=True)]
+        timings = speeds(models, settings.tokens, settings.batch, new_tokens=settings.new_tokens)
+        evaluations = [replace(one, speed=timed) for one, timed in zip(evaluations, timings, strict=True)]
     for warning in warnings_of([one.model for one in evaluations], [one.speed for one in evaluations]):
         log.warning("%s", warning)
     return evaluations

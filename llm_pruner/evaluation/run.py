@@ -18,14 +18,15 @@ from ..models.dispatch import resolve_device
 from ..provenance import provenance
 from ..serving.engines import in_format, measure_engines
 from .arguments import EvaluateArguments, PerplexityArguments
-from .evaluate import PROMPTS, Evaluation, Measurements, evaluate_models, keep_outputs
+from .evaluate import Evaluation, Measurements, evaluate_models, keep_outputs
+from .generation import QUALITY_PROMPTS
 from .perplexity import perplexity, title_of_text, windows
 from .shared_texts import warn_for_models
 from .similarity import Originals
 from .table import Table, as_json, table
 from .tabular import TERMINAL, terminal_tables
 from .together import fit_together
-from .zero_shot import PAPER_TASKS, zero_shot_in_vllm
+from .zero_shot import Prompting, zero_shot_in_vllm
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -74,12 +75,14 @@ def _with_tasks_in_vllm(evaluation: Evaluation, args: EvaluateArguments) -> Eval
     with in_format("vllm", evaluation.model, args.trust_remote_code) as folder:
         measured = zero_shot_in_vllm(
             folder,
-            task_names(args),
+            args.tasks,
             include_path=args.include_path,
             limit=args.limit,
             num_fewshot=args.num_fewshot,
+            prompting=prompting_of(args),
         )
-    return replace(evaluation, tasks=evaluation.tasks | measured.tasks, results=measured.results)
+    tasks = evaluation.tasks | measured.tasks
+    return replace(evaluation, tasks=tasks, results=measured.results, questions=measured.questions)
 
 
 def resolve(args: EvaluateArguments) -> Measurements:
@@ -96,21 +99,27 @@ def resolve(args: EvaluateArguments) -> Measurements:
         bos=args.bos,
         max_windows=args.max_windows or None,
         batch_size=args.batch_size or None,
-        tasks=() if _runs_tasks_in_vllm(args) else task_names(args),
+        tasks=() if _runs_tasks_in_vllm(args) else tuple(args.tasks),
         labelled=tuple(args.labelled),
         include_path=args.include_path,
         limit=args.limit,
         num_fewshot=args.num_fewshot,
+        prompting=prompting_of(args),
         tokens=args.tokens,
         batch=args.batch,
         new_tokens=args.new_tokens,
-        prompts=PROMPTS if args.samples else (),
+        prompts=QUALITY_PROMPTS if args.samples else (),
     )
 
 
-def task_names(args: EvaluateArguments) -> tuple[str, ...]:
-    """Return the tasks that ``--tasks`` names."""
-    return PAPER_TASKS if args.tasks == ["paper"] else tuple(args.tasks)
+def prompting_of(args: EvaluateArguments) -> Prompting:
+    """Return the settings that are passed on to lm-eval."""
+    return Prompting(
+        apply_chat_template=args.apply_chat_template,
+        system_instruction=args.system_instruction,
+        gen_kwargs=args.gen_kwargs,
+        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+    )
 
 
 def run_evaluate(args: EvaluateArguments) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.markup import escape
 
 from ..display import percent
 from ..files import strict_json
-from ..serving.engines import NEW_TOKENS, PROMPT_TOKENS, ROUNDS
 from ..turns import Ratio
 from .evaluate import Evaluation
-from .speed import Speed, warnings_of
+from .names import error_name, members_of, metrics_of, row_names, short_names
+from .notes import notes_of
+from .paired import MEAN, Comparison, Interval, compare_questions, mean_accuracy
+from .questions import is_accuracy
+from .speed import Speed
 from .tabular import LATEX, MARKDOWN, TERMINAL, Marks, latex, markdown, short_bytes, short_number, short_score
 
 Values = list[float | None]
@@ -33,6 +35,7 @@ class Column:
         show: formats a number for people.
         errors: standard errors; empty if none are known.
         spreads: interquartile ranges of repetitions over the values; empty if none are known.
+        intervals: bounds that hold the true value with a probability of 95%; empty if none are known.
         lower_is_better: None for a number that is neither better nor worse.
         only_csv: too much detail for the other formats.
     """
@@ -43,6 +46,7 @@ class Column:
     values: Values
     errors: Values
     spreads: Values
+    intervals: list[tuple[float, float] | None] = field(default_factory=list)
     lower_is_better: bool | None = None
     only_csv: bool = False
 
@@ -79,6 +83,8 @@ class Table:
             shown[i] += "" if error is None else f" ± {column.show(error)}"
         for i, spread in enumerate(column.spreads):
             shown[i] += "" if spread is None else f" ±{percent(spread)}"
+        for i, bounds in enumerate(column.intervals):
+            shown[i] += "" if bounds is None else f" [{', '.join(map(column.show, bounds))}]"
         return [cell.join(marks) if text and text == best else cell for text, cell in zip(texts, shown, strict=True)]
 
     def _best(self, column: Column, texts: list[str]) -> str:
@@ -101,6 +107,9 @@ class Table:
             if column.spreads:
                 heads.append(f"{column.key}_spread")
                 columns.append(column.spreads)
+            for i, bound in enumerate(("low", "high")) if column.intervals else ():
+                heads.append(f"{column.key}_{bound}")
+                columns.append([None if bounds is None else bounds[i] for bounds in column.intervals])
         buffer = io.StringIO()
         writer = csv.writer(buffer)
         writer.writerow(heads)
@@ -115,39 +124,16 @@ class Table:
         return latex(self.cells(LATEX)) + "".join(f"% {note}\n" for note in self.notes)
 
 
-def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Return each model's or text's shortest name: the last parts of its path that tell it from the others.
-
-    >>> short_names(["smollm2-135m", "prune_log/a", "tune_log/a/merged"])
-    {'smollm2-135m': 'smollm2-135m', 'prune_log/a': 'prune_log/a', 'tune_log/a/merged': 'tune_log/a'}
-    >>> short_names(["/data/news.txt", "wikitext2"])
-    {'/data/news.txt': 'news', 'wikitext2': 'wikitext2'}
-    """
-    parts = {}
-    for name in names:
-        path = Path(name)
-        path = path.parent if path.name == "merged" and path.parent.name else path
-        parts[name] = (*path.parts[:-1], path.stem if path.suffix in (".txt", ".json", ".jsonl") else path.name)
-    shorts = {name: path[-1] if path else name for name, path in parts.items()}
-    for count in range(2, 1 + max(map(len, parts.values()), default=1)):
-        taken = list(shorts.values())
-        shorts = {n: "/".join(parts[n][-count:]) if taken.count(short) > 1 else short for n, short in shorts.items()}
-    if len(set(shorts.values())) == len(shorts):
-        return shorts
-    return {name: name for name in parts}
-
-
-def metrics_of(evaluations: list[Evaluation], task: str) -> list[str]:
-    """Return the metrics of a task, accuracies first, without standard errors."""
-    names = dict.fromkeys(name for one in evaluations for name in one.tasks.get(task, {}) if "stderr" not in name)
-    return sorted(names, key=lambda name: name not in ("acc", "acc_norm"))
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 class _Columns:
     """Columns of a table of evaluations; a column without any value is left out."""
 
-    def __init__(self, evaluations: list[Evaluation]):
+    def __init__(self, evaluations: list[Evaluation], comparisons: Sequence[Mapping[str, Comparison]]):
         self.evaluations = evaluations
+        self.comparisons = {id(one): comparison for one, comparison in zip(evaluations, comparisons, strict=True)}
         self.columns: list[Column] = []
 
     def add(
@@ -159,10 +145,12 @@ class _Columns:
         *,
         error_of: Callable[[Evaluation], float | None] = lambda evaluation: None,
         spread_of: Callable[[Evaluation], float | None] = lambda evaluation: None,
+        interval_of: Callable[[Evaluation], Interval | None] = lambda evaluation: None,
         lower_is_better: bool | None = None,
         only_csv: bool = False,
     ) -> None:
         values, errors, spreads = ([of(one) for one in self.evaluations] for of in (value_of, error_of, spread_of))
+        intervals = [interval_of(one) for one in self.evaluations]
         if any(value is not None for value in values):
             self.columns.append(
                 Column(
@@ -172,6 +160,7 @@ class _Columns:
                     values=values,
                     errors=errors if any(error is not None for error in errors) else [],
                     spreads=spreads if any(spread is not None for spread in spreads) else [],
+                    intervals=[(one.low, one.high) if one else None for one in intervals] if any(intervals) else [],
                     lower_is_better=lower_is_better,
                     only_csv=only_csv,
                 )
@@ -192,38 +181,112 @@ class _Columns:
     def add_quality(self, per_byte: bool) -> None:
         texts = short_names(self.names(lambda e: e.perplexity))
         quantities = {"perplexity": "ppl"} | ({"byte_perplexity": "ppl/byte"} if per_byte else {})
-        for field, short in quantities.items():
+        for quantity, short in quantities.items():
             for text, title in texts.items():
                 self.add(
-                    f"{field}_{title}",
+                    f"{quantity}_{title}",
                     f"{short} {title}",
                     short_score,
-                    lambda e, t=text, f=field: getattr(e.perplexity[t], f) if t in e.perplexity else None,  # type: ignore[misc]
+                    lambda e, t=text, f=quantity: getattr(e.perplexity[t], f) if t in e.perplexity else None,  # type: ignore[misc]
                     lower_is_better=True,
                 )
-        for field in ("cosine", "agreement"):
+        for measure in ("cosine", "agreement"):
             for text, title in short_names(self.names(lambda e: e.similarity)).items():
                 self.add(
-                    f"{field}_{title}",
-                    f"{field} {title}",
+                    f"{measure}_{title}",
+                    f"{measure} {title}",
                     "{:.3f}".format,
-                    lambda e, t=text, f=field: getattr(e.similarity[t], f) if t in e.similarity else None,  # type: ignore[misc]
+                    lambda e, t=text, f=measure: getattr(e.similarity[t], f) if t in e.similarity else None,  # type: ignore[misc]
                     lower_is_better=False,
                 )
+        for text, title in short_names(self.names(lambda e: e.divergence)).items():
+            self.add(
+                f"kl_{title}",
+                f"KL {title}",
+                "{:.3f}".format,
+                lambda e, t=text: e.divergence[t].kl if t in e.divergence else None,  # type: ignore[misc]
+                error_of=lambda e, t=text: e.divergence[t].error if t in e.divergence else None,  # type: ignore[misc]
+                lower_is_better=True,
+            )
         for task, title in short_names(self.names(lambda e: e.tasks)).items():
             for metric in metrics_of(self.evaluations, task):
                 self.add_metric(task, metric, title)
 
     def add_metric(self, task: str, metric: str, title: str) -> None:
-        accuracy = metric in ("acc", "acc_norm")
+        accuracy = is_accuracy(metric)
+        asked = [questions for e in self.evaluations if (questions := e.questions.get(task)) is not None]
+        limits = {f" (first {len(questions.ids):,})" for questions in asked if len(questions.ids) < questions.total}
+        first = next(iter(limits), "")
         self.add(
             f"{title}_{metric}",
-            f"{title} {metric}{' %' if accuracy else ''}",
-            (lambda value: f"{100 * value:.1f}") if accuracy else short_score,
+            f"{title}{first} {metric}{' %' if accuracy else ''}",
+            _percent if accuracy else short_score,
             lambda e: e.tasks.get(task, {}).get(metric),
-            error_of=lambda e: e.tasks.get(task, {}).get(f"{metric}_stderr"),
+            error_of=lambda e: e.tasks.get(task, {}).get(error_name(metric)),
             lower_is_better=False if accuracy or metric == "spearman" else True if metric == "wer" else None,
+            only_csv=task in members_of(self.evaluations),
         )
+
+    def add_comparisons(self) -> None:
+        """Add what the first model's answers tell of the others': the mean of all tasks, and in CSV each task."""
+        tasks = list(dict.fromkeys(task for comparison in self.comparisons.values() for task in comparison))
+        if not tasks:
+            return
+        if tasks[0] == MEAN:
+            self.add(
+                "mean_accuracy",
+                "mean acc %",
+                _percent,
+                lambda e: mean_accuracy(e.questions)[0] if e.questions else None,
+                error_of=lambda e: mean_accuracy(e.questions)[1] if e.questions else None,
+                lower_is_better=False,
+            )
+        for task in tasks:
+            self.add_comparison(task, only_csv=task != tasks[0])
+
+    def add_comparison(self, task: str, *, only_csv: bool) -> None:
+        def of(evaluation: Evaluation) -> Comparison | None:
+            return self.comparisons[id(evaluation)].get(task)
+
+        def kept(evaluation: Evaluation) -> Interval | None:
+            return one.retention if (one := of(evaluation)) else None
+
+        def difference(evaluation: Evaluation) -> Interval | None:
+            return one.difference if (one := of(evaluation)) else None
+
+        for key, head, interval_of, better in (
+            ("kept", "kept %", kept, False),
+            ("difference", "difference, points", difference, None),
+        ):
+            self.add(
+                f"{task}_{key}",
+                head,
+                _percent,
+                lambda e, f=interval_of: one.value if (one := f(e)) else None,  # type: ignore[misc]
+                interval_of=interval_of,
+                lower_is_better=better,
+                only_csv=only_csv,
+            )
+        self.add(
+            f"{task}_difference_is_real",
+            "real",
+            lambda value: "yes" if value else "no",
+            lambda e: float(one.is_real) if (one := of(e)) else None,
+            only_csv=only_csv,
+        )
+        self.add(
+            f"{task}_same_answers",
+            "same answers %",
+            _percent,
+            lambda e: one.agreement if (one := of(e)) else None,
+            lower_is_better=False,
+            only_csv=only_csv,
+        )
+
+    def add_generation(self) -> None:
+        self.add("repetition", "repeats %", _percent, lambda e: e.generation.repetition if e.generation else None)
+        self.add("generated_tokens", "length", short_score, lambda e: e.generation.tokens if e.generation else None)
+        self.add("ended", "", _percent, lambda e: e.generation.ended if e.generation else None, only_csv=True)
 
     def add_speed(self) -> None:
         self.add_rate("prefill", "read", lambda s: (s.prefill, s.prefill_spread, s.prefill_ratio))
@@ -286,76 +349,40 @@ class _Columns:
         return list(dict.fromkeys(name for one in self.evaluations for name in names_of(one)))
 
 
+def compare_with_first(evaluations: Sequence[Evaluation]) -> list[dict[str, Comparison]]:
+    """Return the comparison of each model's answers with the first model's; that of the first is empty."""
+    return [
+        compare_questions(evaluations[0].questions, one.questions) if i else {} for i, one in enumerate(evaluations)
+    ]
+
+
 def table(evaluations: list[Evaluation]) -> Table:
     """Build one table of all measurements, a row for each model."""
-    columns = _Columns(evaluations)
-    tokenizers_differ = len({one.tokenizer for one in evaluations}) > 1
+    comparisons = compare_with_first(evaluations)
+    columns = _Columns(evaluations, comparisons)
     columns.add_size()
-    columns.add_quality(per_byte=tokenizers_differ)
+    columns.add_quality(per_byte=len(evaluations) > 1)
+    columns.add_comparisons()
+    columns.add_generation()
     columns.add_speed()
     columns.add_engine()
     first, *others = (one.parameters for one in evaluations)
     return Table(
-        models=_row_names([one.model for one in evaluations]),
+        models=row_names([one.model for one in evaluations]),
         columns=columns.columns,
-        notes=_notes(evaluations, tokenizers_differ),
+        notes=notes_of(evaluations, comparisons),
         reference=bool(others) and first > max(others),
     )
 
 
-def _row_names(models: Sequence[str]) -> list[str]:
-    """Return short names of models; a model that is measured twice keeps its name twice."""
-    shorts = short_names(models)
-    return [shorts[model] for model in models]
-
-
-def _notes(evaluations: list[Evaluation], tokenizers_differ: bool) -> list[str]:
-    notes = []
-    if tokenizers_differ and evaluations[0].perplexity:
-        notes.append("The models have different tokenizers: compare their perplexities per byte, not per token.")
-    perplexities = {title: p for one in evaluations for title, p in one.perplexity.items()}
-    titles = short_names(perplexities)
-    for title, p in perplexities.items():
-        notes.append(
-            f"ppl {titles[title]}: perplexity of {p.tokens:,} tokens in {p.windows} windows of {p.seq_len}, stride "
-            f"{p.stride}."
-        )
-    alike = {title: s for one in evaluations for title, s in one.similarity.items()}
-    titles = short_names(alike)
-    for title, s in alike.items():
-        notes.append(
-            f"{titles[title]}: cosine or agreement of the outputs with the first model's on {s.pieces} pieces."
-        )
-    notes += _speed_notes(evaluations)
-    if (engine := evaluations[0].engine) is not None:
-        notes.append(
-            f"{engine.engine}: xN is N sequences at once, of {PROMPT_TOKENS} tokens read and {NEW_TOKENS} written; "
-            f"medians of {ROUNDS} rounds in turns."
-        )
-    if any("_stderr" in name for one in evaluations for task in one.tasks.values() for name in task):
-        notes.append("±: standard error of the task's mean.")
-    return notes
-
-
-def _speed_notes(evaluations: list[Evaluation]) -> list[str]:
-    """Return notes on speeds: the sizes that were timed, the summary of the repetitions, and ratios that are noise."""
-    speeds = [one.speed for one in evaluations]
-    first = speeds[0]
-    if first is None:
-        return []
-    size = f"{first.batch} x {first.tokens} tokens"
-    notes = [f"MACs and reading: {size}. Writing: {first.batch} x {first.new_tokens} tokens."]
-    compared = any(one.prefill_ratio for one in speeds if one)
-    if first.prefill_spread is not None:
-        ratios = " Ratios to the first model are medians of the rounds' ratios." if compared else ""
-        notes.append(f"tok/s: median of {first.rounds} rounds, ± interquartile range in percent of it.{ratios}")
-    if len(speeds) > 1 and not compared:
-        notes.append(
-            "The models were timed one after the other: a load on the machine that changed looks like a difference."
-        )
-    return notes + warnings_of(_row_names([one.model for one in evaluations]), speeds)
-
-
 def as_json(evaluations: list[Evaluation], about: dict[str, Any]) -> str:
     """Format all numbers as JSON, after the entries of ``about``."""
-    return strict_json({**about, "models": [{**asdict(one), "results": None} for one in evaluations]})
+    models = []
+    for one, comparison in zip(evaluations, compare_with_first(evaluations), strict=True):
+        record = {**asdict(replace(one, questions={})), "results": None}
+        record["questions"] = {task: questions.encode() for task, questions in one.questions.items()}
+        record["comparison"] = {
+            task: {**asdict(compared), "is_real": compared.is_real} for task, compared in comparison.items()
+        }
+        models.append(record)
+    return strict_json({**about, "models": models})

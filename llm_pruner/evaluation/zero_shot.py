@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import PrunerError, Unavailable
 from ..files import read_json
 from ..optional import VLLM_ENVIRONMENT, require, require_engine
+from .harness import language_model
+from .questions import Questions, questions_of
+from .task_sets import PAPER_TASKS, expand_tasks
 
-# Tasks of LLM-Pruner's table 1.
-PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+CODE_SWITCH = "HF_ALLOW_CODE_EVAL"  # of lm-eval's metric of code, in the environment
+RESAMPLES = 1000  # of lm-eval's bootstrap, for standard errors of metrics that are no means
+Loaded = dict[str, tuple[Any, list[Any]]]  # by name a group of lm-eval's, None for a task, and the tasks in it
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,30 @@ class ZeroShot:
 
     Attributes:
         tasks: metrics of every task: ``{"piqa": {"acc": 0.68, "acc_stderr": 0.01, "acc_norm": ...}}``.
-        results: lm-eval's own record.
+        results: lm-eval's own record, without single documents.
+        questions: results of single questions by task; those of a group of tasks are pooled under its name.
     """
 
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+    questions: dict[str, Questions] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompting:
+    """Settings of lm-eval, passed on as they are.
+
+    Attributes:
+        apply_chat_template: put each question into the chat template of the tokenizer, worked examples as its turns.
+        system_instruction: text before each question.
+        gen_kwargs: settings of tasks that generate, as in ``"max_gen_toks=256"``.
+        confirm_run_unsafe_code: run the code that a model writes.
+    """
+
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    gen_kwargs: str | None = None
+    confirm_run_unsafe_code: bool = False
 
 
 def zero_shot(
@@ -47,49 +72,52 @@ def zero_shot(
     include_path: str | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    batch_size: int | str = 8,
+    batch_size: int | None = 8,
+    prompting: Prompting | None = None,
 ) -> ZeroShot:
     """Evaluate a model in memory, whatever its widths.
 
     Args:
-        tasks: names of lm-eval's tasks, or of those in ``include_path``.
+        tasks: names of lm-eval's tasks, of those in ``include_path``, or of :data:`~.task_sets.TASK_SETS`.
         include_path: folder with task files of your own.
         limit: use only the first documents of each task.
-        num_fewshot: worked examples before each question; None: the task's own number, 0: as in the paper.
-        batch_size: requests per forward pass, or ``auto``.
+        num_fewshot: worked examples before each question; None: the set's or the task's own number.
+        batch_size: requests per forward pass; None: as many as fit.
+        prompting: chat template and settings of generation.
 
     Raises:
-        PrunerError: lm-eval is not installed, a task is unknown, or its data is not available.
+        PrunerError: lm-eval is not installed, a task is unknown, its data is not available, or it runs code and that is
+            not confirmed.
     """
     require("lm_eval", "eval", "tasks need")
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    tasks = list(tasks)
-    check_tasks(tasks, include_path)
-    with _errors_only("lm_eval"):
-        manager = _task_manager(include_path)
-        backend = "seq2seq" if model.config.is_encoder_decoder else "causal"
-        subject = HFLM(pretrained=model, tokenizer=tokenizer, backend=backend, batch_size=batch_size)  # type: ignore[arg-type]
+    prompting = prompting or Prompting()
+    chosen = check_tasks(tasks, include_path, confirm_run_unsafe_code=prompting.confirm_run_unsafe_code)
+    if prompting.apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise PrunerError(
+            f"--apply_chat_template: the tokenizer of {model.name_or_path or type(model).__name__} has no chat template"
+        )
+    with _errors_only("lm_eval"), redirect_stdout(sys.stderr):  # stdout is for results
+        groups = _load_tasks(chosen, include_path)
+        subject = language_model(model, tokenizer, batch_size)
         try:
             record = simple_evaluate(
                 subject,
-                tasks=tasks,  # type: ignore[arg-type]
+                tasks=[group or members[0] for group, members in groups.values()],
                 num_fewshot=num_fewshot,
                 limit=limit,
-                task_manager=manager,
-                bootstrap_iters=0,
-                log_samples=False,
+                task_manager=_task_manager(include_path),
+                bootstrap_iters=RESAMPLES,
+                log_samples=True,
+                **asdict(prompting),
             )
         except (OSError, ConnectionError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise PrunerError(
-                f"the data of {', '.join(tasks)} is not available ({type(error).__name__}: {reason}); with no network, "
-                "describe a local copy in a task file and give its folder as --include_path"
-            ) from error
+            raise PrunerError(f"lm-eval cannot run {', '.join(chosen)}: {type(error).__name__}: {reason}") from error
     assert record is not None
     results: dict[str, Any] = dict(record)
-    return ZeroShot({task: _metrics(values) for task, values in results["results"].items()}, results)
+    return _collect(results, groups, results.pop("samples"))
 
 
 def zero_shot_in_vllm(
@@ -99,6 +127,7 @@ def zero_shot_in_vllm(
     include_path: str | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    prompting: Prompting | None = None,
 ) -> ZeroShot:
     """Measure tasks as :func:`zero_shot` does, the model run by vLLM: lm-eval's own program in a process of its own.
 
@@ -106,19 +135,123 @@ def zero_shot_in_vllm(
         PrunerError: vLLM is not installed or refuses the folder, or the data of a task is not available.
     """
     require_engine("vllm")
+    arguments = f"pretrained={folder},enforce_eager={not torch.cuda.is_available()}"
     flags = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
-    given = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
+    return run_lm_eval("vllm", arguments, tasks, flags=flags, prompting=prompting)
+
+
+def run_lm_eval(
+    backend: str,
+    arguments: str,
+    tasks: Iterable[str],
+    *,
+    flags: Mapping[str, Any],
+    prompting: Prompting | None = None,
+) -> ZeroShot:
+    """Run lm-eval's own program in processes of its own, one for each number of worked examples; read the results.
+
+    Args:
+        backend: lm-eval's name of what runs the model, such as ``vllm`` or ``hf``.
+        arguments: of the model, as ``--model_args`` takes them.
+        flags: further flags; those without a value are left out.
+
+    Raises:
+        PrunerError: a task is unknown or its data not available, or the program fails.
+    """
+    prompting, include_path = prompting or Prompting(), flags.get("include_path")
+    chosen = check_tasks(tasks, include_path, confirm_run_unsafe_code=prompting.confirm_run_unsafe_code)
+    runs: dict[int | None, list[str]] = defaultdict(list)
+    for task, examples in chosen.items():
+        given = flags.get("num_fewshot")
+        runs[examples if given is None else given].append(task)
+    found = ZeroShot()
+    for examples, names in runs.items():
+        run = _run_program(backend, arguments, names, flags={**flags, "num_fewshot": examples}, prompting=prompting)
+        found = ZeroShot(found.tasks | run.tasks, _merge(found.results, run.results), found.questions | run.questions)
+    return found
+
+
+def _run_program(
+    backend: str, arguments: str, tasks: Sequence[str], *, flags: Mapping[str, Any], prompting: Prompting
+) -> ZeroShot:
+    """Run lm-eval's program once: it takes one number of worked examples for all tasks."""
+    values = {**flags, "system_instruction": prompting.system_instruction, "gen_kwargs": prompting.gen_kwargs}
+    given = [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+    given += [f"--{name}" for name in ("apply_chat_template", "confirm_run_unsafe_code") if getattr(prompting, name)]
     with tempfile.TemporaryDirectory() as output:
-        command = [sys.executable, "-m", "lm_eval", "--model", "vllm", "--tasks", ",".join(tasks), *given]
-        command += ["--model_args", f"pretrained={folder},enforce_eager={not torch.cuda.is_available()}"]
-        command += ["--output_path", output]
+        command = [sys.executable, "-m", "lm_eval", "--model", backend, "--tasks", ",".join(tasks)]
+        command += ["--model_args", arguments, *given, "--log_samples", "--output_path", output]
         run = subprocess.run(command, capture_output=True, text=True, env=VLLM_ENVIRONMENT | os.environ)
         file = next(Path(output).rglob("results*.json"), None)
         if run.returncode or file is None:
             errors = [line for line in run.stderr.splitlines() if "Error: " in line] or ["no results"]
-            raise PrunerError(f"lm-eval cannot run {folder} in vLLM: {errors[-1].strip()}")
+            raise PrunerError(f"lm-eval cannot run {arguments} in {backend}: {errors[-1].strip()}")
         results = read_json(file)
-    return ZeroShot({task: _metrics(values) for task, values in results["results"].items()}, results)
+        with _errors_only("lm_eval"):
+            groups = _load_tasks(dict.fromkeys(tasks), flags.get("include_path"))
+        samples = {
+            task.task_name: [json.loads(line) for line in _samples_file(file, task.task_name).read_text().splitlines()]
+            for _, members in groups.values()
+            for task in members
+        }
+    return _collect(results, groups, samples)
+
+
+def _merge(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Join the records of two runs of lm-eval with different tasks."""
+    nested = {key: one[key] | value for key, value in other.items() if isinstance(value, dict) and key in one}
+    return one | other | nested
+
+
+def _samples_file(results: Path, task: str) -> Path:
+    """Return the file of a task's single documents beside that of the results."""
+    return results.with_name(results.name.replace("results_", f"samples_{task}_")).with_suffix(".jsonl")
+
+
+def _load_tasks(tasks: Mapping[str, int | None], include_path: str | None) -> Loaded:
+    """Load tasks with their data: for each name a group of lm-eval's, None for a task, and the tasks in it.
+
+    Raises:
+        PrunerError: the data of a task, or a package that it needs, is not available.
+    """
+    loaded: Loaded = {}
+    for name, examples in tasks.items():
+        try:
+            found = _task_manager(include_path).load([name])
+        except Exception as error:  # the loaders of a dozen formats, the network, and what task files import
+            raise PrunerError(_explain_load_failure(name, error)) from error
+        members = list(found["tasks"].values())
+        for task in members:
+            if examples is not None:
+                task.set_config(key="num_fewshot", value=examples)
+        group = found.get("groups", {}).get(name)
+        loaded |= {name: (group, members)} if group else {task.task_name: (None, [task]) for task in members}
+    return loaded
+
+
+def _explain_load_failure(task: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if CODE_SWITCH in text:
+        return f"--tasks {task} runs code that the model writes: set {CODE_SWITCH}=1 in the environment as well"
+    if isinstance(error, ImportError):
+        return f"--tasks {task} needs a package that is not installed: {text[:300]}"
+    return (
+        f"the data of {task} is not available ({type(error).__name__}: {text[:200]}); with no network, describe a "
+        "local copy in a task file and give its folder as --include_path"
+    )
+
+
+def _collect(results: dict[str, Any], groups: Loaded, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> ZeroShot:
+    """Gather metrics and the results of single questions from a record of lm-eval."""
+    tasks = {task: metrics for task, values in results["results"].items() if (metrics := _metrics(values))}
+    questions = {}
+    for name, (group, members) in groups.items():
+        inner = [one.task_name for one in members] + [one.name for one in group.get_all_groups()] if group else []
+        examples = int(results["n-shot"].get(members[0].task_name) or 0)
+        found = questions_of(members, samples, examples=examples, names=inner)
+        if found is not None:
+            questions[name] = found
+    return ZeroShot(tasks, results, questions)
 
 
 @cache
@@ -141,20 +274,32 @@ def _errors_only(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def check_tasks(tasks: Iterable[str], include_path: str | None = None) -> None:
-    """Refuse a task that lm-eval's index does not have; the message names the nearest.
+def check_tasks(
+    tasks: Iterable[str], include_path: str | None = None, *, confirm_run_unsafe_code: bool = False
+) -> dict[str, int | None]:
+    """Return the tasks that names, sets and patterns stand for, each with its worked examples (None: its own number).
 
     Raises:
-        PrunerError: a task is unknown, or ``include_path`` is no folder.
+        PrunerError: a task is unknown (the message names the nearest), or runs code and that is not confirmed, or
+            ``include_path`` is no folder.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise PrunerError(f"--include_path {include_path} is not a folder: give one that holds task files")
     with _errors_only("lm_eval"):
         manager = _task_manager(include_path)
-    for task in tasks:
-        if not manager.match_tasks([task]):
-            near = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.0)
-            raise PrunerError(f"lm-eval has no task {task!r}; the nearest are {', '.join(near)}")
+    chosen: dict[str, int | None] = {}
+    for name, examples in expand_tasks(tasks).items():
+        matching = manager.match_tasks([name])
+        if not matching:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.0)
+            raise PrunerError(f"lm-eval has no task {name!r}; the nearest are {', '.join(near)}")
+        chosen |= dict.fromkeys(matching, examples)
+    unsafe = [name for name, config in _task_configs(chosen, manager.task_index) if config.get("unsafe_code")]
+    if unsafe and not confirm_run_unsafe_code:
+        raise PrunerError(
+            f"--tasks {unsafe[0]} runs code that the model writes, on this machine: give --confirm_run_unsafe_code"
+        )
+    return chosen
 
 
 def check_task_data(tasks: Iterable[str], include_path: str | None = None) -> None:
@@ -166,7 +311,8 @@ def check_task_data(tasks: Iterable[str], include_path: str | None = None) -> No
     import datasets
 
     index = _task_manager(include_path).task_index
-    configs = {str(config.get("dataset_path")): (task, config) for task, config in _task_configs(tasks, index)}
+    named = _task_configs(expand_tasks(tasks), index)
+    configs = {str(config.get("dataset_path")): (task, config) for task, config in named}
     for path, (task, config) in configs.items():
         if path == "None":  # a task in Python brings its data
             continue

@@ -48,10 +48,10 @@ class Unit:
             or ranks over the axis, ``scale`` where attention scores are divided by a root of its size.
         frozen: why it must not be pruned, None where it may be.
         minimum: the fewest indices it can keep (experts: as many as a token is sent to).
-        multiple: what the number of kept indices must be a multiple of (8 inside stacked experts, whose kernels
-            want rows of 16 bytes, and in the shared experts beside them; a hidden size, where the config wants its
-            attention heads to divide it).
+        multiple: what the number of kept indices must be a multiple of (8 inside stacked experts, whose kernels want
+            rows of 16 bytes, and in the shared experts beside them; a hidden size that attention heads must divide).
         groups: number of equal groups, of consecutive indices, in each of which as many must stay.
+        block: number of consecutive indices that go together, as they share a scale of quantized weights.
         constants: what every call of a layer is given of it, beside weights: ALiBi slopes.
     """
 
@@ -64,6 +64,7 @@ class Unit:
     minimum: int = 1
     multiple: int = 1
     groups: int = 1
+    block: int = 1
     dims: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, repr=False)
     constants: list[Constant] = field(default_factory=list, repr=False)
 

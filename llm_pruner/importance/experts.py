@@ -18,6 +18,8 @@ return (Llama 4), f_j is their output as it is and g_j is 1. An expert that no t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ from ..models.layers import hidden_out
 from ..models.per_layer import layer_lists
 from .activation import run_through
 from .request import Request
+from .super_experts import NO_EXPERTS, experts_by_path
 
 OF_ROUTING = ("frequency", "ean", "reap", "mone")
 OF_OUTPUT = ("expert_loss", "expert_cosine")
@@ -88,14 +91,14 @@ def routing_scores(criterion: str, request: Request) -> dict[str, torch.Tensor]:
     Raises:
         PrunerError: there are no experts, they are not called in a known way, or an output is not finite.
     """
-    units = experts_by_path(criterion, request)
+    units = _experts(criterion, request)
     sums = {path: _Sums(unit.size) for path, unit in units.items()}
 
-    def visit(path: str, routing: Routing) -> None:
+    def visit(path: str, routing: Routing) -> bool:
         sums[path].add(routing, moments=criterion == "mone")
+        return True
 
-    with watching(request.model, {path: unit.size for path, unit in units.items()}, visit):
-        _run(request)
+    _run(request, units, visit)
     _name_unreached({unit.name: sums[path].tokens for path, unit in units.items()})
     return {unit.name: sums[path].score(criterion) for path, unit in units.items()}
 
@@ -107,12 +110,14 @@ def output_scores(criterion: str, request: Request) -> dict[str, torch.Tensor]:
     Raises:
         PrunerError: there are no experts, or their router lies outside of their block.
     """
-    units = experts_by_path(criterion, request)
+    units = _experts(criterion, request)
     blocks = {path: _Block(request.model, path, unit, criterion) for path, unit in units.items()}
-    sizes = {path: unit.size for path, unit in units.items()}
-    hooks = forward_hooks([(block.module, block.measure) for block in blocks.values()], with_kwargs=True)
-    with hooks, watching(request.model, sizes, lambda path, routing: blocks[path].note(routing)):
-        _run(request)
+
+    def visit(path: str, routing: Routing) -> bool:
+        return blocks[path].note(routing)
+
+    with forward_hooks([(block.module, block.measure) for block in blocks.values()], with_kwargs=True):
+        _run(request, units, visit)
     return {unit.name: blocks[path].total / max(blocks[path].tokens, 1) for path, unit in units.items()}
 
 
@@ -128,11 +133,12 @@ class _Block:
         self._routings: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._busy = False
 
-    def note(self, routing: Routing) -> None:
-        """Remember which tokens are routed to which experts."""
+    def note(self, routing: Routing) -> bool:
+        """Remember which tokens are routed to which experts; return False for a pass without one of the experts."""
         if not self._busy:
             self._routings.append((routing.token, routing.expert))
             self.tokens += routing.tokens
+        return not self._busy
 
     def measure(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Add what removing each expert changes in the output of a pass of the block."""
@@ -167,26 +173,23 @@ def _change(criterion: str, before: torch.Tensor, after: torch.Tensor) -> torch.
     return (before - after).square().sum()
 
 
-def experts_by_path(criterion: str, request: Request) -> dict[str, Unit]:
-    """Return the units of experts by the path of the module that owns their stacked weights.
-
-    Raises:
-        PrunerError: there is none.
-    """
-    ranks, found = {name: parameter.ndim for name, parameter in request.model.named_parameters()}, {}
-    for unit in request.units:
-        stacks = [name for name, dim in unit.dims if dim == 0 and ranks.get(name) == 3]
-        if unit.kind == "experts" and stacks:
-            found[common_path(stacks)] = unit
-    if not found:
-        raise PrunerError(f"{criterion} scores experts, and this model has none: choose another criterion")
-    return found
+def _experts(criterion: str, request: Request) -> dict[str, Unit]:
+    refusal = f"{criterion} scores experts, {NO_EXPERTS}: choose another criterion"
+    return experts_by_path(request.model, request.units, refusal)
 
 
-def _run(request: Request) -> None:
-    """Run the calibration set through the model."""
-    compute = request.compute
-    run_through(request.model, request.tokens, compute, lambda _, tensor: compute.convert(tensor))
+def _run(request: Request, units: dict[str, Unit], visit: Callable[[str, Routing], bool]) -> None:
+    """Run the calibration set through the model, and visit the outputs of experts; True: of the model's own pass."""
+    compute, peaks = request.compute, request.peaks
+
+    def visit_all(path: str, routing: Routing) -> None:
+        if visit(path, routing) and peaks is not None:
+            peaks.add(path, routing)
+
+    sizes = {path: unit.size for path, unit in units.items()}
+    layers = peaks.watching_layers() if peaks is not None else nullcontext()
+    with watching(request.model, sizes, visit_all), layers:
+        run_through(request.model, request.tokens, compute, lambda _, tensor: compute.convert(tensor))
 
 
 def _name_unreached(tokens: dict[str, torch.Tensor]) -> None:

@@ -108,9 +108,11 @@ class LinearGradients:
             output.register_hook(partial(self._receive, self._layers[module], args[0].detach()))
 
     def _receive(self, layer: _Linear, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        product: torch.Tensor | None = None  # in one place for all samples: fresh memory costs more than the product
         for x, d in zip(inputs.flatten(1, -2), gradients.detach().flatten(1, -2), strict=True):
             if layer.weight:
-                self._add(layer.weight, d.T @ x if layer.rows_are_outputs else x.T @ d)
+                product = torch.mm(*(d.T, x) if layer.rows_are_outputs else (x.T, d), out=product)
+                self._add(layer.weight, product)
             if layer.bias:
                 self._add(layer.bias, d.sum(0))
 
@@ -126,12 +128,10 @@ def _linear_layers(model: nn.Module, names: set[str]) -> Iterator[tuple[nn.Modul
     for module in model.modules():
         for parameter in module._parameters.values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    name_of = {id(parameter): name for name, parameter in model.named_parameters() if name in names}
+    name_of = {id(p): name for name, p in model.named_parameters() if name in names and holders[id(p)] == 1}
     for module in model.modules():
         if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
             continue
-        wanted = [
-            name_of.get(id(p)) if p is not None and holders[id(p)] == 1 else None for p in (module.weight, module.bias)
-        ]
-        if any(wanted):
-            yield module, _Linear(*wanted, rows_are_outputs=type(module).forward is nn.Linear.forward)
+        weight, bias = name_of.get(id(module.weight)), name_of.get(id(module.bias))
+        if weight or bias:
+            yield module, _Linear(weight, bias, rows_are_outputs=type(module).forward is nn.Linear.forward)

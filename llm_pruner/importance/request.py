@@ -13,6 +13,7 @@ from ..graph.units import Unit
 from ..models.blockwise import Compute
 from ..models.running import check_calibration
 from .scores import Dims
+from .super_experts import ExpertPeaks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Request:
         compute: device and dtype to compute with; ``compute.convert(tensor)`` brings a weight there.
         weights: pairs of a parameter name and its weight, to be read once, in this order; they may come from files
             while ``model`` is on the meta device.
+        peaks: what a criterion that watches experts shows their outputs to, to find super experts; None: nothing.
     """
 
     model: PreTrainedModel
@@ -42,6 +44,7 @@ class Request:
     seed: int = 0
     compute: Compute
     weights: Iterable[tuple[str, torch.Tensor]]
+    peaks: ExpertPeaks | None = None
 
     @property
     def tokens(self) -> Any:

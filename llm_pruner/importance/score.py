@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import PrunerError
 from ..graph.units import KINDS, CouplingGraph, Unit
+from ..logs import log
 from ..models.blockwise import Compute, native_compute
 from ..models.running import check_calibration, stored_tensors
 from .aggregate import AGGREGATIONS, dims_to_score
@@ -19,6 +20,7 @@ from .layers import BY_POSITION, STRATEGIES, score_layers
 from .request import Request, Result
 from .results import unit_scores
 from .scores import Salience, Scores, load_salience, save_salience
+from .super_experts import ExpertPeaks, read_peaks
 from .taylor import VARIANTS
 
 
@@ -36,6 +38,7 @@ def score(
     weights: Iterable[tuple[str, torch.Tensor]] | None = None,
     most: int | None = None,
     cache: Path | None = None,
+    protect_super_experts: bool = False,
 ) -> Scores:
     """Score every index of every unit of the graph; a higher score means more important.
 
@@ -62,6 +65,8 @@ def score(
         most: largest number of layers that will be removed from a stack; ``loss`` measures no further.
         cache: file of a built-in criterion's numbers per channel, before aggregation: read if it exists, else written.
             Give another file for another model, calibration set or criterion.
+        protect_super_experts: give super experts (:mod:`~llm_pruner.importance.super_experts`) a score of infinity, so
+            that they stay. Criteria that read the outputs of experts find them in the same pass, others in one more.
 
     Returns:
         Scores, with a float64 tensor ``[unit.size]`` for each unit.
@@ -110,11 +115,26 @@ def score(
         seed=seed,
         compute=compute,
         weights=weights or stored_tensors(model).items(),
+        peaks=ExpertPeaks(model, units) if protect_super_experts else None,
     )
     values = unit_scores(name, _compute(entry, request, cache), request, aggregation)
     _check_complete(name, entry, units, values, requested=kinds is not None)
-    settings = {"criterion": name, "aggregation": aggregation, "seed": seed}
-    return Scores(values, settings | ({"taylor": taylor} if name == "taylor" else {}))
+    settings: dict[str, Any] = {"criterion": name, "aggregation": aggregation, "seed": seed}
+    settings |= {"taylor": taylor} if name == "taylor" else {}
+    if request.peaks is not None and (super_experts := _protect(request, request.peaks, values)):
+        settings["super_experts"] = super_experts
+    return Scores(values, settings)
+
+
+def _protect(request: Request, peaks: ExpertPeaks, values: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    """Raise the scores of super experts to infinity; return these experts by the name of their unit."""
+    if not peaks.has_run:
+        read_peaks(request.model, peaks, request.tokens, request.compute)
+    found = peaks.super_experts()
+    for name, experts in found.items():
+        values[name] = values[name].index_fill(0, torch.tensor(experts), torch.inf)
+        log.info("super experts of %s stay: %s", name, ", ".join(map(str, experts)))
+    return found
 
 
 def _compute(entry: Entry, request: Request, cache: Path | None) -> Result:

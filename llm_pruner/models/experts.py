@@ -47,6 +47,7 @@ class Routing:
 
 
 Visit = Callable[[str, Routing], None]
+TopKCall = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, experts and gates of tokens
 
 
 @contextmanager
@@ -73,20 +74,32 @@ def watching(model: nn.Module, experts: dict[str, int], visit: Visit) -> Iterato
 
 def _watched(path: str, forward: Callable[..., Any], experts: int, visit: Visit) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        index = next((t for t in tensors if not t.is_floating_point()), None)
-        floats = [t for t in tensors if t.is_floating_point()]
-        if len(tensors) == 1 and len(floats) == 1 and floats[0].ndim == 2 and len(floats[0]) % experts == 0:
-            return _of_gated_inputs(path, forward, experts, visit, floats[0])
-        if index is None or index.ndim != 2 or len(floats) != 2 or floats[1].shape != index.shape:
+        if (call := top_k_call(args, kwargs)) is not None:
+            return _of_top_k(path, forward, visit, call)
+        tensors = _tensors(args, kwargs)
+        (first, *others) = tensors
+        if others or not first.is_floating_point() or first.ndim != 2 or len(first) % experts:
             shapes = ", ".join(str(list(t.shape)) for t in tensors)
             raise PrunerError(f"the experts of {path} are called with tensors {shapes}: not known how they are routed")
-        return _of_top_k(path, forward, visit, (floats[0], index, floats[1]))
+        return _of_gated_inputs(path, forward, experts, visit, first)
 
     return run
 
 
-def _of_top_k(path: str, forward: Callable[..., Any], visit: Visit, call: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def top_k_call(args: Any, kwargs: Mapping[str, Any]) -> TopKCall | None:
+    """Return hidden states, experts and gates among the arguments of a module of experts, None for another call."""
+    tensors = _tensors(args, kwargs)
+    indices, floats = ([t for t in tensors if t.is_floating_point() == floating] for floating in (False, True))
+    if not indices or indices[0].ndim != 2 or len(floats) != 2 or floats[1].shape != indices[0].shape:
+        return None
+    return floats[0], indices[0], floats[1]
+
+
+def _tensors(args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+
+
+def _of_top_k(path: str, forward: Callable[..., Any], visit: Visit, call: TopKCall) -> torch.Tensor:
     """Run experts one per token, each with a gate of 1, and sum their outputs as the module would."""
     hidden, index, gates = call
     sums = []

@@ -27,6 +27,8 @@ from .per_layer import IMPLEMENTATION_SLOTS
 from .tasks import predicts_tokens
 from .torch_internals import TorchDispatchMode
 
+ROUTER_LOSS = "output_router_logits"  # field of configs with an auxiliary loss of routers
+
 
 def answer_on_meta(operator: str, args: Any) -> bool | None:
     """Return the answer to a model that reads a value on the meta device, None for operators that read no value.
@@ -59,8 +61,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def implementations(model: nn.Module, **chosen: str) -> Iterator[None]:
-    """Choose how blocks run, as in ``experts="eager"``, for the length of the block.
+def implementations(model: nn.Module, **chosen: Any) -> Iterator[None]:
+    """Choose how blocks run, as in ``experts="eager"``, and values of other fields, for the length of the block.
 
     Every module's own config is set, because a layer's config may be another than the model's.
     """
@@ -69,8 +71,8 @@ def implementations(model: nn.Module, **chosen: str) -> Iterator[None]:
     try:
         for config in configs.values():
             for block, value in chosen.items():
-                slot = IMPLEMENTATION_SLOTS[block]
-                if hasattr(config, slot):
+                slot = IMPLEMENTATION_SLOTS.get(block, block)
+                if hasattr(config, slot) and (block in IMPLEMENTATION_SLOTS or slot in config.__dict__):
                     saved.append((config, slot, config.__dict__.get(slot)))
                     config.__dict__[slot] = value
         yield
@@ -81,8 +83,11 @@ def implementations(model: nn.Module, **chosen: str) -> Iterator[None]:
 
 @contextmanager
 def tracing_mode(model: nn.Module) -> Iterator[None]:
-    """Run attention eagerly and experts batched, in eval mode: both show the axes that fused kernels hide."""
-    with evaluating(model), implementations(model, attn="eager", experts="batched_mm"):
+    """Run attention eagerly and experts batched, in eval mode: both show the axes that fused kernels hide.
+
+    The auxiliary loss of routers is left out: it joins the experts of all layers.
+    """
+    with evaluating(model), implementations(model, attn="eager", experts="batched_mm", **{ROUTER_LOSS: False}):
         yield
 
 

@@ -51,7 +51,14 @@ def apply_plan(arguments: ApplyArguments) -> Path:
             folder = _apply_and_refit(plan, arguments, target, record)
         else:
             folder = apply_to_files(
-                plan, arguments.model, target, trust, standalone=arguments.standalone, task=task, record=record
+                plan,
+                arguments.model,
+                target,
+                trust,
+                standalone=arguments.standalone,
+                task=task,
+                record=record,
+                dequantize=arguments.dequantize,
             )
         if arguments.verify:
             check(folder, trust)

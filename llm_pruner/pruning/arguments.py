@@ -13,6 +13,7 @@ from ..choices import (
     Aggregation,
     Compensation,
     Dtype,
+    ExpertsPerLayer,
     Kind,
     LayerCriterion,
     Normalizer,
@@ -35,6 +36,7 @@ EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
     (TARGETS, (*TARGETS, "pruning_ratio"), "each sets the size of the result"),
     (TARGETS, ("layer_wise", "iterative_steps"), "a target is solved in one step"),
     (SHAPES, (*TARGETS, "channel_wise", "kinds", "iterative_steps"), "a target shape determines all widths"),
+    (("target_config",), ("experts_per_token",), "each sets the experts per token"),
     (
         ("uniform",),
         (*RANGES, "global_pruning", "drop_attention", "drop_mlp", "layer_wise"),
@@ -59,7 +61,7 @@ EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
 # Flags that need one of others.
 REQUIRES: tuple[tuple[str, Sequence[str]], ...] = (
     ("layer", ("layer_wise",)),
-    ("normalize", ("global_pruning",)),
+    ("normalize", ("global_pruning", "experts_per_layer")),
     ("shares", TARGETS),
 )
 # The same, where a checkpoint is saved only if a flag asks for it.
@@ -111,7 +113,25 @@ class PruneArguments(Arguments):
     )
     global_pruning: bool = flag(False, "rank indices across layers instead of within each layer", group="method")
     normalize: Normalizer = flag(
-        "none", "with --global_pruning, normalise the scores of a unit before ranking", group="method"
+        "none",
+        "with --global_pruning, normalise the scores of a unit before ranking (default: none; mean with "
+        "--experts_per_layer global)",
+        group="method",
+    )
+    experts_per_layer: ExpertsPerLayer | None = flag(
+        None,
+        "number of experts that layers keep: uniform, the same in every layer, or global, by the scores of all layers "
+        "(default: uniform, or global with --global_pruning)",
+        group="method",
+    )
+    experts_per_token: int | None = flag(
+        None, "experts that a router chooses per token, fewer than in the original", group="method"
+    )
+    protect_super_experts: bool | None = flag(
+        None,
+        "keep the few experts whose outputs are extremely large (default: true with criteria that read the outputs of "
+        "experts)",
+        group="method",
     )
     iterative_steps: int = flag(1, "number of pruning steps, each with new scores", group="method")
     refit: Refit | None = flag(
@@ -262,6 +282,9 @@ class PruneArguments(Arguments):
     standalone: bool = flag(
         False, "also save a modelling file, so that per-layer checkpoints load without llm_pruner", group="output"
     )
+    dequantize: bool = flag(
+        False, "write a quantized model in 16 bits (default: slice its quantized files)", group="output"
+    )
     push_to_hub: str | None = flag(None, "upload the run's folder to the hub, as user/name", group="output")
     eval_datasets: list[str] = flag([GENERAL], "texts to measure perplexity on ('' for none)", group="output")
     max_windows: int = flag(0, "use only the first N windows of each text (0: all)", group="output")
@@ -292,12 +315,25 @@ class PruneArguments(Arguments):
         self._check_ranges()
         for name in ("drop_layers", "num_layers", "drop_attention", "drop_mlp"):
             self.layer_numbers(name)
-        self.proportions()
+        self._check_experts()
         name = self.save_ckpt_log_name
         if not name or name in (".", "..") or "/" in name or not name.isprintable() or len(name) > 200:
             raise PrunerError(f"--save_ckpt_log_name {name[:40]!r} must be a plain folder name")
         if "vocabulary" in self.kinds:
             raise PrunerError("--kinds vocabulary: tokens are pruned by llm-pruner vocab")
+
+    def _check_experts(self) -> None:
+        if "experts" not in (*self.kinds, *self.proportions()):
+            for name in ("experts_per_layer", "protect_super_experts"):
+                if getattr(self, name) is not None:
+                    raise PrunerError(f"--{name} is about the experts that go: add --kinds experts")
+        alone = not any(map(self.is_given, (*MODES, *TARGETS, "shares")))
+        if self.experts_per_token is not None and alone and self.is_given("pruning_ratio"):
+            raise PrunerError("--pruning_ratio beside --experts_per_token says not of what: add --kinds experts")
+        if self.uniform and self.experts_per_layer == "global":
+            raise PrunerError("--uniform and --experts_per_layer global exclude each other: give one")
+        if self.experts_per_layer == "uniform" and self.normalize != "none" and not self.global_pruning:
+            raise PrunerError("--normalize is for experts that are ranked together: add --experts_per_layer global")
 
     def _check_ranges(self) -> None:
         if not self.layer_wise and not 0 < self.pruning_ratio < 1:
@@ -315,7 +351,7 @@ class PruneArguments(Arguments):
         if self.refit_minutes is not None and not 0 < self.refit_minutes < float("inf"):
             raise PrunerError(f"--refit_minutes {self.refit_minutes} is out of range: give minutes above 0")
         check_at_least(self, 1, "num_examples", "iterative_steps", "round_to", "tensor_parallel", "layer")
-        check_at_least(self, 1, "budget_batch", "budget_tokens", "depth_examples", *SHAPE)
+        check_at_least(self, 1, "budget_batch", "budget_tokens", "depth_examples", "experts_per_token", *SHAPE)
         check_at_least(self, 2, "max_seq_len", "calib_seq_len")
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise PrunerError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.arguments import ApplyArguments
+from ..checkpoint.blocks import check_dequantize, is_quantized
 from ..checkpoint.checking import check_model, needs_tokenizer
 from ..checkpoint.config import meta_model
 from ..checkpoint.locate import locate
@@ -29,6 +30,7 @@ from ..surgery.slicing import check_fits
 from .arguments import PruneArguments
 from .context import Planning
 from .planning import check_plan, needs_calibration, without_scores
+from .quantized import blocks_for, check_quantized
 from .refit_record import RefitRecord
 from .settings import PruneSettings, resolve_settings
 from .towers import LANGUAGE, check_towers, trace_towers
@@ -47,6 +49,7 @@ def check_prune_inputs(arguments: PruneArguments, check: InputCheck) -> None:
                 task=settings.model.task,
             )
     if config is not None:
+        check_quantized(settings)
         _check_inputs(config, settings)
         _check_towers(config, settings)
         _check_losses(config, settings)
@@ -108,9 +111,10 @@ def _check_against_config(config: PreTrainedConfig, settings: PruneSettings) -> 
     """Refuse layers, widths, shapes and targets that the model cannot have, if any are named."""
     widths = settings.widths
     ranges = any(end is not None for ends in widths.ranges.values() for end in ends)
-    if not (settings.layers.any or settings.shape or settings.budget or widths.kinds or widths.uniform or ranges):
+    named = (settings.layers.any, settings.shape, settings.budget, widths.kinds, widths.uniform, ranges)
+    if not any((*named, settings.experts.per_token)):
         return
-    trust_remote_code = settings.model.trust_remote_code
+    trust_remote_code, blocks = settings.model.trust_remote_code, blocks_for(settings)
     settings = without_scores(settings)
     if settings.budget is not None and settings.budget.kind == "target_latency":
         settings = replace(settings, budget=None)  # only timing tells
@@ -119,7 +123,7 @@ def _check_against_config(config: PreTrainedConfig, settings: PruneSettings) -> 
         trace_towers(model, settings.calibration.towers)
     except TraceError:
         return  # the model can only be traced on its weights
-    check_plan(Planning(settings=settings), model)
+    check_plan(Planning(settings=settings, blocks=blocks), model)
 
 
 def check_apply_inputs(arguments: ApplyArguments, check: InputCheck) -> None:
@@ -139,6 +143,12 @@ def check_apply_inputs(arguments: ApplyArguments, check: InputCheck) -> None:
             path, gguf = locate(arguments.model)
             if not arguments.refit and (gguf is not None or not Path(path).is_dir()):
                 raise PrunerError("this is not a folder of safetensors files, which apply needs: give one")
+            check_dequantize(arguments.model, arguments.dequantize)
+            if arguments.refit and not arguments.dequantize and is_quantized(arguments.model):
+                raise PrunerError(
+                    "--refit changes weights, and the model stays quantized: leave it out, or add --dequantize, which "
+                    "writes 16 bits"
+                )
             if plan is not None:
                 _check_plan_fits(meta_model(config, arguments.trust_remote_code), plan)
     if not check.skips(arguments.output):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ..checkpoint.blocks import Blocks
 from ..graph.units import CouplingGraph
 from ..importance.score import score
 from ..importance.scores import Scores
@@ -60,6 +61,7 @@ class Planning:
         leading: tokens that every row of ``ids`` begins with, see :func:`~.calibration.leading_count`.
         place: where tensors of pruned models are put.
         weights: weights to score one after the other, of a model on the meta device.
+        blocks: positions that a quantized checkpoint stores together, none if they need not stay together.
     """
 
     settings: PruneSettings
@@ -68,6 +70,7 @@ class Planning:
     clock: Stopwatch = field(default_factory=Stopwatch)
     place: Place = in_memory
     weights: Weights | None = None
+    blocks: Blocks = field(default_factory=dict)
 
     def score_widths(
         self, model: PreTrainedModel, graph: CouplingGraph, kinds: tuple[str, ...], cache: Path | None = None
@@ -87,4 +90,5 @@ class Planning:
                 device=self.settings.model.device,
                 weights=self.weights,
                 cache=cache,
+                protect_super_experts="experts" in kinds and self.settings.experts.protects(scoring.criterion),
             )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpora import text
 from ..display import percent
-from ..evaluation.evaluate import PROMPTS
+from ..evaluation.generation import PROMPTS
 from ..evaluation.latency import latencies
 from ..evaluation.perplexity import check_length, perplexity, title_of_text, windows
 from ..evaluation.similarity import Originals, pieces_of

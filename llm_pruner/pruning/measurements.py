@@ -26,14 +26,19 @@ def before_and_after(metrics: Mapping[str, Any]) -> Cells:
     ['parameters', '134,515,008', '107,612,008 (80.0%)']
     """
     before, after = metrics["parameters_before"], metrics["parameters_after"]
-    cells = [["", "before", "after"], ["parameters", f"{before:,}", f"{after:,} ({after / before:.1%})"]]
-    perplexities = metrics["before"]["perplexity"]
+    columns, stages = ["before", "after"], [metrics["before"], metrics["after"]]
+    parameters = [f"{before:,}", f"{after:,} ({after / before:.1%})"]
+    if routed := metrics.get("experts_per_token"):
+        columns.insert(1, f"{routed['after']} of {routed['before']} experts per token")
+        stages.insert(1, routed)
+        parameters.insert(1, f"{before:,}")
+    cells = [["", *columns], ["parameters", *parameters]]
     for text, measured in metrics["after"]["perplexity"].items():
-        if text in perplexities:
-            pair = perplexities[text]["perplexity"], measured["perplexity"]
-            if None in pair:  # not finite
+        if all(text in stage.get("perplexity", {}) for stage in stages):
+            values = [stage["perplexity"][text]["perplexity"] for stage in stages]
+            if None in values:  # not finite
                 continue
             name = f"{Path(text).name} ({measured['tokens']:,} tokens)"
-            cells.append([f"perplexity, {name}", *(f"{value:.2f}" for value in pair)])
-            cells.append(["loss, nats per token", *(f"{math.log(value):.3f}" for value in pair)])
+            cells.append([f"perplexity, {name}", *(f"{value:.2f}" for value in values)])
+            cells.append(["loss, nats per token", *(f"{math.log(value):.3f}" for value in values)])
     return cells

@@ -28,8 +28,11 @@ from ..selection.compose import compose_plans, scores_in_original
 from ..selection.plan import PruningPlan, name_after
 from ..selection.select import select
 from ..surgery.apply import TOWERS, apply
+from ..surgery.per_token import EXPERTS_PER_TOKEN
 from .context import Planning
+from .fewer_experts import routed_to_fewer
 from .presets import default_layers
+from .quantized import blocks_after, in_blocks, log_blocks
 from .settings import (
     BudgetSettings,
     CalibrationSettings,
@@ -82,13 +85,17 @@ def needs_calibration(settings: PruneSettings) -> bool:
     by_shape = any("layer" in name for name in settings.shape)
     chooses_layers = bool(layers.keep or by_shape or widths.proportions or "layers" in widths.kinds)
     by_forward = chooses_layers and not layers.drop and layers.criterion not in BY_POSITION
-    by_criterion = settings.prunes_widths and criterion_needs_calibration(settings.scoring.criterion)
+    criterion = settings.scoring.criterion
+    protects = "experts" in (*widths.kinds, *widths.proportions) and settings.experts.protects(criterion)
+    by_criterion = settings.prunes_widths and (protects or criterion_needs_calibration(criterion))
     return by_forward or by_criterion or settings.refit.rescale_norms
 
 
 def make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
     """Choose what goes. Whole layers go first; the widths of what is left are scored and chosen then."""
     planned = _make_plan(planning, model)
+    if planning.settings.experts.per_token is not None:
+        planned.plan.settings[EXPERTS_PER_TOKEN] = planning.settings.experts.per_token
     if (towers := planning.settings.calibration.towers) != LANGUAGE:
         planned.plan.settings[TOWERS] = towers
     return planned
@@ -100,7 +107,9 @@ def _make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
         graph = _trace(planning, model)
     dropped = plan_layers(planning, model, graph)
     if dropped is None:
-        return _plan_widths(planning, model, graph)
+        if settings.prunes_widths:
+            return _plan_widths(planning, model, graph)
+        return PlannedModel(plan=PruningPlan(), pruned=apply(model, PruningPlan(), planning.place), graph=graph)
     with clock("apply"):
         shorter = apply(model, dropped, planning.place)
     size = f"{parameter_count(shorter):,}"
@@ -117,6 +126,7 @@ def _make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
         planning = replace(planning, weights=kept)
     with clock("trace"):
         left = freeze_others(trace(shorter), shorter, settings.calibration.towers)
+        left = in_blocks(left, blocks_after(planning.blocks, dropped), settings.widths.kinds)
     try:
         planned = _plan_widths(planning, shorter, left, Whole(model=model, graph=graph, dropped=dropped))
     except NothingRemoved:
@@ -128,7 +138,8 @@ def _make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
 
 def _trace(planning: Planning, model: PreTrainedModel) -> CouplingGraph:
     inputs = planning.ids if isinstance(planning.ids, ModelInputs) else None
-    return trace_towers(model, planning.settings.calibration.towers, inputs)
+    graph = trace_towers(model, planning.settings.calibration.towers, inputs)
+    return in_blocks(graph, planning.blocks, planning.settings.widths.kinds)
 
 
 def without_scores(settings: PruneSettings) -> PruneSettings:
@@ -144,6 +155,7 @@ def without_scores(settings: PruneSettings) -> PruneSettings:
         calibration=CalibrationSettings(dataset="", samples=0, tokens=0, towers=settings.calibration.towers),
         layers=replace(layers, criterion=criterion),
         widths=replace(widths, proportions=proportions, iterative_steps=1),
+        experts=replace(settings.experts, protect=False),
         refit=RefitSettings(),
         evaluation=EvaluationSettings(),
         output=OutputSettings(folder=Path()),
@@ -156,7 +168,9 @@ def check_plan(planning: Planning, model: PreTrainedModel) -> None:
     Raises:
         PrunerError: :func:`make_plan` would raise one whatever the scores.
     """
-    settings, whole, graph = planning.settings, None, _trace(planning, model)
+    settings, whole = planning.settings, None
+    model = routed_to_fewer(settings.experts, model)
+    graph = _trace(planning, model)
     if settings.widths.uniform:
         _refuse_differing_layers(model, "give the model that it was pruned from")
     dropped = plan_layers(planning, model, graph)
@@ -168,6 +182,7 @@ def check_plan(planning: Planning, model: PreTrainedModel) -> None:
         whole = Whole(model=model, graph=graph, dropped=dropped)
         model = apply(model, dropped)
         graph = freeze_others(trace(model), model, settings.calibration.towers)
+        graph = in_blocks(graph, blocks_after(planning.blocks, dropped), settings.widths.kinds)
     try:
         goal = _width_goal(planning, model, graph, whole)
     except NothingRemoved:
@@ -206,6 +221,7 @@ def _plan_widths(
     """
     settings, clock, steps = planning.settings, planning.clock, planning.settings.widths.iterative_steps
     goal = _width_goal(planning, model, graph, whole)
+    log_blocks(graph, goal.kinds)
     plan, pruned, current, scores = PruningPlan(), model, graph, None
     for step in range(1, steps + 1):
         plans = [plan, *([whole.dropped] if whole else [])]

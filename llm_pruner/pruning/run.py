@@ -20,7 +20,6 @@ from ..checkpoint.load import load, no_tokenizer, torch_dtype
 from ..checkpoint.locate import PLAN_FILE, locate
 from ..checkpoint.next_steps import log_next_steps
 from ..checkpoint.on_disk import on_disk
-from ..checkpoint.save import write_checkpoint
 from ..checkpoint.standalone import write_modelling
 from ..checkpoint.stored import weights_in
 from ..checkpoint.unread import UNREAD, unread_tensors
@@ -51,9 +50,11 @@ from .calibration import available_text, calibration_set, leading_count
 from .checking import check_prune_inputs
 from .context import Planning, Progress, Stopwatch
 from .evaluation import compare_latency, evaluate_model, evaluation_windows, warn_of_lost_quality
+from .fewer_experts import routed_to_fewer, send_to_fewer
 from .measurements import METRICS_FILE, before_and_after
 from .mending import mend
 from .planning import PlannedModel, make_plan, needs_calibration
+from .quantized import blocks_for, save_pruned, without_refit
 from .settings import ModelSettings, PruneSettings, filled_arguments, resolve_settings
 from .towers import LANGUAGE
 
@@ -183,7 +184,7 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
 
 def _run(settings: PruneSettings, arguments: dict[str, Any], folder: Path, clock: Stopwatch) -> PruneRun:
     offload = settings.model.offload or (not settings.model.device_map and _is_too_large(settings.model))
-    settings = replace(settings, model=replace(settings.model, offload=offload))
+    settings = without_refit(replace(settings, model=replace(settings.model, offload=offload)))
     with PeakMemory() as memory:
         run = (_cut_files if _works_on_files(settings) else _prune_loaded)(settings, folder, clock)
     record = {
@@ -200,7 +201,7 @@ def _run(settings: PruneSettings, arguments: dict[str, Any], folder: Path, clock
 
 def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> PruneRun:
     with clock("load"):
-        model, tokenizer = load_or_reuse(settings.model)
+        model, tokenizer = load_or_reuse(settings.model, folder)
     if tokenizer is None and reads_text_only(model):
         raise no_tokenizer(settings.model.name)
     log.info("loaded %s: %s parameters; preset %s", settings.model.name, f"{parameter_count(model):,}", settings.preset)
@@ -215,14 +216,15 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
     measure = partial(evaluate_model, settings, texts=windows, clock=clock, originals=originals)
     metrics["before"] = measure(model, tokenizer, when="before pruning")
+    original, model = model, send_to_fewer(settings.experts, model, metrics, lambda m, w: measure(m, tokenizer, when=w))
     _move_to(settings.model, model, settings.model.device)
     ids = None
     if calibrates:
         with clock("calibration"):
             ids = calibration_set(settings.calibration, tokenizer, model, settings.seed)
     place = on_disk(folder) if settings.model.offload else in_memory
-    leading = leading_count(settings.calibration, tokenizer)
-    planning = Planning(settings=settings, ids=ids, leading=leading, clock=clock, place=place)
+    leading, blocks = leading_count(settings.calibration, tokenizer), blocks_for(settings)
+    planning = Planning(settings=settings, ids=ids, leading=leading, clock=clock, place=place, blocks=blocks)
     planned = make_plan(planning, model)
     if calibrates:
         planned.plan.settings[CALIBRATED_ON] = settings.calibration.dataset
@@ -231,17 +233,17 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     for line in planned.plan.summary().splitlines():
         log.info("%s", line)
     metrics |= _check_equivalence(planning, model, planned)
-    pruned, refit = mend(planning, model, planned, tokenizer)
+    pruned, refit = mend(planning, original, planned, tokenizer)
     metrics |= refit
     _record_parameters(metrics, parameter_count(pruned))
     if settings.budget is not None and settings.budget.kind == "target_latency":
         with clock("latency"):
             metrics["latency"] = compare_latency(settings.budget, model, pruned)
     _save_plan(settings, planned.plan, planned.scores, folder)
-    del model
+    del model, original
     if settings.output.save:
         with clock("save"):
-            write_checkpoint(pruned, tokenizer, folder, planned.plan, standalone=settings.output.standalone)
+            save_pruned(settings, pruned, tokenizer, folder, plan=planned.plan)
     metrics["after"] = measure(pruned, tokenizer, when="after pruning")
     warn_of_lost_quality(metrics)
     return PruneRun(model=pruned, tokenizer=tokenizer, plan=planned.plan, metrics=metrics, folder=folder)
@@ -299,8 +301,12 @@ def keeping_model() -> Iterator[None]:
         _kept = None
 
 
-def load_or_reuse(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a model and its tokenizer, or return those that :func:`keeping_model` shares."""
+def load_or_reuse(settings: ModelSettings, scratch: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a model and its tokenizer, or return those that :func:`keeping_model` shares.
+
+    Args:
+        scratch: folder for the weights of a quantized model that is offloaded.
+    """
     if _kept is not None and settings in _kept:
         return _kept[settings]
     if _kept is not None:
@@ -313,6 +319,7 @@ def load_or_reuse(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedT
         settings.trust_remote_code,
         device_map=settings.device_map,
         task=settings.task,
+        offload_folder=scratch if settings.offload else None,
     )
     if _kept is not None:
         _kept[settings] = loaded
@@ -338,9 +345,9 @@ def _cut_files(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Prune
     """Score and cut a checkpoint tensor by tensor, without loading it."""
     name, trust = settings.model.name, settings.model.trust_remote_code
     task = settings.model.task
-    model = meta_model(load_config(name, trust, task=task), trust)
-    weights = weights_in(name, trust, task=task)
-    planned = make_plan(Planning(settings=settings, clock=clock, weights=weights), model)
+    model = routed_to_fewer(settings.experts, meta_model(load_config(name, trust, task=task), trust))
+    weights, blocks = weights_in(name, trust, task=task), blocks_for(settings)
+    planned = make_plan(Planning(settings=settings, clock=clock, weights=weights, blocks=blocks), model)
     for line in planned.plan.summary().splitlines():
         log.info("%s", line)
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
@@ -349,7 +356,7 @@ def _cut_files(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Prune
     _save_plan(settings, planned.plan, planned.scores, folder)
     if settings.output.save:
         with clock("save"):
-            cut_files(planned.plan, name, folder, trust, task=task)
+            cut_files(planned.plan, name, folder, trust, task=task, dequantize=settings.output.dequantize)
             if settings.output.standalone:
                 write_modelling(planned.pruned, folder)
     metrics |= {"before": {"perplexity": {}}, "after": {"perplexity": {}}}

@@ -14,7 +14,9 @@ from ..importance.criteria import check_criterion
 from ..models.dispatch import resolve_device
 from ..refit.compensate import MIN_SAMPLES
 from ..selection.budgets import COUNTS, UNITS, read_target
+from ..selection.per_kind import PerKind
 from .arguments import TARGETS, PruneArguments
+from .expert_settings import ExpertSettings, expert_settings, scopes
 from .presets import PRESETS
 from .refit_settings import RefitSettings, refit_settings
 
@@ -119,8 +121,8 @@ class WidthSettings:
     ratio: float = 0.5
     proportions: Mapping[str, float] = field(default_factory=dict)
     iterative_steps: int = 1
-    scope: str = "local"
-    normalize: str = "none"
+    scope: PerKind = "local"
+    normalize: PerKind = "none"
     floor: float = 0.0
     round_to: int = 1
     tensor_parallel: int = 1
@@ -155,13 +157,17 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """Output of a run: folder, and whether to save a checkpoint; ``named``: the user named the folder."""
+    """Output of a run: folder, and whether to save a checkpoint; ``named``: the user named the folder.
+
+    With ``dequantize``, a quantized checkpoint is written in 16 bits.
+    """
 
     folder: Path
     named: bool = False
     save: bool = False
     standalone: bool = False
     push_to_hub: str | None = None
+    dequantize: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +181,7 @@ class PruneSettings:
     calibration: CalibrationSettings
     layers: LayerSettings
     widths: WidthSettings
+    experts: ExpertSettings
     shape: Mapping[str, Any]
     budget: BudgetSettings | None
     refit: RefitSettings
@@ -183,10 +190,10 @@ class PruneSettings:
 
     @property
     def prunes_widths(self) -> bool:
-        """Return True unless only whole layers or blocks are removed."""
+        """Return True unless only whole layers or blocks are removed, or tokens are sent to fewer experts."""
         if self.widths.kinds:
             return self.widths.kinds != ("layers",)
-        return not self.layers.any or bool(self.budget or self.shape)
+        return not (self.layers.any or self.experts.per_token) or bool(self.budget or self.shape)
 
 
 def resolve_settings(arguments: PruneArguments) -> PruneSettings:
@@ -223,6 +230,7 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
         ),
         layers=_layer_settings(arguments),
         widths=_width_settings(arguments, bool(value["hardware_align"])),
+        experts=expert_settings(arguments),
         shape=_shape(arguments),
         budget=_budget_settings(arguments),
         refit=refit_settings(arguments, value),
@@ -293,6 +301,7 @@ def _output_settings(arguments: PruneArguments) -> OutputSettings:
         save=arguments.saves_checkpoint,
         standalone=arguments.standalone,
         push_to_hub=arguments.push_to_hub,
+        dequantize=arguments.dequantize,
     )
 
 
@@ -323,6 +332,7 @@ def _width_settings(arguments: PruneArguments, align: bool) -> WidthSettings:
     proportions: Mapping[str, float] = arguments.proportions()
     if "layers" in kinds and any(map(arguments.is_given, TARGETS)):
         proportions = dict.fromkeys(kinds, 1.0)
+    scope, normalize = scopes(arguments)
     return WidthSettings(
         preset=arguments.preset,
         kinds=kinds,
@@ -330,8 +340,8 @@ def _width_settings(arguments: PruneArguments, align: bool) -> WidthSettings:
         ratio=arguments.pruning_ratio,
         proportions=proportions,
         iterative_steps=arguments.iterative_steps,
-        scope="global" if arguments.global_pruning else "local",
-        normalize=arguments.normalize,
+        scope=scope,
+        normalize=normalize,
         floor=arguments.floor,
         round_to=arguments.round_to,
         tensor_parallel=arguments.tensor_parallel,

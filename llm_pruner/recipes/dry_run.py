@@ -23,6 +23,7 @@ from ..models.skeleton import parameter_count, skeleton
 from ..models.tasks import ask_for, class_for
 from ..pruning.arguments import PruneArguments
 from ..pruning.context import Planning
+from ..pruning.fewer_experts import routed_to_fewer
 from ..pruning.planning import make_plan, without_scores
 from ..pruning.settings import PruneSettings, resolve_settings
 from ..pruning.towers import LANGUAGE
@@ -321,12 +322,13 @@ def _in_class_for(task: str | None, model: PreTrainedModel, trust_remote_code: b
 
 def _prune(settings: PruneSettings, model: PreTrainedModel) -> Prediction:
     widths, budget = settings.widths, settings.budget
-    estimated = widths.scope == "global" or bool(widths.proportions)
+    estimated = widths.scope != "local" or bool(widths.proportions)
     timed = budget is not None and budget.kind == "target_latency"
     if budget is not None and timed:
         if read_target(budget.kind, budget.target, UNITS[budget.kind])[1] is not None:
             return Prediction(model=None)
         settings, estimated = replace(settings, budget=replace(budget, kind="target_macs")), True
+    model = routed_to_fewer(settings.experts, model)
     try:
         return Prediction(model=make_plan(Planning(settings=settings), model).pruned, estimated=estimated)
     except TraceError:

@@ -27,6 +27,7 @@ ABBREVIATIONS = {
 ORIGINAL = "original"
 LARGE = 10_000  # from here counts have a prefix
 NOT_MEASURED = ("point", "seed", "seconds")  # numbers that do not measure a model
+STDERR = " stderr"  # end of the key of a measurement's standard error
 COMPARED = ("cosine ", "agreement ")  # measurements that are ratios to the original already
 
 
@@ -39,12 +40,14 @@ class Summary:
         seeds: runs of each point.
         mean: mean of every measurement.
         deviation: standard deviation of the sample (n - 1), 0 for a single run.
+        error: mean standard error of measurements that have one, by the key of the measurement.
     """
 
     points: pd.DataFrame
     seeds: pd.Series
     mean: pd.DataFrame
     deviation: pd.DataFrame
+    error: pd.DataFrame
 
     @property
     def is_original(self) -> pd.Series:
@@ -65,12 +68,17 @@ class Summary:
         for key in self.mean:
             best = self._best(str(key))
             columns[heads[key]] = [
-                _format_mean(mean, deviation if several else None, bold if i in best else ("", ""))
-                for i, mean, deviation, several in zip(
-                    self.mean.index, self.mean[key], self.deviation[key], repeated, strict=True
+                _format_mean(mean, deviation if several else error, bold if i in best else ("", ""))
+                for i, mean, deviation, error, several in zip(
+                    self.mean.index, self.mean[key], self.deviation[key], self._errors(str(key)), repeated, strict=True
                 )
             ]
         return [list(columns), *map(list, zip(*columns.values(), strict=True))]
+
+    def _errors(self, key: str) -> list[float | None]:
+        if key not in self.error:
+            return [None] * len(self.mean)
+        return [None if np.isnan(error) else float(error) for error in self.error[key]]
 
     def _best(self, key: str) -> list[Any]:
         """Return the rows with the best mean of a measurement; none if a higher number is neither better nor worse."""
@@ -92,13 +100,16 @@ def summarize(rows: Sequence[Row], varied: Sequence[str]) -> Summary:
     table = pd.DataFrame([_with_label(row, keys) for row in rows])
     labels = table[keys or ["run"]].map(lambda value: json.dumps(value, default=str)).agg("|".join, axis=1)
     groups = table.groupby(labels, sort=False)
-    measured = [key for key in table.select_dtypes("number") if key not in (*keys, *NOT_MEASURED[:2])]
+    numbers = [str(key) for key in table.select_dtypes("number") if key not in (*keys, *NOT_MEASURED[:2])]
+    measured = [key for key in numbers if not key.endswith(STDERR)]
+    errors = [key for key in numbers if key.endswith(STDERR)]
     deviation = groups[measured].std().fillna(0.0)
     return Summary(
         points=groups[keys or ["run"]].first() if keys or len(groups) > 1 else groups[[]].first(),
         seeds=groups.size(),
         mean=groups[measured].mean(),
         deviation=deviation,
+        error=groups[errors].mean().rename(columns=lambda key: key.removesuffix(STDERR)),
     )
 
 
@@ -132,7 +143,7 @@ def _format_mean(mean: float, deviation: float | None, bold: Marks) -> str:
 
 def stage_cells(rows: Sequence[Row]) -> list[list[str]]:
     """Return the rows of stages as text, head first; measurements also as ratios to the first row that has them."""
-    heads = list(dict.fromkeys(key for row in rows for key in row if key != "folder"))
+    heads = list(dict.fromkeys(key for row in rows for key in row if key != "folder" and not key.endswith(STDERR)))
     first = {key: next((row[key] for row in rows if row.get(key) is not None), None) for key in heads}
     body = [[_cell(row, key, None if row is rows[0] else first[key]) for key in heads] for row in rows]
     names = short_heads(heads)
@@ -156,7 +167,8 @@ def short_heads(keys: Sequence[Any]) -> dict[Any, str]:
 
 def _cell(row: Mapping[str, Any], key: str, base: Any) -> str:
     value = row.get(key)
-    text = format_value(value)
+    error = row.get(f"{key}{STDERR}")
+    text = format_value(value) + ("" if error is None else f" ± {error:.2g}")
     compared = isinstance(value, (int, float)) and key not in NOT_MEASURED and base
     compared = compared and not key.startswith(COMPARED)
     return f"{text} ({value / base:.3f})" if compared else text

@@ -18,8 +18,9 @@ from ..checkpoint.config import load_config
 from ..checkpoint.locate import base_of, is_adapter
 from ..commands import COMMANDS
 from ..evaluation.evaluate import Evaluation
+from ..evaluation.names import error_name, members_of, metrics_of, short_names
 from ..evaluation.run import measure
-from ..evaluation.table import as_json, metrics_of, short_names
+from ..evaluation.table import as_json
 from ..files import digest, folder_lock, strict_json, write_text
 from ..flags import canonical_flags
 from ..inputs import InputCheck
@@ -28,6 +29,7 @@ from ..media import is_media
 from ..models.tasks import OF_TOKENS, task_of_config
 from ..provenance import provenance, versions
 from .recipe import Recipe, Stage
+from .results import STDERR
 from .source import Location, Source
 from .stages import DONE, build_arguments, chaining, read_record, resulting_checkpoint, with_defaults
 from .torchrun import Launch
@@ -277,8 +279,12 @@ def _row_of(evaluations: list[Evaluation]) -> dict[str, Any]:
     for name, compared in evaluation.similarity.items():
         values = {"cosine": compared.cosine, "agreement": compared.agreement}
         row |= {f"{key} {titles[name]}": value for key, value in values.items() if value is not None}
+    hidden = members_of(evaluations)
     for task, metrics in evaluation.tasks.items():
-        row |= {f"{task} {metric}": metrics[metric] for metric in metrics_of(evaluations, task)}
+        for metric in metrics_of(evaluations, task) if task not in hidden else ():
+            row[f"{task} {metric}"] = metrics[metric]
+            if (error := metrics.get(error_name(metric))) is not None:
+                row[f"{task} {metric}{STDERR}"] = error
     if evaluation.speed:
         row |= {"prefill tokens/s": evaluation.speed.prefill, "decode tokens/s": evaluation.speed.decode}
     return row

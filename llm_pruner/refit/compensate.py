@@ -13,6 +13,9 @@ earlier layers, each layer also corrects those. Held-out calibration samples cho
 one more channel, always 1, whose column moves the bias; with the method ``bias`` it is the only channel, which is the
 compensation of FLAP (arXiv 2312.11983, section 3) for the mean error of all layers so far.
 
+In a mixture whose experts' output is added to the stream, the down projections of the experts are refitted last
+(:mod:`llm_pruner.refit.experts`).
+
 Layers of BERT's kind normalise the stream behind each sum. There h_t and p_t are the sums in front of the norms.
 
 At the end, the logits are scaled (:mod:`llm_pruner.refit.temperature`).
@@ -32,16 +35,15 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import PrunerError
 from ..models.blockwise import computing
 from ..models.inputs import Inputs, input_embedding
-from ..models.running import check_calibration, evaluating
+from ..models.running import check_calibration, evaluating, implementations
 from ..progress import track
-from .regression import RegressionSums
-from .stream import Projection, ResidualStream, added_projections, single_stack
+from .experts import refit_experts
+from .regression import HELD_OUT, RegressionSums, best_ridge
+from .stream import Projection, ResidualStream, added_experts, added_projections, single_stack
 from .temperature import scale_logits
 
 TEMPERATURE_SAMPLES = 32
-RIDGES = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 SAMPLES_PER_PASS = 8  # samples in a forward pass
-HELD_OUT = 4  # every 4th batch chooses lambda
 MIN_SAMPLES = 4 * SAMPLES_PER_PASS
 METHODS = ("least_squares", "bias")
 
@@ -51,10 +53,10 @@ class Refit:
     """Outcome for one projection.
 
     Attributes:
-        module: path of the projection.
+        module: path of the projection, or of the module of a layer's experts.
         before: relative squared error of the stream behind the projection on held-out samples, before the refit.
         after: the same error after the refit.
-        ridge: lambda; None if no lambda lowered the error, and the projection was not moved.
+        ridge: lambda, of experts the median; None if no lambda lowered the error, and nothing was moved.
     """
 
     module: str
@@ -143,7 +145,10 @@ def compensate(
         for i, added in enumerate(track(projections, "compensating layers")):
             dropped_next = range(kept[i] + 1, [*kept, len(original)][i + 1])
             targets = _targets(before, kept[i], added, dropped_next)
-            for refit in _refit_layer(after, i, targets, added, only_bias=method == "bias"):
+            refits = _refit_layer(after, i, targets, added, only_bias=method == "bias")
+            if method != "bias":
+                refits += _refit_experts(pruned, after, i, targets[""])
+            for refit in refits:
                 refit.module = f"{path}.{i}.{refit.module}"
                 report.layers.append(refit)
             after.advance(i, [])
@@ -206,6 +211,19 @@ def _refit_layer(
     return refits
 
 
+def _refit_experts(
+    pruned: PreTrainedModel, stream: ResidualStream, layer: int, targets: list[torch.Tensor]
+) -> list[Refit]:
+    """Refit the down projections of the experts of a layer, whose output is added to the stream."""
+    refits = []
+    with implementations(pruned, experts="eager"):  # that shows what each of them reads
+        for name in added_experts(stream, layer):
+            floor = _median_power(targets)
+            done = refit_experts(pruned, stream, layer, name, targets=targets, floor=floor)
+            refits.append(Refit(name, done.before, done.after, done.ridge))
+    return refits
+
+
 def _median_power(hidden: list[torch.Tensor]) -> float:
     """Return the median over tokens of the squared norm of hidden states."""
     return torch.cat([h.float().square().sum(-1).flatten() for h in hidden]).median().item()
@@ -216,7 +234,7 @@ def _move(name: str, module: nn.Module, fitted: RegressionSums, held_out: Regres
     before = held_out.error / held_out.tokens
     if not fitted.inputs.numel():
         return Refit(name, before, before, None)
-    best, gain = _best_ridge(fitted, held_out)
+    best, gain = best_ridge(fitted, held_out)
     if not gain > 0:
         return Refit(name, before, before, None)
     change = (fitted + held_out).solve(best)
@@ -228,24 +246,3 @@ def _move(name: str, module: nn.Module, fitted: RegressionSums, held_out: Regres
         weight = cast(torch.Tensor, module.weight)
         weight.add_((change if isinstance(module, Conv1D) else change.T).to(weight))
     return Refit(name, before, (held_out.error - gain) / held_out.tokens, best)
-
-
-def _best_ridge(fitted: RegressionSums, held_out: RegressionSums) -> tuple[float, float]:
-    """Return the lambda that removes most of the held-out error, and the error that it removes.
-
-    The gain has one maximum over lambda, so it is climbed from the middle of the grid: four solutions for ten.
-    """
-    gains: dict[int, float] = {}
-
-    def gain(i: int) -> float:
-        if i not in gains:
-            gains[i] = held_out.gain(fitted.solve(RIDGES[i]))
-        return gains[i]
-
-    best = RIDGES.index(1.0)
-    while True:
-        nearby = [i for i in (best, best - 1, best + 1) if 0 <= i < len(RIDGES)]
-        better = max(nearby, key=gain)
-        if better == best:
-            return RIDGES[best], gains[best]
-        best = better

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
 from ..models.blockwise import computing, native_compute
+from ..models.experts import top_k_call
 from ..models.hooks import forward_hooks
 from ..models.inputs import Inputs, ModelInputs
 from ..models.layers import hidden_in, hidden_out
@@ -207,7 +208,7 @@ def _last_added(stream: ResidualStream, layer: int, silenced: list[str]) -> str 
         fits: list[bool] = []
 
         def move(_: nn.Module, __: Any, output: torch.Tensor, fits: list[bool] = fits) -> torch.Tensor:
-            fits.append(output.numel() == plain.numel())
+            fits.append(isinstance(output, torch.Tensor) and output.numel() == plain.numel())  # routers return more
             return output + moved.view(output.shape) if fits[-1] else output
 
         with forward_hooks([(module, move)]):
@@ -215,6 +216,29 @@ def _last_added(stream: ResidualStream, layer: int, silenced: list[str]) -> str 
         if fits == [True] and _is_moved_by(change, moved):
             return name
     return None
+
+
+def added_experts(stream: ResidualStream, layer: int) -> list[str]:
+    """Return the modules of a layer that own stacks of experts and whose output is added to the stream unchanged."""
+    block, hidden = stream.layers[layer], stream.hidden[0]
+    stacks = [n for n, m in block.named_modules() if any(p.ndim == 3 for p in m.parameters(recurse=False))]
+    if not stacks:
+        return []
+    plain = stream.run(layer, 0, hidden)
+    moved, found = _movement(plain), []
+    for name in stacks:
+        fits: list[bool] = []
+
+        def move(_: nn.Module, args: Any, kwargs: Any, output: Any, *, fits: list[bool] = fits) -> Any:
+            routed = isinstance(output, torch.Tensor) and top_k_call(args, kwargs) is not None
+            fits.append(routed and output.numel() == plain.numel())
+            return output + moved.view(output.shape) if fits[-1] else output
+
+        with forward_hooks([(block.get_submodule(name), move)], with_kwargs=True):
+            change = stream.run(layer, 0, hidden) - plain
+        if fits == [True] and _is_moved_by(change, moved):
+            found.append(name)
+    return found
 
 
 def _normalized_in_layer(stream: ResidualStream, layer: int) -> list[Projection]:
@@ -230,6 +254,8 @@ def _normalized_in_layer(stream: ResidualStream, layer: int) -> list[Projection]
         outputs: list[torch.Tensor] = []
 
         def move(_: nn.Module, __: Any, output: torch.Tensor, outputs: list[torch.Tensor] = outputs) -> torch.Tensor:
+            if not isinstance(output, torch.Tensor):
+                return output
             outputs.append(output)
             return output + movement.view(output.shape) if output.numel() == movement.numel() else output
 

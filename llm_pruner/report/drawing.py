@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from html import escape
@@ -136,6 +136,16 @@ def new_axes() -> Iterator[tuple[Figure, Any]]:
         figure = Figure(figsize=SIZE, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.subplots()
+
+
+@contextmanager
+def bar_axes(groups: Sequence[int], bars: int) -> Iterator[tuple[Figure, list[Any]]]:
+    """Draw as :func:`new_axes` does, on axes one above the other for so many groups of horizontal bars each."""
+    with new_axes() as (figure, ax):
+        ax.remove()
+        rows = [count * max(1.0, 0.4 * bars) for count in groups]
+        figure.set_size_inches(SIZE[0], 1.4 * len(groups) + 0.36 * sum(rows))
+        yield figure, list(figure.subplots(len(groups), squeeze=False, height_ratios=rows)[:, 0])
 
 
 def draw_level(ax: Any, y: float) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.table import short_names
+from ..evaluation.names import short_names
 from .runs import MeasuredModel, Run
 
 STAGES = ("evaluated", "original", "vocabulary", "pruned", "recovered")  # a later one says more about a model
@@ -35,7 +35,8 @@ def merge_models(runs: Iterable[Run]) -> list[MeasuredModel]:
     for model in (model for run in runs for model in run.models):
         identity = _identify(model.model, folders)
         parent = _identify(model.parent, folders) if model.parent else ""
-        model = replace(model, model=identity, parent=parent)
+        kl = {text: (kl, error, _identify(other, folders)) for text, (kl, error, other) in model.kl.items()}
+        model = replace(model, model=identity, parent=parent, kl=kl)
         merged[identity] = _combine(merged[identity], model) if identity in merged else model
     shorts = short_names(merged)
     different = _differing_flags(m.arguments for m in merged.values() if m.stage == "pruned")
@@ -76,6 +77,10 @@ def _combine(one: MeasuredModel, other: MeasuredModel) -> MeasuredModel:
         arguments=last.arguments or first.arguments,
         speeds=one.speeds | other.speeds,
         perplexity=one.perplexity | other.perplexity,
+        byte_perplexity=one.byte_perplexity | other.byte_perplexity,
+        kl=one.kl | other.kl,
+        questions=one.questions | other.questions,
+        generation=one.generation or other.generation,
         **{
             name: getattr(one, name) if getattr(other, name) is None else getattr(other, name)
             for name in ("parameters", "macs", "weight_bytes", "accuracy", "accuracy_error")

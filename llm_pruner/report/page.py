@@ -11,6 +11,7 @@ from ..files import digest, place_for_run, write_text
 from ..logs import log
 from ..version import __version__
 from .arguments import DEFAULT_OUTPUT, ReportArguments
+from .comparison import compare_models
 from .figure_files import make_names_unique, other_figures, write_figures
 from .figures import draw_pruning, draw_recoveries
 from .models import merge_models
@@ -43,10 +44,12 @@ def write_report(args: ReportArguments) -> Path:
     _distinguish_names(runs)
     models = merge_models(runs)
     _name_stages(runs, models)
+    quality = compare_models(models)
+    compared = [quality.drawing] if quality and quality.drawing else []
     tradeoffs, recoveries = draw_tradeoffs(models), draw_recoveries(runs)
     curves = [(sweep, draw_sweep(sweep, styles_of_models(models)), tabulate_sweep(sweep)) for sweep in sweeps]
     details = [(run, draw_pruning(run)) for run in runs if run.folder.parent.name != EVALUATIONS or run.samples]
-    drawings = [*tradeoffs, *(d for _, drawn, _ in curves for d in drawn), *recoveries]
+    drawings = [*compared, *tradeoffs, *(d for _, drawn, _ in curves for d in drawn), *recoveries]
     drawings += [drawing for _, drawn in details for drawing in drawn]
     make_names_unique(drawings)
     page = (
@@ -58,6 +61,7 @@ def write_report(args: ReportArguments) -> Path:
             mark=mark,
             runs=runs,
             summary=summarize(models),
+            quality=quality,
             overall=tradeoffs,
             sweeps=curves,
             recoveries=recoveries,

@@ -12,8 +12,9 @@ from typing import Any
 
 from ..checkpoint.locate import PLAN_FILE
 from ..errors import PrunerError
-from ..evaluation.evaluate import PROMPTS
-from ..evaluation.table import short_names
+from ..evaluation.generation import PROMPTS
+from ..evaluation.names import error_name, short_names
+from ..evaluation.questions import Questions, headline
 from ..importance.scores import SCORES_FILE, Scores
 from ..selection.plan import PruningPlan
 
@@ -37,6 +38,10 @@ class MeasuredModel:
         macs: multiply-accumulates of a forward pass over the tokens that the run states.
         speeds: tokens per second by what was timed, since only equal work compares.
         perplexity: by text and protocol, since only equal protocols compare.
+        byte_perplexity: the same per byte.
+        kl: divergence from another model by text: value, standard error, and that model.
+        questions: results of single questions by task.
+        generation: properties of the continuations of prompts.
         accuracy: mean over the tasks, normalised by length for tasks that define it.
         accuracy_error: its standard error.
         name, method, size, seed: filled in where models of several runs are brought together.
@@ -51,12 +56,20 @@ class MeasuredModel:
     weight_bytes: int | None = None
     speeds: dict[str, float] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
+    byte_perplexity: dict[str, float] = field(default_factory=dict)
+    kl: dict[str, tuple[float, float | None, str]] = field(default_factory=dict)
+    questions: dict[str, Questions] = field(default_factory=dict)
+    generation: dict[str, float] = field(default_factory=dict)
     accuracy: float | None = None
     accuracy_error: float | None = None
     name: str = ""
     method: str = ""
     size: str = ""
     seed: int | None = None
+
+    def byte_losses(self) -> dict[str, float]:
+        """Return the loss per byte in nats, by text and protocol."""
+        return {text: math.log(value) for text, value in self.byte_perplexity.items()}
 
 
 @dataclass
@@ -196,12 +209,20 @@ def _read_evaluation(run: Run, content: dict[str, Any]) -> None:
     evaluations = content["models"]
     names = short_names(evaluation["model"] for evaluation in evaluations)
     for evaluation in evaluations:
-        run.models.append(_evaluated_model(evaluation))
+        run.models.append(_evaluated_model(evaluation, evaluations[0]["model"]))
         for prompt, continuation in evaluation.get("samples", {}).items():
             run.samples.setdefault(prompt, {})[names[evaluation["model"]]] = continuation
     first = evaluations[0]
     if first["tasks"]:
-        run.notes.append("accuracy is the mean of " + ", ".join(first["tasks"]))
+        run.notes.append("accuracy is the mean of " + ", ".join(_tasks_of(first)))
+    for task, questions in run.models[0].questions.items():
+        if len(questions.ids) < questions.total:
+            run.notes.append(f"{task}: the first {len(questions.ids):,} of {questions.total:,} questions (--limit)")
+    if (quality := first.get("generation")) is not None:
+        run.notes.append(
+            "samples: {prompts} greedy continuations of at most {new_tokens} tokens; repeats: share of their 4-grams "
+            "that are in the same text before".format(**quality)
+        )
     if first["speed"]:
         run.notes.append("compute and speed of reading at {batch} x {tokens} tokens".format(**first["speed"]))
     if len({evaluation["tokenizer"] for evaluation in evaluations}) > 1:
@@ -216,7 +237,7 @@ _READERS = {
 }
 
 
-def _evaluated_model(evaluation: Mapping[str, Any]) -> MeasuredModel:
+def _evaluated_model(evaluation: Mapping[str, Any], first: str) -> MeasuredModel:
     speed = evaluation["speed"] or {}
     speeds = {}
     if speed.get("prefill"):
@@ -226,10 +247,11 @@ def _evaluated_model(evaluation: Mapping[str, Any]) -> MeasuredModel:
     engine = evaluation.get("engine") or {}
     for batch, value in engine.get("tokens_per_second", {}).items():
         speeds[f"{engine['engine']}, writing {batch} at once"] = value
-    metrics = [next((m for m in ("acc_norm", "acc") if m in task), None) for task in evaluation["tasks"].values()]
-    scored = [(task, m) for task, m in zip(evaluation["tasks"].values(), metrics, strict=True) if m is not None]
+    questions = {task: Questions.decode(record) for task, record in evaluation.get("questions", {}).items()}
+    tasks = [evaluation["tasks"][task] for task in _tasks_of(evaluation)]
+    scored = [(task, metric) for task in tasks if (metric := headline(task)) is not None]
     accuracies = [task[metric] for task, metric in scored]
-    errors = [task.get(f"{metric}_stderr") for task, metric in scored]
+    errors = [task.get(error_name(metric)) for task, metric in scored]
     known = [error for error in errors if error is not None]
     return MeasuredModel(
         model=evaluation["model"],
@@ -239,22 +261,32 @@ def _evaluated_model(evaluation: Mapping[str, Any]) -> MeasuredModel:
         weight_bytes=evaluation.get("weight_bytes"),
         speeds=speeds,
         perplexity=_perplexities(evaluation["perplexity"]),
+        byte_perplexity=_perplexities(evaluation["perplexity"], "byte_perplexity"),
+        kl={text: (one["kl"], one["error"], first) for text, one in evaluation.get("divergence", {}).items()},
+        questions=questions,
+        generation=evaluation.get("generation") or {},
         accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
         accuracy_error=math.hypot(*known) / len(known) if known and len(known) == len(errors) else None,
     )
+
+
+def _tasks_of(evaluation: Mapping[str, Any]) -> list[str]:
+    """Return the tasks of an evaluation, those within a group of tasks left out."""
+    members = {name for record in evaluation.get("questions", {}).values() for name in record["members"]}
+    return [task for task in evaluation["tasks"] if task not in members]
 
 
 def _reading(batch: int, tokens: int) -> str:
     return f"reading {batch} x {tokens}"
 
 
-def _perplexities(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def _perplexities(results: Mapping[str, Mapping[str, Any]], quantity: str = "perplexity") -> dict[str, float]:
     """Return perplexities by text and protocol: ``{"wikitext2, 32,768 tokens in 128s": 12.6}``."""
     perplexities = {}
     for text, result in results.items():
         overlap = "" if result.get("stride") in (None, result["seq_len"]) else f", stride {result['stride']}"
         (name,) = short_names([text]).values()
-        perplexities[f"{name}, {result['tokens']:,} tokens in {result['seq_len']}s{overlap}"] = float(
-            result["perplexity"]
-        )
+        if result.get(quantity) is not None:
+            protocol = f"{name}, {result['tokens']:,} tokens in {result['seq_len']}s{overlap}"
+            perplexities[protocol] = float(result[quantity])
     return perplexities

@@ -24,7 +24,6 @@ def summarize(models: Sequence[MeasuredModel]) -> dict[str, list[Cell]]:
         numbers[f"tok/s, {what}"] = (short_score, lambda m, w=what: m.speeds.get(w))  # type: ignore[misc]
     for text in dict.fromkeys(text for model in models for text in model.perplexity):
         numbers[f"ppl {text}"] = (short_score, lambda m, t=text: m.perplexity.get(t))  # type: ignore[misc]
-    numbers["accuracy, %"] = ("{:.1f}".format, lambda m: None if m.accuracy is None else 100 * m.accuracy)
     columns: dict[str, list[Cell]] = {
         "model": [(model.name, model.name) for model in models],
         "stage": [(model.stage, model.stage) for model in models],
@@ -36,4 +35,14 @@ def summarize(models: Sequence[MeasuredModel]) -> dict[str, list[Cell]]:
         values = [number_of(model) for model in models]
         if any(value is not None for value in values):
             columns[head] = [("", float("inf")) if value is None else (show(value), value) for value in values]
+    if any(model.accuracy is not None for model in models):
+        columns["accuracy, %"] = [_accuracy(model) for model in models]
     return columns
+
+
+def _accuracy(model: MeasuredModel) -> Cell:
+    """Return the accuracy in percent with its standard error."""
+    if model.accuracy is None:
+        return "", float("inf")
+    error = "" if model.accuracy_error is None else f" ± {100 * model.accuracy_error:.1f}"
+    return f"{100 * model.accuracy:.1f}{error}", model.accuracy

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil, prod
 
 import torch
@@ -20,6 +22,18 @@ def removable_count(unit: Unit, ratio: float) -> int:
     channels = unit.size * unit.width
     removed = (channels - int(channels * (1 - ratio))) // unit.width
     return min(removed, unit.size - unit.minimum)
+
+
+def notes_on_experts(units: list[Unit], ratio: float) -> list[str]:
+    """Return remarks on layers that keep more experts than a ratio leaves."""
+    notes: Counter[str] = Counter()
+    for unit in units:
+        left = int(unit.size * (1 - ratio))
+        kept = _rounded(unit, left, unit.groups)
+        if unit.kind == "experts" and kept > left:
+            why = "a token is sent to as many" if left < unit.minimum else f"as many in each of {unit.groups} groups"
+            notes[f"keep {kept} of {unit.size} experts, not {left}: {why}"] += 1
+    return [f"{count} layers {note}" for note, count in notes.items()]
 
 
 def _rounded(unit: Unit, kept: int, step: int) -> int:
@@ -70,6 +84,15 @@ def rank_balanced(scores: torch.Tensor, count: int, parts: int) -> torch.Tensor:
     width = len(scores) // parts
     order = torch.argsort(scores.view(parts, width), dim=1, stable=True)[:, : count // parts]
     return (order + width * torch.arange(parts)[:, None]).flatten()
+
+
+def by_block(scores: Scores, graph: CouplingGraph) -> Scores:
+    """Give every index the mean score of its block, so that a stable sort ranks blocks as a whole."""
+    blocks = {unit.name: unit.block for unit in graph.units if unit.block > 1 and unit.name in scores.values}
+    means = {
+        name: scores.values[name].view(-1, block).mean(1).repeat_interleave(block) for name, block in blocks.items()
+    }
+    return replace(scores, values={**scores.values, **means}) if means else scores
 
 
 def _mean(scores: torch.Tensor) -> torch.Tensor:

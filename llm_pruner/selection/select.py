@@ -13,13 +13,16 @@ from ..errors import PrunerError
 from ..graph.units import KINDS, CouplingGraph, Unit
 from ..importance.scores import Scores
 from .budgets import Budget, NothingRemoved, NotMet, parameter_budget, solve
+from .per_kind import SCOPES, PerKind, check_choices, choice_for
 from .plan import PruningPlan, name_after
 from .ranking import (
     ALIGNMENTS,
     NORMALIZERS,
     alignment,
+    by_block,
     equalized,
     index_costs,
+    notes_on_experts,
     rank_balanced,
     rank_globally,
     rank_locally,
@@ -38,11 +41,11 @@ def select(
     kinds: Iterable[str] = ("heads", "neurons"),
     *,
     layers: LayerChoice = None,
-    scope: str = "local",
+    scope: PerKind = "local",
     round_to: int = 1,
     target_params: float | str | None = None,
     budget: Budget | None = None,
-    normalize: str = "none",
+    normalize: PerKind = "none",
     floor: float = 0.0,
     align: bool = False,
     tensor_parallel: int = 1,
@@ -63,13 +66,14 @@ def select(
             to layer indices (a kind without an entry is pruned everywhere). The kinds ``hidden``, ``vocabulary`` and
             ``layers`` ignore the argument; other units that span layers are left out when layers are given.
         scope: ``local`` takes the ratio from every unit; ``global`` takes it from all units of a kind together, those
-            indices first that score least per removed parameter.
+            indices first that score least per removed parameter. Or a mapping from kind to scope; a kind without an
+            entry is pruned locally.
         round_to: kept counts become multiples of this, and of the unit's own ``multiple``, rounded up.
         target_params: instead of a ratio, the parameters that stay: a fraction of the model, or a count such as
             ``"5.4B"``. The ratio is solved so that the plan leaves at most that many, and at most 0.5% fewer.
         budget: the same for another cost (:func:`llm_pruner.evaluation.cost.macs_budget`, ``memory_budget``).
         normalize: divisor of global scores, to compare layers: ``none``, ``mean`` (the mean score of the unit) or
-            ``sqrt`` (the square root of the mean).
+            ``sqrt`` (the square root of the mean). Or a mapping from kind to divisor; a kind without an entry has none.
         floor: share of every unit's indices that stays in any case, at least 0 and below 1.
         align: keep widths at multiples of 8 to 128 channels, at which kernels for matrix products are fast: multiples
             of the largest power of two that divides a unit's size and leaves it at least 32 steps. Heads are not
@@ -105,7 +109,7 @@ def select(
         kinds = tuple({unit.kind: None for unit in graph.units if unit.name in counts or unit.kind in counts})
     policy = Policy(
         graph,
-        scores,
+        by_block(scores, graph),
         kinds,
         _by_kind(layers, kinds),
         scope,
@@ -191,9 +195,9 @@ class Policy:
     scores: Scores
     kinds: tuple[str, ...]
     layers: dict[str, set[int]] | None
-    scope: str
+    scope: PerKind
     round_to: int
-    normalize: str
+    normalize: PerKind
     floor: float
     align: int
     tensor_parallel: int
@@ -205,14 +209,12 @@ class Policy:
         for kind in self.kinds:
             if kind not in KINDS:
                 raise PrunerError(f"kind {kind!r} is not valid: choose from {', '.join(KINDS)}")
-        if self.scope not in ("local", "global"):
-            raise PrunerError(f"scope {self.scope!r} is not valid: choose local or global")
-        if self.normalize not in NORMALIZERS:
-            raise PrunerError(f"normalize {self.normalize!r} is not valid: choose from {', '.join(NORMALIZERS)}")
+        check_choices("scope", self.scope, SCOPES)
+        check_choices("normalize", self.normalize, NORMALIZERS)
         for name in ("round_to", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise PrunerError(f"{name} {getattr(self, name)} is out of range: give 1 or more")
-        if self.uniform and (self.scope == "global" or self.layers is not None):
+        if self.uniform and ("global" in map(self._scope_of, self.kinds) or self.layers is not None):
             raise PrunerError("uniform keeps the same number of indices per layer: leave out layers and scope='global'")
         if not 0 <= self.floor < 1:
             raise PrunerError(f"floor {self.floor} is out of range: give a share of at least 0 and below 1")
@@ -225,6 +227,9 @@ class Policy:
             raise PrunerError(
                 f"layer {', '.join(map(str, missing))} out of range: the model has {top} that can be pruned"
             )
+
+    def _scope_of(self, kind: str) -> str:
+        return choice_for(self.scope, kind, "local")
 
     def _in_requested_layers(self, unit: Unit) -> bool:
         """Return True if a unit lies in the requested layers, as kinds without an entry and whole-model units do."""
@@ -273,6 +278,8 @@ class Policy:
             self.scores.of(unit)
         if spanning := [unit for unit in units if unit.layer is None and not self._in_requested_layers(unit)]:
             plan.notes.append(f"{kind}: {len(spanning)} units span layers: left out, since layers were given")
+        if self._scope_of(kind) == "local" and not self.solving:
+            plan.notes += notes_on_experts(pruned, ratio)
         unchanged = 0
         for unit, removed in zip(pruned, self._removals(kind, pruned, ratio, plan), strict=True):
             self._remove(plan, unit, removed)
@@ -321,6 +328,8 @@ class Policy:
             )
         if count == unit.size:
             return torch.tensor([], dtype=torch.long)
+        if count % unit.block:
+            raise PrunerError(f"{unit.name} cannot keep {count}: its quantized weights go in blocks of {unit.block}")
         if count % unit.multiple and unit.kind != "hidden":  # a shape may give that other heads to divide it
             raise PrunerError(f"{unit.name} cannot keep {count}: the model runs with multiples of {unit.multiple} only")
         if count % unit.groups:
@@ -332,10 +341,10 @@ class Policy:
         """Return the indices that each unit of a kind loses."""
         parts = [self.tensor_parallel if kind in SHARDED else unit.groups for unit in units]
         steps = [
-            lcm(self.round_to, n, unit.multiple, alignment(unit, self.align))
+            lcm(self.round_to, n * unit.block, unit.multiple, alignment(unit, self.align))
             for unit, n in zip(units, parts, strict=True)
         ]
-        if self.scope == "local":
+        if self._scope_of(kind) == "local":
             removals = rank_locally(units, self.scores, ratio, steps=steps, floor=self.floor)
         else:
             removals = rank_globally(
@@ -345,10 +354,10 @@ class Policy:
                 steps=steps,
                 floor=self.floor,
                 costs=index_costs(units, self.graph),
-                normalizer=NORMALIZERS[self.normalize],
+                normalizer=NORMALIZERS[choice_for(self.normalize, kind, "none")],
             )
         for i, unit in enumerate(units):
-            if unit.size % parts[i]:
+            if unit.size % (parts[i] * unit.block):
                 plan.notes.append(f"{unit.name} has {unit.size} indices, which {parts[i]} devices cannot share equally")
             elif parts[i] > 1:
                 gone = len(removals[i])

@@ -21,6 +21,7 @@ from .config.shape import target_config
 from .config.solver import solve
 from .config.token_ids import renumber
 from .equivalence import MASKABLE, _compare, masking_modes
+from .per_token import with_plan_routing, without_balancing_loss
 from .rebuild import build_from_state
 from .same_axes import find_wrong_axis
 from .slicing import check_fits, cut
@@ -78,12 +79,14 @@ def apply(
         torch.Size([16, 24])
     """
     check_fits({name: tuple(t.shape) for name, t in stored_tensors(model).items()}, plan)
+    model = with_plan_routing(model, plan)
     if config is None and isinstance(shape := plan.settings.get("shape"), dict):
         config = target_config(model, shape)
     graph = _traced_for(model, plan)
     problems: list[str] = []
     configs = solve(model, plan, graph) if config is None else iter([config])
-    for found in configs:
+    for solved in configs:
+        found = without_balancing_loss(solved, plan, graph)
         try:
             # Looked at on the meta device, before any weight is copied, unless the model needs them to run.
             rebuilt = skeleton(type(model), found) if graph.on_meta else _fill(model, plan, found, place)

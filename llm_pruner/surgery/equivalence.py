@@ -29,6 +29,7 @@ from ..models.running import (
     tracing_mode,
 )
 from ..selection.plan import PruningPlan
+from .per_token import with_plan_routing
 from .slicing import check_fits, mask
 
 # Kinds of units whose removal is the same as zeros in their place, given norms and routers that know.
@@ -101,6 +102,7 @@ def verify(
         True
     """
     check_fits({name: tuple(t.shape) for name, t in stored_tensors(model).items()}, plan)
+    model = with_plan_routing(model, plan)
     ids = example_inputs(pruned, rows=2, tokens=16, seed=seed) if tokens is None else as_inputs(tokens)
     needs_modes = any(choice.kind in ("hidden", "experts") for choice in plan.units.values())
     modes = masking_modes(trace(model), plan) if needs_modes else Modes()

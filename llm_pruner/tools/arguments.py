@@ -95,6 +95,9 @@ class InspectArguments(Arguments):
     )
     verify: bool = flag(False, "load the weights and test every unit by permutation; for a plan, check its hash")
     json: bool = flag(False, "print JSON")
+    super_experts: str | None = flag(
+        None, "load the weights and list super experts, found on this text: general, c4, ... or a file (default: none)"
+    )
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
     task: str | None = flag(None, "load the class of this task, such as text-generation, instead of the declared class")
     towers: Tower = flag(

@@ -27,6 +27,7 @@ from ..pruning.towers import LANGUAGE, trace_towers
 from ..selection.plan import FORMAT, PruningPlan
 from .arguments import InspectArguments
 from .plan_tables import plan_document, print_measurements, print_plan
+from .super_experts import find_on_text, print_super_experts
 from .tables import print_table, print_text
 
 SHOWN_DIMS = 12  # of a unit; the others are counted
@@ -34,7 +35,9 @@ FREE, FROZEN = "prunable units", "frozen axes"
 
 
 def run_inspect(args: InspectArguments) -> None:
-    """Print a plan, or the units of a model and its own plan, if any; weights are read only with ``--verify``.
+    """Print a plan, or the units of a model and its own plan, if any.
+
+    Weights are read only with ``--verify`` or ``--super_experts``.
 
     Raises:
         PrunerError: the model or plan cannot be read, it has no layer ``--layer``, or with ``--verify``, the plan was
@@ -46,10 +49,14 @@ def run_inspect(args: InspectArguments) -> None:
     plan_file = Path(args.model) / PLAN_FILE
     plan = PruningPlan.load(plan_file, verify=args.verify) if plan_file.is_file() else None
     reports: list[PermutationReport] = []
-    if args.verify:
-        model: Any = load(args.model, "float32", "cpu", args.trust_remote_code, task=args.task)[0]
+    super_experts: dict[str, list[int]] | None = None
+    model: Any
+    if args.verify or args.super_experts is not None:
+        model, tokenizer = load(args.model, "float32", "cpu", args.trust_remote_code, task=args.task)
         graph = trace_towers(model, args.towers)
-        reports = verify_units(model, graph)
+        if args.super_experts is not None:
+            super_experts = find_on_text(model, tokenizer, graph, args.super_experts)
+        reports = verify_units(model, graph) if args.verify else []
     else:
         config = load_config(args.model, args.trust_remote_code, task=args.task)
         model = meta_model(config, args.trust_remote_code)
@@ -64,12 +71,15 @@ def run_inspect(args: InspectArguments) -> None:
     if args.json:
         document = as_json(graph, reports) | {"parameters": parameters}
         document |= {"macs": of_sample} if of_sample else {}
+        document |= {"super_experts": super_experts} if super_experts is not None else {}
         print(strict_json(document | ({"pruned": plan_document(plan)} if plan else {})), end="")
         return
     console = Console(soft_wrap=False)
     if plan is not None:
         _print_history(console, plan, Path(args.model), parameters)
     _print_graph(console, graph, 0 if args.layer is None else args.layer, reports)
+    if super_experts is not None:
+        print_super_experts(console, super_experts, args.super_experts)
     if of_sample:
         console.print(f"multiply-accumulates for one image or sound: {short_number(of_sample)}")
 
@@ -99,7 +109,7 @@ def is_plan(path: Path) -> bool:
 
 
 def _inspect_plan(args: InspectArguments) -> None:
-    for name, value in (("task", args.task), ("towers", args.towers)):
+    for name, value in (("task", args.task), ("towers", args.towers), ("super_experts", args.super_experts)):
         if value not in (None, LANGUAGE):
             raise PrunerError(f"--{name} {value} is for a model, and {args.model} is a plan: leave it out")
     plan = PruningPlan.load(args.model, verify=args.verify)

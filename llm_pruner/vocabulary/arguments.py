@@ -44,6 +44,9 @@ class VocabArguments(Arguments):
         group="evaluation",
     )
     output: str = flag(DEFAULT_OUTPUT, "folder of the new checkpoint", group="output", aliases=("output_dir",))
+    dequantize: bool = flag(
+        False, "write a quantized model in 16 bits (default: slice its quantized files)", group="output"
+    )
     quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors", group="output")
 
     def check(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checkpoint.blocks import check_dequantize
 from ..checkpoint.checking import check_model
 from ..checkpoint.load import load_tokenizer, no_tokenizer
 from ..checkpoint.locate import locate
@@ -29,6 +30,7 @@ def check_vocabulary_inputs(arguments: VocabArguments, check: InputCheck) -> Non
     if not check.skips(arguments.model):
         with check.flag("model", arguments.model):
             check_model(arguments.model, arguments.trust_remote_code, tokenizer=True)
+            check_dequantize(arguments.model, arguments.dequantize)
     _check_corpus(arguments.corpus, check)
     with check.flag("eval_dataset", arguments.eval_dataset):
         check_text(arguments.eval_dataset, "test")

@@ -13,8 +13,8 @@ from ..checkpoint.card import write_card
 from ..checkpoint.load import load_with_tokenizer
 from ..checkpoint.locate import PLAN_FILE
 from ..checkpoint.next_steps import log_next_steps
-from ..checkpoint.save import write_checkpoint
 from ..checkpoint.unread import UNREAD, unread_tensors
+from ..checkpoint.write_pruned import write_pruned
 from ..corpora import text
 from ..errors import PrunerError
 from ..files import complete_folder, folder_for_run, strict_json, write_text
@@ -76,7 +76,7 @@ def prune_vocabulary(args: VocabArguments) -> Path:
             folder,
             name=target.name,
             held_out=held_out,
-            max_windows=args.max_windows or None,
+            args=args,
         )
         metrics |= {"arguments": asdict(args), **provenance()}
         write_text(folder / METRICS_FILE, strict_json(metrics))
@@ -121,7 +121,7 @@ def _cut(
     *,
     name: str,
     held_out: str,
-    max_windows: int | None,
+    args: VocabArguments,
 ) -> dict[str, Any]:
     """Write the smaller checkpoint with a card for its ``name``; return its sizes and how it compares."""
     model, tokenizer = original
@@ -135,13 +135,21 @@ def _cut(
     }
     log.info("tokens: %d -> %d", sizes["tokens_before"], sizes["tokens_after"])
     log.info("parameters: %d -> %d", sizes["parameters_before"], sizes["parameters_after"])
-    write_checkpoint(pruned, tokenizer, folder, plan)
+    write_pruned(
+        pruned,
+        tokenizer,
+        folder,
+        plan,
+        source=args.model,
+        dequantize=args.dequantize,
+        trust_remote_code=args.trust_remote_code,
+    )
     comparison = compare_vocabularies(
         original,
         (pruned, AutoTokenizer.from_pretrained(folder)),
         choice.kept.tolist(),
         held_out=held_out,
-        max_windows=max_windows,
+        max_windows=args.max_windows or None,
     )
     _log_comparison(comparison)
     write_card(pruned.config, folder, PruningPlan.load(folder / PLAN_FILE), name)

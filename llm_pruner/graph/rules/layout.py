@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ..axes import Dim, concat, find, flatten, freeze, fresh, size_of, split_concat, split_product, unify
-from ..call import Call, rule
+from ..axes import Dim, concat, find, flatten, freeze, fresh, size_of, split_concat, split_product, tag, unify
+from ..call import Call, Traced, rule
+from ..routing import top_k_tag
 
 
 def reshape(dims: list[Dim], shape: tuple[int, ...]) -> list[Dim]:
@@ -179,7 +180,20 @@ def cat(call: Call) -> None:
             if i != axis:
                 unify(dims[i], dim)
     dims[axis] = concat([s.dims[axis] for s in sources])
-    call.set(dims)
+    call.set(dims, index_of=_joined_choices(call, sources, axis))
+
+
+def _joined_choices(call: Call, sources: list[Traced], axis: int) -> Dim | None:
+    """Return the axis that joined indices point into, if all of them point into one: the choices of a router that takes
+    the largest score, then the largest of the others."""
+    pointed = [source.index_of for source in sources if source.index_of is not None]
+    if len(pointed) < len(sources) or len(set(map(size_of, pointed))) != 1:
+        return None
+    first = pointed[0]
+    for other in pointed[1:]:
+        unify(first, other)
+    tag(first, top_k_tag(call.out.shape[axis], size_of(first)))
+    return first
 
 
 @rule("stack")

@@ -1,0 +1,1 @@
+"""Formats of quantized checkpoints: their values, and cuts that change none of them."""

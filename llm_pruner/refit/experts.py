@@ -1,0 +1,138 @@
+"""Refit the down projections of experts, with the tokens that are routed to them.
+
+The weight of expert j reads x_j(t) = g_j(t) a_j(t), the gate of token t times the activation of the expert. Its change
+solves the regression of :mod:`llm_pruner.refit.compensate` over the tokens that are routed to j, and the error of the
+stream at these tokens shrinks by it before the next expert of the layer is fitted.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from ..importance.activation import Readers
+from ..models.blockwise import native_compute
+from ..models.experts import TopKCall, top_k_call
+from ..models.hooks import forward_hooks
+from .regression import HELD_OUT, RegressionSums, best_ridge
+from .stream import ResidualStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRefit:
+    """Outcome for the experts of one module: relative squared errors, and the lower median of lambda."""
+
+    before: float
+    after: float
+    ridge: float | None
+
+
+@dataclass(kw_only=True)
+class _Routed:
+    """Tokens of all batches: what experts read, and the stream behind the layer.
+
+    Attributes:
+        call: hidden states, experts and gates of the tokens.
+        target: the original's stream ``[tokens, hidden]``.
+        behind: the pruned model's.
+        is_held_out: True for tokens that choose lambda, bool ``[tokens]``.
+    """
+
+    call: TopKCall
+    target: torch.Tensor
+    behind: torch.Tensor
+    is_held_out: torch.Tensor
+
+    def sums(self, floor: float, tokens: torch.Tensor, inputs: torch.Tensor) -> tuple[RegressionSums, RegressionSums]:
+        """Return the sums of the fitted and of the held-out ones among ``tokens``."""
+        both = RegressionSums(floor), RegressionSums(floor)
+        for sums, chosen in zip(both, (~self.is_held_out[tokens], self.is_held_out[tokens]), strict=True):
+            sums.add(inputs[chosen], self.target[tokens[chosen]], self.behind[tokens[chosen]])
+        return both
+
+
+def refit_experts(
+    model: PreTrainedModel, stream: ResidualStream, layer: int, name: str, *, targets: list[torch.Tensor], floor: float
+) -> ExpertRefit:
+    """Move the down projections of the experts of a layer, in place.
+
+    Args:
+        model: pruned model.
+        stream: its residual stream, in front of the layer.
+        name: path of the module of experts in the layer.
+        targets: the original's stream behind the layer, by batch.
+        floor: squared norm of hidden states, as of :class:`RegressionSums`.
+    """
+    module = stream.layers[layer].get_submodule(name)
+    routed, reader = _collect(stream, layer, module, targets), _DownInputs(model, module)
+    every = torch.arange(len(routed.target), device=routed.target.device)
+    _, held_out = routed.sums(floor, every, routed.target[:, :0])
+    error, ridges = held_out.error, []
+    hidden, index, gates = routed.call
+    for expert in index.unique().tolist():
+        tokens, slots = (index == expert).nonzero(as_tuple=True)
+        parameter, dim, inputs = reader.read(expert, hidden[tokens])
+        inputs = inputs.float() * gates[tokens, slots, None].float()
+        fitted, chosen = routed.sums(floor, tokens, inputs)
+        if not fitted.tokens or not chosen.tokens:
+            continue
+        ridge, gain = best_ridge(fitted, chosen)
+        if gain > 0:
+            change = (fitted + chosen).solve(ridge)
+            weight = module.get_parameter(parameter).data[expert]
+            weight.add_((change if dim == 1 else change.T).to(weight))
+            routed.behind[tokens] += inputs @ change
+            error -= gain
+            ridges.append(ridge)
+    before, after = (value / max(held_out.tokens, 1) for value in (held_out.error, error))
+    return ExpertRefit(before=before, after=after, ridge=statistics.median_low(ridges) if ridges else None)
+
+
+def _collect(stream: ResidualStream, layer: int, module: nn.Module, targets: list[torch.Tensor]) -> _Routed:
+    """Run a layer on every batch; return what its experts are called with and the stream behind it, by token."""
+    calls: list[TopKCall] = []
+    behind, is_held_out = [], []
+
+    def note(_: nn.Module, args: Any, kwargs: Any, __: Any) -> None:
+        call = top_k_call(args, kwargs)
+        assert call is not None  # as when the module was found
+        calls.append(call)
+
+    with forward_hooks([(module, note)], with_kwargs=True):
+        for batch, hidden in enumerate(stream.hidden):
+            rows = stream.run(layer, batch, hidden).flatten(0, -2)
+            behind.append(rows.float())
+            is_held_out.append(torch.full((len(rows),), batch % HELD_OUT == HELD_OUT - 1, device=rows.device))
+    hidden_states, index, gates = (torch.cat(parts) for parts in zip(*calls, strict=True))
+    return _Routed(
+        call=(hidden_states.flatten(0, -2), index, gates),
+        target=torch.cat([target.flatten(0, -2) for target in targets]).float(),
+        behind=torch.cat(behind),
+        is_held_out=torch.cat(is_held_out),
+    )
+
+
+class _DownInputs:
+    """Reader of the inputs of the last weight that an expert computes with."""
+
+    def __init__(self, model: PreTrainedModel, module: nn.Module):
+        compute = native_compute(model)
+        self.module = module
+        self.tensors = {name: compute.convert(parameter) for name, parameter in module.named_parameters()}
+
+    def read(self, expert: int, rows: torch.Tensor) -> tuple[str, int, torch.Tensor]:
+        """Return the name of the weight, its dim that is summed over, and the inputs, for rows of hidden states."""
+        reads: list[tuple[str, int, torch.Tensor]] = []
+        readers = Readers(lambda name, dim, inputs: reads.append((name, dim, inputs)))
+        for name, tensor in self.tensors.items():
+            readers.register(name, tensor)
+        index = torch.full((len(rows), 1), expert, device=rows.device)
+        with readers:
+            functional_call(self.module, self.tensors, (rows, index, rows.new_ones(len(rows), 1)))
+        return reads[-1]

@@ -1,0 +1,81 @@
+"""The refit of the down projections of experts."""
+
+import copy
+
+import pytest
+import torch
+from helpers.models import build
+from test_experts import mixture
+
+import llm_pruner as lp
+from llm_pruner.models.running import logits
+from llm_pruner.refit.stream import ResidualStream, added_experts, single_stack
+from llm_pruner.surgery.per_token import with_experts_per_token
+
+IDS = torch.randint(3, 60, (64, 16), generator=torch.Generator().manual_seed(0))
+OTHERS = torch.randint(3, 60, (16, 16), generator=torch.Generator().manual_seed(1))
+
+
+def half(model):
+    graph = lp.trace(model)
+    scores = lp.score(model, graph, IDS, "frequency", kinds=["experts"])
+    return lp.apply(model, lp.select(graph, scores, 0.5, kinds=["experts"]))
+
+
+def error(model, expected):
+    return (logits(model, OTHERS) - expected).square().mean().item()
+
+
+# Softmax before the top-k; after it, with biases; sigmoid, in groups, with a shared expert.
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_the_refit_brings_outputs_closer(name):
+    model = mixture(name)
+    pruned, expected = half(model), logits(model, OTHERS)
+    before, weights = error(pruned, expected), copy.deepcopy(pruned.state_dict())
+    report = lp.compensate(model, pruned, IDS)
+    experts = [refit for refit in report.layers if refit.module.endswith("experts")]
+    assert experts and all(refit.ridge is not None and refit.after < 0.9 * refit.before for refit in experts)
+    assert error(pruned, expected) < 0.8 * before
+    assert torch.equal(logits(model, OTHERS), expected)
+    moved = {key.rpartition(".")[2] for key, tensor in pruned.state_dict().items() if (tensor != weights[key]).any()}
+    assert "down_proj" in moved and not moved & {"gate_up_proj", "down_proj_bias", "gate_up_proj_bias"}
+
+
+def test_a_damaged_expert_is_mended():
+    model = with_experts_per_token(mixture("mixtral"), 1)  # so that no other expert can make up for it
+    damaged = copy.deepcopy(model)
+    stack = damaged.model.layers[1].mlp.experts.down_proj
+    with torch.no_grad():
+        stack[2] *= 0.5
+    original = model.model.layers[1].mlp.experts.down_proj
+    off = (stack - original).norm()
+    report = lp.compensate(model, damaged, IDS)
+    assert [refit.module for refit in report.layers if refit.ridge is not None and refit.before > 1e-9][-1] == (
+        "model.layers.1.mlp.experts"
+    )
+    assert (stack - original).norm() < 0.05 * off
+
+
+def test_experts_in_half_precision():
+    model = mixture("mixtral").bfloat16()
+    pruned, expected = half(model), logits(model, OTHERS)
+    before = error(pruned, expected)
+    lp.compensate(model, pruned, IDS)
+    assert error(pruned, expected) < 0.8 * before and pruned.dtype == torch.bfloat16
+
+
+def test_biases_leave_experts_alone():
+    model = mixture("gpt_oss")
+    pruned = half(model)
+    before = copy.deepcopy(pruned.model.layers[0].mlp.experts.state_dict())
+    report = lp.compensate(model, pruned, IDS, "bias")
+    assert not any(refit.module.endswith("experts") for refit in report.layers)
+    assert all(torch.equal(t, before[key]) for key, t in pruned.model.layers[0].mlp.experts.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "found"), [("mixtral", ["mlp.experts"]), ("llama", []), ("llama4_text", [])])
+def test_experts_whose_output_is_added(name, found):
+    model = mixture(name) if name != "llama" else build("llama")
+    layers = single_stack(model)[1]
+    with torch.no_grad():
+        assert added_experts(ResidualStream(model, layers, [IDS[:8]]), 0) == found
