@@ -45,9 +45,10 @@ from ..selection.plan import PruningPlan
 from ..surgery.apply import TASK, in_memory
 from ..surgery.equivalence import verify
 from ..version import __version__
-from .arguments import REQUIRES_SAVING, PruneArguments
+from .arguments import PruneArguments
 from .calibration import available_text, calibration_set, leading_count
 from .checking import check_prune_inputs
+from .combinations import REQUIRES_SAVING
 from .context import Planning, Progress, Stopwatch
 from .evaluation import compare_latency, evaluate_model, evaluation_windows, warn_of_lost_quality
 from .fewer_experts import routed_to_fewer, send_to_fewer
@@ -217,7 +218,8 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     measure = partial(evaluate_model, settings, texts=windows, clock=clock, originals=originals)
     metrics["before"] = measure(model, tokenizer, when="before pruning")
     original, model = model, send_to_fewer(settings.experts, model, metrics, lambda m, w: measure(m, tokenizer, when=w))
-    _move_to(settings.model, model, settings.model.device)
+    if not settings.model.offload and not settings.model.device_map:
+        model.to(settings.model.device)  # from where it was measured
     ids = None
     if calibrates:
         with clock("calibration"):
@@ -394,9 +396,3 @@ def _is_too_large(settings: ModelSettings) -> bool:
             settings.device,
         )
     return needed > free
-
-
-def _move_to(settings: ModelSettings, model: Any, device: str) -> None:
-    """Move a model to where it is used next, unless it is offloaded or spread over several devices."""
-    if not settings.offload and not settings.device_map:
-        model.to(device)

@@ -15,7 +15,8 @@ from ..models.dispatch import resolve_device
 from ..refit.compensate import MIN_SAMPLES
 from ..selection.budgets import COUNTS, UNITS, read_target
 from ..selection.per_kind import PerKind
-from .arguments import TARGETS, PruneArguments
+from .arguments import PruneArguments
+from .combinations import TARGETS
 from .expert_settings import ExpertSettings, expert_settings, scopes
 from .presets import PRESETS
 from .refit_settings import RefitSettings, refit_settings
