@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..checkpoint.apply_files import cut_files
@@ -219,7 +220,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     metrics["before"] = measure(model, tokenizer, when="before pruning")
     original, model = model, send_to_fewer(settings.experts, model, metrics, lambda m, w: measure(m, tokenizer, when=w))
     if not settings.model.offload and not settings.model.device_map:
-        model.to(settings.model.device)  # from where it was measured
+        nn.Module.to(model, settings.model.device)  # from where it was measured
     ids = None
     if calibrates:
         with clock("calibration"):
