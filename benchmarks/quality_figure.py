@@ -19,7 +19,7 @@ PARAMETERS = 134_515_008
 TEXT = "WikiText-2"
 UNPRUNED = 52.8
 METHODS = {
-    "llm-pruner, preset best": {0.786: 78.7, 0.711: 103.0},
+    "llm-pruner, preset fast": {0.786: 78.7, 0.711: 103.0},
     "LLM-Pruner, param_first": {0.786: 224.9, 0.711: 284.0},
 }
 

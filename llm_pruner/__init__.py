@@ -17,7 +17,9 @@ build layers of different widths from per-layer configs. Heavy modules are impor
     run = lp.prune("smollm2-135m", target_params=0.8, output="smaller")  # all steps in one call
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .errors import PrunerError
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from .importance.scores import Scores
     from .pruning.run import PruneRun, prune
     from .refit.compensate import compensate
+    from .refit.methods import refit
     from .selection.plan import PruningPlan
     from .selection.select import select
     from .surgery.apply import apply
@@ -50,6 +53,7 @@ __all__ = [
     "compensate",
     "load",
     "prune",
+    "refit",
     "register_criterion",
     "save",
     "score",
@@ -70,6 +74,7 @@ _MODULES = {
     "PruneRun": "pruning.run",
     "prune": "pruning.run",
     "compensate": "refit.compensate",
+    "refit": "refit.methods",
     "PruningPlan": "selection.plan",
     "select": "selection.select",
     "apply": "surgery.apply",
@@ -89,4 +94,13 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+class _Package(ModuleType):
+    """The package, in which a public name is never hidden by a room of the same name, as ``refit`` would be."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):  # the import system binds every room
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 install_when_imported()

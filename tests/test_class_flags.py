@@ -101,7 +101,7 @@ def test_plans_for_another_class_are_applied(classifier, tmp_path, capsys):
 def test_a_refit_is_repeated_in_the_class_of_the_plan(classifier, tmp_path):
     prune = f"prune {classifier} {tmp_path}/pruned --task feature-extraction --kinds neurons --pruner_type l2 "
     prune += "--pruning_ratio 0.25 --calib_dataset python-docs --num_examples 32 --calib_seq_len 16 --eval_datasets="
-    assert main([*prune.split(), "--self_examples", "0"]) == 0
+    assert main([*prune.split(), "--self_examples", "0", "--refit_tokens", "1000"]) == 0
     apply = f"apply {tmp_path}/pruned/pruning_plan.json {classifier} {tmp_path}/applied --refit"
     assert main(apply.split()) == 0
     assert same_weights(tmp_path / "pruned", tmp_path / "applied") == "BertModel"

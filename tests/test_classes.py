@@ -125,7 +125,7 @@ def test_commands(name, tokenizer, tmp_path, monkeypatch, capsys):
     folder_of(name, tokenizer, tmp_path / "original")
     prune = "prune original pruned --pruning_ratio 0.5 --kinds neurons --calib_dataset python-docs --num_examples 32"
     for _ in range(2):
-        assert main([*prune.split(), "--eval_datasets", "general", "--max_windows", "4"]) == 0
+        assert main([*prune.split(), "--preset", "fast", "--eval_datasets", "general", "--max_windows", "4"]) == 0
     (quality,) = read_json(tmp_path / "pruned" / "metrics.json")["after"]["similarity"].values()
     kind = "cosine" if name.endswith("Model") else "agreement"
     assert 0 < quality[kind] <= 1 and quality["pieces"] == 4

@@ -147,12 +147,13 @@ def test_presets(folder, capsys):
     (folder / "text.txt").write_text("\n\n".join(lines))
     outcome = {}
     for name, extra in {
-        "default": "",
+        "default": "--refit_tokens 1000",
         "paper": "--preset paper",
-        "wanda": "--pruner_type wanda",
-        "vectorize": "--taylor vectorize",
-        "heads": "--block_attention_layer_start 0",
-        "kinds": "--kinds heads",
+        "fast": "--preset fast",
+        "wanda": "--preset fast --pruner_type wanda",
+        "vectorize": "--preset fast --taylor vectorize",
+        "heads": "--preset fast --block_attention_layer_start 0",
+        "kinds": "--preset fast --kinds heads",
     }.items():
         argv = flags(folder, *extra.split(), "--save_ckpt_log_name", name)
         assert main(["prune", *argv]) == 0
@@ -161,7 +162,8 @@ def test_presets(folder, capsys):
         kinds = {c.kind for c in plan.units.values()}
         examples = metrics["arguments"]["num_examples"]
         outcome[name] = (plan.settings.get("taylor"), kinds, "compensation" in metrics, examples)
-    assert outcome["default"] == ("param_second", {"neurons"}, True, 128)
+        assert ("refit" in metrics) == (name == "default")
+    assert outcome["default"] == outcome["fast"] == ("param_second", {"neurons"}, True, 128)
     assert outcome["paper"] == ("param_first", {"heads", "neurons"}, False, 10)
     assert outcome["wanda"] == (None, {"neurons"}, True, 128)
     assert outcome["vectorize"] == ("vectorize", {"neurons"}, True, 128)
@@ -234,7 +236,7 @@ def test_the_same_run_gives_the_same_bits(folder):
         ("--target_macs 0.01 --budget_tokens 16", "cannot be reached"),
         ("--compensate wishes", "choose from none, least_squares"),
         ("--compensate least_squares --num_examples 10", "--num_examples of at least 32"),
-        ("--preset fast", "choose from best, paper"),
+        ("--preset quick", "choose from best, fast, paper"),
         ("--compensate least_squares --channel_wise --num_examples 40", "hidden states of one size"),
     ],
 )

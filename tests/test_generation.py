@@ -80,7 +80,7 @@ def test_a_model_without_a_cache_is_pruned_without_self_written_samples(nano, to
     lp.save(nano, tokenizer, tmp_path / "nano")
     run = lp.prune(
         str(tmp_path / "nano"),
-        preset="best",
+        preset="fast",
         kinds=["neurons"],
         pruning_ratio=0.5,
         num_examples=32,

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 import llm_pruner as lp
-from llm_pruner.choices import Aggregation, Compensation, Dtype, Kind, LayerCriterion, Normalizer, TaylorVariant
+from llm_pruner.choices import (
+    CLOSED_FORM,
+    TRAINED,
+    Aggregation,
+    Compensation,
+    Dtype,
+    Kind,
+    LayerCriterion,
+    Normalizer,
+    Preset,
+    Refit,
+    TaylorVariant,
+)
 from llm_pruner.cli import main
 from llm_pruner.commands import COMMANDS, SCRIPTS
 from llm_pruner.flags import build_parser
@@ -17,6 +29,7 @@ from llm_pruner.importance.aggregate import AGGREGATIONS
 from llm_pruner.importance.layers import STRATEGIES
 from llm_pruner.importance.taylor import VARIANTS
 from llm_pruner.provenance import command_line, provenance
+from llm_pruner.pruning.presets import PRESETS
 from llm_pruner.refit.compensate import METHODS
 from llm_pruner.selection.ranking import NORMALIZERS
 
@@ -83,6 +96,8 @@ def test_public_names_are_there():
         (LayerCriterion, STRATEGIES),
         (Normalizer, NORMALIZERS),
         (Compensation, ("none", *METHODS)),
+        (Refit, ("none", *CLOSED_FORM, *TRAINED)),
+        (Preset, PRESETS),
     ],
 )
 def test_choices_of_flags_are_those_of_the_registries(choices, registry):

@@ -144,7 +144,7 @@ def test_files_are_held_out(pictures, sounds):
 def test_commands_with_images(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     saved("ViTForImageClassification", tmp_path / "original")
-    prune = "prune original pruned --pruning_ratio 0.25 --kinds neurons --calib_dataset pictures"
+    prune = "prune original pruned --pruning_ratio 0.25 --kinds neurons --calib_dataset pictures --preset fast"
     assert main([*prune.split(), "--eval_datasets", "pictures"]) == 0
     metrics = read_json(tmp_path / "pruned" / "metrics.json")
     assert 0 <= metrics["after"]["similarity"]["pictures"]["agreement"] <= 1
@@ -154,10 +154,12 @@ def test_commands_with_images(pictures, tmp_path, monkeypatch, capsys):
     assert main(evaluate.split()) == 0
     second = read_json(tmp_path / "measured" / "evaluation.json")["models"][1]
     assert second["similarity"]["pictures"]["pieces"] == 2
-    assert main(["prune", "original", "noisy", "--pruning_ratio", "0.25", "--kinds", "neurons"]) == 0
+    noisy = "prune original noisy --pruning_ratio 0.25 --kinds neurons --refit_tokens 16384"
+    assert main(noisy.split()) == 0
     said = capsys.readouterr()
     said = said.out + said.err
     assert "128 samples of noise" in said and re.search("compensation moved [1-4] of 4", said)
+    assert re.search("distillation on 16,384 tokens: held-out loss", said)
     for argv, message in (
         ("prune original x --calib_dataset python-docs", "is a text, and ViTForImageClassification is calibrated on"),
         ("prune original x --calib_dataset original", "holds no images"),
@@ -172,7 +174,7 @@ def test_commands_with_sounds(sounds, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved("WhisperForConditionalGeneration", tmp_path / "original")
     prune = "prune original pruned --pruning_ratio 0.5 --kinds heads --calib_dataset sounds --eval_datasets sounds"
-    assert main(prune.split()) == 0
+    assert main([*prune.split(), "--preset", "fast"]) == 0
     similarity = read_json(tmp_path / "pruned" / "metrics.json")["after"]["similarity"]["sounds"]
     assert similarity["pieces"] == 1 and 0 <= similarity["agreement"] <= 1
 
@@ -279,7 +281,7 @@ def test_models_of_speech_are_compared_on_the_same_tokens(sounds, tokenizer, tmp
     monkeypatch.chdir(tmp_path)
     saved("WhisperForConditionalGeneration", tmp_path / "original")
     prune = "prune original pruned --pruning_ratio 0.5 --kinds heads --calib_dataset sounds --eval_datasets sounds"
-    assert main(prune.split()) == 0
+    assert main([*prune.split(), "--preset", "fast"]) == 0
     evaluate = "evaluate original pruned --datasets sounds --tokens 0 --output measured"
     assert main(evaluate.split()) == 0
     found = read_json(tmp_path / "measured" / "evaluation.json")["models"][1]["similarity"]["sounds"]["agreement"]

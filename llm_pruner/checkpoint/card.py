@@ -109,7 +109,10 @@ def _refit_of(plan: PruningPlan) -> str:
     refit = plan.settings.get("refit")
     refit = refit if isinstance(refit, dict) else {}
     compensation = str(refit.get("compensation", "none"))
-    steps = [compensation] * (compensation != "none") + ["rescaled norms"] * bool(refit.get("rescale_norms"))
+    training = str(refit.get("training", "none"))
+    steps = [one for one in (compensation, training) if one != "none"] + ["rescaled norms"] * bool(
+        refit.get("rescale_norms")
+    )
     calibration = refit.get("calibration")
     text = calibration.get("dataset", "") if isinstance(calibration, dict) else ""
     return f"{' and '.join(steps)} on {Path(str(text)).name}"

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.apply_files import APPLY_FILE, apply_to_files
 from ..checkpoint.arguments import ApplyArguments
@@ -21,11 +21,13 @@ from ..files import complete_folder, folder_for_run, same_folder, strict_json, w
 from ..logs import log, logging_to
 from ..models.inputs import Inputs, reads_text_only
 from ..provenance import provenance
+from ..refit.budget import Budget
+from ..refit.methods import train
 from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
 from ..surgery.apply import TASK, apply, task_of_plan
 from .calibration import calibration_set, leading_count
-from .mending import compensate_plan
+from .mending import compensate_plan, training_text
 from .refit_record import RefitRecord
 
 
@@ -81,8 +83,7 @@ def _apply_and_refit(plan: PruningPlan, arguments: ApplyArguments, target: Path,
         if left_out := unread_tensors(model):
             plan.settings[UNREAD] = left_out
         calibration = calibration_set(refit.calibration, tokenizer, model, refit.seed)
-        leading = leading_count(refit.calibration, tokenizer)
-        pruned = repeat_refit(model, apply(model, plan), plan, calibration, refit=refit, leading=leading)
+        pruned = repeat_refit(model, apply(model, plan), plan, calibration, refit=refit, tokenizer=tokenizer)
         write_checkpoint(pruned, tokenizer, folder, plan, standalone=arguments.standalone)
         write_card(pruned.config, folder, plan, target.name)
         write_text(folder / APPLY_FILE, record)
@@ -96,23 +97,29 @@ def repeat_refit(
     calibration: Inputs,
     *,
     refit: RefitRecord,
-    leading: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> PreTrainedModel:
-    """Rescale norms and compensate as a run did; return the refitted model.
+    """Rescale norms, compensate and train as a run did; return the refitted model.
 
     Args:
         calibration: LongTensor ``[samples, tokens]`` or other inputs, without the samples that the model writes itself.
-        leading: tokens that every sample begins with because the tokenizer puts them before a text.
 
     Raises:
-        PrunerError: as :func:`llm_pruner.compensate`.
+        PrunerError: as :func:`llm_pruner.refit`.
     """
+    text = calibration
     if refit.rescale_norms:
         rescale_norms(model, pruned, plan, calibration)
+    if refit.self_samples and isinstance(calibration, torch.Tensor):
+        leading = leading_count(refit.calibration, tokenizer)
+        own = self_calibration(model, calibration, refit.self_samples, refit.seed, leading=leading)
+        text = torch.cat([own, calibration])
     if refit.compensation != "none":
-        if refit.self_samples and isinstance(calibration, torch.Tensor):
-            own = self_calibration(model, calibration, refit.self_samples, refit.seed, leading=leading)
-            calibration = torch.cat([own, calibration])
-        pruned, _ = compensate_plan(model, pruned, plan, calibration, method=refit.compensation)
-    log.info("refitted again: %s on %d samples", refit.compensation, len(calibration))
+        pruned, _ = compensate_plan(model, pruned, plan, text, method=refit.compensation)
+    if refit.training != "none":
+        samples, tokens = refit.training_samples, refit.training_tokens
+        text = training_text(refit.calibration, tokenizer, model, samples=samples, seed=refit.seed, text=text)
+        train(model, pruned, text, refit.training, plan=plan, budget=Budget(tokens=tokens), seed=refit.seed)
+    methods = [one for one in (refit.compensation, refit.training) if one != "none"]
+    log.info("refitted again: %s on %d samples", " and ".join(methods) or "norms", len(text))
     return pruned

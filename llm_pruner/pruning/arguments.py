@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,51 +17,13 @@ from ..choices import (
     LayerCriterion,
     Normalizer,
     Preset,
+    Refit,
     TaylorVariant,
     Tower,
 )
 from ..errors import PrunerError
 from ..flags import Arguments, Share, check_at_least, check_combinations, default_of, flag, split_list
-
-TARGETS = ("target_params", "target_macs", "target_memory", "target_latency")
-SHAPES = ("target_config", *SHAPE)
-MODES = ("block_wise", "channel_wise", "layer_wise", "kinds")
-RANGES = tuple(f"block_{block}_layer_{end}" for block in ("attention", "mlp") for end in ("start", "end"))
-# Flags that cannot be given together, and why.
-EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
-    (MODES, MODES, "each names the units to prune"),
-    (("kinds",), ("shares",), "each names the units to prune"),
-    (TARGETS, (*TARGETS, "pruning_ratio"), "each sets the size of the result"),
-    (TARGETS, ("layer_wise", "iterative_steps"), "a target is solved in one step"),
-    (SHAPES, (*TARGETS, "channel_wise", "kinds", "iterative_steps"), "a target shape determines all widths"),
-    (("target_config",), ("experts_per_token",), "each sets the experts per token"),
-    (
-        ("uniform",),
-        (*RANGES, "global_pruning", "drop_attention", "drop_mlp", "layer_wise"),
-        "one makes all layers alike, the other makes layers differ",
-    ),
-    *((("layer_wise", "drop_layers", "num_layers", "num_hidden_layers"),) * 2 + ("each names the layers to remove",),),
-    (("depth",), ("layer_wise", "drop_layers"), "one chooses layers, the other names them"),
-    (("layer_wise",), ("global_pruning", "iterative_steps"), "layers are dropped by position"),
-    (("layer_wise", "channel_wise"), RANGES, "layer ranges are for heads and neurons"),
-    (("calib_tokens",), ("num_examples",), "each sets the size of the calibration set"),
-    (("device_map",), ("stream",), "one spreads a model in memory, the other leaves it in its files"),
-    (
-        ("target_latency",),
-        ("stream", "device_map", "channel_wise"),
-        "it times layers on one device; use --target_macs",
-    ),
-    (("compensate",), ("channel_wise",), "compensation compares hidden states of one size"),
-    (("save_model", "standalone", "push_to_hub"), ("no_save",), "one needs the checkpoint, the other writes none"),
-)
-# Flags that need one of others.
-REQUIRES: tuple[tuple[str, Sequence[str]], ...] = (
-    ("layer", ("layer_wise",)),
-    ("normalize", ("global_pruning", "experts_per_layer")),
-    ("shares", TARGETS),
-)
-# The same, where a checkpoint is saved only if a flag asks for it.
-REQUIRES_SAVING = (("standalone", ("save_model", "output")), ("push_to_hub", ("save_model", "output")))
+from .combinations import EXCLUSIVE, MODES, RANGES, REQUIRES, REQUIRES_SAVING, TARGETS
 
 
 @dataclass(kw_only=True)
@@ -131,10 +92,24 @@ class PruneArguments(Arguments):
         group="method",
     )
     iterative_steps: int = flag(1, "number of pruning steps, each with new scores", group="method")
-    compensate: Compensation | None = flag(
+    refit: Refit | None = flag(
         None,
-        "refit of the projections or biases of every layer (default: least_squares, set by the preset)",
+        "refit without labels on the calibration set after pruning; blocks and distill train on top of ridge (default: "
+        "distill, set by the preset)",
         group="method",
+    )
+    refit_tokens: int | None = flag(
+        None,
+        "tokens that --refit distill trains on in all, and --refit blocks on each block (default: 65536)",
+        group="method",
+    )
+    refit_minutes: float | None = flag(
+        None,
+        "minutes that --refit distill or blocks trains at most; the result then depends on the speed",
+        group="method",
+    )
+    compensate: Compensation | None = flag(
+        None, "earlier name of --refit none, ridge (least_squares) or bias", group="method"
     )
     rescale_norms: bool = flag(
         False, "rescale norms to their original outputs when hidden channels are removed", group="method"
@@ -224,7 +199,7 @@ class PruneArguments(Arguments):
     )
     num_examples: int | None = flag(
         None,
-        "samples in the calibration set, at least 32 with --compensate (default: 128, set by the preset)",
+        "samples in the calibration set, at least 32 with --refit (default: 128, set by the preset)",
         group="calibration",
     )
     calib_seq_len: int | None = flag(
@@ -241,7 +216,7 @@ class PruneArguments(Arguments):
     )
     self_examples: int | None = flag(
         None,
-        "additional samples for --compensate, written by the model itself (default: 128, set by the preset)",
+        "additional samples for --refit, written by the model itself (default: 128, set by the preset)",
         group="calibration",
     )
     score_cache: str | None = flag(
@@ -330,6 +305,9 @@ class PruneArguments(Arguments):
         if not 0 <= self.seed < 2**32:
             raise PrunerError(f"--seed {self.seed} is out of range: give 0 to 4294967295")
         check_at_least(self, 0, "self_examples", "max_windows", *RANGES)
+        check_at_least(self, 1, "refit_tokens")
+        if self.refit_minutes is not None and not 0 < self.refit_minutes < float("inf"):
+            raise PrunerError(f"--refit_minutes {self.refit_minutes} is out of range: give minutes above 0")
         check_at_least(self, 1, "num_examples", "iterative_steps", "round_to", "tensor_parallel", "layer")
         check_at_least(self, 1, "budget_batch", "budget_tokens", "depth_examples", "experts_per_token", *SHAPE)
         check_at_least(self, 2, "max_seq_len", "calib_seq_len")

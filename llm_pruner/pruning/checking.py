@@ -54,7 +54,7 @@ def check_prune_inputs(arguments: PruneArguments, check: InputCheck) -> None:
         _check_towers(config, settings)
         _check_losses(config, settings)
         _check_against_config(config, settings)
-    calibrates = needs_calibration(settings) or settings.refit.compensation != "none"
+    calibrates = needs_calibration(settings) or settings.refit.needs_text
     if calibrates and not settings.calibration.replaceable:
         with check.flag("calib_dataset", settings.calibration.dataset):
             check_calibration(settings.calibration.dataset)

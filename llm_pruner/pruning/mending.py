@@ -1,4 +1,4 @@
-"""Mend a pruned model within its run: rescaled norms and compensation, recorded in plan and metrics."""
+"""Mend a pruned model within its run: rescaled norms, compensation and training, recorded in plan and metrics."""
 
 from __future__ import annotations
 
@@ -6,23 +6,35 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import self_calibration
+from ..choices import SELF
+from ..data import calibration_sources, self_calibration
 from ..errors import PrunerError
 from ..logs import log
 from ..models.inputs import Inputs, ModelInputs
 from ..refit.biases import with_biases
+from ..refit.budget import Budget
 from ..refit.compensate import CompensationReport, compensate
+from ..refit.methods import train
 from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
+from .calibration import calibration_set
 from .context import Planning
 from .planning import PlannedModel
 from .refit_record import RefitRecord
+from .settings import CalibrationSettings, PruneSettings
+
+MOST_TOKENS = 2**22  # of text that a training without a token budget reads
 
 
-def mend(planning: Planning, model: PreTrainedModel, planned: PlannedModel) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Rescale norms and compensate as the settings say; return the mended model and a record for the metrics.
+def mend(
+    planning: Planning,
+    model: PreTrainedModel,
+    planned: PlannedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Rescale norms and refit as the settings say; return the mended model and a record for the metrics.
 
     ``plan.settings["refit"]`` records what was done, so that applying the plan can repeat it.
     """
@@ -35,31 +47,40 @@ def mend(planning: Planning, model: PreTrainedModel, planned: PlannedModel) -> t
         with planning.clock("rescale_norms"):
             record["norm_factors"] = rescale_norms(model, pruned, plan, ids)
         refit = replace(refit, rescale_norms=True)
+    text = ids
+    if settings.refit.needs_text:
+        with planning.clock("self_samples"):
+            text, own = _with_self_samples(planning, model, ids)
+        refit = replace(refit, self_samples=own)
     if settings.refit.compensation != "none":
         with planning.clock("compensate"):
-            pruned, record["compensation"] = _compensate(planning, model, planned, ids)
+            pruned, record["compensation"] = _compensate(settings, model, planned, text)
         if "none" not in record["compensation"]:
-            own = record["compensation"]["self_samples"]
-            refit = replace(refit, compensation=settings.refit.compensation, self_samples=own)
+            record["compensation"]["self_samples"] = refit.self_samples
+            refit = replace(refit, compensation=settings.refit.compensation)
+    if settings.refit.training != "none":
+        with planning.clock("refit"):
+            record["refit"] = _train(settings, model, pruned, plan=plan, text=text, tokenizer=tokenizer)
+        if "none" not in record["refit"]:
+            done = {name: record["refit"][name] for name in ("training_samples", "training_tokens")}
+            refit = replace(refit, training=settings.refit.training, **done)
     if refit.does_anything:
         plan.settings["refit"] = asdict(refit)
     return pruned, record
 
 
 def _compensate(
-    planning: Planning, model: PreTrainedModel, planned: PlannedModel, ids: Inputs
+    settings: PruneSettings, model: PreTrainedModel, planned: PlannedModel, ids: Inputs
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the compensated model and a record of it.
 
     A model that cannot be compensated is left alone unless the user asked for it.
     """
-    refit, pruned, own = planning.settings.refit, planned.pruned, 0
+    refit, pruned = settings.refit, planned.pruned
     try:
-        if refit.self_samples and (refit.self_samples_required or not planning.settings.model.offload):
-            ids, own = _with_self_samples(planning, model, ids)
         pruned, report = compensate_plan(model, pruned, planned.plan, ids, method=refit.compensation)
     except PrunerError as error:
-        if refit.required:
+        if refit.required and refit.training == "none":
             raise
         log.info("no compensation: %s", error)
         return planned.pruned, {"none": str(error)}
@@ -73,7 +94,73 @@ def _compensate(
             type(model).__name__,
             scaled,
         )
-    return pruned, asdict(report) | {"self_samples": own}
+    return pruned, asdict(report)
+
+
+def _train(
+    settings: PruneSettings,
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    *,
+    plan: PruningPlan,
+    text: Inputs,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> dict[str, Any]:
+    """Train the pruned model as the settings say; return a record of the training.
+
+    A model that cannot be trained is left alone unless the user asked for it.
+    """
+    refit = settings.refit
+    assert refit.budget is not None
+    try:
+        if refit.training == "distill" and (settings.model.offload or settings.model.device_map):
+            raise PrunerError(
+                "distillation needs all weights on one device, and the model is offloaded or spread: use --refit blocks"
+            )
+        samples = training_samples(refit.training, refit.budget, text)
+        text = training_text(settings.calibration, tokenizer, model, samples=samples, seed=settings.seed, text=text)
+        report = train(model, pruned, text, refit.training, plan=plan, budget=refit.budget, seed=settings.seed)
+    except PrunerError as error:
+        if refit.required:
+            raise
+        log.info("no training: %s", error)
+        return {"none": str(error)}
+    log.info("%s", report.summary())
+    tokens = refit.budget.tokens if refit.budget.minutes is None else report.tokens
+    return asdict(report) | {"training_samples": samples, "training_tokens": tokens}
+
+
+def training_samples(training: str, budget: Budget, text: Inputs) -> int:
+    """Return how many samples a training reads: those at hand, and for a distillation as many as its budget can read.
+
+    A reconstruction has hidden states of all of them in memory.
+    """
+    if training == "blocks" or not isinstance(text, torch.Tensor):
+        return len(text)
+    tokens = MOST_TOKENS if budget.tokens is None else min(budget.tokens, MOST_TOKENS)
+    return max(len(text), tokens // text.shape[1])
+
+
+def training_text(
+    calibration: CalibrationSettings,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    *,
+    samples: int,
+    seed: int,
+    text: Inputs,
+) -> Inputs:
+    """Return the samples at hand and further ones of the calibration text, so many in all where the text has them.
+
+    A text that the model writes itself is not continued: writing takes longer than reading it again.
+    """
+    drawn = calibration.samples
+    writes = SELF in (source.name for source in calibration_sources(calibration.dataset))
+    if not isinstance(text, torch.Tensor) or samples <= len(text) or writes:
+        return text
+    more = replace(calibration, samples=drawn + samples - len(text), fewer_samples=True)
+    further = calibration_set(more, tokenizer, model, seed)[drawn:]
+    return torch.cat([text, further]) if isinstance(further, torch.Tensor) and len(further) else text
 
 
 def compensate_plan(
@@ -92,13 +179,15 @@ def compensate_plan(
 
 def _with_self_samples(planning: Planning, model: PreTrainedModel, ids: Inputs) -> tuple[Inputs, int]:
     """Return the calibration set, with self-written samples in front if the model can write, and their number."""
-    if isinstance(ids, ModelInputs):
-        return ids, 0
     settings = planning.settings
+    refit = settings.refit
+    unwritten = settings.model.offload and not refit.self_samples_required  # too slow
+    if isinstance(ids, ModelInputs) or not refit.self_samples or unwritten:
+        return ids, 0
     try:
-        own = self_calibration(model, ids, settings.refit.self_samples, settings.seed, leading=planning.leading)
+        own = self_calibration(model, ids, refit.self_samples, settings.seed, leading=planning.leading)
     except PrunerError as error:
-        if settings.refit.self_samples_required:  # the user asked for them
+        if refit.self_samples_required:  # the user asked for them
             raise
         log.info("compensating without self-written samples: %s", error)
         return ids, 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..choices import TRAINED
 from ..errors import PrunerError
 from ..refit.compensate import METHODS
 from .settings import CalibrationSettings
@@ -17,6 +18,9 @@ class RefitRecord:
     Attributes:
         calibration: calibration set.
         compensation: method, or ``none``.
+        training: ``blocks`` or ``distill``, behind the compensation, or ``none``.
+        training_samples: samples of the text that it read, those of the calibration set among them.
+        training_tokens: its budget of tokens; under a budget of minutes, the tokens that it trained on.
         self_samples: samples that the model writes itself, in front of the others.
         seed: seed of these.
         rescale_norms: rescale norms before the compensation.
@@ -24,6 +28,9 @@ class RefitRecord:
 
     calibration: CalibrationSettings
     compensation: str = "none"
+    training: str = "none"
+    training_samples: int = 0
+    training_tokens: int = 0
     self_samples: int = 0
     seed: int = 0
     rescale_norms: bool = False
@@ -31,7 +38,12 @@ class RefitRecord:
     @property
     def does_anything(self) -> bool:
         """True if the run changed weights after the plan was applied."""
-        return self.rescale_norms or self.compensation != "none"
+        return self.rescale_norms or self.compensation != "none" or self.training != "none"
+
+    @property
+    def names_methods(self) -> bool:
+        """True if the methods exist."""
+        return self.compensation in (*METHODS, "none") and self.training in (*TRAINED, "none")
 
     @classmethod
     def of(cls, record: Any) -> RefitRecord:
@@ -45,9 +57,10 @@ class RefitRecord:
         try:
             calibration = CalibrationSettings(**{"bos": False, **record["calibration"]})  # older records lack it
             refit = cls(**{**record, "calibration": calibration})
-            numbers = (refit.self_samples, refit.seed, calibration.samples, calibration.tokens)
+            numbers = [refit.self_samples, refit.seed, refit.training_samples, refit.training_tokens]
+            numbers += [calibration.samples, calibration.tokens]
         except (TypeError, KeyError) as error:
             raise PrunerError(f"the plan's record of its refit is damaged: {error}") from error
-        if not all(type(n) is int for n in numbers) or refit.compensation not in (*METHODS, "none"):
+        if not all(type(n) is int for n in numbers) or not refit.names_methods:
             raise PrunerError(f"the plan's record of its refit is damaged: {record}")
         return refit

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..checkpoint.apply_files import cut_files
@@ -45,9 +46,10 @@ from ..selection.plan import PruningPlan
 from ..surgery.apply import TASK, in_memory
 from ..surgery.equivalence import verify
 from ..version import __version__
-from .arguments import REQUIRES_SAVING, PruneArguments
+from .arguments import PruneArguments
 from .calibration import available_text, calibration_set, leading_count
 from .checking import check_prune_inputs
+from .combinations import REQUIRES_SAVING
 from .context import Planning, Progress, Stopwatch
 from .evaluation import compare_latency, evaluate_model, evaluation_windows, warn_of_lost_quality
 from .fewer_experts import routed_to_fewer, send_to_fewer
@@ -205,7 +207,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     if tokenizer is None and reads_text_only(model):
         raise no_tokenizer(settings.model.name)
     log.info("loaded %s: %s parameters; preset %s", settings.model.name, f"{parameter_count(model):,}", settings.preset)
-    calibrates = needs_calibration(settings) or settings.refit.compensation != "none"
+    calibrates = needs_calibration(settings) or settings.refit.needs_text
     if calibrates:
         settings = replace(settings, calibration=available_text(settings.calibration, model, settings.model.offload))
         names = [source.name for source in calibration_sources(settings.calibration.dataset)]
@@ -217,7 +219,8 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     measure = partial(evaluate_model, settings, texts=windows, clock=clock, originals=originals)
     metrics["before"] = measure(model, tokenizer, when="before pruning")
     original, model = model, send_to_fewer(settings.experts, model, metrics, lambda m, w: measure(m, tokenizer, when=w))
-    _move_to(settings.model, model, settings.model.device)
+    if not settings.model.offload and not settings.model.device_map:
+        nn.Module.to(model, settings.model.device)  # from where it was measured
     ids = None
     if calibrates:
         with clock("calibration"):
@@ -233,7 +236,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     for line in planned.plan.summary().splitlines():
         log.info("%s", line)
     metrics |= _check_equivalence(planning, model, planned)
-    pruned, refit = mend(planning, original, planned)
+    pruned, refit = mend(planning, original, planned, tokenizer)
     metrics |= refit
     _record_parameters(metrics, parameter_count(pruned))
     if settings.budget is not None and settings.budget.kind == "target_latency":
@@ -334,7 +337,7 @@ def _works_on_files(settings: PruneSettings) -> bool:
         needs_calibration(settings)
         or settings.widths.iterative_steps > 1
         or settings.widths.proportions
-        or settings.refit.compensation != "none"
+        or settings.refit.needs_text
         or settings.calibration.towers != LANGUAGE  # traced on images or sounds, often by weights
     )
     path, gguf = locate(settings.model.name)
@@ -394,9 +397,3 @@ def _is_too_large(settings: ModelSettings) -> bool:
             settings.device,
         )
     return needed > free
-
-
-def _move_to(settings: ModelSettings, model: Any, device: str) -> None:
-    """Move a model to where it is used next, unless it is offloaded or spread over several devices."""
-    if not settings.offload and not settings.device_map:
-        model.to(device)

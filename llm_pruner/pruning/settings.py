@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..choices import SHAPE
+from ..choices import CLOSED_FORM, SHAPE
 from ..errors import PrunerError
 from ..files import read_json
 from ..importance.criteria import check_criterion
@@ -15,9 +15,11 @@ from ..models.dispatch import resolve_device
 from ..refit.compensate import MIN_SAMPLES
 from ..selection.budgets import COUNTS, UNITS, read_target
 from ..selection.per_kind import PerKind
-from .arguments import TARGETS, PruneArguments
+from .arguments import PruneArguments
+from .combinations import TARGETS
 from .expert_settings import ExpertSettings, expert_settings, scopes
 from .presets import PRESETS
+from .refit_settings import RefitSettings, refit_settings
 
 # Fields of a config file that describe the file, not the model's shape.
 NO_SHAPE = ("architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map")
@@ -140,25 +142,6 @@ class BudgetSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefitSettings:
-    """Settings of the refit after pruning.
-
-    Attributes:
-        compensation: method, or ``none``.
-        required: fail if compensation is impossible, instead of going on without it.
-        self_samples: calibration samples that the model writes itself, besides those of the text.
-        self_samples_required: write them even if the model is offloaded, which is slow; fail if it cannot write.
-        rescale_norms: rescale norms when hidden channels are removed.
-    """
-
-    compensation: str = "none"
-    required: bool = False
-    self_samples: int = 0
-    self_samples_required: bool = False
-    rescale_norms: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """Measurements before and after pruning; ``bos`` as in :class:`CalibrationSettings`."""
 
@@ -251,15 +234,16 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
         experts=expert_settings(arguments),
         shape=_shape(arguments),
         budget=_budget_settings(arguments),
-        refit=_refit_settings(arguments, value),
+        refit=refit_settings(arguments, value),
         evaluation=_evaluation_settings(arguments, value["bos"]),
         output=_output_settings(arguments),
     )
-    compensation, samples = settings.refit.compensation, settings.calibration.samples
-    if compensation != "none" and samples < MIN_SAMPLES:
+    samples = settings.calibration.samples
+    if settings.refit.needs_text and samples < MIN_SAMPLES:
+        flag = "refit" if arguments.compensate is None else "compensate"
         raise PrunerError(
-            f"--compensate {compensation} needs --num_examples of at least {MIN_SAMPLES}, better 128, not {samples}: "
-            "give more, or --compensate none"
+            f"--{flag} {value[flag]} needs --num_examples of at least {MIN_SAMPLES}, better 128, not {samples}: "
+            f"give more, or --{flag} none"
         )
     return settings
 
@@ -268,6 +252,8 @@ def filled_arguments(arguments: PruneArguments) -> dict[str, Any]:
     """Return all flags by name, with the preset's values for flags not given, and ``save_model`` as resolved."""
     preset = PRESETS[arguments.preset]
     flags = asdict(arguments) | {"save_model": arguments.saves_checkpoint}
+    if arguments.compensate is not None:
+        flags["refit"] = next((new for new, old in CLOSED_FORM.items() if old == arguments.compensate), "none")
     return {name: preset.get(name) if value is None else value for name, value in flags.items()}
 
 
@@ -373,19 +359,6 @@ def _budget_settings(arguments: PruneArguments) -> BudgetSettings | None:
                 kind=kind, target=str(target), tokens=arguments.budget_tokens, batch=arguments.budget_batch
             )
     return None
-
-
-def _refit_settings(arguments: PruneArguments, value: Mapping[str, Any]) -> RefitSettings:
-    compensation = value["compensate"]
-    if arguments.compensate is None and "hidden" in (*arguments.kinds, *("hidden",) * arguments.channel_wise):
-        compensation = "none"  # the default of a preset gives way where hidden states change their size
-    return RefitSettings(
-        compensation=compensation,
-        required=arguments.compensate is not None,
-        self_samples=value["self_examples"],
-        self_samples_required=arguments.self_examples is not None,
-        rescale_norms=arguments.rescale_norms,
-    )
 
 
 def _shape(arguments: PruneArguments) -> dict[str, Any]:

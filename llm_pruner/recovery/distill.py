@@ -24,6 +24,7 @@ from torch.nn.functional import nll_loss
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
+from ..refit.distill import divergence, relative_distance
 from .tokenize import IGNORED
 
 CACHED = ("teacher_tokens", "teacher_log_probabilities")  # columns of the teacher's outputs
@@ -80,14 +81,14 @@ class Teacher:
             log_q = (logits / self.temperature).log_softmax(-1)
         if self.model is None:
             tokens, log_p = (inputs[name][mask] for name in CACHED)
-            divergence = _divergence(_top_and_rest(log_q, tokens), log_p.float())
+            distance = divergence(_top_and_rest(log_q, tokens), log_p.float())
         else:
             theirs = self._run(inputs)
             teacher_logits = theirs.logits[mask.to(theirs.logits.device)].float() / self.temperature
-            divergence = _divergence(log_q, teacher_logits.log_softmax(-1).to(log_q.device))
+            distance = divergence(log_q, teacher_logits.log_softmax(-1).to(log_q.device))
             if self.hidden:
                 total = total + self.hidden * _hidden_distance(theirs, outputs, mask)
-        total = total + self.weight * self.temperature**2 * divergence
+        total = total + self.weight * self.temperature**2 * distance
         return total / (len(targets) if count is None else count), outputs
 
     @torch.no_grad()
@@ -100,8 +101,7 @@ class Teacher:
 def _hidden_distance(teacher: Any, student: Any, mask: torch.Tensor) -> torch.Tensor:
     """Sum the squared distances of last hidden states over positions, relative to the teacher's."""
     h_p, h_q = (_last_hidden(outputs)[mask.to(outputs.logits.device)].float() for outputs in (teacher, student))
-    h_p = h_p.to(h_q.device)
-    return ((h_p - h_q).square().sum(-1) / h_p.square().sum(-1)).sum()
+    return relative_distance(h_p.to(h_q.device), h_q)
 
 
 def _last_hidden(outputs: Any) -> torch.Tensor:
@@ -127,11 +127,6 @@ def labelled_positions(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tens
     """Return a mask ``[samples, tokens]`` of the logits that have a label, and these labels."""
     labels = align_labels(inputs)
     return labels != IGNORED, labels[labels != IGNORED]
-
-
-def _divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    """Sum KL(p || q) over positions."""
-    return (log_p.exp() * (log_p - log_q)).sum()
 
 
 def _top_and_rest(log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,9 @@ OTHER_FLAGS = {
     *("num_layers", "drop_layers", "depth", "drop_attention", "drop_mlp", "target_config", *TARGETS, *SHAPES),
 }
 
+# Refits of the presets, with those of earlier versions.
+REFITS = {"best": ("distill", "least_squares"), "fast": ("ridge",)}
+
 
 def merge_models(runs: Iterable[Run]) -> list[MeasuredModel]:
     """Return every model once, each original before what was made from it, stages in order."""
@@ -110,8 +113,9 @@ def _method(model: MeasuredModel, different: list[str]) -> str:
     criterion = flags.get("pruner_type") or "pruned"
     if criterion == "taylor":
         criterion = flags.get("taylor") or criterion
-    if flags.get("preset") == "best" and criterion == "param_second" and flags.get("compensate") == "least_squares":
-        criterion = "preset best"
+    refit = flags.get("refit", flags.get("compensate"))
+    if criterion == "param_second" and refit in REFITS.get(flags.get("preset", ""), ()):
+        criterion = f"preset {flags['preset']}"
     if flags.get("num_layers") or flags.get("drop_layers"):
         criterion = f"layers by {flags['depth']}" if flags.get("depth") else "layers"
     return ", ".join([criterion, *(f"{name} {_text(flags.get(name))}" for name in different)])

@@ -1,0 +1,141 @@
+"""Methods of refitting a pruned model with calibration data and no labels.
+
+``bias`` and ``ridge`` have a closed form (:mod:`~llm_pruner.refit.compensate`). ``blocks`` and ``distill`` train on top
+of ``ridge``: block by block (:mod:`~llm_pruner.refit.reconstruct`) and end to end (:mod:`~llm_pruner.refit.distill`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+
+from ..choices import CLOSED_FORM, TRAINED
+from ..errors import PrunerError
+from ..models.inputs import Inputs, input_embedding
+from ..models.running import check_calibration
+from ..selection.plan import PruningPlan
+from .budget import Budget
+from .compensate import CompensationReport, compensate
+from .distill import DistillReport, distill
+from .reconstruct import ReconstructReport, reconstruct
+
+DEFAULT_TOKENS = 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitReport:
+    """Outcome of :func:`refit`: what each of its steps did, None for a step that was not taken.
+
+    Attributes:
+        compensation: outcome of the closed form.
+        no_compensation: why the model has no closed form, "" if it has.
+        blocks: outcome of the reconstruction.
+        distillation: outcome of the distillation.
+    """
+
+    compensation: CompensationReport | None = None
+    no_compensation: str = ""
+    blocks: ReconstructReport | None = None
+    distillation: DistillReport | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the training read: of a reconstruction, those of its longest block."""
+        if self.distillation is not None:
+            return self.distillation.tokens
+        return max((block.tokens for block in self.blocks.blocks), default=0) if self.blocks else 0
+
+    def summary(self) -> str:
+        """Return the outcome of the training in one line."""
+        if self.distillation is not None:
+            one = self.distillation
+            kept = "" if one.after < one.before else ": the weights stay as they were"
+            return f"distillation on {one.tokens:,} tokens: held-out loss {one.before:.4g} -> {one.after:.4g}{kept}"
+        blocks = self.blocks.blocks if self.blocks else []
+        moved = [block for block in blocks if block.after < block.before]
+        gain = 1 - sum(b.after for b in blocks) / max(sum(b.before for b in blocks), 1e-30)
+        return f"reconstruction moved {len(moved)} of {len(blocks)} blocks: held-out error {gain:.1%} lower"
+
+
+def refit(
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    calibration: Inputs,
+    method: str = "ridge",
+    *,
+    plan: PruningPlan | None = None,
+    tokens: int | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+) -> RefitReport:
+    """Refit ``pruned`` in place with calibration data and no labels, so that it does what ``model`` does.
+
+    Args:
+        model: original model, which stays as it is.
+        pruned: pruned model, from :func:`llm_pruner.apply`.
+        calibration: LongTensor ``[samples, tokens]`` or other inputs; at least 32 samples.
+        method: ``ridge`` refits projections in closed form, ``bias`` their biases alone; ``blocks`` trains one block
+            after the other behind ``ridge``, ``distill`` all weights together. Where there is no closed form, as with
+            fewer hidden channels, these two train alone.
+        plan: plan of the pruned model; needed if it lost layers or hidden channels.
+        tokens: tokens to train on: with ``blocks`` of each block, with ``distill`` in all (default: 65,536).
+        minutes: time to train; the result then depends on the speed of the machine. With ``tokens``, training ends with
+            whichever is spent first.
+        seed: of the order of the samples.
+
+    Raises:
+        PrunerError: the method is unknown, or cannot refit this model on this calibration set.
+
+    Example:
+        >>> import torch, llm_pruner as lp
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> graph = lp.trace(model)
+        >>> plan = lp.select(graph, lp.score(model, graph, criterion="l2"), ratio=0.5, kinds=("neurons",))
+        >>> pruned = lp.apply(model, plan)
+        >>> report = lp.refit(model, pruned, torch.randint(64, (32, 8)), "distill", plan=plan, tokens=2048)
+        >>> report.distillation.tokens  # whole epochs of 30 samples, two are held out
+        2160
+    """
+    if method not in (*CLOSED_FORM, *TRAINED):
+        raise PrunerError(f"refit {method!r} is not valid: choose from {', '.join((*CLOSED_FORM, *TRAINED))}")
+    calibration = check_calibration(model, calibration)
+    kept = next((kept.tolist() for kept in plan.layers.values()), None) if plan else None
+    if method in CLOSED_FORM:
+        return RefitReport(compensation=compensate(model, pruned, calibration, CLOSED_FORM[method], kept=kept))
+    budget = Budget(tokens=DEFAULT_TOKENS if minutes is tokens is None else tokens, minutes=minutes)
+    closed_form: CompensationReport | str
+    try:
+        closed_form = compensate(model, pruned, calibration, kept=kept)
+    except PrunerError as error:
+        closed_form = str(error)
+    report = train(model, pruned, calibration, method, plan=plan, budget=budget, seed=seed)
+    if isinstance(closed_form, str):
+        return replace(report, no_compensation=closed_form)
+    return replace(report, compensation=closed_form)
+
+
+def train(
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    calibration: Inputs,
+    method: str,
+    *,
+    plan: PruningPlan | None,
+    budget: Budget,
+    seed: int,
+) -> RefitReport:
+    """Train a pruned model in place by ``blocks`` or ``distill``, without a closed form before.
+
+    Raises:
+        PrunerError: as :func:`refit`.
+    """
+    tokens = [e.num_embeddings if (e := input_embedding(m)) is not None else 0 for m in (model, pruned)]
+    if tokens[0] != tokens[1]:
+        raise PrunerError(f"a refit needs one vocabulary, and these have {tokens[0]} and {tokens[1]} tokens")
+    if method == "blocks":
+        return RefitReport(blocks=reconstruct(model, pruned, calibration, budget, plan=plan, seed=seed))
+    return RefitReport(distillation=distill(model, pruned, calibration, budget, seed=seed))

@@ -1,0 +1,228 @@
+"""Refits by training: block by block and end to end, without labels, for models with and without a closed form."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers.architectures import tiny_model
+from helpers.models import build, pruned_by, tokens
+from test_apply import equal_weights
+from test_encoders import TEXT
+from test_encoders import build as classifier
+
+import llm_pruner as lp
+from llm_pruner.cli import main
+from llm_pruner.models.inputs import ModelInputs
+from llm_pruner.pruning.arguments import PruneArguments
+from llm_pruner.pruning.settings import resolve_settings
+from llm_pruner.refit.budget import Budget
+from llm_pruner.refit.distill import Distillation, distill, divergence
+from llm_pruner.refit.reconstruct import reconstruct
+from llm_pruner.refit.training import endless_batches, hold_out
+
+SMALL = Budget(tokens=6000)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits.float()
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_the_function_is_not_hidden_by_the_room_of_its_name():
+    assert callable(lp.refit) and lp.refit.__name__ == "refit"
+
+
+@pytest.mark.parametrize("method", ("blocks", "distill"))
+@pytest.mark.parametrize("family", ("llama", "mixtral"))
+def test_unseen_tokens_come_closer_than_by_the_ridge_alone(family, method):
+    model = build(family)
+    pruned, ridge = (pruned_by(model, kinds=("neurons",))[1] for _ in range(2))
+    before, ids, unseen = weights(model), tokens(256, 16), tokens(16, 16, seed=9)
+    lp.refit(model, ridge, ids)
+    report = lp.refit(model, pruned, ids, method, tokens=6000 if method == "blocks" else 30_000)
+    assert report.compensation is not None and not report.no_compensation
+    p, q, r = (logits(m, unseen).log_softmax(-1) for m in (model, pruned, ridge))
+    assert divergence(q, p) < 0.995 * divergence(r, p)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "the original changed"
+    assert {p.requires_grad for p in pruned.parameters()} == {True} and all(p.grad is None for p in pruned.parameters())
+
+
+@pytest.mark.parametrize("method", (distill, reconstruct))
+@pytest.mark.parametrize(
+    ("make", "kinds"),
+    [
+        (lambda: build("llama"), "hidden"),
+        (lambda: build("llama"), "layers"),
+        (lambda: tiny_model("t5:seq2seq"), "neurons"),
+        (lambda: build("llama").to(torch.bfloat16), "neurons"),
+    ],
+    ids=("hidden", "layers", "two stacks", "16 bits"),
+)
+def test_models_without_a_closed_form_come_closer_too(make, kinds, method):
+    model = make()
+    plan, pruned = pruned_by(model, kinds=(kinds,))
+    dtype = next(pruned.parameters()).dtype
+    report = method(model, pruned, tokens(64, 16), SMALL, **({"plan": plan} if method is reconstruct else {}))
+    for one in getattr(report, "blocks", [report]):
+        assert one.after <= one.before
+    assert any(one.after < one.before for one in getattr(report, "blocks", [report]))
+    assert {p.dtype for p in pruned.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("method", (reconstruct, distill))
+def test_the_seed_decides(method):
+    model, ids = build("gpt2"), tokens(64, 16)
+    results = []
+    for seed in (0, 0, 1):
+        pruned = pruned_by(model, kinds=("neurons",))[1]
+        method(model, pruned, ids, Budget(tokens=4000), seed=seed)
+        results.append(weights(pruned))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert any(not torch.equal(results[0][name], results[2][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("method", (distill, reconstruct))
+def test_a_model_that_lost_nothing_stays_as_it_is(method):
+    model, twin = build("llama"), build("llama")
+    method(model, twin, tokens(64, 16), Budget(tokens=1000))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(model.parameters(), twin.parameters()))
+
+
+def test_the_loss_is_that_by_hand():
+    model = build("llama")
+    _, pruned = pruned_by(model, kinds=("layers",), ratio=0.34)
+    ids = tokens(2, 8)
+    p, q = (logits(m, ids).log_softmax(-1) for m in (model, pruned))
+    expected = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert Distillation(model, pruned).loss(ids).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_every_step_reads_the_weights_of_the_step_before():
+    """Casts of weights that are kept over steps would train, and measure, on those of the first step."""
+    model, ids = build("gpt2"), tokens(64, 16)
+    pruned = pruned_by(model, kinds=("neurons",))[1]
+    report = distill(model, pruned, ids, Budget(tokens=12000))
+    assert report.after < 0.97 * report.before
+    _, held_out = hold_out(ids, 4)
+    assert Distillation(model, pruned).mean_loss(held_out, 4) == pytest.approx(report.after, rel=0.02)
+
+
+def test_a_model_that_predicts_no_tokens_learns_its_output():
+    model = classifier("BertForSequenceClassification", "bert", **TEXT)
+    _, pruned = pruned_by(model, kinds=("neurons",))
+    ids = tokens(64, 16)
+    expected = (model(ids).logits - pruned(ids).logits).square().sum(-1) / model(ids).logits.square().sum(-1)
+    assert Distillation(model, pruned).loss(ids).item() == pytest.approx(expected.mean().item(), rel=1e-4)
+    report = distill(model, pruned, ids, SMALL)
+    assert report.after < report.before
+
+
+def test_minutes_end_a_training():
+    model = build("llama")
+    pruned = pruned_by(model, kinds=("neurons",))[1]
+    assert distill(model, pruned, tokens(64, 16), Budget(minutes=0.01)).steps >= 1
+
+
+@pytest.mark.parametrize("limits", [{}, {"tokens": 0}, {"minutes": math.inf}])
+def test_a_budget_is_needed(limits):
+    with pytest.raises(lp.PrunerError, match="give tokens or minutes above 0"):
+        Budget(**limits)
+
+
+def test_every_sample_is_read_once_an_epoch():
+    ids = torch.arange(20).view(10, 2)
+    fitted, held_out = hold_out(ids, 2)
+    assert sorted([*fitted[:, 0].tolist(), *held_out[:, 0].tolist()]) == list(range(0, 20, 2)) and len(held_out) == 2
+    batches = endless_batches(ids, 4, seed=3)
+    epochs = [torch.cat([next(batches) for _ in range(3)])[:, 0].tolist() for _ in range(2)]
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(range(0, 20, 2))
+    images = ModelInputs({"pixel_values": torch.rand(6, 3, 4, 4)})
+    assert [len(part) for part in hold_out(images, 2)] == [4, 2]
+    assert len(next(endless_batches(images, 4, seed=0))) in (2, 4)
+
+
+def test_refusals():
+    model = build("llama")
+    plan, pruned = pruned_by(model, kinds=("layers",))
+    with pytest.raises(lp.PrunerError, match="choose from bias, ridge, blocks, distill"):
+        lp.refit(model, pruned, tokens(64, 16), "magic")
+    with pytest.raises(lp.PrunerError, match="give plan, which names the layers"):
+        lp.refit(model, pruned, tokens(64, 16), "blocks", tokens=1000)
+    with pytest.raises(lp.PrunerError, match="at least 16 calibration samples, not 8"):
+        distill(model, pruned, tokens(8, 16), SMALL)
+    with pytest.raises(lp.PrunerError, match="at least 25 calibration samples, not 8"):
+        reconstruct(model, pruned, tokens(8, 16), SMALL, plan=plan)
+    with pytest.raises(lp.PrunerError, match="give plan, which names channels"):
+        reconstruct(model, pruned_by(model, kinds=("hidden",))[1], tokens(32, 16), SMALL)
+    with pytest.raises(lp.PrunerError, match="one vocabulary"):
+        lp.refit(model, build("llama", vocab_size=90), tokens(32, 16), "distill")
+
+
+@pytest.mark.parametrize(
+    ("flags", "compensation", "training"),
+    [
+        ({}, "least_squares", "distill"),
+        ({"preset": "fast"}, "least_squares", "none"),
+        ({"preset": "paper"}, "none", "none"),
+        ({"refit": "blocks"}, "least_squares", "blocks"),
+        ({"refit": "bias"}, "bias", "none"),
+        ({"refit": "none"}, "none", "none"),
+        ({"compensate": "least_squares"}, "least_squares", "none"),
+        ({"compensate": "bias"}, "bias", "none"),
+        ({"compensate": "none"}, "none", "none"),
+        ({"channel_wise": True}, "none", "distill"),
+    ],
+)
+def test_flags_and_presets_name_the_refit(flags, compensation, training):
+    settings = resolve_settings(PruneArguments(device="cpu", eval_device="cpu", **flags))
+    assert (settings.refit.compensation, settings.refit.training) == (compensation, training)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"refit": "ridge", "compensate": "bias"}, "--compensate and --refit exclude each other"),
+        ({"compensate": "bias", "refit_tokens": 10}, "exclude each other"),
+        ({"refit": "ridge", "refit_tokens": 10}, "--refit_tokens has no effect with --refit ridge"),
+        ({"refit": "ridge", "refit_minutes": 1.0}, "--refit_minutes has no effect with --refit ridge"),
+        ({"refit_tokens": 0}, "--refit_tokens 0"),
+        ({"refit_minutes": 0.0}, "--refit_minutes 0.0 is out of range"),
+        ({"refit": "distill", "num_examples": 8}, "--refit distill needs --num_examples of at least 32"),
+        ({"refit": "ridge", "channel_wise": True}, "--refit ridge"),
+    ],
+)
+def test_flags_that_cannot_work(flags, message):
+    with pytest.raises(lp.PrunerError, match=message):
+        resolve_settings(PruneArguments(device="cpu", eval_device="cpu", **flags))
+
+
+@pytest.mark.parametrize("method", ("blocks", "distill"))
+def test_a_run_records_its_training_and_apply_repeats_it(method, home, home_text, tmp_path):
+    flags = f"--num_examples 32 --calib_seq_len 16 --calib_dataset {home_text} --pruner_type l2 --self_examples 4"
+    flags += f" --refit {method} --refit_tokens 2000 --eval_datasets= --device cpu"
+    assert main(["prune", str(home / "base"), str(tmp_path / "run"), *flags.split()]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    record = lp.PruningPlan.load(tmp_path / "run" / "pruning_plan.json").settings["refit"]
+    assert metrics["arguments"]["refit"] == record["training"] == method
+    assert record["training_tokens"] >= 2000 and record["training_samples"] == (125 if method == "distill" else 36)
+    assert metrics["refit"]["distillation" if method == "distill" else "blocks"]
+    plan = str(tmp_path / "run" / "pruning_plan.json")
+    assert main(["apply", plan, str(home / "base"), str(tmp_path / "again"), "--refit"]) == 0
+    again, run = (lp.load(str(tmp_path / name))[0] for name in ("again", "run"))
+    assert equal_weights(again, run, rtol=1e-3, atol=1e-4)
+
+
+def test_an_offloaded_model_is_trained_block_by_block(home, home_text, tmp_path, capsys):
+    flags = f"--num_examples 32 --calib_seq_len 16 --calib_dataset {home_text} --pruner_type l2 --self_examples 0"
+    argv = ["prune", str(home / "base"), str(tmp_path / "run"), *flags.split(), "--eval_datasets=", "--stream"]
+    assert main([*argv, "--refit", "distill", "--refit_tokens", "1000"]) == 2
+    assert "use --refit blocks" in capsys.readouterr().err
+    assert main([*argv, "--refit", "blocks", "--refit_tokens", "1000"]) == 0
+    blocks = json.loads((tmp_path / "run" / "metrics.json").read_text())["refit"]["blocks"]["blocks"]
+    assert [one["module"] for one in blocks] == [f"model.layers.{i}" for i in range(3)]
+    assert any(one["after"] < one["before"] for one in blocks)
