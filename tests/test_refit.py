@@ -226,3 +226,16 @@ def test_an_offloaded_model_is_trained_block_by_block(home, home_text, tmp_path,
     blocks = json.loads((tmp_path / "run" / "metrics.json").read_text())["refit"]["blocks"]["blocks"]
     assert [one["module"] for one in blocks] == [f"model.layers.{i}" for i in range(3)]
     assert any(one["after"] < one["before"] for one in blocks)
+
+
+def test_a_training_that_does_not_fit_in_memory_is_refused_or_left_out(home, home_text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("llm_pruner.refit.distill.free_bytes", lambda device: 10_000)
+    model = build("llama")
+    with pytest.raises(lp.PrunerError, match=r"distillation needs .* GiB more .* use --refit blocks"):
+        distill(model, pruned_by(model, kinds=("neurons",))[1], tokens(32, 16), SMALL)
+    flags = f"--num_examples 32 --calib_seq_len 16 --calib_dataset {home_text} --pruner_type l2 --self_examples 0"
+    argv = ["prune", str(home / "base"), *flags.split(), "--eval_datasets=", "--output"]
+    assert main([*argv, str(tmp_path / "best")]) == 0
+    assert "no training: distillation needs" in capsys.readouterr().err
+    assert main([*argv, str(tmp_path / "asked"), "--refit", "distill"]) == 2
+    assert not (tmp_path / "asked" / "model.safetensors").exists()

@@ -15,9 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
-from ..models.blockwise import computing
+from ..models.blockwise import computing, native_compute
+from ..models.dispatch import free_bytes
 from ..models.inputs import Inputs
 from ..models.running import equal_draws, evaluating, forward, main_output
+from ..models.skeleton import parameter_count
 from ..models.tasks import has_token_logits
 from ..progress import Step
 from .budget import Budget, Spending
@@ -37,6 +39,7 @@ RATE = 2e-4  # up to 512 hidden channels
 TOKENS_PER_STEP = 512
 OTHERS_PER_STEP = 8  # samples of images or sounds
 LARGEST_GRADIENT = 1.0
+BYTES_PER_PARAMETER = 20  # float32: the weight, its gradient, two moments, and the value to go back to
 
 
 @dataclass
@@ -112,8 +115,9 @@ def distill(
         Tokens, steps and held-out losses. Where the loss did not fall, the weights are as before.
 
     Raises:
-        PrunerError: there are fewer than 16 samples.
+        PrunerError: there are fewer than 16 samples, or the training does not fit in memory.
     """
+    _check_memory(pruned)
     fitted, held_out = hold_out(calibration, min(len(calibration) // HELD_OUT, HELD_OUT))
     if not len(held_out):
         raise PrunerError(f"distillation needs at least {HELD_OUT} calibration samples, not {len(calibration)}")
@@ -139,6 +143,22 @@ def distill(
             for parameter, value in zip(trained, start, strict=True):
                 parameter.data.copy_(value)
     return DistillReport(spending.tokens, steps, before, after)
+
+
+def _check_memory(pruned: PreTrainedModel) -> None:
+    """Refuse a training that would run out of memory, before it begins.
+
+    Raises:
+        PrunerError: as above.
+    """
+    device = native_compute(pruned).device
+    held = sum(parameter.nbytes for parameter in pruned.parameters())
+    needed, free = BYTES_PER_PARAMETER * parameter_count(pruned) - held, free_bytes(str(device))
+    if needed > free:
+        raise PrunerError(
+            f"distillation needs {needed / 2**30:.1f} GiB more for float32 weights, gradients and moments, and "
+            f"{free / 2**30:.1f} are free on {device}: use --refit blocks, which trains one block at a time, or ridge"
+        )
 
 
 def _descend(
