@@ -17,9 +17,7 @@ build layers of different widths from per-layer configs. Heavy modules are impor
     run = lp.prune("smollm2-135m", target_params=0.8, output="smaller")  # all steps in one call
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .errors import PrunerError
@@ -74,7 +72,6 @@ _MODULES = {
     "PruneRun": "pruning.run",
     "prune": "pruning.run",
     "compensate": "refit.compensate",
-    "refit": "refit.methods",
     "PruningPlan": "selection.plan",
     "select": "selection.select",
     "apply": "surgery.apply",
@@ -83,6 +80,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "refit":  # a room that can be called
+        return import_module(f"{__name__}.refit")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
@@ -94,13 +93,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _Package(ModuleType):
-    """The package, in which a public name is never hidden by a room of the same name, as ``refit`` would be."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULES and isinstance(value, ModuleType)):  # the import system binds every room
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 install_when_imported()

@@ -129,7 +129,7 @@ def test_scores_of_another_model_are_refused(setting):
         ({"ratio": -0.1}, "out of range"),
         ({"ratio": float("nan")}, "out of range"),
         ({"kinds": ["head"]}, "choose from"),
-        ({"scope": "both"}, "local or global"),
+        ({"scope": "both"}, "choose from local, global"),
         ({"round_to": 0}, "1 or more"),
         ({"layers": [3]}, "layers 0 to 2"),
         ({"layers": 1}, r"such as \[1\]"),
