@@ -51,7 +51,7 @@ def find_row_kind(columns: Iterable[str]) -> RowKind | None:
 
 
 def read_conversation(row: Any) -> list[dict[str, str]]:
-    r"""Return a row as the turns of a chat: its own, or an instruction or question and its answer; [] without an answer.
+    r"""Return a row as the turns of a chat: its own, or a question and its answer; [] without an answer.
 
     >>> read_conversation({"instruction": "Add.", "input": "1 and 2", "output": "3"})
     [{'role': 'user', 'content': 'Add.\n\n1 and 2'}, {'role': 'assistant', 'content': '3'}]
