@@ -28,7 +28,7 @@ from .integrity import check
 from .locate import PLAN_FILE, base_of, explain, is_adapter, locate
 from .on_disk import on_disk
 from .quantized.registry import QuantizedShards, check_method, open_shards
-from .read_quantized import read_quantized
+from .read_assembled import is_in_parts, read_assembled
 from .shards import INDEX, Shards, shard_files
 from .unread import note_unread
 
@@ -70,8 +70,8 @@ def load(
         verify: first check the folder of a pruned model against the hashes in its plan; others have none.
         task: load the class of this task, such as ``text-generation``, instead of the class that the checkpoint
             declares; tensors that this class does not read are named in the log.
-        offload_folder: folder on whose disk the weights of a quantized checkpoint are dequantized to, memory-mapped,
-            instead of to memory. Other weights stay in their files anyway.
+        offload_folder: folder on whose disk weights are put, memory-mapped, instead of in memory, that are stored in
+            another form: quantized, or every expert by itself. Other weights stay in their files anyway.
 
     Returns:
         Model and tokenizer; the tokenizer is None for a folder without one.
@@ -202,7 +202,7 @@ def _read_model(
     """Read a model with transformers; return it, the loader's report, and its shards if it has any here.
 
     Args:
-        place: function that moves dequantized weights to their final memory.
+        place: function that moves weights that are stored in another form to their final memory.
     """
     path, gguf = locate(name)
     shards = None
@@ -212,10 +212,10 @@ def _read_model(
         ask_for(task, config)
         if gguf is None:
             shards = open_shards(name, Path(path))
-            if isinstance(shards, QuantizedShards):
-                model, report = read_quantized(
-                    name, config, shards, dtype=dtype, place=place, trust_remote_code=common["trust_remote_code"]
-                )
+            trust = common["trust_remote_code"]
+            quantized, offloads = isinstance(shards, QuantizedShards), place is not in_memory
+            if shards is not None and (quantized or (offloads and is_in_parts(name, config, shards, trust))):
+                model, report = read_assembled(name, config, shards, dtype=dtype, place=place, trust_remote_code=trust)
                 return model, report, shards
             if quantization := getattr(config, "quantization_config", None):
                 check_method(name, quantization)

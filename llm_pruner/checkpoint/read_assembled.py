@@ -1,4 +1,4 @@
-"""Read a quantized checkpoint as the unquantized one that it stands for."""
+"""Read a checkpoint whose files hold a model's tensors in another form: quantized, or expert by expert."""
 
 from __future__ import annotations
 
@@ -8,34 +8,45 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from ..errors import PrunerError
 from ..logs import log
 from ..surgery.apply import Place, in_memory
 from .config import meta_model
 from .locate import locate
 from .quantized.registry import QuantizedShards
-from .stored import assembled, dtype_of
+from .shards import Shards
+from .stored import assembled, dtype_of, model_of, stored_boxes
 
 
 class _Lazy:
-    """A tensor of an unquantized checkpoint that is read, and dequantized, when transformers indexes it."""
+    """A tensor that is read, and dequantized, when transformers indexes it."""
 
-    def __init__(self, shards: QuantizedShards, name: str, dtype: torch.dtype):
+    def __init__(self, shards: Shards, name: str, dtype: torch.dtype):
         self.shards, self.name, self.dtype = shards, name, dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.shards.values(self.name, self.dtype)[index]
 
 
-def read_quantized(
+def is_in_parts(name: str, config: PreTrainedConfig, shards: Shards, trust_remote_code: bool = False) -> bool:
+    """Return True if some stored tensors are parts of a tensor of the model, such as single experts of a stack."""
+    try:
+        boxes = stored_boxes(model_of(name, config, shards, trust_remote_code=trust_remote_code), shards)
+    except PrunerError:  # in another form, or incomplete, which transformers reads or refuses
+        return False
+    return not all(box.is_whole for box in boxes.values())
+
+
+def read_assembled(
     name: str,
     config: PreTrainedConfig,
-    shards: QuantizedShards,
+    shards: Shards,
     *,
     dtype: str | torch.dtype,
     place: Place = in_memory,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """Dequantize the weights of a folder one by one, as transformers asks for them; return model and loader's report.
+    """Read the weights of a folder one by one, dequantized if need be; return the model and the loader's report.
 
     Args:
         dtype: dtype of the weights; ``auto`` is that of the config.
@@ -43,9 +54,10 @@ def read_quantized(
             there, stored tensor by stored tensor.
     """
     path = Path(locate(name)[0])
-    config.__dict__.pop("quantization_config", None)
     chosen = dtype if isinstance(dtype, torch.dtype) else dtype_of(config)
-    log.info("%s is quantized (%s): its weights are dequantized to %s", name, shards.method, str(chosen)[6:])
+    if isinstance(shards, QuantizedShards):
+        config.__dict__.pop("quantization_config", None)
+        log.info("%s is quantized (%s): its weights are dequantized to %s", name, shards.method, str(chosen)[6:])
     model = meta_model(config, trust_remote_code)
     state: dict[str, Any] = {stored: _Lazy(shards, stored, chosen) for stored in shards.shapes()}
     if place is not in_memory:
