@@ -194,8 +194,9 @@ def _package(node):
 
 
 def test_rooms_export_nothing():
-    """A name comes from the module that defines it, so that no function hides a module."""
-    packages = [name for name in TREES if name.endswith("/__init__.py") and name != "llm_pruner/__init__.py"]
+    """A name comes from the module that defines it, so that no function hides a module; refit is both, and callable."""
+    callable_rooms = ("llm_pruner/__init__.py", "llm_pruner/refit/__init__.py")
+    packages = [name for name in TREES if name.endswith("/__init__.py") and name not in callable_rooms]
     busy = [name for name in packages if len(TREES[name].body) > 1 and "rules" not in name]
     assert not busy
 

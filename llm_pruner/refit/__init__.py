@@ -1,4 +1,4 @@
-"""Refitting a pruned model with calibration data and no labels.
+"""Refit a pruned model with calibration data and no labels.
 
 The room can be called: ``lp.refit(...)`` is :func:`llm_pruner.refit.methods.refit`.
 """
@@ -7,13 +7,13 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from .methods import refit
+
 
 class _CallableRoom(ModuleType):
     """A package that stands for its main function, whose name it has."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        from .methods import refit
-
         return refit(*args, **options)
 
 
