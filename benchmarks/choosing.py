@@ -99,9 +99,9 @@ def main() -> None:
                 graph,
                 ids[: row["samples"]],
                 row["criterion"],
-                row["taylor"],
-                row["aggregation"],
-                ("heads", "neurons"),
+                taylor=row["taylor"],
+                aggregation=row["aggregation"],
+                kinds=("heads", "neurons"),
             )
         for size in map(float, args.sizes.split(",")):
             if time.perf_counter() - started > 60 * args.minutes:
