@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..serving.engines import NEW_TOKENS, PROMPT_TOKENS, ROUNDS
 from .evaluate import Evaluation
@@ -33,28 +34,26 @@ def notes_of(evaluations: list[Evaluation], comparisons: Sequence[Mapping[str, C
     return notes + _difference_notes(evaluations, comparisons)
 
 
+def _by_text(evaluations: list[Evaluation], quantity: str) -> list[tuple[str, Any]]:
+    """Return what was measured on each text, by its short name: of the last model that has the quantity on it."""
+    measured = {title: value for one in evaluations for title, value in getattr(one, quantity).items()}
+    titles = short_names(measured)
+    return [(titles[title], value) for title, value in measured.items()]
+
+
 def _text_notes(evaluations: list[Evaluation]) -> list[str]:
     notes = []
-    perplexities = {title: p for one in evaluations for title, p in one.perplexity.items()}
-    titles = short_names(perplexities)
-    for title, p in perplexities.items():
+    for title, p in _by_text(evaluations, "perplexity"):
         notes.append(
-            f"ppl {titles[title]}: perplexity of {p.tokens:,} tokens in {p.windows} windows of {p.seq_len}, stride "
-            f"{p.stride}."
+            f"ppl {title}: perplexity of {p.tokens:,} tokens in {p.windows} windows of {p.seq_len}, stride {p.stride}."
         )
-    divergences = {title: d for one in evaluations for title, d in one.divergence.items()}
-    titles = short_names(divergences)
-    for title, d in divergences.items():
+    for title, d in _by_text(evaluations, "divergence"):
         notes.append(
-            f"KL {titles[title]}: divergence of the next-token distributions from the first model's, nats per token, "
+            f"KL {title}: divergence of the next-token distributions from the first model's, nats per token, "
             f"mean of {d.tokens:,} tokens ± standard error over windows."
         )
-    alike = {title: s for one in evaluations for title, s in one.similarity.items()}
-    titles = short_names(alike)
-    for title, s in alike.items():
-        notes.append(
-            f"{titles[title]}: cosine or agreement of the outputs with the first model's on {s.pieces} pieces."
-        )
+    for title, s in _by_text(evaluations, "similarity"):
+        notes.append(f"{title}: cosine or agreement of the outputs with the first model's on {s.pieces} pieces.")
     if (quality := next((one.generation for one in evaluations if one.generation), None)) is not None:
         notes.append(
             f"repeats, length: share of 4-grams that a text has before, and its tokens, of {quality.prompts} greedy "

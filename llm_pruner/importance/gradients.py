@@ -27,7 +27,7 @@ from ..models.inputs import Inputs, reads_text_only, tokens_per_sample
 from ..models.running import evaluating, main_output, model_inputs, target_ids, without_cache
 from ..models.tasks import predicts_tokens
 from ..progress import Step, track
-from .linear_gradients import LinearGradients, MomentSums, VisitMoments
+from .linear_gradients import LinearGradients, MomentSums, VisitMoments, add_sample
 
 Visit = Callable[[str, torch.Tensor, torch.Tensor], None]
 TOKENS_PER_PASS = 1024  # in a forward pass
@@ -63,9 +63,7 @@ class _Squares:
     def after_batch(self, tensors: dict[str, torch.Tensor]) -> None:
         if self.linears is None:
             for name, _, gradient in _take_gradients(tensors):
-                if name not in self._sums:
-                    self._sums[name] = MomentSums(gradient, with_mean=self._with_mean)
-                self._sums[name].add(gradient)
+                add_sample(self._sums, name, gradient, with_mean=self._with_mean)
 
     def after_block(self, tensors: dict[str, torch.Tensor]) -> None:
         if self.linears is not None:

@@ -55,6 +55,13 @@ class MomentSums:
         return Moments(self._square.div_(samples), None if self._mean is None else self._mean.div_(samples))
 
 
+def add_sample(sums: dict[str, MomentSums], name: str, gradient: torch.Tensor, *, with_mean: bool) -> None:
+    """Add the gradient of one sample to the sums of a parameter, which begin with its first sample."""
+    if name not in sums:
+        sums[name] = MomentSums(gradient, with_mean=with_mean)
+    sums[name].add(gradient)
+
+
 @dataclass(frozen=True)
 class _Linear:
     """Linear layer: the names of its weight and bias, where their gradients are wanted, and the weight's layout."""
@@ -117,9 +124,7 @@ class LinearGradients:
                 self._add(layer.bias, d.sum(0))
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
-        if name not in self.sums:
-            self.sums[name] = MomentSums(gradient, with_mean=self._with_mean)
-        self.sums[name].add(gradient)
+        add_sample(self.sums, name, gradient, with_mean=self._with_mean)
 
 
 def _linear_layers(model: nn.Module, names: set[str]) -> Iterator[tuple[nn.Module, _Linear]]:

@@ -9,6 +9,7 @@ import gguf
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PrunerError
+from ..models.generate import leading_tokens
 
 # Regular expressions that split text before byte-pair encoding, by llama.cpp's name for them.
 LETTERS_AND_DIGITS = (
@@ -41,7 +42,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, v
     for name in ("bos", "eos", "pad", "unk"):
         if (token := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(token)
-    writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
+    writer.add_add_bos_token(leading_tokens(tokenizer)[:1] == [tokenizer.bos_token_id])
     if isinstance(template := tokenizer.chat_template, str):
         writer.add_chat_template(template)
 
