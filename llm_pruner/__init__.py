@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .importance.score import score
     from .importance.scores import Scores
     from .pruning.run import PruneRun, prune
+    from .refit.allocation import search
     from .refit.compensate import compensate
     from .refit.methods import refit
     from .selection.plan import PruningPlan
@@ -55,6 +56,7 @@ __all__ = [
     "register_criterion",
     "save",
     "score",
+    "search",
     "select",
     "trace",
     "verify",
@@ -71,6 +73,7 @@ _MODULES = {
     "Scores": "importance.scores",
     "PruneRun": "pruning.run",
     "prune": "pruning.run",
+    "search": "refit.allocation",
     "compensate": "refit.compensate",
     "PruningPlan": "selection.plan",
     "select": "selection.select",

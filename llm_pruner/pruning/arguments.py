@@ -10,6 +10,7 @@ from ..choices import (
     GENERAL,
     SHAPE,
     Aggregation,
+    Allocation,
     Compensation,
     Dtype,
     ExpertsPerLayer,
@@ -23,7 +24,7 @@ from ..choices import (
 )
 from ..errors import PrunerError
 from ..flags import Arguments, Share, check_at_least, check_combinations, default_of, flag, split_list
-from .combinations import EXCLUSIVE, MODES, RANGES, REQUIRES, REQUIRES_SAVING, TARGETS
+from .combinations import EXCLUSIVE, MODES, RANGES, REQUIRES, REQUIRES_SAVING, TARGETS, check_allocation
 
 
 @dataclass(kw_only=True)
@@ -69,17 +70,24 @@ class PruneArguments(Arguments):
     grouping_strategy: Aggregation | None = flag(
         None, "aggregation of scores over the weights of a unit (default: sum)", group="method"
     )
-    global_pruning: bool = flag(False, "rank indices across layers instead of within each layer", group="method")
+    allocate: Allocation | None = flag(
+        None,
+        "widths of the layers: uniform, each loses the same share; global, by ranking indices across layers; search, "
+        "by evolution, which measures refitted models (default: uniform, or global with --global_pruning)",
+        group="method",
+    )
+    search_generations: int = flag(24, "generations of --allocate search", group="method")
+    global_pruning: bool = flag(False, "LLM-Pruner's name of --allocate global", group="method")
     normalize: Normalizer = flag(
         "none",
-        "with --global_pruning, normalise the scores of a unit before ranking (default: none; mean with "
+        "with --allocate global, normalise the scores of a unit before ranking (default: none; mean with "
         "--experts_per_layer global)",
         group="method",
     )
     experts_per_layer: ExpertsPerLayer | None = flag(
         None,
         "number of experts that layers keep: uniform, the same in every layer, or global, by the scores of all layers "
-        "(default: uniform, or global with --global_pruning)",
+        "(default: uniform, or global with --allocate global)",
         group="method",
     )
     experts_per_token: int | None = flag(
@@ -254,6 +262,11 @@ class PruneArguments(Arguments):
     top_p: Share = flag(0.95, "nucleus (top-p) probability of test generations", group="output")
 
     @property
+    def ranks_globally(self) -> bool:
+        """True if indices are ranked across layers."""
+        return self.global_pruning or self.allocate == "global"
+
+    @property
     def saves_checkpoint(self) -> bool:
         """True if the run leaves a checkpoint."""
         return not self.no_save
@@ -271,6 +284,7 @@ class PruneArguments(Arguments):
         """
         check_combinations(self, EXCLUSIVE, REQUIRES)
         self._check_ranges()
+        check_allocation(self)
         for name in ("drop_layers", "num_layers", "drop_attention", "drop_mlp"):
             self.layer_numbers(name)
         self._check_experts()
@@ -290,7 +304,7 @@ class PruneArguments(Arguments):
             raise PrunerError("--pruning_ratio beside --experts_per_token says not of what: add --kinds experts")
         if self.uniform and self.experts_per_layer == "global":
             raise PrunerError("--uniform and --experts_per_layer global exclude each other: give one")
-        if self.experts_per_layer == "uniform" and self.normalize != "none" and not self.global_pruning:
+        if self.experts_per_layer == "uniform" and self.normalize != "none" and not self.ranks_globally:
             raise PrunerError("--normalize is for experts that are ranked together: add --experts_per_layer global")
 
     def _check_ranges(self) -> None:
@@ -309,6 +323,7 @@ class PruneArguments(Arguments):
         if self.refit_minutes is not None and not 0 < self.refit_minutes < float("inf"):
             raise PrunerError(f"--refit_minutes {self.refit_minutes} is out of range: give minutes above 0")
         check_at_least(self, 1, "num_examples", "iterative_steps", "round_to", "tensor_parallel", "layer")
+        check_at_least(self, 1, "search_generations")
         check_at_least(self, 1, "budget_batch", "budget_tokens", "depth_examples", "experts_per_token", *SHAPE)
         check_at_least(self, 2, "max_seq_len", "calib_seq_len")
         if self.temperature <= 0 or not 0 < self.top_p <= 1:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..choices import SHAPE
+from ..errors import PrunerError
 
 TARGETS = ("target_params", "target_macs", "target_memory", "target_latency")
 SHAPES = ("target_config", *SHAPE)
@@ -42,8 +44,41 @@ EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
 # Flags that need one of others.
 REQUIRES: tuple[tuple[str, Sequence[str]], ...] = (
     ("layer", ("layer_wise",)),
-    ("normalize", ("global_pruning", "experts_per_layer")),
+    ("normalize", ("allocate", "global_pruning", "experts_per_layer")),
+    ("search_generations", ("allocate",)),
     ("shares", TARGETS),
 )
 # The same, where a checkpoint is saved only if a flag asks for it.
 REQUIRES_SAVING = (("standalone", ("save_model", "output")), ("push_to_hub", ("save_model", "output")))
+# Flags that a search for widths does without, and why.
+NOT_SEARCHED = (
+    (("global_pruning", "normalize", "experts_per_layer", "shares"), "the search decides how widths differ"),
+    (("channel_wise", *SHAPES), "the search is for widths of layers under a budget"),
+    (("stream", "device_map"), "the search runs the model hundreds of times on one device"),
+)
+
+
+def check_allocation(arguments: Any) -> None:
+    """Refuse flags that contradict ``--allocate``.
+
+    Raises:
+        PrunerError: as above.
+    """
+    allocate = arguments.allocate
+    if arguments.global_pruning and allocate == "uniform":
+        raise PrunerError("--global_pruning and --allocate uniform exclude each other: leave one out")
+    if arguments.uniform and allocate == "global":
+        raise PrunerError("--uniform and --allocate global exclude each other (one makes all layers alike): give one")
+    if allocate == "uniform" and arguments.normalize != "none" and arguments.experts_per_layer != "global":
+        raise PrunerError("--normalize is for indices that are ranked across layers: add --allocate global")
+    if allocate != "search":
+        if arguments.is_given("search_generations"):
+            raise PrunerError(f"--search_generations needs --allocate search, not {allocate}")
+        return
+    for names, why in NOT_SEARCHED:
+        if name := next((name for name in names if arguments.is_given(name)), None):
+            raise PrunerError(f"--{name} and --allocate search exclude each other ({why}): leave one out")
+    if not any(map(arguments.is_given, TARGETS)):
+        raise PrunerError(f"--allocate search needs a budget: add one of {', '.join(f'--{name}' for name in TARGETS)}")
+    if {*arguments.kinds} & {"hidden"}:
+        raise PrunerError("--allocate search is for widths of layers, not for --kinds hidden: choose other kinds")

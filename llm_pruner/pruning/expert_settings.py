@@ -34,7 +34,7 @@ def expert_settings(arguments: PruneArguments) -> ExpertSettings:
 
 def scopes(arguments: PruneArguments) -> tuple[PerKind, PerKind]:
     """Return in what scope units are ranked and how their scores are normalised; of experts by a flag of their own."""
-    scope = "global" if arguments.global_pruning else "local"
+    scope = "global" if arguments.ranks_globally else "local"
     of_experts = {None: scope, "uniform": "local", "global": "global"}[arguments.experts_per_layer]
     by_kind: PerKind = {kind: scope for kind in KINDS if scope == "global"} | {"experts": of_experts}
     normalized = arguments.experts_per_layer == "global" and arguments.normalize == "none"

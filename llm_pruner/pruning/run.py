@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from ..checkpoint.apply_files import cut_files
 from ..checkpoint.card import upload, write_card
 from ..checkpoint.config import load_config, meta_model
-from ..checkpoint.load import load, no_tokenizer, torch_dtype
+from ..checkpoint.load import no_tokenizer
 from ..checkpoint.locate import PLAN_FILE, locate
 from ..checkpoint.next_steps import log_next_steps
 from ..checkpoint.on_disk import on_disk
@@ -36,12 +34,12 @@ from ..importance.scores import SCORES_FILE, Scores
 from ..inputs import InputCheck
 from ..logs import log, logging_to
 from ..media import is_media
-from ..models.dispatch import free_bytes
 from ..models.inputs import reads_text_only
 from ..models.skeleton import parameter_count
 from ..peak_memory import PeakMemory
 from ..progress import showing, without_bars
 from ..provenance import command_line, provenance
+from ..refit.allocation import ALLOCATION
 from ..selection.plan import PruningPlan
 from ..surgery.apply import TASK, in_memory
 from ..surgery.equivalence import verify
@@ -53,11 +51,12 @@ from .combinations import REQUIRES_SAVING
 from .context import Planning, Progress, Stopwatch
 from .evaluation import compare_latency, evaluate_model, evaluation_windows, warn_of_lost_quality
 from .fewer_experts import routed_to_fewer, send_to_fewer
+from .loading import is_too_large, load_or_reuse
 from .measurements import METRICS_FILE, before_and_after
 from .mending import mend
 from .planning import PlannedModel, make_plan, needs_calibration
 from .quantized import blocks_for, save_pruned, without_refit
-from .settings import ModelSettings, PruneSettings, filled_arguments, resolve_settings
+from .settings import PruneSettings, filled_arguments, resolve_settings
 from .towers import LANGUAGE
 
 if TYPE_CHECKING:
@@ -168,11 +167,14 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
         if not output.save and not arguments["no_save"]:
             log.info("no checkpoint will be kept: add --save_model, or --output FOLDER, to keep it")
         set_seed(settings.seed)
+        unfinished = folder.with_name(f".{folder.name}.search.json")
+        settings = replace(settings, output=replace(output, unfinished=unfinished))
         run = _run(settings, arguments, temporary, Stopwatch(progress))
         (temporary / METRICS_FILE).write_text(strict_json(run.metrics), encoding="utf-8")
         if output.save:
             config = load_config(str(temporary), settings.model.trust_remote_code)
             write_card(config, temporary, PruningPlan.load(temporary / PLAN_FILE), folder.name, metrics=run.metrics)
+    unfinished.unlink(missing_ok=True)
     with logging_to(folder / LOG_FILE):
         if output.push_to_hub:
             log.info("pushed to %s", upload(folder, output.push_to_hub))
@@ -185,7 +187,7 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
 
 
 def _run(settings: PruneSettings, arguments: dict[str, Any], folder: Path, clock: Stopwatch) -> PruneRun:
-    offload = settings.model.offload or (not settings.model.device_map and _is_too_large(settings.model))
+    offload = settings.model.offload or (not settings.model.device_map and is_too_large(settings.model))
     settings = without_refit(replace(settings, model=replace(settings.model, offload=offload)))
     with PeakMemory() as memory:
         run = (_cut_files if _works_on_files(settings) else _prune_loaded)(settings, folder, clock)
@@ -229,6 +231,8 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     leading, blocks = leading_count(settings.calibration, tokenizer), blocks_for(settings)
     planning = Planning(settings=settings, ids=ids, leading=leading, clock=clock, place=place, blocks=blocks)
     planned = make_plan(planning, model)
+    if ALLOCATION in planned.plan.settings:
+        metrics[ALLOCATION] = planned.plan.settings[ALLOCATION]
     if calibrates:
         planned.plan.settings[CALIBRATED_ON] = settings.calibration.dataset
     if left_out := unread_tensors(model):
@@ -290,45 +294,6 @@ def _record_parameters(metrics: dict[str, Any], after: int) -> None:
     log.info("parameters: %s -> %s (%.4f)", f"{before:,}", f"{after:,}", after / before)
 
 
-_kept: dict[ModelSettings, Any] | None = None  # model loaded last, inside keeping_model
-
-
-@contextmanager
-def keeping_model() -> Iterator[None]:
-    """Share one loaded model between the runs inside, one after the other; none of them changes it."""
-    global _kept
-    _kept = {}
-    try:
-        yield
-    finally:
-        _kept = None
-
-
-def load_or_reuse(settings: ModelSettings, scratch: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a model and its tokenizer, or return those that :func:`keeping_model` shares.
-
-    Args:
-        scratch: folder for the weights of a quantized model that is offloaded.
-    """
-    if _kept is not None and settings in _kept:
-        return _kept[settings]
-    if _kept is not None:
-        _kept.clear()  # before the next model takes memory
-    upcast = settings.dtype == "auto" and settings.device == "cpu" and not settings.offload
-    loaded = load(
-        settings.name,
-        "float32" if upcast else settings.dtype,
-        "cpu" if settings.offload else settings.device,
-        settings.trust_remote_code,
-        device_map=settings.device_map,
-        task=settings.task,
-        offload_folder=scratch if settings.offload else None,
-    )
-    if _kept is not None:
-        _kept[settings] = loaded
-    return loaded
-
-
 def _works_on_files(settings: PruneSettings) -> bool:
     """Return True if nothing computes with the model, so that its weights can stay in their files."""
     evaluation = settings.evaluation
@@ -336,6 +301,7 @@ def _works_on_files(settings: PruneSettings) -> bool:
     computes = (
         needs_calibration(settings)
         or settings.widths.iterative_steps > 1
+        or settings.widths.generations is not None
         or settings.widths.proportions
         or settings.refit.needs_text
         or settings.calibration.towers != LANGUAGE  # traced on images or sounds, often by weights
@@ -376,24 +342,3 @@ def _save_plan(settings: PruneSettings, plan: PruningPlan, scores: Scores | None
     plan.save(folder / PLAN_FILE)
     if scores is not None:
         scores.save(folder / SCORES_FILE)
-
-
-def _is_too_large(settings: ModelSettings) -> bool:
-    """Return True if original and pruned weights do not fit side by side, so that the model must be offloaded."""
-    if locate(settings.name)[1] is not None:  # GGUF: nothing to map, it is dequantized in memory
-        return False
-    trust = settings.trust_remote_code
-    meta = meta_model(load_config(settings.name, trust, task=settings.task), trust)
-    dtype = torch_dtype(settings.dtype)
-    if not isinstance(dtype, torch.dtype):
-        dtype = torch.float32 if settings.device == "cpu" else meta.dtype
-    needed = 2 * dtype.itemsize * parameter_count(meta)
-    free = free_bytes(settings.device)
-    if needed > free:
-        log.info(
-            "offloading: the model and its pruned copy take %.1f GiB, %.1f are free on %s",
-            needed / 2**30,
-            free / 2**30,
-            settings.device,
-        )
-    return needed > free

@@ -114,6 +114,7 @@ class WidthSettings:
         ratio: share of a unit's indices to remove if there is no budget.
         proportions: proportions of kinds under a budget; 0 if they are to be measured.
         uniform: keep the same number of indices in every layer, so that the result is a plain checkpoint.
+        generations: generations of a search for widths; None: widths follow from scores.
     """
 
     preset: str
@@ -129,6 +130,7 @@ class WidthSettings:
     tensor_parallel: int = 1
     align: bool = False
     uniform: bool = False
+    generations: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +162,8 @@ class EvaluationSettings:
 class OutputSettings:
     """Output of a run: folder, and whether to save a checkpoint; ``named``: the user named the folder.
 
-    With ``dequantize``, a quantized checkpoint is written in 16 bits.
+    With ``dequantize``, a quantized checkpoint is written in 16 bits. The file ``unfinished`` holds what a run that was
+    killed leaves to the next.
     """
 
     folder: Path
@@ -169,6 +172,7 @@ class OutputSettings:
     standalone: bool = False
     push_to_hub: str | None = None
     dequantize: bool = False
+    unfinished: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +352,7 @@ def _width_settings(arguments: PruneArguments, align: bool) -> WidthSettings:
         tensor_parallel=arguments.tensor_parallel,
         align=align,
         uniform=arguments.uniform,
+        generations=arguments.search_generations if arguments.allocate == "search" else None,
     )
 
 

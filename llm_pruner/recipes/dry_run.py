@@ -322,7 +322,7 @@ def _in_class_for(task: str | None, model: PreTrainedModel, trust_remote_code: b
 
 def _prune(settings: PruneSettings, model: PreTrainedModel) -> Prediction:
     widths, budget = settings.widths, settings.budget
-    estimated = widths.scope != "local" or bool(widths.proportions)
+    estimated = widths.scope != "local" or bool(widths.proportions) or widths.generations is not None
     timed = budget is not None and budget.kind == "target_latency"
     if budget is not None and timed:
         if read_target(budget.kind, budget.target, UNITS[budget.kind])[1] is not None:

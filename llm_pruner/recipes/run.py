@@ -17,7 +17,7 @@ from ..evaluation.tabular import TERMINAL, terminal_tables
 from ..files import folder_lock, lock_holder, strict_json, write_text
 from ..logs import log, logging_to
 from ..provenance import provenance
-from ..pruning.run import keeping_model
+from ..pruning.loading import keeping_model
 from .arguments import RunArguments
 from .dry_run import dry_run_tables, predict_points, predict_stages, sweep_cells
 from .executors import EXECUTORS, Work, check_executor, worker_command

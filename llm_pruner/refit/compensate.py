@@ -144,7 +144,7 @@ def compensate(
             before.advance(dropped, [])
         for i, added in enumerate(track(projections, "compensating layers")):
             dropped_next = range(kept[i] + 1, [*kept, len(original)][i + 1])
-            targets = _targets(before, kept[i], added, dropped_next)
+            targets = targets_behind(before, kept[i], added, dropped_next)
             refits = _refit_layer(after, i, targets, added, only_bias=method == "bias")
             if method != "bias":
                 refits += _refit_experts(pruned, after, i, targets[""])
@@ -173,7 +173,7 @@ def _bias(module: nn.Module) -> torch.Tensor | None:
 Targets = dict[str, list[torch.Tensor]]  # by projection and batch; the stream behind the layer is under ""
 
 
-def _targets(stream: ResidualStream, layer: int, added: list[Projection], dropped: range) -> Targets:
+def targets_behind(stream: ResidualStream, layer: int, added: list[Projection], dropped: range) -> Targets:
     """Advance the original over a layer and those dropped behind it; return the target of every projection.
 
     A sum that is normalised aims at the layer's own: that of a dropped layer is read by a norm with other weights.
@@ -197,7 +197,7 @@ def _refit_layer(
     refits = []
     for one in added:
         name = one.name
-        floor = _median_power(targets[name if one.norm else ""])
+        floor = median_power(targets[name if one.norm else ""])
         module = stream.layers[layer].get_submodule(name)
         bias = _bias(module)
         fitted, held_out = RegressionSums(floor), RegressionSums(floor)
@@ -218,13 +218,13 @@ def _refit_experts(
     refits = []
     with implementations(pruned, experts="eager"):  # that shows what each of them reads
         for name in added_experts(stream, layer):
-            floor = _median_power(targets)
+            floor = median_power(targets)
             done = refit_experts(pruned, stream, layer, name, targets=targets, floor=floor)
             refits.append(Refit(name, done.before, done.after, done.ridge))
     return refits
 
 
-def _median_power(hidden: list[torch.Tensor]) -> float:
+def median_power(hidden: list[torch.Tensor]) -> float:
     """Return the median over tokens of the squared norm of hidden states."""
     return torch.cat([h.float().square().sum(-1).flatten() for h in hidden]).median().item()
 

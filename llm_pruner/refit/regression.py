@@ -45,6 +45,20 @@ class RegressionSums:
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
+    def restricted(self, channels: torch.Tensor, weight: torch.Tensor) -> RegressionSums:
+        """Return the sums of some input channels alone, where the error is left by a ``weight`` on these channels.
+
+        Args:
+            channels: LongTensor of indices of input channels.
+            weight: ``[len(channels), hidden]``; the errors of these sums are those without it.
+        """
+        part = RegressionSums(self.floor)
+        cross = self.cross[channels]
+        part.tokens, part.inputs = self.tokens, self.inputs[channels][:, channels]
+        part.cross = cross - part.inputs @ weight
+        part.error = self.error - ((cross + part.cross) * weight).sum().item()
+        return part
+
     def solve(self, ridge: float) -> torch.Tensor:
         """Return the change of the weight that minimises the penalised error, ``[inputs, hidden]``."""
         power = self.inputs.diagonal()
