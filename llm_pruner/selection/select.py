@@ -333,8 +333,9 @@ class Policy:
             raise PrunerError(f"{unit.name} cannot keep {count}: the model runs with multiples of {unit.multiple} only")
         if count % unit.groups:
             raise PrunerError(f"{unit.name} cannot keep {count}: its router has {unit.groups} groups of equal size")
-        gone = unit.size - count
-        return rank_balanced(self.scores.of(unit, gone), gone, unit.groups)
+        gone, shards = unit.size - count, self.tensor_parallel if unit.kind in SHARDED else 1
+        parts = unit.groups if gone % shards or unit.size % shards else max(unit.groups, shards)
+        return rank_balanced(self.scores.of(unit, gone), gone, parts)
 
     def _removals(self, kind: str, units: list[Unit], ratio: float, plan: PruningPlan) -> list[torch.Tensor]:
         """Return the indices that each unit of a kind loses."""
