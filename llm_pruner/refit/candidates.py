@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 import torch
 from transformers import PreTrainedModel
 
 from ..graph.units import CouplingGraph
 from ..models.blockwise import computing, native_compute, standing_in
 from ..models.inputs import Inputs
-from ..models.running import equal_draws, evaluating, forward, implementations, main_output
+from ..models.running import equal_draws, evaluating, forward, main_output
 from ..models.tasks import has_token_logits
 from ..selection.plan import PruningPlan
 from ..surgery.equivalence import masking_modes
@@ -75,12 +73,7 @@ class Candidates:
 
         total, positions = 0.0, 0
         count = max(1, round(share * len(self.batches)))
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(self.shorter))
-            if modes.routers.removed:
-                stack.enter_context(implementations(self.shorter, experts="batched_mm"))
-            stack.enter_context(modes.routers)
-            stack.enter_context(standing_in(self.shorter, stand_in))
+        with evaluating(self.shorter), modes.routing(self.shorter), standing_in(self.shorter, stand_in):
             for batch, expected in zip(self.batches[:count], self.outputs[:count], strict=True):
                 with equal_draws():
                     output = main_output(forward(self.shorter, batch))

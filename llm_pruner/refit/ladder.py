@@ -179,7 +179,7 @@ class _Builder:
             tensor = self.compute.convert(self.fitted.get(name, tensor))
             return modes.routers.stand_in(name, mask(name, tensor, self.others) if name in self.others.kept else tensor)
 
-        with modes.routers, standing_in(self.model, stand_in):
+        with modes.routing(self.model), standing_in(self.model, stand_in):
             yield
 
     def fit(

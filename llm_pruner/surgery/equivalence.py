@@ -23,6 +23,7 @@ from ..models.per_layer import layer_lists
 from ..models.running import (
     equal_draws,
     forward,
+    implementations,
     main_output,
     relative_difference,
     stored_tensors,
@@ -250,6 +251,15 @@ class Modes:
 
     norms: list[KeptNorms] = field(default_factory=list)
     routers: Unrouted = field(default_factory=lambda: Unrouted({}))
+
+    @contextmanager
+    def routing(self, model: nn.Module) -> Iterator[None]:
+        """Keep the routers of a model from choosing removed experts; do nothing where none is removed."""
+        if not self.routers.removed:
+            yield
+            return
+        with implementations(model, experts="batched_mm"), self.routers:
+            yield
 
 
 def masking_modes(graph: CouplingGraph, plan: PruningPlan) -> Modes:
