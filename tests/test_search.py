@@ -12,10 +12,12 @@ from llm_pruner.evaluation.cost import macs, macs_budget, memory_budget
 from llm_pruner.models.skeleton import parameter_count
 from llm_pruner.pruning.arguments import PruneArguments
 from llm_pruner.refit import allocation, compensate
-from llm_pruner.refit.allocation import ALLOCATION
 from llm_pruner.refit.candidates import Candidates
 from llm_pruner.refit.ladder import build_ladder
+from llm_pruner.report.figures import draw_pruning
+from llm_pruner.report.runs import read
 from llm_pruner.selection import search as space
+from llm_pruner.selection.search import ALLOCATION
 
 QUICK = {"eval_datasets": [], "calib_dataset": "general", "calib_seq_len": 32, "num_examples": 64, "self_examples": 0}
 
@@ -101,7 +103,7 @@ def test_a_search_that_was_killed_goes_on(setting, tmp_path, monkeypatch):
 
 
 def test_uniform_searches_the_split_between_kinds(setting):
-    model, graph, scores, ids = setting
+    model, graph, *_ = setting
     plan = search(setting, kinds=["neurons", "heads"], uniform=True, generations=3)
     for kind in ("neurons", "heads"):
         units = graph.of_kind(kind)
@@ -173,7 +175,9 @@ def test_a_run_records_its_search_and_leaves_nothing_beside_its_folder(home, tmp
     run = lp.prune(str(home / "base"), output=str(tmp_path / "a"), allocate="search", search_generations=1, **flags)
     assert len(run.metrics[ALLOCATION]["distances"]) == 2 and run.metrics["seconds"]["search"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert lp.PruningPlan.load(tmp_path / "a" / "pruning_plan.json").settings["scope"] == "search"
+    report = read(tmp_path / "a")
+    assert report.plan.settings["scope"] == "search"
+    assert [drawing.name for drawing in draw_pruning(report)][-1] == "a-search"
 
 
 def test_allocate_global_is_llm_pruners_flag(home):

@@ -39,8 +39,8 @@ from ..models.skeleton import parameter_count
 from ..peak_memory import PeakMemory
 from ..progress import showing, without_bars
 from ..provenance import command_line, provenance
-from ..refit.allocation import ALLOCATION
 from ..selection.plan import PruningPlan
+from ..selection.search import ALLOCATION
 from ..surgery.apply import TASK, in_memory
 from ..surgery.equivalence import verify
 from ..version import __version__

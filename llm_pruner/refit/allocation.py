@@ -26,7 +26,7 @@ from ..selection.budgets import Budget, parameter_budget
 from ..selection.per_kind import layers_by_kind
 from ..selection.plan import PruningPlan
 from ..selection.ranking import ALIGNMENTS, alignment
-from ..selection.search import Genome, SearchSpace, evolve, search_space
+from ..selection.search import ALLOCATION, Genome, SearchSpace, evolve, search_space
 from ..selection.select import SHARDED, WHOLE_MODEL, select
 from .candidates import Candidates
 from .ladder import Ladder, build_ladder
@@ -35,7 +35,6 @@ from .training import hold_out
 GENERATIONS = 24
 TOKENS = 2048  # on which candidates are compared
 LARGEST_PART = 4  # at most one sample of so many compares candidates
-ALLOCATION = "allocation"  # setting of a plan with the record of a search
 
 
 def search(

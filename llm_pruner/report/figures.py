@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..selection.plan import PruningPlan
+from ..selection.search import ALLOCATION
 from .drawing import (
     BLUE,
     COLOURS,
@@ -92,7 +93,22 @@ def draw_pruning(run: Run) -> list[Drawing]:
         drawings.append(_draw_widths(run, plan, kind))
         if scores:
             drawings += [_draw_score_map(run, kind, scores, unit), _draw_histogram(run, kind, scores, unit)]
+    if distances := plan.settings.get(ALLOCATION, {}).get("distances"):
+        drawings.append(_draw_search(run, distances))
     return drawings
+
+
+def _draw_search(run: Run, distances: list[float]) -> Drawing:
+    """Draw how close to the original the candidates of a search came, by generation."""
+    with new_axes() as (figure, ax):
+        ax.plot(range(len(distances)), distances, color=BLUE, drawstyle="steps-post")
+        ax.set_xlabel("generation")
+        ax.set_ylabel("distance from the original")
+        ax.grid(True)
+        ax.locator_params(axis="both", nbins=6)
+        freeze_layout(figure)
+    alt = f"distance from the original over {len(distances) - 1} generations: {distances[0]:.4g} to {distances[-1]:.4g}"
+    return Drawing(slug(f"{run.name} search"), f"{run.name}: search for widths", alt, figure)
 
 
 def _unit_of_scores(run: Run) -> str:

@@ -18,6 +18,7 @@ from .budgets import Budget
 from .plan import PruningPlan
 from .ranking import role
 
+ALLOCATION = "allocation"  # setting of a plan that holds the record of its search
 RUNGS = 8  # widths of a unit, evenly spaced, besides that of the starting point
 OFFSPRING = 8  # of a generation
 FINALISTS = 2  # offspring of a generation that are compared on all samples
