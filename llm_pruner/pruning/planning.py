@@ -35,7 +35,7 @@ from .settings import (
 )
 from .towers import LANGUAGE, freeze_others, trace_towers
 from .whole_layers import describe_dropped, plan_layers
-from .widths import Whole, WidthGoal, score_widths, search_widths, select_widths, width_goal
+from .widths import Whole, WidthGoal, check_search, score_widths, search_widths, select_widths, width_goal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +160,7 @@ def check_plan(planning: Planning, model: PreTrainedModel) -> None:
         return
     if "hidden" in goal.kinds and goal.config is None:
         _try_hidden(planning, model, graph, replace(goal, budget=None, proportions={}))
+    check_search(settings.widths, graph, goal)
     if goal.budget is None:
         return
     goal.budget.limit()

@@ -18,7 +18,7 @@ from ..graph.units import CouplingGraph
 from ..importance.scores import Scores
 from ..models.inputs import hash_of
 from ..provenance import versions
-from ..refit.allocation import search
+from ..refit.allocation import search, searched_units
 from ..selection.budgets import Budget, NothingRemoved, parameter_budget
 from ..selection.plan import PruningPlan
 from ..selection.select import select
@@ -155,6 +155,19 @@ def _options(widths: WidthSettings, goal: WidthGoal) -> dict[str, Any]:
     return {"kinds": goal.kinds} | {name: getattr(widths, name) for name in names}
 
 
+def check_search(widths: WidthSettings, graph: CouplingGraph, goal: WidthGoal) -> None:
+    """Refuse a search that :func:`search_widths` would refuse, without weights."""
+    if widths.generations is not None:
+        searched_units(graph, _search_options(widths, goal))
+
+
+def _search_options(widths: WidthSettings, goal: WidthGoal) -> dict[str, Any]:
+    """Return the options of a search: layers are those that flags name, otherwise all."""
+    named = {kind for kind, ends in widths.ranges.items() if ends != (None, None)}
+    layers = {kind: list(layers) for kind, layers in (goal.layers or {}).items() if kind in named}
+    return _options(widths, goal) | {"layers": layers}
+
+
 def search_widths(
     planning: Planning,
     model: PreTrainedModel,
@@ -165,7 +178,7 @@ def search_widths(
     start: PruningPlan,
     whole: Whole | None,
 ) -> PruningPlan:
-    """Search for widths from a starting point on: in the layers that flags name, otherwise in all.
+    """Search for widths from a starting point on.
 
     Raises:
         PrunerError: the model is offloaded or spread, or :func:`llm_pruner.search` raises one.
@@ -177,7 +190,6 @@ def search_widths(
             "--allocate uniform or global"
         )
     assert widths.generations is not None
-    named = {kind for kind, ends in widths.ranges.items() if ends != (None, None)}
     kept = next((kept.tolist() for kept in whole.dropped.layers.values()), None) if whole else None
     with planning.clock("search"):
         return search(
@@ -193,8 +205,7 @@ def search_widths(
             generations=widths.generations,
             seed=settings.seed,
             cache=settings.output.unfinished,
-            layers={kind: layers for kind, layers in (goal.layers or {}).items() if kind in named},  # type: ignore[union-attr]
-            **_options(widths, goal),
+            **_search_options(widths, goal),
         )
 
 

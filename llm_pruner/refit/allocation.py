@@ -25,7 +25,7 @@ from ..provenance import versions
 from ..selection.budgets import Budget, parameter_budget
 from ..selection.per_kind import layers_by_kind
 from ..selection.plan import PruningPlan
-from ..selection.ranking import ALIGNMENTS, alignment
+from ..selection.ranking import ALIGNMENTS, alignment, role
 from ..selection.search import ALLOCATION, Genome, SearchSpace, evolve, search_space
 from ..selection.select import SHARDED, WHOLE_MODEL, select
 from .candidates import Candidates
@@ -97,7 +97,7 @@ def search(
     if budget is None:
         raise PrunerError("a search needs a budget: give target_params or budget")
     calibration = check_calibration(model, calibration)
-    units = _searched_units(graph, options)
+    units = searched_units(graph, options)
     start = start or select(graph, scores, budget=budget, **options)
     space = search_space(
         graph,
@@ -109,8 +109,6 @@ def search(
         plan_at=lambda counts: _plan_at(graph, scores, counts, options),
         alike=options.get("uniform", False),
     )
-    if len(space.genes) < 2:
-        raise PrunerError("a search exchanges widths between units, and there is one width alone: add kinds or layers")
     samples = max(1, min(len(calibration) // LARGEST_PART, TOKENS // tokens_per_sample(calibration)))
     fitted, compared = hold_out(calibration, samples)
     ladder = _ladder(original or model, model, graph, fitted, space, start=start, kept=kept) if refit else Ladder()
@@ -126,7 +124,8 @@ def search(
         evolution.distances[-1],
         generations,
     )
-    plan.settings = {name: value for name, value in start.settings.items() if name != "ratio"}
+    plan.settings = {name: value for name, value in start.settings.items() if name not in ("ratio", "layers")}
+    plan.settings |= {"layers": options["layers"]} if options.get("layers") else {}
     plan.settings |= {"scope": "search", ALLOCATION: {"seed": seed, "distances": evolution.distances}}
     plan.notes += start.notes
     return plan
@@ -152,11 +151,15 @@ class Distances:
         return self.known[name]
 
 
-def _searched_units(graph: CouplingGraph, options: dict[str, Any]) -> list[Unit]:
+def searched_units(graph: CouplingGraph, options: Mapping[str, Any]) -> list[Unit]:
     """Return the units whose widths are searched.
 
+    Args:
+        options: of :func:`search`.
+
     Raises:
-        PrunerError: a kind runs through the whole model, or zeros do not stand for the removal of a unit.
+        PrunerError: a kind runs through the whole model, zeros do not stand for the removal of a unit, or there is one
+            width alone.
     """
     kinds = tuple(options.get("kinds", ("heads", "neurons")))
     if whole := [kind for kind in kinds if kind in WHOLE_MODEL]:
@@ -168,17 +171,21 @@ def _searched_units(graph: CouplingGraph, options: dict[str, Any]) -> list[Unit]
             f"a search compares masked models, and removing {' and '.join(flagged)} of {graph.model_class} is not the "
             "same as zeroing them: use another allocation"
         )
+    if len({role(unit) if options.get("uniform") else unit.name for unit in units}) < 2:
+        raise PrunerError("a search exchanges widths between units, and there is one width alone: add kinds or layers")
     return units
 
 
-def _step(unit: Unit, options: dict[str, Any]) -> int:
+def _step(unit: Unit, options: Mapping[str, Any]) -> int:
     """Return the step of a unit's kept count."""
     parts = options.get("tensor_parallel", 1) if unit.kind in SHARDED else unit.groups
     aligned = alignment(unit, ALIGNMENTS[0] if options.get("align") else 1)
     return lcm(options.get("round_to", 1), parts * unit.block, unit.multiple, aligned)
 
 
-def _plan_at(graph: CouplingGraph, scores: Scores, counts: Mapping[str, int], options: dict[str, Any]) -> PruningPlan:
+def _plan_at(
+    graph: CouplingGraph, scores: Scores, counts: Mapping[str, int], options: Mapping[str, Any]
+) -> PruningPlan:
     """Return the plan that leaves some kept counts, an empty one if these are all indices."""
     if all(graph.unit(name).size == count for name, count in counts.items()):
         return PruningPlan()

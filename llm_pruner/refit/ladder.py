@@ -205,7 +205,7 @@ class _Builder:
             read = reads[one.name].flatten(0, -2)
             if bias is not None:
                 read = torch.cat([read, torch.ones_like(read[:, :1])], -1)
-            without = behind[one.name].flatten(0, -2) - read @ weight
+            without = behind[one.name].flatten(0, -2).float() - read.float() @ weight.float()
             (held_out if i % HELD_OUT == HELD_OUT - 1 else fitted).add(read, target, without)
         inputs = len(weight) - (bias is not None)
         unit = self.ladder.units.get(path)
