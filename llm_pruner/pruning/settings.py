@@ -12,6 +12,7 @@ from ..errors import PrunerError
 from ..files import read_json
 from ..importance.criteria import check_criterion
 from ..models.dispatch import resolve_device
+from ..refit.allocation import MIN_SAMPLES as MIN_SEARCHED
 from ..refit.compensate import MIN_SAMPLES
 from ..selection.budgets import COUNTS, UNITS, read_target
 from ..selection.per_kind import PerKind
@@ -243,6 +244,10 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
         output=_output_settings(arguments),
     )
     samples = settings.calibration.samples
+    if settings.widths.generations is not None and samples < MIN_SEARCHED:
+        raise PrunerError(
+            f"--allocate search needs --num_examples of at least {MIN_SEARCHED}, better 128, not {samples}"
+        )
     if settings.refit.needs_text and samples < MIN_SAMPLES:
         flag = "refit" if arguments.compensate is None else "compensate"
         raise PrunerError(

@@ -35,6 +35,7 @@ from .training import hold_out
 GENERATIONS = 24
 TOKENS = 2048  # on which candidates are compared
 LARGEST_PART = 4  # at most one sample of so many compares candidates
+MIN_SAMPLES = 44  # of which three quarters are enough for a refit
 
 
 def search(
@@ -81,7 +82,8 @@ def search(
         The plan. ``plan.settings["allocation"]`` records the distance at the start and after every generation.
 
     Raises:
-        PrunerError: there is no budget or nothing to search, or zeros do not stand for the removal of these units.
+        PrunerError: there is no budget or nothing to search, the calibration set is too small, or zeros do not stand
+            for the removal of these units.
 
     >>> import torch, llm_pruner as lp
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -97,6 +99,8 @@ def search(
     if budget is None:
         raise PrunerError("a search needs a budget: give target_params or budget")
     calibration = check_calibration(model, calibration)
+    if len(calibration) < MIN_SAMPLES:
+        raise PrunerError(f"a search needs at least {MIN_SAMPLES} calibration samples, not {len(calibration)}")
     units = searched_units(graph, options)
     start = start or select(graph, scores, budget=budget, **options)
     space = search_space(
@@ -113,8 +117,8 @@ def search(
     fitted, compared = hold_out(calibration, samples)
     ladder = _ladder(original or model, model, graph, fitted, space, start=start, kept=kept) if refit else Ladder()
     candidates = Candidates(original or model, model, graph, ladder, compared)
-    key = [versions(), hash_of(calibration), seed, refit, [list(gene.widths) for gene in space.genes], space.limit]
-    key += [space.start, {name: value.tolist() for name, value in scores.values.items()}]
+    key = [versions(), model.name_or_path, hash_of(calibration), refit, kept, space.widths(space.start)]
+    key += [{name: value.tolist() for name, value in scores.values.items()}]
     distances = Distances(space, candidates, cache, digest(key))
     evolution = evolve(space, distances, generations=generations, seed=seed)
     plan = space.finish(evolution.best)
@@ -142,9 +146,9 @@ class Distances:
             self.known = content["distances"] if content["key"] == key else {}
 
     def __call__(self, genome: Genome, share: float) -> float:
-        name = f"{share} {','.join(map(str, genome))}"
+        widths = self.space.widths(genome)
+        name = f"{share} {','.join(map(str, widths.values()))}"
         if name not in self.known:
-            widths = self.space.widths(genome)
             self.known[name] = self.candidates.distance(widths, self.space.plan_at(widths), share)
             if self.file is not None:
                 write_text(self.file, strict_json({"key": self.key, "distances": self.known}))
