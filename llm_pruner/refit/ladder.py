@@ -6,8 +6,8 @@ alone: with inputs x, weight W and the error e of the stream without the project
 
     D_K = (H_KK + lambda P_K)^-1 (C_K - H_KK W_K),    H = sum_t v_t x_t x_t',    C = sum_t v_t x_t e_t'
 
-So one pass over the calibration tokens, layer by layer, gives the refits of all widths. In that pass, layers behind
-have the widths of a starting point, refitted too: every rung makes up for the error that these layers left there.
+So one pass over the calibration tokens, layer by layer, gives the refits of all widths. In that pass, earlier layers
+have the widths of a starting point, refitted too: every rung makes up for the error that they leave there.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def build_ladder(
         graph: graph of ``shorter``.
         calibration: LongTensor ``[samples, tokens]`` or other inputs.
         rungs: plan that leaves a unit a kept count, by unit and count; among them the counts of ``start``.
-        start: plan whose widths layers behind have while a layer is fitted.
+        start: plan whose widths earlier layers have while a layer is fitted.
         kept: indices of the original's layers that ``shorter`` has (default: all).
 
     Raises:
