@@ -44,7 +44,7 @@ EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
 # Flags that need one of others.
 REQUIRES: tuple[tuple[str, Sequence[str]], ...] = (
     ("layer", ("layer_wise",)),
-    ("normalize", ("allocate", "global_pruning", "experts_per_layer")),
+    ("normalize", ("global_pruning", "experts_per_layer", "allocate")),
     ("search_generations", ("allocate",)),
     ("shares", TARGETS),
 )
