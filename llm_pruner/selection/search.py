@@ -77,13 +77,17 @@ class SearchSpace:
         return self.cost + sum(gene.costs[i] - self.cost for gene, i in zip(self.genes, genome, strict=True))
 
     def mutated(self, genome: Genome, random: Random) -> Genome:
-        """Return a genome in which a few genes exchange rungs, as close below the limit as rungs allow."""
+        """Return a genome in which a few genes exchange rungs, as close below the limit as rungs allow.
+
+        The same genome is returned where measured costs, such as latencies, leave none below the limit.
+        """
         changed = list(genome)
         for _ in range(min(random.randint(1, LARGEST_MUTATION) for _ in range(2))):  # small ones more often
             narrowed = self._move(changed, -1, range(len(changed)), random)
             self._move(changed, 1, [i for i in range(len(changed)) if i != narrowed], random)
         while self.cost_of(changed) > self.limit:
-            self._move(changed, -1, range(len(changed)), random)
+            if self._move(changed, -1, range(len(changed)), random) is None:
+                return genome
         while self._move(changed, 1, [i for i in range(len(changed)) if self._fits(changed, i)], random) is not None:
             pass
         return tuple(changed)
