@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import PrunerError
 from ..models.blockwise import computing, native_compute
 from ..models.experts import top_k_call
-from ..models.hooks import forward_hooks
+from ..models.hooks import Forward, forward_hooks, replaced_forwards
 from ..models.inputs import Inputs, ModelInputs
 from ..models.layers import hidden_in, hidden_out
 from ..models.per_layer import layer_lists
@@ -36,8 +37,15 @@ class Projection:
     norm: str = ""
 
 
+class _AllRecorded(Exception):
+    """The last layer has been called: what comes behind it need not run."""
+
+
 class ResidualStream:
     """Hidden states of a model in front of one of its layers, batch by batch, and the arguments of its layers.
+
+    Layers that return the stream alone do not run while their arguments are recorded: these seldom depend on it, which
+    is checked on the last batch.
 
     Attributes:
         layers: the model's layers.
@@ -51,35 +59,61 @@ class ResidualStream:
         self.layers = layers
         self.hidden: list[torch.Tensor] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # by batch and layer
+        device = native_compute(model).device
+        last, plain = self._run_whole(model, batches[-1].to(device))
         for ids in track(batches, "recording the residual stream"):
-            first, last = self._record(model, ids.to(native_compute(model).device))
-            self.hidden.append(first)
+            self._record(model, ids.to(device), calls=len(plain), runs=not all(plain))
         hidden = self.hidden[-1]
         for i in range(len(layers)):
             hidden = self.run(i, len(batches) - 1, hidden)
         if not torch.allclose(hidden.float(), last.float(), rtol=1e-3, atol=1e-4 * last.abs().max().item()):
             raise PrunerError("this model cannot be compensated: its layers pass on more than one stream")
 
-    def _record(self, model: PreTrainedModel, ids: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run a batch, record the arguments of every layer; return the stream before the first and after the last."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        ends: dict[str, torch.Tensor] = {}
+    def _run_whole(self, model: PreTrainedModel, ids: Inputs) -> tuple[torch.Tensor, list[bool]]:
+        """Run a batch; return the stream behind the last layer, and for every call if it returned the stream alone."""
+        last: list[Any] = []
+        plain: list[bool] = []
+
+        def note(_: nn.Module, __: Any, output: Any) -> None:
+            last[:] = [output]
+            plain.append(isinstance(output, torch.Tensor))
+
+        with forward_hooks([(layer, note) for layer in self.layers]):
+            forward(model, ids)
+        return hidden_out(last[0]), plain
+
+    def _record(self, model: PreTrainedModel, ids: Inputs, *, calls: int, runs: bool) -> None:
+        """Note the arguments that a batch gives every layer, and the stream before the first.
+
+        Args:
+            calls: of layers in a pass.
+            runs: run the layers, not only what lies around them.
+        """
+        noted: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        first: list[torch.Tensor] = []
 
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            ends.setdefault("first", hidden_in(args, kwargs))
-            calls.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            first.append(hidden_in(args, kwargs))
+            del first[1:]
+            noted.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
 
-        def record_last(_: nn.Module, __: Any, output: Any) -> None:
-            ends["last"] = hidden_out(output)
+        def replace(_: int, own: Forward) -> Forward:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if len(noted) == calls:
+                    raise _AllRecorded
+                return own(*args, **kwargs) if runs else hidden_in(args, kwargs)
+
+            return run
 
         # Before all other hooks: a layer with hooks of its own is given what the model gives it.
         with (
             forward_hooks(before=[(layer, record) for layer in self.layers], with_kwargs=True, prepend=True),
-            forward_hooks([(self.layers[-1], record_last)]),
+            replaced_forwards(list(self.layers), replace),
+            suppress(_AllRecorded),
         ):
             forward(model, ids)
-        self._calls.append(calls)
-        return ends["first"], ends["last"]
+        self._calls.append(noted)
+        self.hidden += first
 
     def run(self, layer: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run one layer on ``hidden``, with the other arguments of that batch."""
