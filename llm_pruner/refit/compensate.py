@@ -2,7 +2,7 @@
 
 Removing neurons and heads changes the inputs of every later layer. Compensation visits the layers from first to last,
 with the original's residual stream h and the pruned model's stream p side by side. In each layer, every projection W
-whose output is added to the stream unchanged (``o_proj`` and ``down_proj`` of a Llama) is moved by the ridge regression
+whose output is added to the stream (``o_proj`` and ``down_proj`` of a Llama) is moved by the ridge regression
 
     D = argmin  sum_t v_t |h_t - p_t - D x_t|^2  +  lambda * sum_j mean(x_j^2) |D_j|^2
 
@@ -16,7 +16,8 @@ compensation of FLAP (arXiv 2312.11983, section 3) for the mean error of all lay
 In a mixture whose experts' output is added to the stream, the down projections of the experts are refitted last
 (:mod:`llm_pruner.refit.experts`).
 
-Layers of BERT's kind normalise the stream behind each sum. There h_t and p_t are the sums in front of the norms.
+Layers of BERT's kind normalise the stream behind each sum. There h_t and p_t are the sums in front of the norms. Layers
+of Gemma 2's kind normalise what a projection writes before they add it. There h_t and p_t are the projection's outputs.
 
 At the end, the logits are scaled (:mod:`llm_pruner.refit.temperature`).
 """
@@ -233,8 +234,9 @@ def _refit_projection(
             reads.append(read)
             streams.append(behind[""])
     refit, change = _move(name, module, fitted, held_out)
-    for i, read in enumerate(reads if change is not None else []):
-        streams[i] = streams[i] + (read @ change.to(read)).view(streams[i].shape)
+    if change is not None:
+        for i, read in enumerate(reads):
+            streams[i] = streams[i] + (read @ change.to(read)).view(streams[i].shape)
     return refit, streams or None
 
 
