@@ -189,7 +189,7 @@ def search_widths(
             "--allocate search runs the model hundreds of times, and this one is offloaded or spread over devices: use "
             "--allocate uniform or global"
         )
-    assert widths.generations is not None
+    assert widths.generations is not None and planning.ids is not None
     kept = next((kept.tolist() for kept in whole.dropped.layers.values()), None) if whole else None
     with planning.clock("search"):
         return search(

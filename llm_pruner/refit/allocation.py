@@ -117,7 +117,7 @@ def search(
     fitted, compared = hold_out(calibration, samples)
     ladder = _ladder(original or model, model, graph, fitted, space, start=start, kept=kept) if refit else Ladder()
     candidates = Candidates(original or model, model, graph, ladder, compared)
-    key = [versions(), model.name_or_path, hash_of(calibration), refit, kept, space.widths(space.start)]
+    key: list[Any] = [versions(), model.name_or_path, hash_of(calibration), refit, kept, space.widths(space.start)]
     key += [{name: value.tolist() for name, value in scores.values.items()}]
     distances = Distances(space, candidates, cache, digest(key))
     evolution = evolve(space, distances, generations=generations, seed=seed)

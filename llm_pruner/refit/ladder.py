@@ -140,9 +140,13 @@ def build_ladder(
         for i, added in enumerate(track(projections, "refitting layers at several widths")):
             targets = targets_behind(before, kept[i], added, range(kept[i] + 1, [*kept, len(original)][i + 1]))
             with builder.masked():
+                moved = None
                 for one in added:
-                    builder.fit(after, i, added, one=one, targets=targets, path=f"{path}.{i}.{one.name}")
-                after.advance(i, [])
+                    moved = builder.fit(after, i, added, one=one, targets=targets, path=f"{path}.{i}.{one.name}")
+                if moved is None:
+                    after.advance(i, [])
+                else:  # nothing has changed since the last projection was fitted
+                    after.hidden = moved
     return builder.ladder
 
 
@@ -191,8 +195,13 @@ class _Builder:
         one: Projection,
         targets: Targets,
         path: str,
-    ) -> None:
-        """Fit a projection for every width of what it reads."""
+    ) -> list[torch.Tensor] | None:
+        """Fit a projection for every width of what it reads.
+
+        Returns:
+            The stream behind the layer, at the starting point, if the projection is added last; None if that has to be
+            found by running the layer again.
+        """
         module = stream.layers[layer].get_submodule(one.name)
         weight = self.compute.convert(module.weight)  # type: ignore[arg-type]
         weight = weight if isinstance(module, Conv1D) else weight.T
@@ -200,6 +209,8 @@ class _Builder:
             weight = torch.cat([weight, self.compute.convert(bias)[None]])  # type: ignore[arg-type]
         floor = median_power(targets[one.name if one.norm else ""])
         fitted, held_out = RegressionSums(floor), RegressionSums(floor)
+        inputs: list[torch.Tensor] = []
+        streams: list[torch.Tensor] = []
         for i, target in enumerate(targets[one.name]):
             reads, behind = stream.run_noting(layer, i, added)
             read = reads[one.name].flatten(0, -2)
@@ -207,15 +218,23 @@ class _Builder:
                 read = torch.cat([read, torch.ones_like(read[:, :1])], -1)
             without = behind[one.name].flatten(0, -2).float() - read.float() @ weight.float()
             (held_out if i % HELD_OUT == HELD_OUT - 1 else fitted).add(read, target, without)
-        inputs = len(weight) - (bias is not None)
-        unit = self.ladder.units.get(path)
+            if one is added[-1] and not one.norm:
+                inputs.append(read)
+                streams.append(behind[""])
+        count, unit = len(weight) - (bias is not None), self.ladder.units.get(path)
         self.ladder.rungs[path] = {
-            count: _solve(fitted, held_out, channels, weight, inputs)
-            for count, channels in self._channels(path, unit, inputs, weight.device).items()
+            width: _solve(fitted, held_out, channels, weight, count)
+            for width, channels in self._channels(path, unit, count, weight.device).items()
         }
         start = self.start.units.get(unit or "")
         width = 0 if unit is None else len(start.kept) if start is not None else self.graph.unit(unit).size
-        self.fitted |= _tensors(module, path, self.ladder.rungs[path][width])
+        rung = self.ladder.rungs[path][width]
+        self.fitted |= _tensors(module, path, rung)
+        change = -weight
+        change[rung.channels] += rung.weight
+        if rung.bias is not None:
+            change[-1] += rung.bias
+        return [stream + (read @ change).view(stream.shape) for stream, read in zip(streams, inputs)] or None
 
     def _channels(self, path: str, unit: str | None, inputs: int, device: torch.device) -> dict[int, torch.Tensor]:
         """Return the input channels of a projection by the kept count of the unit that it reads."""
