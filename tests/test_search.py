@@ -197,7 +197,7 @@ def test_allocate_global_is_llm_pruners_flag(home):
         ({"allocate": "uniform", "global_pruning": True}, "--global_pruning and --allocate uniform exclude each other"),
         ({"allocate": "search", "global_pruning": True}, "--global_pruning and --allocate search exclude each other"),
         ({"allocate": "global", "uniform": True}, "--uniform and --allocate global exclude each other"),
-        ({"allocate": "uniform", "normalize": "mean"}, "add --allocate global"),
+        ({"allocate": "uniform", "normalize": "mean"}, "give --allocate global"),
         ({"allocate": "search"}, "--allocate search needs a budget: add one of --target_params"),
         ({"allocate": "search", "target_params": 0.8, "kinds": ["hidden"]}, "not for --kinds hidden"),
         ({"allocate": "search", "target_params": 0.8, "stream": True}, "--stream and --allocate search exclude"),
@@ -217,7 +217,7 @@ def test_what_cannot_be_searched_is_refused(setting):
     with pytest.raises(lp.PrunerError, match="needs a budget"):
         lp.search(model, graph, scores, ids, kinds=["neurons"])
     with pytest.raises(lp.PrunerError, match="not for hidden"):
-        search(setting, kinds=["hidden"])
+        search(setting, kinds=["hidden"], start=lp.PruningPlan())
     with pytest.raises(lp.PrunerError, match="at least 44 calibration samples"):
         lp.search(model, graph, scores, ids[:40], kinds=["neurons"], target_params=0.8)
     graph = graph.copy()

@@ -70,7 +70,9 @@ def check_allocation(arguments: Any) -> None:
     if arguments.uniform and allocate == "global":
         raise PrunerError("--uniform and --allocate global exclude each other (one makes all layers alike): give one")
     if allocate == "uniform" and arguments.normalize != "none" and arguments.experts_per_layer != "global":
-        raise PrunerError("--normalize is for indices that are ranked across layers: add --allocate global")
+        raise PrunerError(
+            f"--normalize {arguments.normalize} is for indices that are ranked across layers: give --allocate global"
+        )
     if allocate != "search":
         if arguments.is_given("search_generations"):
             raise PrunerError(f"--search_generations needs --allocate search, not {allocate}")

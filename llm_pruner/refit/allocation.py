@@ -101,8 +101,8 @@ def search(
     calibration = check_calibration(model, calibration)
     if len(calibration) < MIN_SAMPLES:
         raise PrunerError(f"a search needs at least {MIN_SAMPLES} calibration samples, not {len(calibration)}")
-    units = searched_units(graph, options)
     start = start or select(graph, scores, budget=budget, **options)
+    units = searched_units(graph, options)
     space = search_space(
         graph,
         units,
