@@ -116,6 +116,7 @@ class LinearGradients:
 
     def _receive(self, layer: _Linear, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         product: torch.Tensor | None = None  # in one place for all samples: fresh memory costs more than the product
+        inputs = inputs.to(gradients.dtype)  # their product may be narrow arithmetic
         for x, d in zip(inputs.flatten(1, -2), gradients.detach().flatten(1, -2), strict=True):
             if layer.weight:
                 product = torch.mm(*(d.T, x) if layer.rows_are_outputs else (x.T, d), out=product)

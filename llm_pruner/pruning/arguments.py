@@ -40,7 +40,7 @@ class PruneArguments(Arguments):
     device_map: str | None = flag(
         None, "auto: spread the layers over all GPUs; layers that do not fit stay on the CPU", group="model"
     )
-    dtype: Dtype = flag("auto", "dtype of the weights (auto is float32 on CPU)", group="model")
+    dtype: Dtype = flag("auto", "dtype of the weights (auto is float32 on CPU, with products in bfloat16 for calibration where faster)", group="model")
     stream: bool = flag(
         False, "offload: keep weights memory-mapped and load them block by block, for large models", group="model"
     )

@@ -49,11 +49,11 @@ def mend(
         refit = replace(refit, rescale_norms=True)
     text = ids
     if settings.refit.needs_text:
-        with planning.clock("self_samples"):
+        with planning.clock("self_samples"), planning.arithmetic():
             text, own = _with_self_samples(planning, model, ids)
         refit = replace(refit, self_samples=own)
     if settings.refit.compensation != "none":
-        with planning.clock("compensate"):
+        with planning.clock("compensate"), planning.arithmetic():
             pruned, record["compensation"] = _compensate(settings, model, planned, text)
         if "none" not in record["compensation"]:
             record["compensation"]["self_samples"] = refit.self_samples

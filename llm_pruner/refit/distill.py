@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
+from ..models.arithmetic import narrow_arithmetic
 from ..models.blockwise import computing, native_compute
 from ..models.dispatch import free_bytes
 from ..models.inputs import Inputs
@@ -29,7 +30,6 @@ from .training import (
     hold_out,
     in_float32,
     learning_rate,
-    narrow_arithmetic,
     rate_for,
     tokens_in,
 )

@@ -1,17 +1,16 @@
-"""Parts that the trainings of a refit share: batches, the schedule, float32 copies, narrow arithmetic."""
+"""Parts that the trainings of a refit share: batches, the schedule, float32 copies."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.inputs import Inputs, tokens_per_sample
-from ..models.torch_internals import multiplies_bfloat16
 
 BETAS = (0.9, 0.95)  # of Adam: the second moment forgets soon, since trainings have few steps
 USUAL_WIDTH = 512
@@ -69,13 +68,6 @@ def endless_batches(inputs: Inputs, samples: int, seed: int) -> Iterator[Inputs]
 def tokens_in(inputs: Inputs) -> int:
     """Return the number of tokens of a batch, or an estimate for images and sounds."""
     return len(inputs) * tokens_per_sample(inputs)
-
-
-def narrow_arithmetic(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context that multiplies matrices in bfloat16 where the device is faster at that."""
-    if not multiplies_bfloat16(device):
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # a cache would outlive an optimizer's step
 
 
 @contextmanager
