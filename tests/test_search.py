@@ -217,7 +217,7 @@ def test_what_cannot_be_searched_is_refused(setting):
     with pytest.raises(lp.PrunerError, match="needs a budget"):
         lp.search(model, graph, scores, ids, kinds=["neurons"])
     with pytest.raises(lp.PrunerError, match="not for hidden"):
-        search(setting, kinds=["hidden"], start=lp.PruningPlan())
+        search(setting, kinds=["hidden"])
     with pytest.raises(lp.PrunerError, match="at least 44 calibration samples"):
         lp.search(model, graph, scores, ids[:40], kinds=["neurons"], target_params=0.8)
     graph = graph.copy()

@@ -101,8 +101,8 @@ def search(
     calibration = check_calibration(model, calibration)
     if len(calibration) < MIN_SAMPLES:
         raise PrunerError(f"a search needs at least {MIN_SAMPLES} calibration samples, not {len(calibration)}")
-    start = start or select(graph, scores, budget=budget, **options)
     units = searched_units(graph, options)
+    start = start or select(graph, scores, budget=budget, **options)
     space = search_space(
         graph,
         units,
@@ -175,7 +175,7 @@ def searched_units(graph: CouplingGraph, options: Mapping[str, Any]) -> list[Uni
             f"a search compares masked models, and removing {' and '.join(flagged)} of {graph.model_class} is not the "
             "same as zeroing them: use another allocation"
         )
-    if len({role(unit) if options.get("uniform") else unit.name for unit in units}) < 2:
+    if units and len({role(unit) if options.get("uniform") else unit.name for unit in units}) < 2:
         raise PrunerError("a search exchanges widths between units, and there is one width alone: add kinds or layers")
     return units
 
