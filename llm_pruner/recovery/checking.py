@@ -15,9 +15,10 @@ from ..evaluation.perplexity import check_length
 from ..files import check_file
 from ..inputs import InputCheck
 from .arguments import DEFAULT_OUTPUT, RecoverArguments
+from .original import load_plan, teacher_name
 from .prompts import prompt_template
 from .rows import check_rows
-from .run import LOG_FILE, check_output, find_checkpoint, load_plan, teacher_name
+from .run import LOG_FILE, check_output, find_checkpoint
 
 
 def check_recovery_inputs(arguments: RecoverArguments, check: InputCheck) -> None:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from ..errors import PrunerError
 from ..refit.distill import divergence, relative_distance
+from ..refit.tokens import KeptTokens
 from .tokenize import IGNORED
 
 CACHED = ("teacher_tokens", "teacher_log_probabilities")  # columns of the teacher's outputs
@@ -40,26 +41,23 @@ class Teacher:
         weight: a, between 0 (labels alone) and 1 (the teacher alone).
         temperature: T, above 0.
         hidden: b, the weight of the hidden states; 0 leaves them out.
+        tokens: tokens of the teacher that the student kept; None if it kept all.
     """
 
     model: PreTrainedModel | None
     weight: float = 0.5
     temperature: float = 1.0
     hidden: float = 0.0
+    tokens: KeptTokens | None = None
 
     def check(self, student: PreTrainedModel) -> None:
         """Refuse a teacher that the student cannot be compared with.
 
         Raises:
-            PrunerError: the vocabularies differ, or the widths of the hidden states where these are learnt.
+            PrunerError: the widths of the hidden states differ, and these are learnt.
         """
         if self.model is None:
             return
-        theirs, ours = (m.config.get_text_config().vocab_size for m in (self.model, student))
-        if theirs != ours:
-            raise PrunerError(
-                f"--teacher has {theirs} tokens in its vocabulary and the model {ours}: give a teacher with the model's"
-            )
         theirs, ours = (m.config.get_text_config().hidden_size for m in (self.model, student))
         if self.hidden and theirs != ours:
             raise PrunerError(
@@ -83,7 +81,7 @@ class Teacher:
             tokens, log_p = (inputs[name][mask] for name in CACHED)
             distance = divergence(_top_and_rest(log_q, tokens), log_p.float())
         else:
-            theirs = self._run(inputs)
+            theirs = self.run(inputs)
             teacher_logits = theirs.logits[mask.to(theirs.logits.device)].float() / self.temperature
             distance = divergence(log_q, teacher_logits.log_softmax(-1).to(log_q.device))
             if self.hidden:
@@ -92,10 +90,16 @@ class Teacher:
         return total / (len(targets) if count is None else count), outputs
 
     @torch.no_grad()
-    def _run(self, inputs: dict[str, Any]) -> Any:
+    def run(self, inputs: dict[str, Any]) -> Any:
+        """Return the teacher's outputs for a batch of the student's, with logits of the student's tokens."""
         assert self.model is not None
-        moved = {key: value.to(self.model.device) for key, value in forward_inputs(inputs).items()}
-        return self.model(**moved, output_hidden_states=bool(self.hidden), use_cache=False)
+        tensors = {key: value.to(self.model.device) for key, value in forward_inputs(inputs).items()}
+        if self.tokens is not None:
+            tensors = self.tokens.original_tensors(tensors)
+        outputs = self.model(**tensors, output_hidden_states=bool(self.hidden), use_cache=False)
+        if self.tokens is not None:
+            outputs.logits = self.tokens.kept_logits(outputs.logits)
+        return outputs
 
 
 def _hidden_distance(teacher: Any, student: Any, mask: torch.Tensor) -> torch.Tensor:
@@ -137,9 +141,7 @@ def _top_and_rest(log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def cache_teacher(
-    data: Any, model: PreTrainedModel, collate: Callable[[list[Any]], Any], file: Path, *, top: int, temperature: float
-) -> Any:
+def cache_teacher(data: Any, teacher: Teacher, collate: Callable[[list[Any]], Any], file: Path, *, top: int) -> Any:
     """Return the data set with the teacher's ``top`` most probable tokens of every position, kept in an Arrow file.
 
     Args:
@@ -150,11 +152,10 @@ def cache_teacher(
 
     def run_teacher(batch: dict[str, list[Any]]) -> dict[str, Any]:
         examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        inputs = {key: value.to(model.device) for key, value in forward_inputs(collate(examples)).items()}
-        logits = model(**inputs, use_cache=False).logits
+        logits = teacher.run(collate(examples)).logits
         tokens, log_probabilities = [], []
         for example, row in zip(examples, logits, strict=True):
-            log_p = (row[: len(example["labels"])].float() / temperature).log_softmax(-1)
+            log_p = (row[: len(example["labels"])].float() / teacher.temperature).log_softmax(-1)
             best = log_p.topk(min(top, log_p.shape[-1]), -1).indices
             tokens.append(best.cpu().numpy().astype("int32"))
             log_probabilities.append(_top_and_rest(log_p, best).cpu().numpy().astype("float16"))
