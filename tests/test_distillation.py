@@ -9,8 +9,11 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 import llm_pruner as lp
 from llm_pruner.cli import main
+from llm_pruner.recovery.datasets import padding_collator
 from llm_pruner.recovery.distill import DistillationCollator, Teacher, labelled_positions
 from llm_pruner.recovery.original import kept_tokens
+from llm_pruner.recovery.prompts import ALPACA
+from llm_pruner.recovery.resplit import OriginalSplit
 from llm_pruner.recovery.run import recover
 from llm_pruner.recovery.tokenize import IGNORED
 
@@ -97,6 +100,48 @@ def test_a_cut_vocabulary_learns_the_originals_probabilities_of_its_tokens(home,
     assert loss == pytest.approx((p * (p.log() - q)).sum(-1).mean().item(), rel=1e-4)
 
 
+def test_the_original_reads_its_own_tokens(home, cut):
+    (teacher, words), (student, fewer) = lp.load(str(home / "base")), lp.load(str(cut))
+    ids = fewer(ALPACA["prompt_input"])["input_ids"][:60]  # not the text that was counted
+    theirs = words(fewer.decode(ids))["input_ids"]
+    split = OriginalSplit(words, fewer, 400)
+    assert split.align(ids)[0] == theirs and len(theirs) < 60
+    batch = DistillationCollator(padding_collator(fewer, student))
+    batch.split = split
+    inputs = batch([{"input_ids": one, "labels": one} for one in (ids[:20], ids)])
+    with torch.no_grad():
+        logits = Teacher(teacher, split=split).run(inputs).logits
+        p = teacher(torch.tensor([theirs])).logits[0].softmax(-1)
+    first = [fewer(words.decode([t]))["input_ids"][:1] for t in range(500)]
+    boundaries = {len(words.decode(theirs[: j + 1])): j for j in range(len(theirs))}
+    own = 0
+    for i in range(59):
+        got = logits[1, i].softmax(-1)
+        j = boundaries.get(len(fewer.decode(ids[: i + 1])))
+        if j is None:
+            assert got[ids[i + 1]] == 1  # inside a word of the teacher's: the label
+            own += 1
+            continue
+        for s in (ids[i + 1], 5, 77):
+            assert got[s].item() == pytest.approx(
+                p[j, [t for t in range(500) if first[t] == [s]]].sum().item(), rel=1e-3
+            )
+    assert own == 60 - len(theirs)
+    assert torch.equal(logits[0, :10].argmax(-1), logits[1, :10].argmax(-1))  # padding changes nothing
+
+
+def test_a_text_that_is_not_given_back_stays_split(home, cut):
+    words, fewer = lp.load(str(home / "base"))[1], lp.load(str(cut))[1]
+    names = ["\u00c3", "a"]  # the first byte of a character alone
+    ids = [i for i in fewer.convert_tokens_to_ids(names) if i != fewer.unk_token_id]
+    assert OriginalSplit(words, fewer, 400).align(ids) == (
+        words.convert_tokens_to_ids(names[-len(ids) :]),
+        [*range(len(ids))],
+    )
+    with pytest.raises(lp.PrunerError, match="lacks 100 of the model's tokens"):
+        OriginalSplit(fewer, words, 500)
+
+
 @pytest.mark.parametrize("cached", (False, True))
 def test_a_run_distils_a_cut_vocabulary(home, home_text, cut, tmp_path, cached):
     """Also after a further step, whose plan names the cut model: the plans lead back to the teacher's tokens."""
@@ -107,8 +152,11 @@ def test_a_run_distils_a_cut_vocabulary(home, home_text, cut, tmp_path, cached):
     lp.save(lp.apply(model, plan), tokenizer, tmp_path / "smaller", plan=plan)
     options = {"prune_model": str(tmp_path / "smaller"), "teacher": str(home / "base"), "method": "distill"}
     options |= {"data_path": str(home_text), "extra_val_dataset": str(home_text), "distill_weight": 1.0}
+    options |= {"learning_rate": 3e-3}
     options |= {"teacher_cache": str(tmp_path / "cache"), "teacher_top": 500} if cached else {}
-    recover(arguments(home, tmp_path / "out", **options | {"learning_rate": 3e-3}))
+    recover(
+        arguments(home, tmp_path / "out", **options | {"distill_hidden": 0.0 if cached else 0.1, "learning_rate": 3e-3})
+    )
     losses = read_losses(tmp_path / "out")
     assert losses[-1][1] < losses[0][1]
     (before, after) = read_record(tmp_path / "out")["losses"][str(home_text)]

@@ -33,6 +33,7 @@ from .callbacks import CurveWriter, TrainingProgress
 from .datasets import WINDOW, padding_collator, predicted_tokens, reachable_sources, training_data, validation_windows
 from .distill import DistillationCollator, Teacher, cache_teacher
 from .original import kept_tokens, load_plan, teacher_name
+from .resplit import OriginalSplit
 from .saving import METRICS_FILE, TEMPORARY, save_recovered
 from .settings import ModelSettings, OutputSettings, RecoverySettings, resolve_settings
 from .tokenize import ExampleFormat, fingerprint
@@ -285,8 +286,9 @@ def _prepare_teacher(
     """Return the teacher and the training examples, which hold its outputs if these are cached."""
     assert settings.teacher is not None
     name = teacher_name(settings.teacher.name, plan)
-    teacher = _load_teacher(settings, plan, name, model)
+    teacher = _load_teacher(settings, plan, name, (model, tokenizer))
     teacher.check(model)
+    collate.split = teacher.split
     if settings.teacher.cache is None:
         return teacher, train
     from accelerate import PartialState
@@ -311,15 +313,23 @@ def _content_hash(examples: Any) -> str:
     return str(examples._fingerprint)
 
 
-def _load_teacher(settings: RecoverySettings, plan: PruningPlan, name: str, student: PreTrainedModel) -> Teacher:
+def _load_teacher(
+    settings: RecoverySettings, plan: PruningPlan, name: str, student: tuple[PreTrainedModel, PreTrainedTokenizerBase]
+) -> Teacher:
+    """Load the teacher; one of another vocabulary reads the text in its own tokens if it is a decoder."""
     teacher = settings.teacher
     assert teacher is not None
-    model, _ = load(name, teacher.dtype, teacher.device, settings.model.trust_remote_code)
-    sizes = [m.config.get_text_config().vocab_size for m in (model, student)]
+    pruned, cut = student
+    model, tokenizer = load(name, teacher.dtype, teacher.device, settings.model.trust_remote_code)
+    theirs, ours = (m.config.get_text_config().vocab_size for m in (model, pruned))
+    tokens, split = kept_tokens(plan, theirs, ours), None
+    if tokens is not None and tokenizer is not None and cut.is_fast and not model.config.is_encoder_decoder:
+        split = OriginalSplit(tokenizer, cut, ours)
     return Teacher(
         model.requires_grad_(False),
         weight=teacher.weight,
         temperature=teacher.temperature,
         hidden=teacher.hidden,
-        tokens=kept_tokens(plan, *sizes),
+        tokens=tokens,
+        split=split,
     )
