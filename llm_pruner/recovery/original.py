@@ -46,6 +46,17 @@ def teacher_name(given: str | None, plan: PruningPlan) -> str:
     return name
 
 
+def original_name(given: str | None, plan: PruningPlan, model: str) -> str:
+    """Return the name of the model that writes the data: as :func:`teacher_name`, or an unpruned model itself.
+
+    Raises:
+        PrunerError: the model is pruned, and its original unknown.
+    """
+    if given is None and not plan.units and not plan.blocks and "base_model" not in plan.settings:
+        return model
+    return teacher_name(given, plan)
+
+
 def kept_tokens(plan: PruningPlan, teacher: int, student: int) -> KeptTokens | None:
     """Return the teacher's tokens that a pruned model kept; None if it has all of them.
 

@@ -32,10 +32,11 @@ from .arguments import DEFAULT_OUTPUT, RecoverArguments
 from .callbacks import CurveWriter, TrainingProgress
 from .datasets import WINDOW, padding_collator, predicted_tokens, reachable_sources, training_data, validation_windows
 from .distill import DistillationCollator, Teacher, cache_teacher
-from .original import kept_tokens, load_plan, teacher_name
+from .original import kept_tokens, load_plan, original_name, teacher_name
 from .resplit import OriginalSplit
 from .saving import METRICS_FILE, TEMPORARY, save_recovered
-from .settings import ModelSettings, OutputSettings, RecoverySettings, resolve_settings
+from .self_data import rewritten_sources
+from .settings import DataSettings, ModelSettings, OutputSettings, RecoverySettings, resolve_settings
 from .tokenize import ExampleFormat, fingerprint
 from .trainer import PARTIAL, RecoveryTrainer, newest_checkpoint
 from .training_arguments import VALIDATION, training_arguments
@@ -108,8 +109,9 @@ def _run(settings: RecoverySettings, plan: PruningPlan, flags: dict[str, Any]) -
         log.info("%s is not pruned: training it as it is, for comparison", settings.model.name)
     form = _example_format(settings, model)
     settings = replace(settings, data=replace(settings.data, sources=reachable_sources(settings.data)))
-    train, validation = training_data(settings.data, tokenizer, form)
     plan.settings[TRAINED_ON] = sorted({*plan.settings.get(TRAINED_ON, ()), *settings.data.sources})
+    settings = replace(settings, data=_written_by_the_original(settings, plan, form))
+    train, validation = training_data(settings.data, tokenizer, form)
     warn_of_shared_texts(sources_of(plan), settings.data.validation_texts, settings.model.name)
     collate = DistillationCollator(padding_collator(tokenizer, model))
     teacher = None
@@ -176,6 +178,21 @@ def _example_format(settings: RecoverySettings, model: PreTrainedModel) -> Examp
             f"--objective {form.objective} is for encoder-decoders, and {settings.model.name} is a decoder: give causal"
         )
     return form
+
+
+def _written_by_the_original(settings: RecoverySettings, plan: PruningPlan, form: ExampleFormat) -> DataSettings:
+    """Return the data to train on: where the original is to write them, files that it wrote."""
+    own = settings.self_data
+    if own is None:
+        return settings.data
+    from accelerate import PartialState
+
+    name = original_name(own.name, plan, settings.model.name)
+    with PartialState().main_process_first():
+        files = rewritten_sources(
+            settings.data.sources, own, name, form, seed=settings.seed, trust=settings.model.trust_remote_code
+        )
+    return replace(settings.data, sources=files)
 
 
 def _make_trainer(

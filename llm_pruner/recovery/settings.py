@@ -106,6 +106,21 @@ class TeacherSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelfDataSettings:
+    """Training data that the original writes itself.
+
+    Attributes:
+        name: folder or hub id of the original; None for the model that the plan was made for.
+        rows: rows of each data set to rewrite, the first ones; None for all.
+    """
+
+    name: str | None = None
+    rows: int | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """Optimization of a run.
 
@@ -162,6 +177,7 @@ class RecoverySettings:
     adapter: AdapterSettings | None
     data: DataSettings
     teacher: TeacherSettings | None
+    self_data: SelfDataSettings | None
     training: TrainingSettings
     output: OutputSettings
 
@@ -183,6 +199,7 @@ def resolve_settings(arguments: RecoverArguments) -> RecoverySettings:
         adapter=_adapter_settings(arguments),
         data=_data_settings(arguments),
         teacher=_teacher_settings(arguments, device),
+        self_data=_self_data_settings(arguments, device),
         training=_training_settings(arguments),
         output=OutputSettings(
             folder=Path(arguments.output).expanduser(),
@@ -276,20 +293,33 @@ def _data_settings(arguments: RecoverArguments) -> DataSettings:
 def _teacher_settings(arguments: RecoverArguments, device: str) -> TeacherSettings | None:
     if not arguments.distills:
         return None
-    teacher_device = resolve_device(arguments.teacher_device, "--teacher_device")
-    if arguments.teacher_device == "auto":
-        teacher_device = device
-    on_gpu = teacher_device.startswith("cuda")
+    name, device, dtype = _original(arguments, device)
     return TeacherSettings(
-        name=None if arguments.teacher in (None, "auto") else arguments.teacher,
-        device=teacher_device,
-        dtype=compute_dtype(arguments.dtype, teacher_device) if on_gpu else torch.float32,
+        name=name,
+        device=device,
+        dtype=dtype,
         weight=arguments.distill_weight,
         temperature=arguments.distill_temperature,
         hidden=arguments.distill_hidden,
         cache=Path(arguments.teacher_cache) if arguments.teacher_cache else None,
         top=arguments.teacher_top,
     )
+
+
+def _self_data_settings(arguments: RecoverArguments, device: str) -> SelfDataSettings | None:
+    if not arguments.self_data:
+        return None
+    name, device, dtype = _original(arguments, device)
+    return SelfDataSettings(name=name, rows=arguments.self_data_rows or None, device=device, dtype=dtype)
+
+
+def _original(arguments: RecoverArguments, device: str) -> tuple[str | None, str, torch.dtype]:
+    """Return name, device and dtype of the original; the name is None for the model that the plan was made for."""
+    chosen = resolve_device(arguments.teacher_device, "--teacher_device")
+    device = device if arguments.teacher_device == "auto" else chosen
+    on_gpu = device.startswith("cuda")
+    name = None if arguments.teacher in (None, "auto") else arguments.teacher
+    return name, device, compute_dtype(arguments.dtype, device) if on_gpu else torch.float32
 
 
 def _training_settings(arguments: RecoverArguments) -> TrainingSettings:
