@@ -40,7 +40,12 @@ class RecoverArguments(Arguments):
     device: str = flag(
         "auto", "device: auto, cpu, cuda, mps (several GPUs: accelerate launch or torchrun)", group="model"
     )
-    dtype: Dtype = flag("auto", "dtype to compute in (auto: float32 on CPU, bfloat16 where supported)", group="model")
+    dtype: Dtype = flag(
+        "auto",
+        "dtype to compute in (auto: bfloat16 where the processor multiplies it, else float32, or float16 on CUDA; "
+        "float32: exact numbers)",
+        group="model",
+    )
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint", group="model")
 
     method: Literal["lora", "dora", "full", "distill"] = flag(

@@ -17,6 +17,7 @@ from ..checkpoint.locate import folder_of
 from ..choices import Dtype
 from ..errors import PrunerError
 from ..models.dispatch import resolve_device
+from ..models.torch_internals import multiplies_bfloat16
 from .arguments import ADAPTER_METHODS, RecoverArguments
 from .tokenize import ExampleFormat
 
@@ -232,12 +233,16 @@ def _training_device(value: str) -> str:
 
 
 def compute_dtype(dtype: Dtype, device: str) -> torch.dtype:
-    """Return the dtype to compute in: ``auto`` is float32, and on CUDA bfloat16 or else float16."""
+    """Return the dtype to compute in.
+
+    ``auto`` is bfloat16 where the device multiplies it faster than float32, and else float16 on CUDA and float32 on a
+    CPU. Weights that are trained stay in float32.
+    """
     if dtype != "auto":
         return cast(torch.dtype, DTYPES[dtype])
-    if not device.startswith("cuda"):
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if multiplies_bfloat16(torch.device(device)):
+        return torch.bfloat16
+    return torch.float16 if device.startswith("cuda") else torch.float32
 
 
 def _model_settings(arguments: RecoverArguments, device: str) -> ModelSettings:
