@@ -138,7 +138,7 @@ def test_a_text_that_is_not_given_back_stays_split(home, cut):
         words.convert_tokens_to_ids(names[-len(ids) :]),
         [*range(len(ids))],
     )
-    with pytest.raises(lp.PrunerError, match="lacks 100 of the model's tokens"):
+    with pytest.raises(lp.PrunerError, match="without 100 of the model's tokens"):
         OriginalSplit(fewer, words, 500)
 
 

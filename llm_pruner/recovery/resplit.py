@@ -43,7 +43,8 @@ class OriginalSplit:
         self._names, self._kept_names = ({i: name for name, i in ids.items()} for ids in (self._ids, kept))
         if missing := kept.keys() - self._ids:
             raise PrunerError(
-                f"the teacher's tokenizer lacks {len(missing)} of the model's tokens, as {min(missing)!r}"
+                f"--teacher has a tokenizer without {len(missing)} of the model's tokens, such as {min(missing)!r}: "
+                "give the model that was cut"
             )
         model = cut.backend_tokenizer.model  # type: ignore[attr-defined]
         first = {i: kept[n] if n in kept else next((p.id for p in model.tokenize(n)), -1) for n, i in self._ids.items()}

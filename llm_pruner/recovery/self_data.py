@@ -1,8 +1,8 @@
 """Self-data distillation: a pruned model learns the original's words instead of the data set's.
 
 The original answers the prompts of the training data anew, and continues the beginnings of plain texts (Thangarasa et
-al., arXiv 2410.09982). Words are drawn from its whole distribution at temperature 1, so that the loss of the labels is,
-up to a constant, the divergence of the pruned model from the original.
+al., arXiv 2410.09982). Words are drawn from its whole distribution at temperature 1, so that the expected loss of
+the labels is, up to a constant, the divergence of the pruned model from the original.
 
 Answers that do not end within ``--cutoff_len`` tokens, short texts, and texts that repeat themselves are left out.
 """
@@ -88,6 +88,8 @@ def rewritten_sources(
 
 def _read(source: str, count: int | None) -> list[Record]:
     rows = read_rows(source)
+    if not len(rows):
+        raise PrunerError(f"the data set {source} is empty")
     return list(rows.select(range(min(count or len(rows), len(rows)))))
 
 
