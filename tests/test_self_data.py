@@ -62,7 +62,7 @@ def test_the_original_reads_the_prompts_of_training(home, tmp_path, tokenizer, w
         prompt = example["input_ids"][: learnt.index(True)]
         assert prompt in written
         answer = tokenizer.decode(example["input_ids"][len(prompt) :])
-        assert answer.strip() == f"{row['output']}</s>".strip() and answer.startswith((" This", "This"))
+        assert answer.strip() == f"{row['output']}</s>".strip()
 
 
 def test_texts_and_chats(home, tmp_path, tokenizer, written):
