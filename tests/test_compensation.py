@@ -7,9 +7,14 @@ from helpers.models import build, pruned_by, tokens
 from transformers import AutoModelForCausalLM
 
 import llm_pruner as lp
+from llm_pruner.models.hooks import forward_hooks
 from llm_pruner.models.running import relative_difference
 from llm_pruner.refit.biases import with_biases
+from llm_pruner.refit.compensate import _refit_layer, _targets
+from llm_pruner.refit.stream import ResidualStream, added_projections, single_stack
 from llm_pruner.selection.plan import PruningPlan
+
+ADDED = [("self_attn.o_proj", False), ("mlp.down_proj", False)]
 
 
 def logits(model, ids):
@@ -34,6 +39,59 @@ def test_unseen_tokens_come_closer_to_the_original(family):
     assert [r.module.split(".")[-1] for r in report.layers] and all(r.after <= r.before for r in report.layers)
     assert any(r.ridge is not None for r in report.layers)
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters()), "the original has changed"
+
+
+@pytest.mark.parametrize("family", ("gemma2", "gemma3_text", "olmo2", "glm4"))
+def test_layers_that_normalize_outputs_before_they_add_them(family):
+    model = tiny_model(family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.ndim > 1 else 1)
+    pruned = halved(model)
+    added = added_projections(pruned, tokens(1, 16))
+    assert all([(one.name, one.norm_reads_sum) for one in layer] == ADDED for layer in added)
+    unseen = tokens(16, 16, seed=9)
+    before = torch.nn.functional.mse_loss(logits(pruned, unseen), logits(model, unseen))
+    report = lp.compensate(model, pruned, tokens(128, 16))
+    assert len(report.layers) == 2 * len(added)
+    assert torch.nn.functional.mse_loss(logits(pruned, unseen), logits(model, unseen)) < 0.9 * before
+
+
+@pytest.mark.parametrize("family", ("llama_grouped", "gpt2", "gpt_neox", "mixtral"))
+def test_the_stream_is_moved_as_running_the_layer_again_would(family):
+    model = build(family) if family != "mixtral" else tiny_model(family)
+    pruned, batches = halved(model), list(tokens(64, 16).split(8))
+    lp.compensate(model, pruned, torch.cat(batches), "least_squares")
+    _, layers = single_stack(pruned)
+    added = added_projections(pruned, batches[0])
+    with torch.no_grad():
+        before = ResidualStream(model.eval(), single_stack(model)[1], batches)
+        moved, again = (ResidualStream(pruned.eval(), layers, batches) for _ in range(2))
+        _refit_layer(pruned, moved, 0, _targets(before, 0, added[0], range(0)), added[0], only_bias=False)
+        again.advance(0, [])
+    for ours, theirs in zip(moved.hidden, again.hidden, strict=True):
+        assert relative_difference(ours, theirs) < 1e-5
+
+
+def test_arguments_of_layers_that_depend_on_the_stream_are_noticed():
+    """Layers do not run while their arguments are recorded, unless one returns more than the stream."""
+
+    class Scaled(type(build("llama").model)):
+        def forward(self, *args, **kwargs):
+            noted = []
+
+            def scale(_, args, kwargs):
+                return args, kwargs | {"position_embeddings": [noted[0] * e for e in kwargs["position_embeddings"]]}
+
+            first, second = self.layers[:2]
+            note = [(first, lambda _, __, output: noted.append(output.mean()))]
+            with forward_hooks(note), forward_hooks(before=[(second, scale)], with_kwargs=True):
+                return super().forward(*args, **kwargs)
+
+    model = build("llama")
+    model.model.__class__ = Scaled
+    with pytest.raises(lp.PrunerError, match="more than one stream"):
+        ResidualStream(model, single_stack(model)[1], [tokens(8, 16)])
 
 
 def test_twins_stand_in_for_each_other():

@@ -2,7 +2,7 @@
 
 Removing neurons and heads changes the inputs of every later layer. Compensation visits the layers from first to last,
 with the original's residual stream h and the pruned model's stream p side by side. In each layer, every projection W
-whose output is added to the stream unchanged (``o_proj`` and ``down_proj`` of a Llama) is moved by the ridge regression
+whose output is added to the stream (``o_proj`` and ``down_proj`` of a Llama) is moved by the ridge regression
 
     D = argmin  sum_t v_t |h_t - p_t - D x_t|^2  +  lambda * sum_j mean(x_j^2) |D_j|^2
 
@@ -16,7 +16,8 @@ compensation of FLAP (arXiv 2312.11983, section 3) for the mean error of all lay
 In a mixture whose experts' output is added to the stream, the down projections of the experts are refitted last
 (:mod:`llm_pruner.refit.experts`).
 
-Layers of BERT's kind normalise the stream behind each sum. There h_t and p_t are the sums in front of the norms.
+Layers of BERT's kind normalise the stream behind each sum. There h_t and p_t are the sums in front of the norms. Layers
+of Gemma 2's kind normalise what a projection writes before they add it. There h_t and p_t are the projection's outputs.
 
 At the end, the logits are scaled (:mod:`llm_pruner.refit.temperature`).
 """
@@ -33,7 +34,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
-from ..models.blockwise import computing
+from ..models.blockwise import NARROW, computing
 from ..models.inputs import Inputs, input_embedding
 from ..models.running import check_calibration, evaluating, implementations
 from ..progress import track
@@ -145,13 +146,10 @@ def compensate(
         for i, added in enumerate(track(projections, "compensating layers")):
             dropped_next = range(kept[i] + 1, [*kept, len(original)][i + 1])
             targets = _targets(before, kept[i], added, dropped_next)
-            refits = _refit_layer(after, i, targets, added, only_bias=method == "bias")
-            if method != "bias":
-                refits += _refit_experts(pruned, after, i, targets[""])
+            refits = _refit_layer(pruned, after, i, targets, added, only_bias=method == "bias")
             for refit in refits:
                 refit.module = f"{path}.{i}.{refit.module}"
                 report.layers.append(refit)
-            after.advance(i, [])
     report.temperature = scale_logits(model, pruned, calibration[-TEMPERATURE_SAMPLES:])
     return report
 
@@ -186,6 +184,7 @@ def _targets(stream: ResidualStream, layer: int, added: list[Projection], droppe
 
 
 def _refit_layer(
+    pruned: PreTrainedModel,
     stream: ResidualStream,
     layer: int,
     targets: Targets,
@@ -193,22 +192,52 @@ def _refit_layer(
     *,
     only_bias: bool,
 ) -> list[Refit]:
-    """Refit the projections of a layer, in order."""
-    refits = []
+    """Refit the projections of a layer in order, and the experts behind them; advance the stream over the layer."""
+    refits, moved = [], None
     for one in added:
-        name = one.name
-        floor = _median_power(targets[name if one.norm else ""])
-        module = stream.layers[layer].get_submodule(name)
-        bias = _bias(module)
-        fitted, held_out = RegressionSums(floor), RegressionSums(floor)
-        for i, target in enumerate(targets[name]):
-            reads, behind = stream.run_noting(layer, i, added)
-            read = reads[name][..., :0] if only_bias else reads[name]
-            if bias is not None:
-                read = torch.cat([read, torch.ones_like(reads[name][..., :1])], -1)
-            (held_out if i % HELD_OUT == HELD_OUT - 1 else fitted).add(read, target, behind[name])
-        refits.append(_move(name, module, fitted, held_out))
-    return refits
+        refit, moved = _refit_projection(stream, layer, one, targets=targets, added=added, only_bias=only_bias)
+        refits.append(refit)
+    experts = [] if only_bias else _refit_experts(pruned, stream, layer, targets[""])
+    if moved is None or experts:
+        stream.advance(layer, [])
+    else:  # nothing has changed since the last projection moved
+        stream.hidden = moved
+    return refits + experts
+
+
+def _refit_projection(
+    stream: ResidualStream,
+    layer: int,
+    one: Projection,
+    *,
+    targets: Targets,
+    added: list[Projection],
+    only_bias: bool,
+) -> tuple[Refit, list[torch.Tensor] | None]:
+    """Refit a projection; return the outcome, and the stream behind the layer if the projection is added last.
+
+    None stands for a stream that follows from running the layer again, as where weights are rounded to 16 bits.
+    """
+    name, floor = one.name, _median_power(targets[one.name if one.norm else ""])
+    module = stream.layers[layer].get_submodule(name)
+    is_last = one is added[-1] and not one.norm and module.weight.dtype not in NARROW
+    fitted, held_out = RegressionSums(floor), RegressionSums(floor)
+    reads: list[torch.Tensor] = []
+    streams: list[torch.Tensor] = []
+    for i, target in enumerate(targets[name]):
+        noted, behind = stream.run_noting(layer, i, added)
+        read = noted[name][..., :0] if only_bias else noted[name]
+        if module.bias is not None:
+            read = torch.cat([read, torch.ones_like(noted[name][..., :1])], -1)
+        (held_out if i % HELD_OUT == HELD_OUT - 1 else fitted).add(read, target, behind[name])
+        if is_last:
+            reads.append(read)
+            streams.append(behind[""])
+    refit, change = _move(name, module, fitted, held_out)
+    if change is not None:
+        for i, read in enumerate(reads):
+            streams[i] = streams[i] + (read @ change.to(read)).view(streams[i].shape)
+    return refit, streams or None
 
 
 def _refit_experts(
@@ -229,20 +258,26 @@ def _median_power(hidden: list[torch.Tensor]) -> float:
     return torch.cat([h.float().square().sum(-1).flatten() for h in hidden]).median().item()
 
 
-def _move(name: str, module: nn.Module, fitted: RegressionSums, held_out: RegressionSums) -> Refit:
-    """Move a projection's weight and bias by the regression whose lambda does best on held-out tokens, if any helps."""
+def _move(
+    name: str, module: nn.Module, fitted: RegressionSums, held_out: RegressionSums
+) -> tuple[Refit, torch.Tensor | None]:
+    """Move a projection's weight and bias by the regression whose lambda does best on held-out tokens, if any helps.
+
+    Returns:
+        The outcome, and the change ``[inputs, hidden]``, a bias last; None if there is none.
+    """
     before = held_out.error / held_out.tokens
     if not fitted.inputs.numel():
-        return Refit(name, before, before, None)
+        return Refit(name, before, before, None), None
     best, gain = best_ridge(fitted, held_out)
     if not gain > 0:
-        return Refit(name, before, before, None)
+        return Refit(name, before, before, None), None
     change = (fitted + held_out).solve(best)
     bias = _bias(module)
+    of_weight = change if bias is None else change[:-1]
     if bias is not None:
         bias.add_(change[-1].to(bias))
-        change = change[:-1]
-    if len(change):
+    if len(of_weight):
         weight = cast(torch.Tensor, module.weight)
-        weight.add_((change if isinstance(module, Conv1D) else change.T).to(weight))
-    return Refit(name, before, (held_out.error - gain) / held_out.tokens, best)
+        weight.add_((of_weight if isinstance(module, Conv1D) else of_weight.T).to(weight))
+    return Refit(name, before, (held_out.error - gain) / held_out.tokens, best), change

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import PrunerError
 from ..models.blockwise import computing, native_compute
 from ..models.experts import top_k_call
-from ..models.hooks import forward_hooks
+from ..models.hooks import Forward, forward_hooks, replaced_forwards
 from ..models.inputs import Inputs, ModelInputs
 from ..models.layers import hidden_in, hidden_out
 from ..models.per_layer import layer_lists
@@ -29,15 +30,29 @@ class Projection:
 
     Attributes:
         name: path in the layer.
-        norm: path of the norm that reads the sum; "" where the stream goes on as the sum.
+        norm: path of a norm between the projection and the stream; "" where its output is added as it is.
+        norm_reads_sum: the norm reads the sum with the stream, as in BERT; else the output alone, as in Gemma 2.
     """
 
     name: str
     norm: str = ""
+    norm_reads_sum: bool = False
+
+    @property
+    def added(self) -> str:
+        """Path of the module whose output is added to the stream."""
+        return self.name if self.norm_reads_sum or not self.norm else self.norm
+
+
+class _AllRecorded(Exception):
+    """The last layer has been called: what comes behind it need not run."""
 
 
 class ResidualStream:
     """Hidden states of a model in front of one of its layers, batch by batch, and the arguments of its layers.
+
+    Layers that return the stream alone do not run while their arguments are recorded: these seldom depend on it, which
+    is checked on the last batch.
 
     Attributes:
         layers: the model's layers.
@@ -51,35 +66,61 @@ class ResidualStream:
         self.layers = layers
         self.hidden: list[torch.Tensor] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # by batch and layer
+        device = native_compute(model).device
+        last, plain = self._run_whole(model, batches[-1].to(device))
         for ids in track(batches, "recording the residual stream"):
-            first, last = self._record(model, ids.to(native_compute(model).device))
-            self.hidden.append(first)
+            self._record(model, ids.to(device), calls=len(plain), runs=not all(plain))
         hidden = self.hidden[-1]
         for i in range(len(layers)):
             hidden = self.run(i, len(batches) - 1, hidden)
         if not torch.allclose(hidden.float(), last.float(), rtol=1e-3, atol=1e-4 * last.abs().max().item()):
             raise PrunerError("this model cannot be compensated: its layers pass on more than one stream")
 
-    def _record(self, model: PreTrainedModel, ids: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run a batch, record the arguments of every layer; return the stream before the first and after the last."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        ends: dict[str, torch.Tensor] = {}
+    def _run_whole(self, model: PreTrainedModel, ids: Inputs) -> tuple[torch.Tensor, list[bool]]:
+        """Run a batch; return the stream behind the last layer, and for every call if it returned the stream alone."""
+        last: list[Any] = []
+        plain: list[bool] = []
+
+        def note(_: nn.Module, __: Any, output: Any) -> None:
+            last[:] = [output]
+            plain.append(isinstance(output, torch.Tensor))
+
+        with forward_hooks([(layer, note) for layer in self.layers]):
+            forward(model, ids)
+        return hidden_out(last[0]), plain
+
+    def _record(self, model: PreTrainedModel, ids: Inputs, *, calls: int, runs: bool) -> None:
+        """Note the arguments that a batch gives every layer, and the stream before the first.
+
+        Args:
+            calls: of layers in a pass.
+            runs: run the layers, not only what lies around them.
+        """
+        noted: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        first: list[torch.Tensor] = []
 
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            ends.setdefault("first", hidden_in(args, kwargs))
-            calls.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            first.append(hidden_in(args, kwargs))
+            del first[1:]
+            noted.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
 
-        def record_last(_: nn.Module, __: Any, output: Any) -> None:
-            ends["last"] = hidden_out(output)
+        def replace(_: int, own: Forward) -> Forward:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if len(noted) == calls:
+                    raise _AllRecorded
+                return own(*args, **kwargs) if runs else hidden_in(args, kwargs)
+
+            return run
 
         # Before all other hooks: a layer with hooks of its own is given what the model gives it.
         with (
             forward_hooks(before=[(layer, record) for layer in self.layers], with_kwargs=True, prepend=True),
-            forward_hooks([(self.layers[-1], record_last)]),
+            replaced_forwards(list(self.layers), replace),
+            suppress(_AllRecorded),
         ):
             forward(model, ids)
-        self._calls.append(calls)
-        return ends["first"], ends["last"]
+        self._calls.append(noted)
+        self.hidden += first
 
     def run(self, layer: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run one layer on ``hidden``, with the other arguments of that batch."""
@@ -106,13 +147,15 @@ class ResidualStream:
             return hook
 
         normalized = [(block.get_submodule(one.norm), _keep_first(sums, one.name)) for one in projections if one.norm]
-        with forward_hooks([(block.get_submodule(one.name), note(one.name)) for one in projections], before=normalized):
+        modules = dict.fromkeys(name for one in projections for name in (one.name, one.added))
+        with forward_hooks([(block.get_submodule(name), note(name)) for name in modules], before=normalized):
             stream = self.run(layer, batch, self.hidden[batch])
         behind = {"": stream} | sums
         for one in reversed(projections):  # what comes later is added as it is, and can be taken away again
             if not one.norm:
                 behind[one.name] = stream
-                stream = stream - adds[one.name].view(stream.shape)
+            if not one.norm_reads_sum:
+                stream = stream - adds[one.added].view(stream.shape)
         return reads, behind
 
     def norm_inputs(self, layer: int, norms: list[str]) -> dict[str, torch.Tensor]:
@@ -156,9 +199,10 @@ def single_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 @torch.no_grad()
 def added_projections(model: PreTrainedModel, calibration: Inputs) -> list[list[Projection]]:
-    """Return, for every layer, its projections whose output is added to the residual stream unchanged, in order.
+    """Return, for every layer, its projections whose output is added to the residual stream, in order.
 
-    In layers that normalise the stream behind each sum, as BERT's do, the sum is what counts.
+    In layers that normalise the stream behind each sum, as BERT's do, the sum is what counts; in those that normalise
+    the output of a projection before adding it, as Gemma 2's do, that output.
 
     Args:
         calibration: LongTensor ``[samples, tokens]``; the beginning of the first sample is used.
@@ -185,26 +229,48 @@ def _added_in_layer(stream: ResidualStream, layer: int) -> list[Projection]:
     before it.
     """
     block = stream.layers[layer]
-    names: list[str] = []
+    candidates = [Projection(name) for name, _ in _linear_modules(block)] + _normalized_alone(stream, layer)
+    found: list[Projection] = []
 
     def silence(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(output)
 
     while True:
-        with forward_hooks([(block.get_submodule(name), silence) for name in names]):
-            last = _last_added(stream, layer, names)
+        with forward_hooks([(block.get_submodule(one.added), silence) for one in found]):
+            last = _last_added(stream, layer, [one for one in candidates if one not in found])
         if last is None:
-            return [Projection(name) for name in names]
-        names.insert(0, last)
+            return found
+        found.insert(0, last)
 
 
-def _last_added(stream: ResidualStream, layer: int, silenced: list[str]) -> str | None:
-    """Return the last linear module of a layer whose moved output moves the layer's output alike."""
+def _normalized_alone(stream: ResidualStream, layer: int) -> list[Projection]:
+    """Return the linear modules of a layer whose output is all that a norm reads."""
+    block = stream.layers[layer]
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+            outputs[name] = output
+
+        return hook
+
+    with forward_hooks([(module, keep(name)) for name, module in _linear_modules(block)]):
+        read = stream.norm_inputs(layer, _norms(block))
+    return [
+        Projection(name, norm)
+        for norm, tensor in read.items()
+        for name, output in outputs.items()
+        if isinstance(output, torch.Tensor) and output.shape == tensor.shape and torch.equal(output, tensor)
+    ]
+
+
+def _last_added(stream: ResidualStream, layer: int, candidates: list[Projection]) -> Projection | None:
+    """Return the last of a layer's candidates whose moved output moves the layer's output alike."""
     hidden = stream.hidden[0]
     plain = stream.run(layer, 0, hidden)
     moved = _movement(plain)
-    linear = _linear_modules(stream.layers[layer])
-    for name, module in reversed([(n, m) for n, m in linear if n not in silenced]):
+    for one in reversed(candidates):
+        module = stream.layers[layer].get_submodule(one.added)
         fits: list[bool] = []
 
         def move(_: nn.Module, __: Any, output: torch.Tensor, fits: list[bool] = fits) -> torch.Tensor:
@@ -214,7 +280,7 @@ def _last_added(stream: ResidualStream, layer: int, silenced: list[str]) -> str 
         with forward_hooks([(module, move)]):
             change = stream.run(layer, 0, hidden) - plain
         if fits == [True] and _is_moved_by(change, moved):
-            return name
+            return one
     return None
 
 
@@ -247,7 +313,7 @@ def _normalized_in_layer(stream: ResidualStream, layer: int) -> list[Projection]
     Moving the output of such a projection moves what the norm reads alike, and the norm reads more than that output.
     """
     block, movement = stream.layers[layer], _movement(stream.hidden[0])
-    norms = [name for name, module in block.named_modules() if type(module).__name__.endswith("Norm")]
+    norms = _norms(block)
     plain = stream.norm_inputs(layer, norms)
     found: dict[str, str] = {}
     for name, module in _linear_modules(block):
@@ -267,7 +333,11 @@ def _normalized_in_layer(stream: ResidualStream, layer: int) -> list[Projection]
             alike = read.shape == movement.shape and _is_moved_by(moved[norm] - read, movement)
             if alike and not torch.allclose(read, outputs[0].view(read.shape)):
                 found.setdefault(norm, name)
-    return [Projection(found[norm], norm) for norm in plain if norm in found]
+    return [Projection(found[norm], norm, norm_reads_sum=True) for norm in plain if norm in found]
+
+
+def _norms(block: nn.Module) -> list[str]:
+    return [name for name, module in block.named_modules() if type(module).__name__.endswith("Norm")]
 
 
 def _linear_modules(block: nn.Module) -> list[tuple[str, nn.Module]]:
