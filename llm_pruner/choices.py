@@ -18,14 +18,14 @@ LayerCriterion = Literal["last", "spaced_middle", "block_influence", "cosine", "
 Normalizer = Literal["none", "mean", "sqrt"]
 ExpertsPerLayer = Literal["uniform", "global"]
 Compensation = Literal["none", "least_squares", "bias"]
-Refit = Literal["none", "bias", "ridge", "blocks", "distill"]
+Refit = Literal["none", "bias", "ridge", "blocks", "distill", "lora"]
 Preset = Literal["best", "fast", "paper"]
 EngineName = Literal["vllm", "llama.cpp"]
 Tower = Literal["language", "vision", "audio", "all"]
 
 # Refits in closed form, and the method of compensation that each is.
 CLOSED_FORM: dict[str, Compensation] = {"bias": "bias", "ridge": "least_squares"}
-TRAINED = ("blocks", "distill")  # refits by training, behind ridge
+TRAINED = ("blocks", "distill", "lora")  # refits by training, behind ridge
 
 # Flags that name a shape whatever an architecture calls its fields, and the kind of unit that each counts.
 SHAPE: dict[str, Kind] = {

@@ -159,7 +159,7 @@ def test_commands_with_images(pictures, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     said = said.out + said.err
     assert "128 samples of noise" in said and re.search("compensation moved [1-4] of 4", said)
-    assert re.search("distillation on 16,384 tokens: held-out loss", said)
+    assert re.search("training on 16,384 tokens: held-out loss", said)
     for argv, message in (
         ("prune original x --calib_dataset python-docs", "is a text, and ViTForImageClassification is calibrated on"),
         ("prune original x --calib_dataset original", "holds no images"),

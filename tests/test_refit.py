@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -14,16 +15,19 @@ from test_encoders import build as classifier
 import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.models.inputs import ModelInputs
+from llm_pruner.models.loss import total_loss
 from llm_pruner.models.running import forward, main_output
 from llm_pruner.pruning.arguments import PruneArguments
 from llm_pruner.pruning.settings import resolve_settings
 from llm_pruner.refit.budget import Budget
 from llm_pruner.refit.distill import Distillation, distill, divergence
+from llm_pruner.refit.lora import RANK, _layers, lora, low_rank, next_token_loss
 from llm_pruner.refit.reconstruct import reconstruct
 from llm_pruner.refit.tokens import KeptTokens
 from llm_pruner.refit.training import endless_batches, hold_out
 
 SMALL = Budget(tokens=6000)
+COUNTS = (torch.arange(64)[:, None] + torch.arange(16)) % 80  # next tokens can be learned
 
 
 def logits(model, ids):
@@ -33,6 +37,17 @@ def logits(model, ids):
 
 def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def written_by(model, samples, seed):
+    """Return LongTensor ``[samples, 16]`` drawn from a model, behind a first token that is drawn evenly."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(96, (samples, 1), generator=generator)
+    for _ in range(15):
+        chances = model(ids).logits[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
+    return ids
 
 
 def test_the_room_is_its_function():
@@ -57,7 +72,7 @@ def test_unseen_tokens_come_closer_than_by_the_ridge_alone(family, method):
     assert {p.requires_grad for p in pruned.parameters()} == {True} and all(p.grad is None for p in pruned.parameters())
 
 
-@pytest.mark.parametrize("method", (distill, reconstruct))
+@pytest.mark.parametrize("method", (distill, reconstruct, lora))
 @pytest.mark.parametrize(
     ("make", "kinds"),
     [
@@ -72,16 +87,17 @@ def test_models_without_a_closed_form_come_closer_too(make, kinds, method):
     model = make()
     plan, pruned = pruned_by(model, kinds=(kinds,))
     dtype = next(pruned.parameters()).dtype
-    report = method(model, pruned, tokens(64, 16), SMALL, **({"plan": plan} if method is reconstruct else {}))
+    ids = COUNTS if method is lora else tokens(64, 16)
+    report = method(model, pruned, ids, SMALL, **({"plan": plan} if method is reconstruct else {}))
     for one in getattr(report, "blocks", [report]):
         assert one.after <= one.before
     assert any(one.after < one.before for one in getattr(report, "blocks", [report]))
     assert {p.dtype for p in pruned.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("method", (reconstruct, distill))
+@pytest.mark.parametrize("method", (reconstruct, distill, lora))
 def test_the_seed_decides(method):
-    model, ids = build("gpt2"), tokens(64, 16)
+    model, ids = build("gpt2"), COUNTS
     results = []
     for seed in (0, 0, 1):
         pruned = pruned_by(model, kinds=("neurons",))[1]
@@ -114,7 +130,47 @@ def test_every_step_reads_the_weights_of_the_step_before():
     report = distill(model, pruned, ids, Budget(tokens=12000))
     assert report.after < 0.97 * report.before
     _, held_out = hold_out(ids, 4)
-    assert Distillation(model, pruned).mean_loss(held_out, 4) == pytest.approx(report.after, rel=0.02)
+    assert Distillation(model, pruned).loss(held_out).item() == pytest.approx(report.after, rel=0.02)
+
+
+def test_low_rank_updates_teach_a_model_the_text_that_the_original_wrote():
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)  # a model that prefers some tokens
+    text, unseen = written_by(model, 2048, seed=1), written_by(model, 64, seed=2)
+    pruned = pruned_by(model, kinds=("neurons",))[1]
+    before = weights(pruned)
+    p, q = (logits(m, unseen).log_softmax(-1) for m in (model, pruned))
+    report = lora(model, pruned, text, Budget(tokens=60_000))
+    assert report.after < report.before
+    assert divergence(logits(pruned, unseen).log_softmax(-1), p) < 0.9 * divergence(q, p)
+    after = weights(pruned)
+    assert {name for name in before if torch.equal(before[name], after[name])} == {
+        *("model.embed_tokens.weight", "lm_head.weight")
+    }
+    assert {p.requires_grad for p in pruned.parameters()} == {True} and all(p.grad is None for p in pruned.parameters())
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "mixtral"))
+def test_updates_of_low_rank_are_merged(family):
+    model, ids = build(family), tokens(4, 16)
+    layers, plain = _layers(model), weights(model)
+    assert len(layers) == {"llama": 7, "gpt2": 4, "mixtral": 4}[family] * model.config.num_hidden_layers
+    with torch.no_grad(), low_rank(layers, 0, torch.device("cpu")) as factors:
+        assert torch.equal(logits(model, ids), logits(build(family), ids)), "updates begin at 0"
+        for factor in factors:
+            factor.copy_(0.02 * torch.randn(factor.shape))
+        added = logits(model, ids)
+    assert torch.allclose(logits(model, ids), added, rtol=1e-3, atol=1e-4)
+    ranks = [int(torch.linalg.matrix_rank(m - plain[n], rtol=1e-4)) for n, m in weights(model).items() if m.ndim == 2]
+    assert max(ranks) <= RANK and not torch.allclose(added, logits(build(family), ids), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ("llama", "t5:seq2seq"))
+def test_the_loss_of_next_tokens_is_that_by_hand(family):
+    model, ids = tiny_model(family).eval(), tokens(4, 16)
+    total, count = total_loss(model, [ids])
+    assert next_token_loss(model, ids).item() == pytest.approx(total / count, rel=1e-5)
 
 
 def test_a_model_that_predicts_no_tokens_learns_its_output():
@@ -123,8 +179,9 @@ def test_a_model_that_predicts_no_tokens_learns_its_output():
     ids = tokens(64, 16)
     expected = (model(ids).logits - pruned(ids).logits).square().sum(-1) / model(ids).logits.square().sum(-1)
     assert Distillation(model, pruned).loss(ids).item() == pytest.approx(expected.mean().item(), rel=1e-4)
-    report = distill(model, pruned, ids, SMALL)
-    assert report.after < report.before
+    for method, untrained in ((distill, pruned), (lora, pruned_by(model, kinds=("neurons",))[1])):
+        report = method(model, untrained, ids, SMALL)
+        assert report.after < report.before
 
 
 def test_minutes_end_a_training():
@@ -167,17 +224,18 @@ def test_a_cut_vocabulary_is_distilled(family):
     loss = Distillation(model, pruned, KeptTokens(kept)).mean_loss(ids, 8)
     assert loss == pytest.approx(before.item(), rel=0.1)  # all positions here, all but the last there
     report = lp.refit(model, pruned, ids, "distill", plan=plan, tokens=20_000)
-    assert report.distillation.after < report.distillation.before and report.compensation is None
+    assert report.training.after < report.training.before and report.compensation is None
     with pytest.raises(lp.PrunerError, match="vocabulary of"):
         lp.refit(model, pruned, ids + 1, "distill", plan=plan)
-    with pytest.raises(lp.PrunerError, match="the plan cuts it: use distill"):
-        lp.refit(model, pruned, ids, "blocks", plan=plan)
+    for method in ("blocks", "lora"):
+        with pytest.raises(lp.PrunerError, match="the plan cuts it: use distill"):
+            lp.refit(model, pruned, ids, method, plan=plan)
 
 
 def test_refusals():
     model = build("llama")
     plan, pruned = pruned_by(model, kinds=("layers",))
-    with pytest.raises(lp.PrunerError, match="choose from bias, ridge, blocks, distill"):
+    with pytest.raises(lp.PrunerError, match="choose from bias, ridge, blocks, distill, lora"):
         lp.refit(model, pruned, tokens(64, 16), "magic")
     with pytest.raises(lp.PrunerError, match="give plan, which names the layers"):
         lp.refit(model, pruned, tokens(64, 16), "blocks", tokens=1000)
@@ -195,7 +253,8 @@ def test_refusals():
 @pytest.mark.parametrize(
     ("flags", "compensation", "training"),
     [
-        ({}, "least_squares", "distill"),
+        ({}, "least_squares", "lora"),
+        ({"refit": "distill"}, "least_squares", "distill"),
         ({"preset": "fast"}, "least_squares", "none"),
         ({"preset": "paper"}, "none", "none"),
         ({"refit": "blocks"}, "least_squares", "blocks"),
@@ -204,7 +263,7 @@ def test_refusals():
         ({"compensate": "least_squares"}, "least_squares", "none"),
         ({"compensate": "bias"}, "bias", "none"),
         ({"compensate": "none"}, "none", "none"),
-        ({"channel_wise": True}, "none", "distill"),
+        ({"channel_wise": True}, "none", "lora"),
     ],
 )
 def test_flags_and_presets_name_the_refit(flags, compensation, training):
@@ -230,7 +289,7 @@ def test_flags_that_cannot_work(flags, message):
         resolve_settings(PruneArguments(device="cpu", eval_device="cpu", **flags))
 
 
-@pytest.mark.parametrize("method", ("blocks", "distill"))
+@pytest.mark.parametrize("method", ("blocks", "distill", "lora"))
 def test_a_run_records_its_training_and_apply_repeats_it(method, home, home_text, tmp_path):
     flags = f"--num_examples 32 --calib_seq_len 16 --calib_dataset {home_text} --pruner_type l2 --self_examples 4"
     flags += f" --refit {method} --refit_tokens 2000 --eval_datasets= --device cpu"
@@ -238,8 +297,8 @@ def test_a_run_records_its_training_and_apply_repeats_it(method, home, home_text
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     record = lp.PruningPlan.load(tmp_path / "run" / "pruning_plan.json").settings["refit"]
     assert metrics["arguments"]["refit"] == record["training"] == method
-    assert record["training_tokens"] >= 2000 and record["training_samples"] == (125 if method == "distill" else 36)
-    assert metrics["refit"]["distillation" if method == "distill" else "blocks"]
+    assert record["training_tokens"] >= 2000 and record["training_samples"] == (36 if method == "blocks" else 125)
+    assert metrics["refit"]["blocks" if method == "blocks" else "training"]
     plan = str(tmp_path / "run" / "pruning_plan.json")
     assert main(["apply", plan, str(home / "base"), str(tmp_path / "again"), "--refit"]) == 0
     again, run = (lp.load(str(tmp_path / name))[0] for name in ("again", "run"))
@@ -258,13 +317,13 @@ def test_an_offloaded_model_is_trained_block_by_block(home, home_text, tmp_path,
 
 
 def test_a_training_that_does_not_fit_in_memory_is_refused_or_left_out(home, home_text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("llm_pruner.refit.distill.free_bytes", lambda device: 10_000)
+    monkeypatch.setattr("llm_pruner.refit.training.free_bytes", lambda device: 10_000)
     model = build("llama")
-    with pytest.raises(lp.PrunerError, match=r"distillation needs .* GiB more .* use --refit blocks"):
+    with pytest.raises(lp.PrunerError, match=r"training .* parameters needs .* GiB more .* use --refit blocks"):
         distill(model, pruned_by(model, kinds=("neurons",))[1], tokens(32, 16), SMALL)
     flags = f"--num_examples 32 --calib_seq_len 16 --calib_dataset {home_text} --pruner_type l2 --self_examples 0"
     argv = ["prune", str(home / "base"), *flags.split(), "--eval_datasets=", "--output"]
     assert main([*argv, str(tmp_path / "best")]) == 0
-    assert "no training: distillation needs" in capsys.readouterr().err
+    assert re.search("no training: training .* parameters needs", capsys.readouterr().err)
     assert main([*argv, str(tmp_path / "asked"), "--refit", "distill"]) == 2
     assert not (tmp_path / "asked" / "model.safetensors").exists()

@@ -63,7 +63,7 @@ def add_sample(sums: dict[str, MomentSums], name: str, gradient: torch.Tensor, *
 
 
 @dataclass(frozen=True)
-class _Linear:
+class LinearNames:
     """Linear layer: the names of its weight and bias, where their gradients are wanted, and the weight's layout."""
 
     weight: str | None
@@ -82,7 +82,7 @@ class LinearGradients:
     def __init__(self, model: nn.Module, names: set[str], *, with_mean: bool):
         self.sums: dict[str, MomentSums] = {}
         self._with_mean = with_mean
-        self._layers = dict(_linear_layers(model, names))
+        self._layers = dict(linear_layers(model, names))
         self._calls: dict[nn.Module, list[bool]] = {module: [] for module in self._layers}
         self._batches = self._rows = 0
 
@@ -114,8 +114,9 @@ class LinearGradients:
         elif self._ran_on_all(self._calls[module]) and output.requires_grad:
             output.register_hook(partial(self._receive, self._layers[module], args[0].detach()))
 
-    def _receive(self, layer: _Linear, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+    def _receive(self, layer: LinearNames, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         product: torch.Tensor | None = None  # in one place for all samples: fresh memory costs more than the product
+        inputs = inputs.to(gradients.dtype)  # their product may be narrow arithmetic
         for x, d in zip(inputs.flatten(1, -2), gradients.detach().flatten(1, -2), strict=True):
             if layer.weight:
                 product = torch.mm(*(d.T, x) if layer.rows_are_outputs else (x.T, d), out=product)
@@ -127,7 +128,7 @@ class LinearGradients:
         add_sample(self.sums, name, gradient, with_mean=self._with_mean)
 
 
-def _linear_layers(model: nn.Module, names: set[str]) -> Iterator[tuple[nn.Module, _Linear]]:
+def linear_layers(model: nn.Module, names: set[str]) -> Iterator[tuple[nn.Module, LinearNames]]:
     """Yield linear layers that have a weight or bias of ``names``, and hold each alone."""
     holders: dict[int, int] = {}
     for module in model.modules():
@@ -139,4 +140,4 @@ def _linear_layers(model: nn.Module, names: set[str]) -> Iterator[tuple[nn.Modul
             continue
         weight, bias = name_of.get(id(module.weight)), name_of.get(id(module.bias))
         if weight or bias:
-            yield module, _Linear(weight, bias, rows_are_outputs=type(module).forward is nn.Linear.forward)
+            yield module, LinearNames(weight, bias, rows_are_outputs=type(module).forward is nn.Linear.forward)

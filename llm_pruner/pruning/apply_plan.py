@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from ..checkpoint.unread import UNREAD, unread_tensors
 from ..data import self_calibration
 from ..files import complete_folder, folder_for_run, same_folder, strict_json, write_text
 from ..logs import log, logging_to
+from ..models.arithmetic import narrow_arithmetic
+from ..models.blockwise import native_compute
 from ..models.inputs import Inputs, reads_text_only
 from ..provenance import provenance
 from ..refit.budget import Budget
@@ -110,12 +113,13 @@ def repeat_refit(
     text = calibration
     if refit.rescale_norms:
         rescale_norms(model, pruned, plan, calibration)
-    if refit.self_samples and isinstance(calibration, torch.Tensor):
-        leading = leading_count(refit.calibration, tokenizer)
-        own = self_calibration(model, calibration, refit.self_samples, refit.seed, leading=leading)
-        text = torch.cat([own, calibration])
-    if refit.compensation != "none":
-        pruned, _ = compensate_plan(model, pruned, plan, text, method=refit.compensation)
+    with narrow_arithmetic(native_compute(model).device) if refit.narrow else nullcontext():
+        if refit.self_samples and isinstance(calibration, torch.Tensor):
+            leading = leading_count(refit.calibration, tokenizer)
+            own = self_calibration(model, calibration, refit.self_samples, refit.seed, leading=leading)
+            text = torch.cat([own, calibration])
+        if refit.compensation != "none":
+            pruned, _ = compensate_plan(model, pruned, plan, text, method=refit.compensation)
     if refit.training != "none":
         samples, tokens = refit.training_samples, refit.training_tokens
         text = training_text(refit.calibration, tokenizer, model, samples=samples, seed=refit.seed, text=text)

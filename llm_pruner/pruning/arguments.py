@@ -94,18 +94,18 @@ class PruneArguments(Arguments):
     iterative_steps: int = flag(1, "number of pruning steps, each with new scores", group="method")
     refit: Refit | None = flag(
         None,
-        "refit without labels on the calibration set after pruning; blocks and distill train on top of ridge (default: "
-        "distill, set by the preset)",
+        "refit without labels on the calibration set after pruning; blocks, distill and lora train on top of ridge "
+        "(default: lora, set by the preset)",
         group="method",
     )
     refit_tokens: int | None = flag(
         None,
-        "tokens that --refit distill trains on in all, and --refit blocks on each block (default: 65536)",
+        "tokens that --refit lora or distill trains on in all, and --refit blocks on each block (default: 65536)",
         group="method",
     )
     refit_minutes: float | None = flag(
         None,
-        "minutes that --refit distill or blocks trains at most; the result then depends on the speed",
+        "minutes that --refit lora, distill or blocks trains at most; the result then depends on the speed",
         group="method",
     )
     compensate: Compensation | None = flag(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ..checkpoint.blocks import Blocks
 from ..graph.units import CouplingGraph
 from ..importance.score import score
 from ..importance.scores import Scores
+from ..models.arithmetic import narrow_arithmetic
 from ..models.inputs import Inputs
 from ..progress import Step
 from ..surgery.apply import Place, in_memory
@@ -72,12 +73,17 @@ class Planning:
     weights: Weights | None = None
     blocks: Blocks = field(default_factory=dict)
 
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Return a context of passes over the calibration set, which may multiply matrices in bfloat16."""
+        model = self.settings.model
+        return narrow_arithmetic(torch.device(model.device)) if model.narrow else nullcontext()
+
     def score_widths(
         self, model: PreTrainedModel, graph: CouplingGraph, kinds: tuple[str, ...], cache: Path | None = None
     ) -> Scores:
         """Score the units of some kinds by the settings' criterion."""
         scoring = self.settings.scoring
-        with self.clock("score"):
+        with self.clock("score"), self.arithmetic():
             return score(
                 model,
                 graph,

@@ -40,7 +40,7 @@ def mend(
     """
     settings, pruned, plan, ids = planning.settings, planned.pruned, planned.plan, planning.ids
     record: dict[str, Any] = {}
-    refit = RefitRecord(calibration=settings.calibration, seed=settings.seed)
+    refit = RefitRecord(calibration=settings.calibration, seed=settings.seed, narrow=settings.model.narrow)
     if ids is None:
         return pruned, record
     if settings.refit.rescale_norms:
@@ -49,11 +49,11 @@ def mend(
         refit = replace(refit, rescale_norms=True)
     text = ids
     if settings.refit.needs_text:
-        with planning.clock("self_samples"):
+        with planning.clock("self_samples"), planning.arithmetic():
             text, own = _with_self_samples(planning, model, ids)
         refit = replace(refit, self_samples=own)
     if settings.refit.compensation != "none":
-        with planning.clock("compensate"):
+        with planning.clock("compensate"), planning.arithmetic():
             pruned, record["compensation"] = _compensate(settings, model, planned, text)
         if "none" not in record["compensation"]:
             record["compensation"]["self_samples"] = refit.self_samples
@@ -113,9 +113,10 @@ def _train(
     refit = settings.refit
     assert refit.budget is not None
     try:
-        if refit.training == "distill" and (settings.model.offload or settings.model.device_map):
+        if refit.training != "blocks" and (settings.model.offload or settings.model.device_map):
             raise PrunerError(
-                "distillation needs all weights on one device, and the model is offloaded or spread: use --refit blocks"
+                f"--refit {refit.training} needs all weights on one device, and the model is offloaded or spread: use "
+                "--refit blocks"
             )
         samples = training_samples(refit.training, refit.budget, text)
         text = training_text(settings.calibration, tokenizer, model, samples=samples, seed=settings.seed, text=text)
@@ -131,9 +132,9 @@ def _train(
 
 
 def training_samples(training: str, budget: Budget, text: Inputs) -> int:
-    """Return how many samples a training reads: those at hand, and for a distillation as many as its budget can read.
+    """Return how many samples a training reads: those at hand, and as many as its budget can read.
 
-    A reconstruction has hidden states of all of them in memory.
+    A reconstruction reads those at hand: it has hidden states of all of them in memory.
     """
     if training == "blocks" or not isinstance(text, torch.Tensor):
         return len(text)

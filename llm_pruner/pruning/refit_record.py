@@ -18,11 +18,12 @@ class RefitRecord:
     Attributes:
         calibration: calibration set.
         compensation: method, or ``none``.
-        training: ``blocks`` or ``distill``, behind the compensation, or ``none``.
+        training: ``blocks``, ``distill`` or ``lora``, behind the compensation, or ``none``.
         training_samples: samples of the text that it read, those of the calibration set among them.
         training_tokens: its budget of tokens; under a budget of minutes, the tokens that it trained on.
         self_samples: samples that the model writes itself, in front of the others.
         seed: seed of these.
+        narrow: multiply matrices in bfloat16 where the device is faster at that.
         rescale_norms: rescale norms before the compensation.
     """
 
@@ -33,6 +34,7 @@ class RefitRecord:
     training_tokens: int = 0
     self_samples: int = 0
     seed: int = 0
+    narrow: bool = False
     rescale_norms: bool = False
 
     @property

@@ -18,7 +18,7 @@ class RefitSettings:
 
     Attributes:
         compensation: method of the closed form, or ``none``.
-        training: ``blocks`` or ``distill``, behind the closed form, or ``none``.
+        training: ``blocks``, ``distill`` or ``lora``, behind the closed form, or ``none``.
         budget: budget of the training.
         required: fail if the refit is impossible, instead of going on without it; of a training, its closed form is
             not required.
@@ -57,13 +57,13 @@ def refit_settings(arguments: PruneArguments, value: Mapping[str, Any]) -> Refit
         if required and refit in CLOSED_FORM:
             raise PrunerError(
                 f"--refit {refit} compares hidden states of one size, and hidden channels are pruned: give --refit "
-                "distill or blocks"
+                "lora, distill or blocks"
             )
         closed_form = "none"
     given = (arguments.refit_tokens, arguments.refit_minutes)
     if given != (None, None) and refit not in TRAINED:
         name = "refit_minutes" if arguments.refit_tokens is None else "refit_tokens"
-        raise PrunerError(f"--{name} has no effect with --refit {refit}: give --refit distill or blocks")
+        raise PrunerError(f"--{name} has no effect with --refit {refit}: give --refit lora, distill or blocks")
     tokens = value["refit_tokens"] if arguments.refit_minutes is None else arguments.refit_tokens
     return RefitSettings(
         compensation=closed_form,

@@ -34,7 +34,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
-from ..models.blockwise import NARROW, computing
+from ..models.arithmetic import exact_arithmetic
+from ..models.blockwise import NARROW, computing, native_compute
 from ..models.inputs import Inputs, input_embedding
 from ..models.running import check_calibration, evaluating, implementations
 from ..progress import track
@@ -43,7 +44,7 @@ from .regression import HELD_OUT, RegressionSums, best_ridge
 from .stream import Projection, ResidualStream, added_experts, added_projections, single_stack
 from .temperature import scale_logits
 
-TEMPERATURE_SAMPLES = 32
+TEMPERATURE_SAMPLES = 16
 SAMPLES_PER_PASS = 8  # samples in a forward pass
 MIN_SAMPLES = 4 * SAMPLES_PER_PASS
 METHODS = ("least_squares", "bias")
@@ -130,7 +131,8 @@ def compensate(
     _check_pair(model, pruned)
     if len(calibration) < MIN_SAMPLES:
         raise PrunerError(f"compensation needs at least {MIN_SAMPLES} calibration samples, not {len(calibration)}")
-    projections = added_projections(pruned, calibration)
+    with exact_arithmetic(native_compute(pruned).device):
+        projections = added_projections(pruned, calibration)
     if method == "bias" and not any(
         _bias(layers[i].get_submodule(one.name)) is not None for i, added in enumerate(projections) for one in added
     ):
@@ -235,8 +237,9 @@ def _refit_projection(
             streams.append(behind[""])
     refit, change = _move(name, module, fitted, held_out)
     if change is not None:
-        for i, read in enumerate(reads):
-            streams[i] = streams[i] + (read @ change.to(read)).view(streams[i].shape)
+        with exact_arithmetic(change.device):
+            for i, read in enumerate(reads):
+                streams[i] = streams[i] + (read.float() @ change).view(streams[i].shape).to(streams[i])
     return refit, streams or None
 
 

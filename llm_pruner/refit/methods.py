@@ -1,7 +1,8 @@
 """Methods of refitting a pruned model with calibration data and no labels.
 
-``bias`` and ``ridge`` have a closed form (:mod:`~llm_pruner.refit.compensate`). ``blocks`` and ``distill`` train on top
-of ``ridge``: block by block (:mod:`~llm_pruner.refit.reconstruct`) and end to end (:mod:`~llm_pruner.refit.distill`).
+``bias`` and ``ridge`` have a closed form (:mod:`~llm_pruner.refit.compensate`). Others train on top of ``ridge``:
+``blocks`` block by block (:mod:`~llm_pruner.refit.reconstruct`), ``distill`` all weights together
+(:mod:`~llm_pruner.refit.distill`), ``lora`` updates of low rank (:mod:`~llm_pruner.refit.lora`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from ..models.running import check_calibration
 from ..selection.plan import PruningPlan
 from .budget import Budget
 from .compensate import CompensationReport, compensate
-from .distill import DistillReport, distill
+from .distill import distill
+from .lora import lora
 from .reconstruct import ReconstructReport, reconstruct
 from .tokens import KeptTokens
+from .training import TrainingReport
 
 DEFAULT_TOKENS = 65_536
 
@@ -32,27 +35,27 @@ class RefitReport:
         compensation: outcome of the closed form.
         no_compensation: why the model has no closed form, "" if it has.
         blocks: outcome of the reconstruction.
-        distillation: outcome of the distillation.
+        training: outcome of a training of weights together.
     """
 
     compensation: CompensationReport | None = None
     no_compensation: str = ""
     blocks: ReconstructReport | None = None
-    distillation: DistillReport | None = None
+    training: TrainingReport | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens that the training read: of a reconstruction, those of its longest block."""
-        if self.distillation is not None:
-            return self.distillation.tokens
+        if self.training is not None:
+            return self.training.tokens
         return max((block.tokens for block in self.blocks.blocks), default=0) if self.blocks else 0
 
     def summary(self) -> str:
         """Return the outcome of the training in one line."""
-        if self.distillation is not None:
-            one = self.distillation
+        if self.training is not None:
+            one = self.training
             kept = "" if one.after < one.before else ": the weights stay as they were"
-            return f"distillation on {one.tokens:,} tokens: held-out loss {one.before:.4g} -> {one.after:.4g}{kept}"
+            return f"training on {one.tokens:,} tokens: held-out loss {one.before:.4g} -> {one.after:.4g}{kept}"
         blocks = self.blocks.blocks if self.blocks else []
         moved = [block for block in blocks if block.after < block.before]
         gain = 1 - sum(b.after for b in blocks) / max(sum(b.before for b in blocks), 1e-30)
@@ -77,10 +80,11 @@ def refit(
         pruned: pruned model, from :func:`llm_pruner.apply`.
         calibration: LongTensor ``[samples, tokens]`` or other inputs of ``pruned``; at least 32 samples.
         method: ``ridge`` refits projections in closed form, ``bias`` their biases alone; ``blocks`` trains one block
-            after the other behind ``ridge``, ``distill`` all weights together. Where there is no closed form, as with
-            fewer hidden channels or tokens, these two train alone; a cut vocabulary takes ``distill``.
+            after the other behind ``ridge``, ``distill`` all weights together on the original's predictions, ``lora``
+            updates of low rank on the next tokens of the text. Where there is no closed form, as with fewer hidden
+            channels or tokens, these train alone; a cut vocabulary takes ``distill``.
         plan: plan of the pruned model; needed if it lost layers, hidden channels or tokens.
-        tokens: tokens to train on: with ``blocks`` of each block, with ``distill`` in all (default: 65,536).
+        tokens: tokens to train on: with ``blocks`` of each block, else in all (default: 65,536).
         minutes: time to train; the result then depends on the speed of the machine. With ``tokens``, training ends with
             whichever is spent first.
         seed: of the order of the samples.
@@ -98,7 +102,7 @@ def refit(
         >>> plan = lp.select(graph, lp.score(model, graph, criterion="l2"), ratio=0.5, kinds=("neurons",))
         >>> pruned = lp.apply(model, plan)
         >>> report = lp.refit(model, pruned, torch.randint(64, (32, 8)), "distill", plan=plan, tokens=2048)
-        >>> report.distillation.tokens  # whole epochs of 30 samples, two are held out
+        >>> report.training.tokens  # whole epochs of 30 samples, two are held out
         2160
     """
     if method not in (*CLOSED_FORM, *TRAINED):
@@ -129,17 +133,19 @@ def train(
     budget: Budget,
     seed: int,
 ) -> RefitReport:
-    """Train a pruned model in place by ``blocks`` or ``distill``, without a closed form before.
+    """Train a pruned model in place by ``blocks``, ``distill`` or ``lora``, without a closed form before.
 
     Raises:
         PrunerError: as :func:`refit`.
     """
     tokens = _kept_tokens(model, pruned, plan)
+    if method == "distill":
+        return RefitReport(training=distill(model, pruned, calibration, budget, tokens=tokens, seed=seed))
+    if tokens is not None:
+        raise PrunerError(f"refit {method!r} needs one vocabulary, and the plan cuts it: use distill")
     if method == "blocks":
-        if tokens is not None:
-            raise PrunerError("refit 'blocks' needs one vocabulary, and the plan cuts it: use distill")
         return RefitReport(blocks=reconstruct(model, pruned, calibration, budget, plan=plan, seed=seed))
-    return RefitReport(distillation=distill(model, pruned, calibration, budget, tokens=tokens, seed=seed))
+    return RefitReport(training=lora(model, pruned, calibration, budget, seed=seed))
 
 
 def _kept_tokens(model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan | None) -> KeptTokens | None:

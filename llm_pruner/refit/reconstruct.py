@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
+from ..models.arithmetic import narrow_arithmetic
 from ..models.blockwise import StandIns, computing, native_compute, standing_in
 from ..models.inputs import Inputs
 from ..models.running import evaluating
@@ -32,7 +33,7 @@ from .budget import Budget, Spending
 from .matching import MatchingStack, matching_stacks
 from .stream import ResidualStream
 from .temperature import scale_logits
-from .training import BETAS, learning_rate, narrow_arithmetic, rate_for, tokens_in
+from .training import BETAS, learning_rate, rate_for, tokens_in
 
 SAMPLES_PER_STEP = 8
 HELD_OUT = 4  # every 4th batch decides which weights stay

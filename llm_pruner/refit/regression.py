@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..models.arithmetic import exact_arithmetic
+
 RIDGES = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 HELD_OUT = 4  # every 4th batch chooses lambda
 
@@ -36,8 +38,9 @@ class RegressionSums:
         x, error = x * scale, error * scale
         self.tokens += len(x)
         self.error += error.square().sum().item()
-        self.inputs = self.inputs + x.T @ x
-        self.cross = self.cross + x.T @ error
+        with exact_arithmetic(x.device):
+            self.inputs = self.inputs + x.T @ x
+            self.cross = self.cross + x.T @ error
 
     def __add__(self, other: RegressionSums) -> RegressionSums:
         total = RegressionSums(self.floor)
@@ -57,7 +60,8 @@ class RegressionSums:
 
     def gain(self, change: torch.Tensor) -> float:
         """Return the squared error that a change of the weight removes."""
-        return (2 * (change * self.cross).sum() - (change * (self.inputs @ change)).sum()).item()
+        with exact_arithmetic(change.device):
+            return (2 * (change * self.cross).sum() - (change * (self.inputs @ change)).sum()).item()
 
 
 def best_ridge(fitted: RegressionSums, held_out: RegressionSums) -> tuple[float, float]:

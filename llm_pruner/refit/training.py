@@ -1,21 +1,49 @@
-"""Parts that the trainings of a refit share: batches, the schedule, float32 copies, narrow arithmetic."""
+"""Parts that the trainings of a refit share: batches, the schedule, float32 copies, training of weights together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import PrunerError
+from ..models.blockwise import native_compute
+from ..models.dispatch import free_bytes
 from ..models.inputs import Inputs, tokens_per_sample
-from ..models.torch_internals import multiplies_bfloat16
+from ..models.skeleton import parameter_count
+from ..progress import Step
+from .budget import Budget, Spending
 
 BETAS = (0.9, 0.95)  # of Adam: the second moment forgets soon, since trainings have few steps
 USUAL_WIDTH = 512
 WARMUP = 0.05  # share of the budget in which the learning rate rises
+HELD_OUT = 16  # one sample of so many, and at most so many, measure the result
+TOKENS_PER_STEP = 512
+OTHERS_PER_STEP = 8  # samples of images or sounds
+LARGEST_GRADIENT = 1.0
+BYTES_PER_TRAINED = 16  # float32: its gradient, two moments, and the value to go back to
+
+
+@dataclass
+class TrainingReport:
+    """Outcome of a training of weights together.
+
+    Attributes:
+        tokens: tokens trained on.
+        steps: steps of the optimizer.
+        before: loss on held-out samples before the training.
+        after: loss on held-out samples after the training.
+    """
+
+    tokens: int
+    steps: int
+    before: float
+    after: float
 
 
 def rate_for(model: PreTrainedModel, rate: float) -> float:
@@ -71,13 +99,6 @@ def tokens_in(inputs: Inputs) -> int:
     return len(inputs) * tokens_per_sample(inputs)
 
 
-def narrow_arithmetic(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context that multiplies matrices in bfloat16 where the device is faster at that."""
-    if not multiplies_bfloat16(device):
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # a cache would outlive an optimizer's step
-
-
 @contextmanager
 def in_float32(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Let parameters be trained in float32; afterwards each has its own dtype again, and no gradient.
@@ -96,3 +117,109 @@ def in_float32(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter
             parameter.grad = None
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter of a model require gradients; afterwards those do that did."""
+    states = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in states:
+            parameter.requires_grad_(requires_grad)
+
+
+def check_memory(pruned: PreTrainedModel, trained: int, widened: int) -> None:
+    """Refuse a training that would run out of memory, before it begins.
+
+    Args:
+        trained: number of trained parameters.
+        widened: bytes by which weights grow in float32.
+
+    Raises:
+        PrunerError: as above.
+    """
+    device = native_compute(pruned).device
+    needed, free = BYTES_PER_TRAINED * trained + widened, free_bytes(device)
+    if needed > free:
+        raise PrunerError(
+            f"training {parameter_count(pruned):,} parameters needs {needed / 2**30:.1f} GiB more for float32 weights, "
+            f"gradients and moments, and {free / 2**30:.1f} are free on {device}: use --refit blocks, which trains one "
+            "block at a time, or ridge"
+        )
+
+
+def train_together(
+    pruned: PreTrainedModel,
+    trained: list[nn.Parameter],
+    loss: Callable[[Inputs], torch.Tensor],
+    calibration: Inputs,
+    budget: Budget,
+    *,
+    rate: float,
+    seed: int,
+) -> TrainingReport:
+    """Train parameters until the budget is spent; where the held-out loss did not fall, they are as before.
+
+    Args:
+        loss: mean loss of a batch.
+        calibration: a sixteenth is held out, at most 16 samples; the others are repeated if the budget is larger.
+        rate: peak learning rate of models of up to 512 hidden channels.
+        seed: of the order of the samples.
+
+    Raises:
+        PrunerError: there are fewer than 16 samples.
+    """
+    fitted, held_out = hold_out(calibration, min(len(calibration) // HELD_OUT, HELD_OUT))
+    if not len(held_out):
+        raise PrunerError(f"a training needs at least {HELD_OUT} calibration samples, not {len(calibration)}")
+    samples = OTHERS_PER_STEP
+    if isinstance(calibration, torch.Tensor):
+        samples = max(1, TOKENS_PER_STEP // calibration.shape[1])
+    device = native_compute(pruned).device
+    held_out = held_out.to(device)
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        return sum(loss(batch).item() * len(batch) for batch in held_out.split(samples)) / len(held_out)
+
+    before, start = held_out_loss(), [parameter.detach().clone() for parameter in trained]
+    spending = Spending(budget)
+    batches = endless_batches(fitted.to(device), samples, seed)
+    steps = _descend(loss, trained, batches, spending, peak=rate_for(pruned, rate))
+    after = held_out_loss()
+    if not after < before:
+        for parameter, value in zip(trained, start, strict=True):
+            parameter.data.copy_(value)
+    return TrainingReport(spending.tokens, steps, before, after)
+
+
+def _descend(
+    loss: Callable[[Inputs], torch.Tensor],
+    trained: list[nn.Parameter],
+    batches: Iterator[Inputs],
+    spending: Spending,
+    *,
+    peak: float,
+) -> int:
+    """Train until the budget is spent, or the loss is not finite; return the steps of the optimizer."""
+    optimizer = torch.optim.Adam(trained, lr=peak, betas=BETAS, fused=True)
+    steps, parts = 0, 100
+    with Step("training, percent of the budget", parts) as progress:
+        while spending.share < 1:
+            batch = next(batches)
+            spending.tokens += tokens_in(batch)
+            mean = loss(batch)
+            if not mean.isfinite():
+                break
+            mean.backward()
+            nn.utils.clip_grad_norm_(trained, LARGEST_GRADIENT)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(peak, spending.share)
+            optimizer.step()
+            optimizer.zero_grad()
+            steps += 1
+            progress.done, progress.note = int(parts * spending.share), f"loss {mean.item():.3f}"
+    return steps
