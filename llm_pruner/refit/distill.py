@@ -96,4 +96,4 @@ def distill(
         narrow_arithmetic(compute.device),
     ):
         loss = Distillation(model, pruned, tokens).loss
-        return train_together(pruned, trained, loss, calibration, budget, rate=RATE, seed=seed)
+        return train_together(pruned, trained, loss, calibration, budget=budget, rate=RATE, seed=seed)

@@ -85,7 +85,7 @@ def lora(
             parameter.requires_grad_(parameter.ndim < 2)
         loss = partial(next_token_loss, pruned) if has_loss(pruned) else Distillation(model, pruned).loss
         trained_parameters = updates + [p for p in parameters if p.ndim < 2]
-        return train_together(pruned, trained_parameters, loss, calibration, budget, rate=RATE, seed=seed)
+        return train_together(pruned, trained_parameters, loss, calibration, budget=budget, rate=RATE, seed=seed)
 
 
 @contextmanager
@@ -94,15 +94,20 @@ def low_rank(layers: list[Any], seed: int, device: torch.device) -> Iterator[lis
     with seeded(seed, device):
         factors = [_factors(layer) for layer in layers]
 
-    def add(a: nn.Parameter, b: nn.Parameter, _: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
-        return output + linear(linear(args[0].to(a.dtype), a), b).to(output.dtype)
-
-    hooks = [(layer, partial(add, a, b)) for layer, (a, b) in zip(layers, factors, strict=True)]
-    with forward_hooks(hooks):
+    with forward_hooks([(layer, _add(a, b)) for layer, (a, b) in zip(layers, factors, strict=True)]):
         yield [factor for pair in factors for factor in pair]
     for layer, (a, b) in zip(layers, factors, strict=True):
         update = (b @ a).detach()
         layer.weight.data.add_((update.T if isinstance(layer, Conv1D) else update).to(layer.weight.dtype))
+
+
+def _add(a: nn.Parameter, b: nn.Parameter) -> Any:
+    """Return a hook that adds B A x to what a layer returns for x."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + linear(linear(args[0].to(a.dtype), a), b).to(output.dtype)
+
+    return hook
 
 
 def _factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:

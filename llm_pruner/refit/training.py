@@ -156,8 +156,8 @@ def train_together(
     trained: list[nn.Parameter],
     loss: Callable[[Inputs], torch.Tensor],
     calibration: Inputs,
-    budget: Budget,
     *,
+    budget: Budget,
     rate: float,
     seed: int,
 ) -> TrainingReport:
