@@ -221,7 +221,7 @@ def test_a_cut_vocabulary_is_distilled(family):
     with torch.no_grad():
         theirs, ours = (main_output(forward(m, i))[:, :-1] for m, i in ((model, kept[ids]), (pruned, ids)))
     before = divergence(ours.log_softmax(-1), theirs[..., kept].log_softmax(-1)) / ours[..., 0].numel()
-    loss = Distillation(model, pruned, KeptTokens(kept)).mean_loss(ids, 8)
+    loss = Distillation(model, pruned, KeptTokens(kept)).loss(ids).item()
     assert loss == pytest.approx(before.item(), rel=0.1)  # all positions here, all but the last there
     report = lp.refit(model, pruned, ids, "distill", plan=plan, tokens=20_000)
     assert report.training.after < report.training.before and report.compensation is None
