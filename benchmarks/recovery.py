@@ -36,6 +36,7 @@ COMMON: dict[str, Any] = {
     "save_steps": 10_000,
     "lr_scheduler_type": "cosine",
     "train_on_inputs": True,
+    "dtype": "float32",  # the same on every processor; --set chooses another
 }
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "learning_rate": 1e-3, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0},

@@ -15,6 +15,7 @@ from llm_pruner.files import read_json
 from llm_pruner.recovery.rows import read_rows
 from llm_pruner.recovery.run import recover, start_wandb
 from llm_pruner.recovery.settings import OutputSettings, resolve_settings
+from llm_pruner.recovery.training_arguments import training_arguments
 
 
 @pytest.mark.parametrize(
@@ -132,13 +133,22 @@ def test_a_second_gpu_is_chosen_by_the_environment(home, tmp_path, monkeypatch):
 def test_frozen_weights_are_narrow_on_a_gpu(home, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     dtypes = {
-        method: resolve_settings(arguments(home, tmp_path, device="cuda", method=method)).model
+        method: resolve_settings(arguments(home, tmp_path, device="cuda", dtype="auto", method=method)).model
         for method in ("lora", "full")
     }
     assert {model.compute for model in dtypes.values()} == {torch.bfloat16}
     assert (dtypes["lora"].weights, dtypes["full"].weights) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("multiplies", (True, False))
+def test_a_cpu_computes_in_bfloat16_where_it_multiplies_that(home, tmp_path, monkeypatch, multiplies):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies)
+    settings = [resolve_settings(arguments(home, tmp_path, dtype=dtype)) for dtype in ("auto", "float32")]
+    assert [one.model.compute for one in settings] == [torch.bfloat16 if multiplies else torch.float32, torch.float32]
+    assert {one.model.weights for one in settings} == {torch.float32}
+    assert training_arguments(settings[0], 8, ()).bf16 is multiplies
 
 
 def test_the_batch_is_split_over_processes(home, tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from helpers.recovery import arguments, read_losses, read_record, write_pruned
 from safetensors.torch import load_file
 
@@ -26,6 +28,23 @@ def run_two(script, arguments, environment=None):
         [*TORCHRUN, str(script), *flags], capture_output=True, text=True, env=os.environ | (environment or {})
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def launch_environment(name):
+    """Return the environment that ``accelerate launch`` gives its processes with a configuration of the repository."""
+    file = ROOT / "examples" / "launch" / f"{name}.yaml"
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), "post_training.py"])
+    arguments = _validate_launch_command(arguments)[0]
+    return prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
+
+
+def test_accelerate_reads_the_launch_configurations(monkeypatch):
+    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
+    environments = {name: launch_environment(name) for name in ("one_node", "fsdp2", "deepspeed_zero2")}
+    assert {e["ACCELERATE_MIXED_PRECISION"] for e in environments.values()} == {"bf16"}
+    assert environments["fsdp2"]["ACCELERATE_USE_FSDP"] == environments["deepspeed_zero2"]["ACCELERATE_USE_DEEPSPEED"]
+    assert environments["deepspeed_zero2"]["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+    assert "ACCELERATE_USE_FSDP" not in environments["one_node"]
 
 
 @pytest.mark.slow
@@ -51,9 +70,9 @@ def test_fsdp_writes_whole_weights(home, tmp_path, method):
     options = {"method": method, "lora_dropout": 0.0, "max_steps": 4, "merge": method == "lora", "cutoff_len": 32}
     options |= {"no_instruction": True, "data_path": "python-docs", "eval_steps": 2, "save_steps": 2}
     recover(arguments(home, tmp_path / "one", **options))
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-    fsdp |= {"FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
-    fsdp |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "OMP_NUM_THREADS": "1"}
+    fsdp = {k: v for k, v in launch_environment("fsdp2").items() if k == "ACCELERATE_USE_FSDP" or k.startswith("FSDP_")}
+    assert fsdp["FSDP_VERSION"] == "2" and fsdp["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
+    fsdp["OMP_NUM_THREADS"] = "1"
     run_two(ROOT / "tests" / "helpers" / "two_processes.py", arguments(home, tmp_path / "two", **options), fsdp)
     one, two = (dict(read_losses(tmp_path / name)) for name in ("one", "two"))
     assert two == pytest.approx(one, abs=1e-3)

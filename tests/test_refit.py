@@ -16,12 +16,14 @@ import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.models.inputs import ModelInputs
 from llm_pruner.models.loss import total_loss
+from llm_pruner.models.running import forward, main_output
 from llm_pruner.pruning.arguments import PruneArguments
 from llm_pruner.pruning.settings import resolve_settings
 from llm_pruner.refit.budget import Budget
 from llm_pruner.refit.distill import Distillation, distill, divergence
 from llm_pruner.refit.lora import RANK, _layers, lora, low_rank, next_token_loss
 from llm_pruner.refit.reconstruct import reconstruct
+from llm_pruner.refit.tokens import KeptTokens
 from llm_pruner.refit.training import endless_batches, hold_out
 
 SMALL = Budget(tokens=6000)
@@ -206,6 +208,30 @@ def test_every_sample_is_read_once_an_epoch():
     assert len(next(endless_batches(images, 4, seed=0))) in (2, 4)
 
 
+@pytest.mark.parametrize("family", ("llama", "t5:seq2seq"))
+def test_a_cut_vocabulary_is_distilled(family):
+    """The calibration set is the pruned model's tokens; the original reads the same by its own ids."""
+    model = tiny_model(family) if ":" in family else build(family)
+    graph = lp.trace(model)
+    plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.5, kinds=("neurons",))
+    (unit,) = graph.of_kind("vocabulary")
+    plan.keep(unit, torch.cat([torch.arange(4), torch.arange(5, unit.size, 2)]), graph.shapes)
+    kept = torch.tensor(plan.tokens)
+    pruned, ids = lp.apply(model, plan), tokens(96, 16) % len(kept)
+    with torch.no_grad():
+        theirs, ours = (main_output(forward(m, i))[:, :-1] for m, i in ((model, kept[ids]), (pruned, ids)))
+    before = divergence(ours.log_softmax(-1), theirs[..., kept].log_softmax(-1)) / ours[..., 0].numel()
+    loss = Distillation(model, pruned, KeptTokens(kept)).loss(ids).item()
+    assert loss == pytest.approx(before.item(), rel=0.1)  # all positions here, all but the last there
+    report = lp.refit(model, pruned, ids, "distill", plan=plan, tokens=20_000)
+    assert report.training.after < report.training.before and report.compensation is None
+    with pytest.raises(lp.PrunerError, match="vocabulary of"):
+        lp.refit(model, pruned, ids + 1, "distill", plan=plan)
+    for method in ("blocks", "lora"):
+        with pytest.raises(lp.PrunerError, match="the plan cuts it: use distill"):
+            lp.refit(model, pruned, ids, method, plan=plan)
+
+
 def test_refusals():
     model = build("llama")
     plan, pruned = pruned_by(model, kinds=("layers",))
@@ -219,8 +245,9 @@ def test_refusals():
         reconstruct(model, pruned, tokens(8, 16), SMALL, plan=plan)
     with pytest.raises(lp.PrunerError, match="give plan, which names channels"):
         reconstruct(model, pruned_by(model, kinds=("hidden",))[1], tokens(32, 16), SMALL)
-    with pytest.raises(lp.PrunerError, match="one vocabulary"):
-        lp.refit(model, build("llama", vocab_size=90), tokens(32, 16), "distill")
+    for given in (None, plan):
+        with pytest.raises(lp.PrunerError, match="one vocabulary, and these have 96 and 90 tokens: give plan"):
+            lp.refit(model, build("llama", vocab_size=90), tokens(32, 16) % 90, "distill", plan=given)
 
 
 @pytest.mark.parametrize(

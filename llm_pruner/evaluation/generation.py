@@ -68,7 +68,7 @@ def continue_prompts(
             pad_token=pad_id(tokenizer),
         )[0]
         texts[prompt] = str(tokenizer.decode(ids, skip_special_tokens=True))
-        written = _before_end(ids, model, tokenizer)
+        written = before_end(ids, model, tokenizer)
         lengths.append(len(written))
         repetitions.append(repetition(written))
     quality = GenerationQuality(
@@ -81,7 +81,7 @@ def continue_prompts(
     return texts, quality
 
 
-def _before_end(ids: torch.Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def before_end(ids: torch.Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens before the first one that ends a text."""
     config = model.generation_config
     ends = config.eos_token_id if config is not None and config.eos_token_id is not None else tokenizer.eos_token_id

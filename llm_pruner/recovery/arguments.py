@@ -21,9 +21,10 @@ EXCLUSIVE = (
     (("packing",), ("group_by_length",), "packed windows have one length"),
     (("teacher_cache",), ("distill_hidden",), "the cache holds probabilities, no hidden states"),
     (("teacher_cache",), ("streaming",), "the teacher runs over all data before training"),
+    (("self_data",), ("streaming",), "the original writes all rows before training"),
 )
 # Flags that need one of others.
-REQUIRES = (("streaming", ("max_steps",)),)
+REQUIRES = (("streaming", ("max_steps",)), ("self_data_rows", ("self_data",)))
 
 
 @dataclass(kw_only=True)
@@ -39,7 +40,12 @@ class RecoverArguments(Arguments):
     device: str = flag(
         "auto", "device: auto, cpu, cuda, mps (several GPUs: accelerate launch or torchrun)", group="model"
     )
-    dtype: Dtype = flag("auto", "dtype to compute in (auto: float32 on CPU, bfloat16 where supported)", group="model")
+    dtype: Dtype = flag(
+        "auto",
+        "dtype to compute in (auto: bfloat16 where the processor multiplies it, else float32, or float16 on CUDA; "
+        "float32: exact numbers)",
+        group="model",
+    )
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint", group="model")
 
     method: Literal["lora", "dora", "full", "distill"] = flag(
@@ -109,6 +115,12 @@ class RecoverArguments(Arguments):
     packing: bool = flag(
         False, "pack prompts with their answers into windows of --cutoff_len tokens, without padding", group="data"
     )
+    self_data: bool = flag(
+        False,
+        "train on the original's own words: it answers the prompts and continues the texts of the data first",
+        group="data",
+    )
+    self_data_rows: int = flag(0, "rows of each data set to rewrite, the first N (0: all)", group="data")
     streaming: bool = flag(False, "read the data as an iterable; needs --max_steps", group="data")
     cache_dataset: bool = flag(False, "cache tokenized data in datasets/cache", group="data")
 
@@ -180,7 +192,7 @@ class RecoverArguments(Arguments):
 
     def _check_ranges(self) -> None:
         check_at_least(self, 1, *COUNTS)
-        check_at_least(self, 0, "max_steps", "max_windows", "weight_decay", "distill_hidden")
+        check_at_least(self, 0, "max_steps", "max_windows", "self_data_rows", "weight_decay", "distill_hidden")
         check_at_least(self, 0, "val_set_size", "warmup_steps")
         check_at_least(self, 2, "cutoff_len")
         for small, large in (("micro_batch_size", "batch_size"), ("eval_steps", "save_steps")):

@@ -15,9 +15,10 @@ from ..evaluation.perplexity import check_length
 from ..files import check_file
 from ..inputs import InputCheck
 from .arguments import DEFAULT_OUTPUT, RecoverArguments
+from .original import load_plan, original_name, teacher_name
 from .prompts import prompt_template
 from .rows import check_rows
-from .run import LOG_FILE, check_output, find_checkpoint, load_plan, teacher_name
+from .run import LOG_FILE, check_output, find_checkpoint
 
 
 def check_recovery_inputs(arguments: RecoverArguments, check: InputCheck) -> None:
@@ -31,6 +32,8 @@ def check_recovery_inputs(arguments: RecoverArguments, check: InputCheck) -> Non
             original = str(plan.settings.get("base_model", ""))
             if arguments.distills and arguments.teacher in (None, "auto"):
                 teacher_name(None, plan)
+            elif arguments.self_data:
+                original = original_name(arguments.teacher, plan, model)
             _check_config(check_model(model, arguments.trust_remote_code, tokenizer=True), arguments, check)
     _check_teacher(arguments, original, check)
     for source in arguments.data_path:
@@ -60,6 +63,8 @@ def _check_config(config: PreTrainedConfig, arguments: RecoverArguments, check: 
         raise PrunerError(
             f"--objective {arguments.objective} is for encoder-decoders, and this is a decoder: give causal"
         )
+    if arguments.self_data and config.is_encoder_decoder:
+        raise PrunerError("--self_data is for decoders, and this is an encoder-decoder: leave it out")
     model = meta_model(config, arguments.trust_remote_code)
     if arguments.cutoff_len is not None:
         with check.flag("cutoff_len", arguments.cutoff_len):
@@ -73,7 +78,7 @@ def _check_config(config: PreTrainedConfig, arguments: RecoverArguments, check: 
 
 def _check_teacher(arguments: RecoverArguments, original: str, check: InputCheck) -> None:
     """Refuse a teacher that does not exist; ``original`` is the model that the plan was made for, if known."""
-    if not arguments.distills:
+    if not arguments.distills and not arguments.self_data:
         return
     name = original if arguments.teacher in (None, "auto") else str(arguments.teacher)
     if name and not check.skips(name):

@@ -25,9 +25,12 @@ from transformers import PreTrainedModel
 
 from ..errors import PrunerError
 from ..refit.distill import divergence, relative_distance
+from ..refit.tokens import KeptTokens
+from .resplit import ALIGNED, OriginalSplit, at_positions
 from .tokenize import IGNORED
 
 CACHED = ("teacher_tokens", "teacher_log_probabilities")  # columns of the teacher's outputs
+OF_TEACHER = (*CACHED, *ALIGNED)  # columns of a batch that the student does not read
 EXAMPLES_PER_PASS = 8
 
 
@@ -40,26 +43,25 @@ class Teacher:
         weight: a, between 0 (labels alone) and 1 (the teacher alone).
         temperature: T, above 0.
         hidden: b, the weight of the hidden states; 0 leaves them out.
+        tokens: tokens of the teacher that the student kept; None if it kept all.
+        split: how the teacher's tokenizer splits the text; None if the teacher reads the student's tokens.
     """
 
     model: PreTrainedModel | None
     weight: float = 0.5
     temperature: float = 1.0
     hidden: float = 0.0
+    tokens: KeptTokens | None = None
+    split: OriginalSplit | None = None
 
     def check(self, student: PreTrainedModel) -> None:
         """Refuse a teacher that the student cannot be compared with.
 
         Raises:
-            PrunerError: the vocabularies differ, or the widths of the hidden states where these are learnt.
+            PrunerError: the widths of the hidden states differ, and these are learnt.
         """
         if self.model is None:
             return
-        theirs, ours = (m.config.get_text_config().vocab_size for m in (self.model, student))
-        if theirs != ours:
-            raise PrunerError(
-                f"--teacher has {theirs} tokens in its vocabulary and the model {ours}: give a teacher with the model's"
-            )
         theirs, ours = (m.config.get_text_config().hidden_size for m in (self.model, student))
         if self.hidden and theirs != ours:
             raise PrunerError(
@@ -83,19 +85,37 @@ class Teacher:
             tokens, log_p = (inputs[name][mask] for name in CACHED)
             distance = divergence(_top_and_rest(log_q, tokens), log_p.float())
         else:
-            theirs = self._run(inputs)
+            theirs = self.run(inputs)
             teacher_logits = theirs.logits[mask.to(theirs.logits.device)].float() / self.temperature
             distance = divergence(log_q, teacher_logits.log_softmax(-1).to(log_q.device))
             if self.hidden:
-                total = total + self.hidden * _hidden_distance(theirs, outputs, mask)
+                learnt = mask & (inputs[ALIGNED[2]] >= 0) if self.split else mask
+                total = total + self.hidden * _hidden_distance(theirs, outputs, learnt)
         total = total + self.weight * self.temperature**2 * distance
         return total / (len(targets) if count is None else count), outputs
 
     @torch.no_grad()
-    def _run(self, inputs: dict[str, Any]) -> Any:
+    def run(self, inputs: dict[str, Any]) -> Any:
+        """Return the teacher's outputs at the student's positions, with logits of the student's tokens.
+
+        Where the teacher reads its own tokens, hidden states at positions that it does not have are without meaning.
+        """
         assert self.model is not None
-        moved = {key: value.to(self.model.device) for key, value in forward_inputs(inputs).items()}
-        return self.model(**moved, output_hidden_states=bool(self.hidden), use_cache=False)
+        if self.split is not None:
+            tensors = dict(zip(("input_ids", "attention_mask"), (inputs[name] for name in ALIGNED), strict=False))
+        else:
+            tensors = forward_inputs(inputs)
+            tensors = tensors if self.tokens is None else self.tokens.original_tensors(tensors)
+        tensors = {key: value.to(self.model.device) for key, value in tensors.items()}
+        outputs = self.model(**tensors, output_hidden_states=bool(self.hidden), use_cache=False)
+        if self.split is not None:
+            outputs.logits = self.split.logits(outputs.logits, inputs, align_labels(inputs))
+            if self.hidden:
+                positions = inputs[ALIGNED[2]].to(outputs.logits.device)
+                outputs.hidden_states = (at_positions(outputs.hidden_states[-1], positions),)
+        elif self.tokens is not None:
+            outputs.logits = self.tokens.kept_logits(outputs.logits)
+        return outputs
 
 
 def _hidden_distance(teacher: Any, student: Any, mask: torch.Tensor) -> torch.Tensor:
@@ -112,7 +132,7 @@ def _last_hidden(outputs: Any) -> torch.Tensor:
 
 def forward_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a batch that a model's forward pass reads: without labels and a teacher's outputs."""
-    return {key: value for key, value in inputs.items() if key not in (*CACHED, "labels")}
+    return {key: value for key, value in inputs.items() if key not in (*OF_TEACHER, "labels")}
 
 
 def align_labels(inputs: dict[str, Any]) -> torch.Tensor:
@@ -137,9 +157,7 @@ def _top_and_rest(log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def cache_teacher(
-    data: Any, model: PreTrainedModel, collate: Callable[[list[Any]], Any], file: Path, *, top: int, temperature: float
-) -> Any:
+def cache_teacher(data: Any, teacher: Teacher, collate: Callable[[list[Any]], Any], file: Path, *, top: int) -> Any:
     """Return the data set with the teacher's ``top`` most probable tokens of every position, kept in an Arrow file.
 
     Args:
@@ -150,11 +168,10 @@ def cache_teacher(
 
     def run_teacher(batch: dict[str, list[Any]]) -> dict[str, Any]:
         examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        inputs = {key: value.to(model.device) for key, value in forward_inputs(collate(examples)).items()}
-        logits = model(**inputs, use_cache=False).logits
+        logits = teacher.run(collate(examples)).logits
         tokens, log_probabilities = [], []
         for example, row in zip(examples, logits, strict=True):
-            log_p = (row[: len(example["labels"])].float() / temperature).log_softmax(-1)
+            log_p = (row[: len(example["labels"])].float() / teacher.temperature).log_softmax(-1)
             best = log_p.topk(min(top, log_p.shape[-1]), -1).indices
             tokens.append(best.cpu().numpy().astype("int32"))
             log_probabilities.append(_top_and_rest(log_p, best).cpu().numpy().astype("float16"))
@@ -174,10 +191,16 @@ def cache_teacher(
 
 
 class DistillationCollator:
-    """Pad examples to a batch, with the teacher's outputs where they come with the data."""
+    """Pad examples to a batch, with the teacher's outputs where they come with the data.
+
+    Attributes:
+        collate: makes a batch of the student's examples.
+        split: adds the teacher's own tokens, if it reads these.
+    """
 
     def __init__(self, collate: Callable[[list[Any]], Any]):
         self.collate = collate
+        self.split: OriginalSplit | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return a batch of tensors ``[examples, tokens, ...]``."""
@@ -189,4 +212,6 @@ class DistillationCollator:
                 for i, row in enumerate(rows):
                     padded[i, : len(row)] = row
                 batch[name] = padded
+        if self.split is not None and CACHED[0] not in examples[0]:
+            batch |= self.split.columns([example["input_ids"] for example in examples], batch["labels"].shape[1])
         return batch

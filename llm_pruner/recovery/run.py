@@ -11,13 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..checkpoint.load import load, load_with_tokenizer
-from ..checkpoint.locate import PLAN_FILE, identity, is_adapter, locate
+from ..checkpoint.locate import identity
 from ..checkpoint.next_steps import log_next_steps
 from ..errors import PrunerError
 from ..evaluation.perplexity import check_length, title_of_text
@@ -34,8 +32,11 @@ from .arguments import DEFAULT_OUTPUT, RecoverArguments
 from .callbacks import CurveWriter, TrainingProgress
 from .datasets import WINDOW, padding_collator, predicted_tokens, reachable_sources, training_data, validation_windows
 from .distill import DistillationCollator, Teacher, cache_teacher
+from .original import kept_tokens, load_plan, original_name, teacher_name
+from .resplit import OriginalSplit
 from .saving import METRICS_FILE, TEMPORARY, save_recovered
-from .settings import ModelSettings, OutputSettings, RecoverySettings, TeacherSettings, resolve_settings
+from .self_data import rewritten_sources
+from .settings import DataSettings, ModelSettings, OutputSettings, RecoverySettings, resolve_settings
 from .tokenize import ExampleFormat, fingerprint
 from .trainer import PARTIAL, RecoveryTrainer, newest_checkpoint
 from .training_arguments import VALIDATION, training_arguments
@@ -108,8 +109,9 @@ def _run(settings: RecoverySettings, plan: PruningPlan, flags: dict[str, Any]) -
         log.info("%s is not pruned: training it as it is, for comparison", settings.model.name)
     form = _example_format(settings, model)
     settings = replace(settings, data=replace(settings.data, sources=reachable_sources(settings.data)))
-    train, validation = training_data(settings.data, tokenizer, form)
     plan.settings[TRAINED_ON] = sorted({*plan.settings.get(TRAINED_ON, ()), *settings.data.sources})
+    settings = replace(settings, data=_written_by_the_original(settings, plan, form))
+    train, validation = training_data(settings.data, tokenizer, form)
     warn_of_shared_texts(sources_of(plan), settings.data.validation_texts, settings.model.name)
     collate = DistillationCollator(padding_collator(tokenizer, model))
     teacher = None
@@ -178,6 +180,21 @@ def _example_format(settings: RecoverySettings, model: PreTrainedModel) -> Examp
     return form
 
 
+def _written_by_the_original(settings: RecoverySettings, plan: PruningPlan, form: ExampleFormat) -> DataSettings:
+    """Return the data to train on: where the original is to write them, files that it wrote."""
+    own = settings.self_data
+    if own is None:
+        return settings.data
+    from accelerate import PartialState
+
+    name = original_name(own.name, plan, settings.model.name)
+    with PartialState().main_process_first():
+        files = rewritten_sources(
+            settings.data.sources, own, name, form, seed=settings.seed, trust=settings.model.trust_remote_code
+        )
+    return replace(settings.data, sources=files)
+
+
 def _make_trainer(
     settings: RecoverySettings,
     student: Any,
@@ -244,26 +261,6 @@ def _log_result(record: dict[str, Any], folder: Path) -> None:
     log.info("recovered in %.0f s, %d steps: %s", record["seconds"], record["steps"], folder)
 
 
-def load_plan(model: str) -> PruningPlan:
-    """Load the plan of a pruned model from its folder or its repository on the hub; an empty one for another model."""
-    path, _ = locate(model)
-    file = Path(path) / PLAN_FILE
-    if Path(path).is_dir():
-        if is_adapter(path):
-            raise PrunerError(f"--model {path} holds an adapter: give the folder that pruning wrote")
-        return PruningPlan.load(file) if file.is_file() else PruningPlan()
-    try:
-        return PruningPlan.load(hf_hub_download(path, PLAN_FILE))
-    except RemoteEntryNotFoundError:
-        return PruningPlan()
-    except Exception as error:  # the hub client raises many kinds; the user needs one line
-        why = " ".join(str(error).split())[:160]
-        raise PrunerError(
-            f"there is no model {model}: no such folder exists, and on the hub no {PLAN_FILE} of that name "
-            f"({type(error).__name__}: {why})"
-        ) from error
-
-
 def _resumed_checkpoint(output: OutputSettings) -> Path | None:
     """Return the checkpoint to resume from, and remove half-written files of an interrupted run."""
     if _is_main_process():
@@ -306,8 +303,9 @@ def _prepare_teacher(
     """Return the teacher and the training examples, which hold its outputs if these are cached."""
     assert settings.teacher is not None
     name = teacher_name(settings.teacher.name, plan)
-    teacher = _load_teacher(settings.teacher, name, settings.model.trust_remote_code)
+    teacher = _load_teacher(settings, plan, name, (model, tokenizer))
     teacher.check(model)
+    collate.split = teacher.split
     if settings.teacher.cache is None:
         return teacher, train
     from accelerate import PartialState
@@ -320,11 +318,10 @@ def _prepare_teacher(
         identity(name),
     ]
     key += [settings.teacher.top, settings.teacher.temperature]
+    key += [] if teacher.tokens is None else teacher.tokens.kept.tolist()
     file = settings.teacher.cache / f"{digest(key)}.arrow"
     with PartialState().main_process_first():
-        train = cache_teacher(
-            train, teacher.model, collate, file, top=settings.teacher.top, temperature=settings.teacher.temperature
-        )
+        train = cache_teacher(train, teacher, collate, file, top=settings.teacher.top)
     return replace(teacher, model=None), train
 
 
@@ -333,18 +330,23 @@ def _content_hash(examples: Any) -> str:
     return str(examples._fingerprint)
 
 
-def teacher_name(given: str | None, plan: PruningPlan) -> str:
-    """Return the name of the teacher: the given one, or the model that the plan was made for.
-
-    Raises:
-        PrunerError: neither is known.
-    """
-    name = given or str(plan.settings.get("base_model", ""))
-    if not name:
-        raise PrunerError("no plan names the unpruned model, which is the teacher: give it as --teacher")
-    return name
-
-
-def _load_teacher(teacher: TeacherSettings, name: str, trust_remote_code: bool) -> Teacher:
-    model, _ = load(name, teacher.dtype, teacher.device, trust_remote_code)
-    return Teacher(model.requires_grad_(False), teacher.weight, teacher.temperature, teacher.hidden)
+def _load_teacher(
+    settings: RecoverySettings, plan: PruningPlan, name: str, student: tuple[PreTrainedModel, PreTrainedTokenizerBase]
+) -> Teacher:
+    """Load the teacher; one of another vocabulary reads the text in its own tokens if it is a decoder."""
+    teacher = settings.teacher
+    assert teacher is not None
+    pruned, cut = student
+    model, tokenizer = load(name, teacher.dtype, teacher.device, settings.model.trust_remote_code)
+    theirs, ours = (m.config.get_text_config().vocab_size for m in (model, pruned))
+    tokens, split = kept_tokens(plan, theirs, ours), None
+    if tokens is not None and tokenizer is not None and cut.is_fast and not model.config.is_encoder_decoder:
+        split = OriginalSplit(tokenizer, cut, ours)
+    return Teacher(
+        model.requires_grad_(False),
+        weight=teacher.weight,
+        temperature=teacher.temperature,
+        hidden=teacher.hidden,
+        tokens=tokens,
+        split=split,
+    )

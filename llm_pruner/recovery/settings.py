@@ -17,6 +17,7 @@ from ..checkpoint.locate import folder_of
 from ..choices import Dtype
 from ..errors import PrunerError
 from ..models.dispatch import resolve_device
+from ..models.torch_internals import multiplies_bfloat16
 from .arguments import ADAPTER_METHODS, RecoverArguments
 from .tokenize import ExampleFormat
 
@@ -106,6 +107,21 @@ class TeacherSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelfDataSettings:
+    """Training data that the original writes itself.
+
+    Attributes:
+        name: folder or hub id of the original; None for the model that the plan was made for.
+        rows: rows of each data set to rewrite, the first ones; None for all.
+    """
+
+    name: str | None = None
+    rows: int | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """Optimization of a run.
 
@@ -162,6 +178,7 @@ class RecoverySettings:
     adapter: AdapterSettings | None
     data: DataSettings
     teacher: TeacherSettings | None
+    self_data: SelfDataSettings | None
     training: TrainingSettings
     output: OutputSettings
 
@@ -183,6 +200,7 @@ def resolve_settings(arguments: RecoverArguments) -> RecoverySettings:
         adapter=_adapter_settings(arguments),
         data=_data_settings(arguments),
         teacher=_teacher_settings(arguments, device),
+        self_data=_self_data_settings(arguments, device),
         training=_training_settings(arguments),
         output=OutputSettings(
             folder=Path(arguments.output).expanduser(),
@@ -215,12 +233,16 @@ def _training_device(value: str) -> str:
 
 
 def compute_dtype(dtype: Dtype, device: str) -> torch.dtype:
-    """Return the dtype to compute in: ``auto`` is float32, and on CUDA bfloat16 or else float16."""
+    """Return the dtype to compute in.
+
+    ``auto`` is bfloat16 where the device multiplies it faster than float32, and else float16 on CUDA and float32 on a
+    CPU. Weights that are trained stay in float32.
+    """
     if dtype != "auto":
         return cast(torch.dtype, DTYPES[dtype])
-    if not device.startswith("cuda"):
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if multiplies_bfloat16(torch.device(device)):
+        return torch.bfloat16
+    return torch.float16 if device.startswith("cuda") else torch.float32
 
 
 def _model_settings(arguments: RecoverArguments, device: str) -> ModelSettings:
@@ -276,20 +298,33 @@ def _data_settings(arguments: RecoverArguments) -> DataSettings:
 def _teacher_settings(arguments: RecoverArguments, device: str) -> TeacherSettings | None:
     if not arguments.distills:
         return None
-    teacher_device = resolve_device(arguments.teacher_device, "--teacher_device")
-    if arguments.teacher_device == "auto":
-        teacher_device = device
-    on_gpu = teacher_device.startswith("cuda")
+    name, device, dtype = _original(arguments, device)
     return TeacherSettings(
-        name=None if arguments.teacher in (None, "auto") else arguments.teacher,
-        device=teacher_device,
-        dtype=compute_dtype(arguments.dtype, teacher_device) if on_gpu else torch.float32,
+        name=name,
+        device=device,
+        dtype=dtype,
         weight=arguments.distill_weight,
         temperature=arguments.distill_temperature,
         hidden=arguments.distill_hidden,
         cache=Path(arguments.teacher_cache) if arguments.teacher_cache else None,
         top=arguments.teacher_top,
     )
+
+
+def _self_data_settings(arguments: RecoverArguments, device: str) -> SelfDataSettings | None:
+    if not arguments.self_data:
+        return None
+    name, device, dtype = _original(arguments, device)
+    return SelfDataSettings(name=name, rows=arguments.self_data_rows or None, device=device, dtype=dtype)
+
+
+def _original(arguments: RecoverArguments, device: str) -> tuple[str | None, str, torch.dtype]:
+    """Return name, device and dtype of the original; the name is None for the model that the plan was made for."""
+    chosen = resolve_device(arguments.teacher_device, "--teacher_device")
+    device = device if arguments.teacher_device == "auto" else chosen
+    on_gpu = device.startswith("cuda")
+    name = None if arguments.teacher in (None, "auto") else arguments.teacher
+    return name, device, compute_dtype(arguments.dtype, device) if on_gpu else torch.float32
 
 
 def _training_settings(arguments: RecoverArguments) -> TrainingSettings:

@@ -165,7 +165,7 @@ def _example_maker(
                 return _document(read_text(row, *TEXTS), tokenizer)
             if kind == "chat":
                 return _chat(read_messages(row), tokenizer, form)
-            return _answered(*_question_and_answer(row, kind, template, form), tokenizer, form)
+            return _answered(*question_and_answer(row, kind, template, form), tokenizer, form)
         except PrunerError as error:
             raise PrunerError(f"{source}, row {index + 1}: {error}") from error
 
@@ -188,14 +188,17 @@ def _check_format(kind: RowKind, tokenizer: PreTrainedTokenizerBase, form: Examp
         raise PrunerError("chats are for decoder models: give an encoder-decoder instructions or text")
 
 
-def _question_and_answer(row: Record, kind: RowKind, template: Prompt, form: ExampleFormat) -> tuple[str, str]:
+def question_and_answer(row: Record, kind: RowKind, template: Prompt, form: ExampleFormat) -> tuple[str, str]:
+    """Return the prompt and the answer of an instruction or a pair, whose texts are joined.
+
+    Raises:
+        PrunerError: the row is malformed.
+    """
     answer = read_text(row, *ANSWERS)
     if kind == "instruction":
         question = template(read_text(row, "instruction"), read_text(row, "input"))
     else:
         question = read_text(row, *QUESTIONS)
-    if not answer.strip():
-        return question, ""
     # Tokenizers join a blank to the word behind it: one that ends a prompt is learnt with the answer.
     prompt = question.rstrip(" ")
     blank = " " if kind == "instruction" and form.template is None else ""

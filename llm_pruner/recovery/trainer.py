@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from ..errors import PrunerError
 from ..files import DISK, sync_folder
-from .distill import CACHED, Teacher, align_labels, forward_inputs
+from .distill import OF_TEACHER, Teacher, align_labels, forward_inputs
 from .tokenize import IGNORED
 
 PARTIAL = ".partial-"  # prefix of a checkpoint's folder while it is written
@@ -45,7 +45,7 @@ class RecoveryTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if self.teacher is None or not model.training:
-            inputs = {key: value for key, value in inputs.items() if key not in CACHED}
+            inputs = {key: value for key, value in inputs.items() if key not in OF_TEACHER}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = self.teacher.loss(model, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:

@@ -19,6 +19,7 @@ from ..models.running import equal_draws, evaluating, forward, main_output
 from ..models.skeleton import parameter_count
 from ..models.tasks import has_token_logits
 from .budget import Budget
+from .tokens import KeptTokens
 from .training import TrainingReport, check_memory, in_float32, train_together
 
 RATE = 2e-4  # up to 512 hidden channels
@@ -37,19 +38,25 @@ def relative_distance(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Distillation:
-    """The loss of a pruned model against the original, batch by batch."""
+    """The loss of a pruned model against the original, batch by batch.
+
+    Attributes:
+        tokens: tokens that the pruned model kept; None if it has the original's vocabulary.
+    """
 
     model: PreTrainedModel
     pruned: PreTrainedModel
+    tokens: KeptTokens | None = None
 
     def loss(self, inputs: Inputs) -> torch.Tensor:
         """Return the mean loss over the positions of a batch."""
         with equal_draws():
             output = forward(self.pruned, inputs)
         with torch.no_grad(), equal_draws():
-            theirs = main_output(forward(self.model, inputs))
+            theirs = main_output(forward(self.model, self.tokens.original_inputs(inputs) if self.tokens else inputs))
         ours, positions = main_output(output), theirs[..., 0].numel()
         if has_token_logits(self.pruned) and getattr(output, "logits", None) is not None:
+            theirs = self.tokens.kept_logits(theirs) if self.tokens else theirs
             return divergence(ours.float().log_softmax(-1), theirs.float().log_softmax(-1)) / positions
         return relative_distance(theirs, ours) / positions
 
@@ -60,15 +67,17 @@ def distill(
     calibration: Inputs,
     budget: Budget,
     *,
+    tokens: KeptTokens | None = None,
     seed: int = 0,
 ) -> TrainingReport:
     """Train all weights of ``pruned`` in place to predict what ``model`` predicts.
 
     Args:
         model: original model, which stays as it is.
-        pruned: pruned model, of the same vocabulary.
-        calibration: LongTensor ``[samples, tokens]`` or other inputs, a sixteenth of which is held out, at most 16;
-            the others are repeated if the budget is larger.
+        pruned: pruned model.
+        calibration: LongTensor ``[samples, tokens]`` or other inputs of ``pruned``, a sixteenth of which is held out,
+            at most 16; the others are repeated if the budget is larger.
+        tokens: tokens that ``pruned`` kept; None if it has the vocabulary of ``model``.
         seed: of the order of the samples.
 
     Returns:
@@ -86,5 +95,5 @@ def distill(
         computing(model) as compute,
         narrow_arithmetic(compute.device),
     ):
-        loss = Distillation(model, pruned).loss
+        loss = Distillation(model, pruned, tokens).loss
         return train_together(pruned, trained, loss, calibration, budget=budget, rate=RATE, seed=seed)

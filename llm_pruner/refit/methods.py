@@ -21,6 +21,7 @@ from .compensate import CompensationReport, compensate
 from .distill import distill
 from .lora import lora
 from .reconstruct import ReconstructReport, reconstruct
+from .tokens import KeptTokens
 from .training import TrainingReport
 
 DEFAULT_TOKENS = 65_536
@@ -77,12 +78,12 @@ def refit(
     Args:
         model: original model, which stays as it is.
         pruned: pruned model, from :func:`llm_pruner.apply`.
-        calibration: LongTensor ``[samples, tokens]`` or other inputs; at least 32 samples.
+        calibration: LongTensor ``[samples, tokens]`` or other inputs of ``pruned``; at least 32 samples.
         method: ``ridge`` refits projections in closed form, ``bias`` their biases alone; ``blocks`` trains one block
             after the other behind ``ridge``, ``distill`` all weights together on the original's predictions, ``lora``
             updates of low rank on the next tokens of the text. Where there is no closed form, as with fewer hidden
-            channels, these train alone.
-        plan: plan of the pruned model; needed if it lost layers or hidden channels.
+            channels or tokens, these train alone; a cut vocabulary takes ``distill``.
+        plan: plan of the pruned model; needed if it lost layers, hidden channels or tokens.
         tokens: tokens to train on: with ``blocks`` of each block, else in all (default: 65,536).
         minutes: time to train; the result then depends on the speed of the machine. With ``tokens``, training ends with
             whichever is spent first.
@@ -106,7 +107,7 @@ def refit(
     """
     if method not in (*CLOSED_FORM, *TRAINED):
         raise PrunerError(f"refit {method!r} is not valid: choose from {', '.join((*CLOSED_FORM, *TRAINED))}")
-    calibration = check_calibration(model, calibration)
+    calibration = check_calibration(pruned if plan is not None and plan.tokens else model, calibration)
     kept = next((kept.tolist() for kept in plan.layers.values()), None) if plan else None
     if method in CLOSED_FORM:
         return RefitReport(compensation=compensate(model, pruned, calibration, CLOSED_FORM[method], kept=kept))
@@ -137,10 +138,28 @@ def train(
     Raises:
         PrunerError: as :func:`refit`.
     """
-    tokens = [e.num_embeddings if (e := input_embedding(m)) is not None else 0 for m in (model, pruned)]
-    if tokens[0] != tokens[1]:
-        raise PrunerError(f"a refit needs one vocabulary, and these have {tokens[0]} and {tokens[1]} tokens")
+    tokens = _kept_tokens(model, pruned, plan)
+    if method == "distill":
+        return RefitReport(training=distill(model, pruned, calibration, budget, tokens=tokens, seed=seed))
+    if tokens is not None:
+        raise PrunerError(f"refit {method!r} needs one vocabulary, and the plan cuts it: use distill")
     if method == "blocks":
         return RefitReport(blocks=reconstruct(model, pruned, calibration, budget, plan=plan, seed=seed))
-    together = lora if method == "lora" else distill
-    return RefitReport(training=together(model, pruned, calibration, budget, seed=seed))
+    return RefitReport(training=lora(model, pruned, calibration, budget, seed=seed))
+
+
+def _kept_tokens(model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan | None) -> KeptTokens | None:
+    """Return the tokens that the pruned model kept; None if both models have the same.
+
+    Raises:
+        PrunerError: the vocabularies differ, and the plan is not about them.
+    """
+    theirs, ours = (e.num_embeddings if (e := input_embedding(m)) is not None else 0 for m in (model, pruned))
+    if theirs == ours:
+        return None
+    choice = plan.vocabulary if plan is not None else None
+    if choice is None or (choice.size, len(choice.kept)) != (theirs, ours):
+        raise PrunerError(
+            f"a refit needs one vocabulary, and these have {theirs} and {ours} tokens: give plan, the one that cut it"
+        )
+    return KeptTokens(choice.kept)

@@ -128,9 +128,14 @@ class PruningPlan:
         return {name.rpartition(".")[0]: c.kept for name, c in self.units.items() if c.kind == "layers"}
 
     @property
+    def vocabulary(self) -> Choice | None:
+        """The choice of tokens; None if the vocabulary is not pruned."""
+        return next((c for c in self.units.values() if c.kind == "vocabulary"), None)
+
+    @property
     def tokens(self) -> list[int] | None:
         """Kept token ids, in the order of their new ids; None if the vocabulary is not pruned."""
-        return next((c.kept.tolist() for c in self.units.values() if c.kind == "vocabulary"), None)
+        return self.vocabulary.kept.tolist() if self.vocabulary else None
 
     def keep(self, unit: Unit, indices: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
         """Keep only ``indices`` of a unit. Several units may cut the same parameter dim.

@@ -14,6 +14,7 @@ from llm_pruner.recovery.arguments import RecoverArguments
 
 SHORT_RUN = {
     "device": "cpu",
+    "dtype": "float32",  # equal numbers on every processor
     "batch_size": 4,
     "micro_batch_size": 2,
     "max_steps": 8,
