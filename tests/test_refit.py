@@ -24,10 +24,10 @@ from llm_pruner.refit.distill import Distillation, distill, divergence
 from llm_pruner.refit.lora import RANK, _layers, lora, low_rank, next_token_loss
 from llm_pruner.refit.reconstruct import reconstruct
 from llm_pruner.refit.tokens import KeptTokens
-from llm_pruner.refit.training import endless_batches, hold_out
+from llm_pruner.refit.training import TOKENS_PER_STEP, endless_batches, hold_out
 
 SMALL = Budget(tokens=6000)
-COUNTS = (torch.arange(64)[:, None] + torch.arange(16)) % 80  # next tokens can be learned
+COUNTS = (torch.arange(512)[:, None] + torch.arange(16)) % 80  # next tokens can be learned
 
 
 def logits(model, ids):
@@ -149,6 +149,11 @@ def test_low_rank_updates_teach_a_model_the_text_that_the_original_wrote():
         *("model.embed_tokens.weight", "lm_head.weight")
     }
     assert {p.requires_grad for p in pruned.parameters()} == {True} and all(p.grad is None for p in pruned.parameters())
+
+
+def test_next_tokens_are_read_hardly_more_than_once():
+    pruned = pruned_by(build("llama"), kinds=("neurons",))[1]
+    assert lora(pruned, pruned, COUNTS[:64], Budget(tokens=100_000)).tokens <= 1.34 * 60 * 16 + TOKENS_PER_STEP
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2", "mixtral"))

@@ -36,6 +36,14 @@ class Budget:
         tokens = None if self.tokens is None else max(1, round(share * self.tokens))
         return Budget(tokens=tokens, minutes=None if self.minutes is None else share * self.minutes)
 
+    def at_most(self, tokens: int) -> Budget:
+        """Return the budget, or so many tokens if it has more.
+
+        >>> Budget(tokens=1000).at_most(600), Budget(minutes=2.0).at_most(600)
+        (Budget(tokens=600, minutes=None), Budget(tokens=600, minutes=2.0))
+        """
+        return Budget(tokens=tokens if self.tokens is None else min(tokens, self.tokens), minutes=self.minutes)
+
 
 @dataclass
 class Spending:

@@ -37,6 +37,7 @@ from .training import TrainingReport, check_memory, frozen, in_float32, train_to
 
 RANK = 64
 RATE = 1e-3  # up to 512 hidden channels
+EPOCHS = 1.34  # tokens that are read more often are learnt by heart; docs/how-to/refit.md has the measurement
 
 
 def next_token_loss(model: PreTrainedModel, ids: Inputs) -> torch.Tensor:
@@ -60,6 +61,7 @@ def lora(
         model: original model, which stays as it is.
         pruned: pruned model, of the same vocabulary.
         calibration: LongTensor ``[samples, tokens]`` or other inputs, a sixteenth of which is held out, at most 16.
+        budget: of the training, which also ends after 1.34 epochs of next tokens.
         seed: of the first updates and the order of the samples.
 
     Returns:
@@ -83,9 +85,18 @@ def lora(
     ):
         for parameter in parameters:
             parameter.requires_grad_(parameter.ndim < 2)
-        loss = partial(next_token_loss, pruned) if has_loss(pruned) else Distillation(model, pruned).loss
-        trained_parameters = updates + [p for p in parameters if p.ndim < 2]
-        return train_together(pruned, trained_parameters, loss, calibration, budget=budget, rate=RATE, seed=seed)
+        reads = has_loss(pruned)
+        loss = partial(next_token_loss, pruned) if reads else Distillation(model, pruned).loss
+        return train_together(
+            pruned,
+            updates + [p for p in parameters if p.ndim < 2],
+            loss,
+            calibration,
+            budget=budget,
+            rate=RATE,
+            seed=seed,
+            epochs=EPOCHS if reads else None,
+        )
 
 
 @contextmanager

@@ -160,6 +160,7 @@ def train_together(
     budget: Budget,
     rate: float,
     seed: int,
+    epochs: float | None = None,
 ) -> TrainingReport:
     """Train parameters until the budget is spent; where the held-out loss did not fall, they are as before.
 
@@ -168,6 +169,7 @@ def train_together(
         calibration: a sixteenth is held out, at most 16 samples; the others are repeated if the budget is larger.
         rate: peak learning rate of models of up to 512 hidden channels.
         seed: of the order of the samples.
+        epochs: read the samples at most so often, even where the budget is larger.
 
     Raises:
         PrunerError: there are fewer than 16 samples.
@@ -186,7 +188,7 @@ def train_together(
         return sum(loss(batch).item() * len(batch) for batch in held_out.split(samples)) / len(held_out)
 
     before, start = held_out_loss(), [parameter.detach().clone() for parameter in trained]
-    spending = Spending(budget)
+    spending = Spending(budget if epochs is None else budget.at_most(round(epochs * tokens_in(fitted))))
     batches = endless_batches(fitted.to(device), samples, seed)
     steps = _descend(loss, trained, batches, spending, peak=rate_for(pruned, rate))
     after = held_out_loss()
