@@ -67,7 +67,7 @@ def test_layers_and_neurons_of_one_tower(tokenizer, tmp_path):
 
 
 def test_towers_that_are_not_there_are_refused_before_loading(llava, classifier, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("llm_pruner.pruning.run.load", None)
+    monkeypatch.setattr("llm_pruner.pruning.loading.load", None)
     for folder, message in (
         (llava, "has language and vision"),
         (classifier, "no towers"),

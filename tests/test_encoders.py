@@ -19,7 +19,7 @@ from llm_pruner.errors import PrunerError
 from llm_pruner.evaluation.labelled import measure_labelled
 from llm_pruner.models.inputs import example_inputs
 from llm_pruner.models.running import logits, main_output
-from llm_pruner.pruning import run
+from llm_pruner.pruning import loading
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 TEXT = SIZES | {"vocab_size": 512, "max_position_embeddings": 144, "pad_token_id": 0}
@@ -91,7 +91,7 @@ def test_cosine_is_that_of_the_last_hidden_states():
 
 def test_criteria_that_need_a_loss_are_refused_before_loading(tokenizer, tmp_path, monkeypatch, capsys):
     lp.save(build("XLMRobertaModel", "xlm-roberta", **TEXT), tokenizer, tmp_path / "model")
-    monkeypatch.setattr(run, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     for flags, message in (
         ("--num_layers 2 --depth loss", "--depth loss: XLMRobertaModel does not predict the next token"),
         ("--target_params 0.8 --shares measured:layers,neurons", "--shares measured: XLMRobertaModel has no loss"),
@@ -103,7 +103,7 @@ def test_criteria_that_need_a_loss_are_refused_before_loading(tokenizer, tmp_pat
 @pytest.mark.parametrize("name", ("WhisperForConditionalGeneration", "SiglipModel", "Wav2Vec2ForCTC", "Dinov2Model"))
 def test_hidden_channels_that_no_config_expresses_are_refused_before_loading(name, tmp_path, monkeypatch, capsys):
     lp.save(media_model(name), None, tmp_path / "model")
-    monkeypatch.setattr(run, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     assert main(f"prune {tmp_path}/model {tmp_path}/out --kinds hidden --pruning_ratio 0.25".split()) == 2
     assert "hidden" in capsys.readouterr().err and not (tmp_path / "out").exists()
 

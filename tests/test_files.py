@@ -77,7 +77,7 @@ def test_the_command_prunes_files_without_loading_them(home, tmp_path, monkeypat
     flags = ["--base_model", str(home / "base"), "--pruner_type", "l2", "--pruning_ratio", "0.4", "--save_model"]
     flags += ["--output_root", str(tmp_path), "--eval_datasets", "", "--compensate", "none"]
     assert main(["prune", *flags, "--save_ckpt_log_name", "loaded"]) == 0
-    monkeypatch.setattr("llm_pruner.pruning.run.load", None)
+    monkeypatch.setattr("llm_pruner.pruning.loading.load", None)
     assert main(["prune", *flags, "--save_ckpt_log_name", "files", "--stream"]) == 0
     a, b = (lp.load(str(tmp_path / name))[0] for name in ("loaded", "files"))
     assert same(a, b)

@@ -34,7 +34,8 @@ def launch_environment(name):
     """Return the environment that ``accelerate launch`` gives its processes with a configuration of the repository."""
     file = ROOT / "examples" / "launch" / f"{name}.yaml"
     arguments = launch_command_parser().parse_args(["--config_file", str(file), "post_training.py"])
-    arguments = _validate_launch_command(arguments)[0]
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)  # as the command does next
     return prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
 
 
