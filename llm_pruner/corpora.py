@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .choices import EMBEDDED_TEXTS, GENERAL, PYTHON_DOCS, SELF
-from .errors import PrunerError, Unavailable
+from .errors import PrunerError, Unavailable, in_one_line
 from .files import read_json
 from .row_kinds import find_row_kind, read_conversation
 
@@ -174,9 +174,8 @@ def _from_hub(name: str, split: str, most: int | None) -> Iterator[str]:
                 return
             yield row[where.column]
     except Exception as error:  # the hub client raises many kinds; the user needs one line
-        reason = " ".join(str(error).split())[:160]
         raise Unavailable(
-            f"the data set {name} could not be fetched from the hub ({type(error).__name__}: {reason}); give a local "
+            f"the data set {name} could not be fetched from the hub ({in_one_line(error, 160)}); give a local "
             f".txt, .json or .jsonl file instead, or {GENERAL}, which needs no network"
         ) from error
 

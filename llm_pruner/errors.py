@@ -13,3 +13,12 @@ class PrunerError(ValueError):
 
 class Unavailable(PrunerError):
     """A model or data set that this machine lacks: the hub cannot deliver it, or a folder holds only a config."""
+
+
+def in_one_line(error: BaseException, most: int = 200) -> str:
+    """Return kind and message of another library's error in one line, at most so many characters of the message.
+
+    >>> in_one_line(OSError("no such\\n  host"))
+    'OSError: no such host'
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"

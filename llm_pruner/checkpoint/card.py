@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
-from ..errors import PrunerError
+from ..errors import PrunerError, in_one_line
 from ..files import CARD
 from ..models.per_layer import has_per_layer_widths
 from ..models.tasks import TEXT_GENERATION, task_of_config
@@ -169,8 +169,7 @@ def upload(folder: Path, repository: str, token: str | None = None) -> str:
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=f"llm-pruner {__version__}")
     except Exception as error:  # whatever the network does
-        why = " ".join(str(error).split())[:300]
         raise PrunerError(
-            f"cannot push to {repository} ({type(error).__name__}: {why}); the checkpoint is in {folder}"
+            f"cannot push to {repository} ({in_one_line(error, 300)}); the checkpoint is in {folder}"
         ) from error
     return str(address)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import PrunerError, Unavailable
+from ..errors import PrunerError, Unavailable, in_one_line
 from ..files import read_json
 from ..optional import VLLM_ENVIRONMENT, require, require_engine
 from .harness import language_model
@@ -113,8 +113,7 @@ def zero_shot(
                 **asdict(prompting),
             )
         except (OSError, ConnectionError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise PrunerError(f"lm-eval cannot run {', '.join(chosen)}: {type(error).__name__}: {reason}") from error
+            raise PrunerError(f"lm-eval cannot run {', '.join(chosen)}: {in_one_line(error)}") from error
     assert record is not None
     results: dict[str, Any] = dict(record)
     return _collect(results, groups, results.pop("samples"))
@@ -320,9 +319,8 @@ def check_task_data(tasks: Iterable[str], include_path: str | None = None) -> No
             with _errors_only("datasets"):
                 datasets.load_dataset_builder(path, config.get("dataset_name"), **(config.get("dataset_kwargs") or {}))
         except Exception as error:  # the loaders of a dozen formats, and the network
-            reason = " ".join(str(error).split())[:200]
             raise Unavailable(
-                f"the data of {task} is not available ({type(error).__name__}: {reason}); with no network, describe a "
+                f"the data of {task} is not available ({in_one_line(error)}); with no network, describe a "
                 "local copy in a task file and give its folder as --include_path"
             ) from error
 

@@ -17,7 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..errors import PrunerError
+from ..errors import PrunerError, in_one_line
 from .running import evaluating
 
 
@@ -201,5 +201,4 @@ def _failures_named(model: PreTrainedModel) -> Iterator[None]:
     except (PrunerError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model class of the user's own can fail in any way
-        reason = " ".join(str(error).split())[:200]
-        raise PrunerError(f"{type(model).__name__} cannot generate: {type(error).__name__}: {reason}") from error
+        raise PrunerError(f"{type(model).__name__} cannot generate: {in_one_line(error)}") from error

@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ..checkpoint.locate import PLAN_FILE, is_adapter, locate
-from ..errors import PrunerError
+from ..errors import PrunerError, in_one_line
 from ..refit.tokens import KeptTokens
 from ..selection.plan import PruningPlan
 
@@ -27,10 +27,9 @@ def load_plan(model: str) -> PruningPlan:
     except RemoteEntryNotFoundError:
         return PruningPlan()
     except Exception as error:  # the hub client raises many kinds; the user needs one line
-        why = " ".join(str(error).split())[:160]
         raise PrunerError(
             f"there is no model {model}: no such folder exists, and on the hub no {PLAN_FILE} of that name "
-            f"({type(error).__name__}: {why})"
+            f"({in_one_line(error, 160)})"
         ) from error
 
 

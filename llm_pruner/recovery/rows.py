@@ -15,7 +15,7 @@ from typing import Any
 
 from ..choices import EMBEDDED_TEXTS
 from ..corpora import HUB, documents
-from ..errors import PrunerError, Unavailable
+from ..errors import PrunerError, Unavailable, in_one_line
 from ..logs import log
 from ..row_kinds import Record, row_kind
 
@@ -113,9 +113,8 @@ def reading(source: str) -> Iterator[None]:
         raise PrunerError(f"the data set {source} is empty") from error
     except Exception as error:  # the loaders of a dozen formats, and the network
         cause = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing
-        why = " ".join(str(cause).split())[:200]
         kind = PrunerError if Path(source).expanduser().exists() else Unavailable
-        raise kind(f"cannot read the data set {source}: {type(cause).__name__}: {why}") from error
+        raise kind(f"cannot read the data set {source}: {in_one_line(cause)}") from error
 
 
 def _iterate_texts(source: str) -> Iterator[Record]:
