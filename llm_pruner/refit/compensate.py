@@ -220,27 +220,72 @@ def _refit_projection(
 
     None stands for a stream that follows from running the layer again, as where weights are rounded to 16 bits.
     """
-    name, floor = one.name, median_power(targets[one.name if one.norm else ""])
-    module = stream.layers[layer].get_submodule(name)
-    is_last = one is added[-1] and not one.norm and module.weight.dtype not in NARROW
-    fitted, held_out = RegressionSums(floor), RegressionSums(floor)
-    reads: list[torch.Tensor] = []
-    streams: list[torch.Tensor] = []
-    for i, target in enumerate(targets[name]):
-        noted, behind = stream.run_noting(layer, i, added)
-        read = noted[name][..., :0] if only_bias else noted[name]
-        if module.bias is not None:
-            read = torch.cat([read, torch.ones_like(noted[name][..., :1])], -1)
-        (held_out if i % HELD_OUT == HELD_OUT - 1 else fitted).add(read, target, behind[name])
-        if is_last:
-            reads.append(read)
-            streams.append(behind[""])
-    refit, change = _move(name, module, fitted, held_out)
-    if change is not None:
-        with exact_arithmetic(change.device):
-            for i, read in enumerate(reads):
-                streams[i] = streams[i] + (read.float() @ change).view(streams[i].shape).to(streams[i])
-    return refit, streams or None
+    module = stream.layers[layer].get_submodule(one.name)
+    keep = module.weight.dtype not in NARROW
+    observed = observe(stream, layer, one, added, targets=targets, only_bias=only_bias, keep=keep)
+    refit, change = _move(one.name, module, observed.fitted, observed.held_out)
+    return refit, observed.moved(change)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """A projection on all batches.
+
+    Attributes:
+        fitted: sums of its regression.
+        held_out: sums that choose the ridge.
+        reads: its inputs, with one of 1 for a bias, by batch; empty if the stream behind the layer is not kept.
+        streams: the stream behind the layer, by batch.
+    """
+
+    fitted: RegressionSums
+    held_out: RegressionSums
+    reads: list[torch.Tensor] = field(default_factory=list)
+    streams: list[torch.Tensor] = field(default_factory=list)
+
+    def moved(self, change: torch.Tensor | None) -> list[torch.Tensor] | None:
+        """Return the stream behind the layer after a change ``[inputs, hidden]`` of the weight; None if not kept."""
+        if change is not None:
+            with exact_arithmetic(change.device):
+                for i, read in enumerate(self.reads):
+                    stream = self.streams[i]
+                    self.streams[i] = stream + (read.float() @ change.float()).view(stream.shape).to(stream)
+        return self.streams or None
+
+
+def observe(
+    stream: ResidualStream,
+    layer: int,
+    one: Projection,
+    added: list[Projection],
+    *,
+    targets: Targets,
+    only_bias: bool = False,
+    keep: bool = True,
+    without: torch.Tensor | None = None,
+) -> Observed:
+    """Run a layer on all batches for the regression of one of its added projections.
+
+    Args:
+        keep: keep the stream behind the layer if the projection is added last.
+        without: weight ``[inputs, hidden]`` whose output is taken away from the stream first.
+    """
+    floor = median_power(targets[one.name if one.norm else ""])
+    observed = Observed(fitted=RegressionSums(floor), held_out=RegressionSums(floor))
+    has_bias = _bias(stream.layers[layer].get_submodule(one.name)) is not None
+    for i, target in enumerate(targets[one.name]):
+        reads, behind = stream.run_noting(layer, i, added)
+        read, hidden = reads[one.name][..., :0] if only_bias else reads[one.name], behind[one.name]
+        if has_bias:
+            read = torch.cat([read, torch.ones_like(reads[one.name][..., :1])], -1)
+        if without is not None:
+            with exact_arithmetic(read.device):
+                hidden = hidden.float() - (read.float() @ without.float()).view(hidden.shape)
+        (observed.held_out if i % HELD_OUT == HELD_OUT - 1 else observed.fitted).add(read, target, hidden)
+        if keep and one is added[-1] and not one.norm:
+            observed.reads.append(read)
+            observed.streams.append(behind[""])
+    return observed
 
 
 def _refit_experts(

@@ -29,8 +29,8 @@ from ..progress import track
 from ..selection.plan import PruningPlan
 from ..surgery.equivalence import masking_modes
 from ..surgery.slicing import mask
-from .compensate import SAMPLES_PER_PASS, Targets, median_power, targets_behind
-from .regression import HELD_OUT, RegressionSums, best_ridge
+from .compensate import SAMPLES_PER_PASS, Targets, observe, targets_behind
+from .regression import RegressionSums, best_ridge
 from .stream import Projection, ResidualStream, added_projections, single_stack
 
 Widths = Mapping[str, int]  # kept count by unit
@@ -207,23 +207,10 @@ class _Builder:
         weight = weight if isinstance(module, Conv1D) else weight.T
         if (bias := module.bias) is not None:
             weight = torch.cat([weight, self.compute.convert(bias)[None]])  # type: ignore[arg-type]
-        floor = median_power(targets[one.name if one.norm else ""])
-        fitted, held_out = RegressionSums(floor), RegressionSums(floor)
-        inputs: list[torch.Tensor] = []
-        streams: list[torch.Tensor] = []
-        for i, target in enumerate(targets[one.name]):
-            reads, behind = stream.run_noting(layer, i, added)
-            read = reads[one.name].flatten(0, -2)
-            if bias is not None:
-                read = torch.cat([read, torch.ones_like(read[:, :1])], -1)
-            without = behind[one.name].flatten(0, -2).float() - read.float() @ weight.float()
-            (held_out if i % HELD_OUT == HELD_OUT - 1 else fitted).add(read, target, without)
-            if one is added[-1] and not one.norm:
-                inputs.append(read)
-                streams.append(behind[""])
+        observed = observe(stream, layer, one, added, targets=targets, without=weight)
         count, unit = len(weight) - (bias is not None), self.ladder.units.get(path)
         self.ladder.rungs[path] = {
-            width: _solve(fitted, held_out, channels, weight, count)
+            width: _solve(observed.fitted, observed.held_out, channels, weight, count)
             for width, channels in self._channels(path, unit, count, weight.device).items()
         }
         start = self.start.units.get(unit or "")
@@ -234,7 +221,7 @@ class _Builder:
         change[rung.channels] += rung.weight
         if rung.bias is not None:
             change[-1] += rung.bias
-        return [stream + (read @ change).view(stream.shape) for stream, read in zip(streams, inputs)] or None
+        return observed.moved(change)
 
     def _channels(self, path: str, unit: str | None, inputs: int, device: torch.device) -> dict[int, torch.Tensor]:
         """Return the input channels of a projection by the kept count of the unit that it reads."""
