@@ -172,7 +172,7 @@ def describe_layers(folder: Path) -> None:
             )
         config |= {"hidden_size": shape("embed_tokens")[1], "head_dim": head_dim, **layers[0]}
     if differing := {str(i): layer for i, layer in enumerate(layers) if layer != layers[0]}:
-        config["per_layer_config"] = differing
+        config |= {"per_layer_config": differing, "allow_global_per_layer_attribute_access": True}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
