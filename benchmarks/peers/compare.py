@@ -27,6 +27,7 @@ from environments import REQUIREMENTS
 from rows import REFERENCE, ROWS, Calibration, Row, command, interpreter
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 import llm_pruner as lp
 from llm_pruner.data import calibration, text
@@ -91,13 +92,11 @@ def original(name: str, work: Path) -> Path:
 
 def calibration_sets(folder: Path, args: argparse.Namespace) -> dict[str, Calibration]:
     """Write the calibration tokens that all tools share."""
-    sets = {}
-    _, tokenizer = lp.load(str(folder))
+    tokenizer, sets = AutoTokenizer.from_pretrained(folder), {}
     for name, samples, tokens in (("small", 10, 64), ("large", args.samples, WINDOW_TOKENS)):
-        sets[name] = Calibration(
-            text=args.text, samples=samples, tokens=tokens, file=args.work / f"{folder.name}-{name}.safetensors"
-        )
-        save_file({"ids": calibration(str(args.text), tokenizer, samples, tokens)}, sets[name].file)
+        file = args.work / f"{folder.name}-{name}.safetensors"
+        save_file({"ids": calibration(str(args.text), tokenizer, samples, tokens)}, file)
+        sets[name] = Calibration(text=args.text, samples=samples, tokens=tokens, file=file)
     return sets
 
 
