@@ -7,7 +7,8 @@
 
 The small calibration set is LLM-Pruner's, 10 samples of 64 tokens; the large one has 128 tokens a sample. Every tool
 gets the same tokens. Seconds are CPU seconds on one thread, which other processes on the machine hardly change.
-Rows that the output holds already are not run again, so a comparison can be spread over several calls.
+Rows that the output holds, and rounds that the folder of --work holds, are not run again: a comparison can be spread
+over several calls.
 """
 
 from __future__ import annotations
@@ -61,10 +62,7 @@ def main() -> None:
     for target in args.targets:
         done = {record["row"] for record in records if (record["model"], record.get("target")) == (folder.name, target)}
         rows = [row for row in ROWS if row.name in args.rows and row.name not in done]
-        costs: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
-        for _ in range(args.rounds):
-            for row in rows:
-                costs[row.name].append(run_row(row, folder, sets, args, target=target))
+        costs = run_rows(rows, folder, sets, args, target=target)
         for row in rows:
             output = output_of(row, folder, args.work, target)
             records.append(
@@ -108,6 +106,21 @@ def tokens_of(tokens: Calibration) -> str:
 def output_of(row: Row, folder: Path, work: Path, target: float) -> Path:
     """Return the folder of a row's checkpoint."""
     return work / f"{folder.name}-{target}-{row.tool}-{row.method}"
+
+
+def run_rows(
+    rows: list[Row], folder: Path, sets: dict[str, Calibration], args: argparse.Namespace, *, target: float
+) -> dict[str, list[dict[str, Any]]]:
+    """Run all rows in turns; return the costs of every round, which a file beside the checkpoint keeps."""
+    costs: dict[str, list[dict[str, Any]]] = {}
+    for number in range(args.rounds):
+        for row in rows:
+            file = Path(f"{output_of(row, folder, args.work, target)}.json")
+            costs[row.name] = json.loads(file.read_text()) if file.exists() else []
+            if len(costs[row.name]) <= number:
+                costs[row.name].append(run_row(row, folder, sets, args, target=target))
+                file.write_text(json.dumps(costs[row.name]))
+    return costs
 
 
 def run_row(
