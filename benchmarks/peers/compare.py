@@ -6,7 +6,7 @@
         --environments ENVIRONMENTS --source LLM-Pruner --work FOLDER --output results/peers.json
 
 The small calibration set is LLM-Pruner's, 10 samples of 64 tokens; the large one has 128 tokens a sample. Every tool
-gets the same tokens. Seconds are CPU seconds on one thread, which other processes on the machine hardly change.
+gets the same tokens. Seconds are CPU seconds of one thread, which a busy machine raises less than those of the clock.
 Rows that the output holds, and rounds that the folder of --work holds, are not run again: a comparison can be spread
 over several calls.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -35,7 +36,7 @@ from llm_pruner.data import calibration, text
 from llm_pruner.evaluation.perplexity import perplexity, windows
 from llm_pruner.models.per_layer import has_per_layer_widths
 from llm_pruner.models.skeleton import parameter_count
-from llm_pruner.provenance import provenance
+from llm_pruner.provenance import versions
 
 WINDOW_TOKENS = 128
 
@@ -189,9 +190,10 @@ def describe_layers(folder: Path) -> None:
 
 
 def write(file: Path, records: list[dict[str, Any]]) -> None:
-    """Write the results with their provenance."""
-    where = {"date": date.today().isoformat(), "threads": 1, "environments": REQUIREMENTS}
-    file.write_text(json.dumps({"rows": records, **where, **provenance()}, indent=1) + "\n")
+    """Write the results with their date, machine and versions."""
+    machine = f"{platform.machine()}, 1 thread"
+    made = {"date": date.today().isoformat(), "machine": machine, "versions": versions(), "environments": REQUIREMENTS}
+    file.write_text(json.dumps({"rows": records, **made}, indent=1) + "\n")
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -199,7 +201,7 @@ def table(records: list[dict[str, Any]]) -> str:
     texts = list(records[0]["perplexity"])
     sizes = {record["model"]: record["parameters"] for record in records if record["tool"] == "unpruned"}
     references = {(r["model"], r["target"]): r["step_seconds"] for r in records if r.get("row") == REFERENCE}
-    header = ["model", "method", "calibration", "parameters", *texts, "CPU s (ratio)", "GiB"]
+    header = ["model", "method", "calibration", "parameters", *map(text_name, texts), "CPU s (ratio)", "GiB"]
     rows = [header, ["---"] * len(header)]
     for record in records:
         cells = [record["model"], record.get("row", "unpruned"), record.get("calibration", "")]
@@ -210,6 +212,11 @@ def table(records: list[dict[str, Any]]) -> str:
             cells += cost_cells(record, references.get((record["model"], record.get("target"))))
         rows.append(cells)
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in rows)
+
+
+def text_name(file: str) -> str:
+    """Name a text in the head of the table."""
+    return Path(file).stem.replace("_", " ")
 
 
 def cost_cells(record: dict[str, Any], reference: float | None) -> list[str]:
