@@ -51,3 +51,9 @@ def test_the_table_compares_with_the_reference(peers):
     assert lines[3] == "| m | LLM-Pruner param_first | none | 0.8010 | 3.0 | 10.0 (1.00) | 1.50 |"
     assert "5.0 (0.50)" in lines[4] and "hangs" in lines[5]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_page_of_results_shows_the_results(peers):
+    root = Path(__file__).resolve().parents[1]
+    records = json.loads((root / "benchmarks" / "results" / "peers.json").read_text())["rows"]
+    assert peers("compare").table(records) in (root / "docs" / "results.md").read_text()
