@@ -58,6 +58,7 @@ def main() -> None:
                     run = lp.prune(
                         model,
                         target_params=options.target_params,
+                        refit="ridge",
                         eval_datasets=list(measured.values()),
                         max_windows=options.max_windows,
                         progress=lambda *_: None,

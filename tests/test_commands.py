@@ -149,11 +149,11 @@ def test_presets(folder, capsys):
     for name, extra in {
         "default": "--refit_tokens 1000",
         "paper": "--preset paper",
-        "fast": "--preset fast",
-        "wanda": "--preset fast --pruner_type wanda",
-        "vectorize": "--preset fast --taylor vectorize",
-        "heads": "--preset fast --block_attention_layer_start 0",
-        "kinds": "--preset fast --kinds heads",
+        "fast": "--preset fast --refit_tokens 1000",
+        "wanda": "--refit ridge --pruner_type wanda",
+        "vectorize": "--refit ridge --taylor vectorize",
+        "heads": "--refit ridge --block_attention_layer_start 0",
+        "kinds": "--refit ridge --kinds heads",
     }.items():
         argv = flags(folder, *extra.split(), "--save_ckpt_log_name", name)
         assert main(["prune", *argv]) == 0
@@ -162,8 +162,9 @@ def test_presets(folder, capsys):
         kinds = {c.kind for c in plan.units.values()}
         examples = metrics["arguments"]["num_examples"]
         outcome[name] = (plan.settings.get("taylor"), kinds, "compensation" in metrics, examples)
-        assert ("refit" in metrics) == (name == "default")
-    assert outcome["default"] == outcome["fast"] == ("param_second", {"neurons"}, True, 128)
+        assert ("refit" in metrics) == (name in ("default", "fast"))
+    assert outcome["default"] == ("param_second", {"neurons"}, True, 128)
+    assert outcome["fast"] == ("param_second", {"neurons"}, True, 64)
     assert outcome["paper"] == ("param_first", {"heads", "neurons"}, False, 10)
     assert outcome["wanda"] == (None, {"neurons"}, True, 128)
     assert outcome["vectorize"] == ("vectorize", {"neurons"}, True, 128)

@@ -80,9 +80,9 @@ def test_a_model_without_a_cache_is_pruned_without_self_written_samples(nano, to
     lp.save(nano, tokenizer, tmp_path / "nano")
     run = lp.prune(
         str(tmp_path / "nano"),
-        preset="fast",
         kinds=["neurons"],
         pruning_ratio=0.5,
+        refit="ridge",
         num_examples=32,
         calib_seq_len=16,
         eval_datasets=[],

@@ -260,7 +260,8 @@ def test_refusals():
     [
         ({}, "least_squares", "lora"),
         ({"refit": "distill"}, "least_squares", "distill"),
-        ({"preset": "fast"}, "least_squares", "none"),
+        ({"preset": "fast"}, "least_squares", "lora"),
+        ({"refit": "ridge"}, "least_squares", "none"),
         ({"preset": "paper"}, "none", "none"),
         ({"refit": "blocks"}, "least_squares", "blocks"),
         ({"refit": "bias"}, "bias", "none"),

@@ -108,7 +108,8 @@ class PruneArguments(Arguments):
     )
     refit_tokens: int | None = flag(
         None,
-        "tokens that --refit lora or distill trains on in all, and --refit blocks on each block (default: 65536)",
+        "tokens that --refit lora or distill trains on in all, and --refit blocks on each block (default: 98304, set "
+        "by the preset)",
         group="method",
     )
     refit_minutes: float | None = flag(

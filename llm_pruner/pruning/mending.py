@@ -169,8 +169,7 @@ def training_text(
     A text that the model writes itself is not continued: writing takes longer than reading it again.
     """
     drawn = calibration.samples
-    writes = SELF in (source.name for source in calibration_sources(calibration.dataset))
-    if not isinstance(text, torch.Tensor) or samples <= len(text) or writes:
+    if not isinstance(text, torch.Tensor) or samples <= len(text) or _written_share(calibration):
         return text
     more = replace(calibration, samples=drawn + samples - len(text), fewer_samples=True)
     further = calibration_set(more, tokenizer, model, seed)[drawn:]
@@ -198,18 +197,27 @@ def compensate_plan(
 
 
 def _with_self_samples(planning: Planning, model: PreTrainedModel, ids: Inputs) -> tuple[Inputs, int]:
-    """Return the calibration set, with self-written samples in front if the model can write, and their number."""
+    """Return the calibration set, with self-written samples in front if the model can write, and their number.
+
+    A model that wrote its calibration set writes as much again at least, since no further text is at hand.
+    """
     settings = planning.settings
     refit = settings.refit
-    unwritten = settings.model.offload and not refit.self_samples_required  # too slow
-    if isinstance(ids, ModelInputs) or not refit.self_samples or unwritten:
+    if isinstance(ids, ModelInputs):
         return ids, 0
-    unfinished = planning.unfinished("self-samples", refit.self_samples, settings.seed, planning.leading)
+    samples = refit.self_samples
+    if not refit.self_samples_required:
+        samples = max(samples, round(len(ids) * _written_share(settings.calibration)))
+        if settings.model.offload:  # too slow
+            samples = 0
+    if not samples:
+        return ids, 0
+    unfinished = planning.unfinished("self-samples", samples, settings.seed, planning.leading)
     if kept := unfinished.read():
         own = kept.tensors["ids"]
         return torch.cat([own, ids]), len(own)
     try:
-        own = self_calibration(model, ids, refit.self_samples, settings.seed, leading=planning.leading)
+        own = self_calibration(model, ids, samples, settings.seed, leading=planning.leading)
     except PrunerError as error:
         if refit.self_samples_required:  # the user asked for them
             raise
@@ -218,3 +226,8 @@ def _with_self_samples(planning: Planning, model: PreTrainedModel, ids: Inputs) 
     unfinished.write({"ids": own})
     log.info("compensating on %d samples, %d of them the model's own", len(ids) + len(own), len(own))
     return torch.cat([own, ids]), len(own)
+
+
+def _written_share(calibration: CalibrationSettings) -> float:
+    """Return the share of the calibration set that the model writes itself."""
+    return sum(source.share for source in calibration_sources(calibration.dataset) if source.name == SELF)

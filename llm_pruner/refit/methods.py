@@ -26,7 +26,7 @@ from .reconstruct import ReconstructReport, reconstruct
 from .tokens import KeptTokens
 from .training import TrainingReport
 
-DEFAULT_TOKENS = 65_536
+DEFAULT_TOKENS = 98_304
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def refit(
             updates of low rank on the next tokens of the text. Where there is no closed form, as with fewer hidden
             channels or tokens, these train alone; a cut vocabulary takes ``distill``.
         plan: plan of the pruned model; needed if it lost layers, hidden channels or tokens.
-        tokens: tokens to train on: with ``blocks`` of each block, else in all (default: 65,536).
+        tokens: tokens to train on: with ``blocks`` of each block, else in all (default: 98,304).
         minutes: time to train; the result then depends on the speed of the machine. With ``tokens``, training ends with
             whichever is spent first.
         seed: of the order of the samples.

@@ -24,7 +24,7 @@ OTHER_FLAGS = {
 }
 
 # Refits of the presets, with those of earlier versions.
-REFITS = {"best": ("lora", "distill", "least_squares"), "fast": ("ridge",)}
+REFITS = {"best": ("lora", "distill", "least_squares"), "fast": ("lora", "ridge")}
 
 
 def merge_models(runs: Iterable[Run]) -> list[MeasuredModel]:
