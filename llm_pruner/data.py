@@ -288,34 +288,33 @@ def self_written(
     for i in range(samples):
         opening = OPENINGS[i // 2 % len(OPENINGS)] if i % 2 or not start else ""
         prompts.append([*start, *tokenizer(opening, add_special_tokens=False)["input_ids"]][: tokens - 1])
-    rows: dict[int, torch.Tensor] = {}
-    alike = [torch.tensor([i for i in range(samples) if len(prompts[i]) == n]) for n in sorted(set(map(len, prompts)))]
-    batches = [places for group in alike for places in group.split(PROMPTS_PER_PASS)]
-    prompt_batches = [torch.tensor([prompts[i] for i in places]) for places in batches]
-    written = _continue_prompts(model, prompt_batches, tokens, seed)
-    for places, batch, continued in zip(batches, prompt_batches, written, strict=True):
-        rows |= zip(places.tolist(), torch.cat([batch[:, dropped:], continued], dim=1)[:, :tokens], strict=True)
-    return torch.stack([rows[i] for i in range(samples)])
+    longest = max(map(len, prompts))
+    for length in sorted({*map(len, prompts)} - {longest}):  # to one length, so that all are continued together
+        places = [i for i in range(samples) if len(prompts[i]) == length]
+        longer = _continue_prompts(model, torch.tensor([prompts[i] for i in places]), longest - length, seed)
+        for i, row in zip(places, longer.tolist(), strict=True):
+            prompts[i] = prompts[i] + row
+    rows = torch.tensor(prompts)
+    return torch.cat([rows, _continue_prompts(model, rows, tokens, seed)], dim=1)[:, dropped : dropped + tokens]
 
 
-def _continue_prompts(
-    model: PreTrainedModel, batches: Sequence[torch.Tensor], tokens: int, seed: int
-) -> list[torch.Tensor]:
-    """Let a model write ``tokens`` tokens after every prompt of every batch, at temperature 1; on the CPU.
+def _continue_prompts(model: PreTrainedModel, prompts: torch.Tensor, tokens: int, seed: int) -> torch.Tensor:
+    """Let a model write ``tokens`` tokens after each of the prompts, at temperature 1; on the CPU.
 
     Raises:
         PrunerError: the model cannot generate.
     """
     if not continues_text(model):
         raise PrunerError(f"{type(model).__name__} does not continue a text")
-    device = native_compute(model).device
+    device, batches = native_compute(model).device, prompts.split(PROMPTS_PER_PASS)
     step = Step(WRITING, tokens * len(batches))
     with seeded(seed, device), computing(model), step:
         sampling, clock = WHOLE_DISTRIBUTION, TokenClock(step.advance)
-        return [
+        written = [
             generate(model, batch.to(device), new_tokens=tokens, exact=True, sampling=sampling, clock=clock).cpu()
             for batch in batches
         ]
+    return torch.cat(written)
 
 
 def continues_text(model: PreTrainedModel) -> bool:
@@ -345,5 +344,5 @@ def self_calibration(
     prompt_tokens = max(1, min(tokens // 4, (context_length(model) or 2**31) - tokens))
     rows = ids.repeat(-(-samples // len(ids)), 1)[:samples]
     prompts = torch.cat([rows[:, :leading], rows[:, max(leading, tokens - prompt_tokens) :]], dim=1)
-    written = torch.cat(_continue_prompts(model, prompts.split(PROMPTS_PER_PASS), tokens, seed))
+    written = _continue_prompts(model, prompts, tokens, seed)
     return torch.cat([rows[:, :leading].to(written), written], dim=1)[:, :tokens]
