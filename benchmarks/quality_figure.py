@@ -1,15 +1,15 @@
-"""Draw the README's figure: perplexity against parameters on SmolLM2-135M, without training.
+"""Draw the README's figure: perplexity against parameters on SmolLM2-135M.
 
     python benchmarks/quality_figure.py docs/figures/perplexity.svg
 
-WikiText-2 test, 256 windows of 128 tokens, C4 calibration, float32. The numbers are those of
-docs/explanation/choosing.md (``best``) and of LLM-Pruner's own code in its documented setting (10 samples of 64 tokens,
-layers 4 to 27), each at 0.786 and 0.711 of the parameters.
+WikiText-2 test, 256 windows of 128 tokens, C4 calibration. The numbers of llm-pruner are those of results/presets.json;
+the others are of LLM-Pruner's own code in its documented setting (10 samples of 64 tokens, layers 4 to 27).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from llm_pruner.report.runs import MeasuredModel
@@ -18,16 +18,29 @@ from llm_pruner.report.tradeoffs import draw_tradeoffs
 PARAMETERS = 134_515_008
 TEXT = "WikiText-2"
 UNPRUNED = 52.8
-METHODS = {
-    "llm-pruner, preset fast": {0.786: 78.7, 0.711: 103.0},
-    "LLM-Pruner, param_first": {0.786: 224.9, 0.711: 284.0},
-}
+LLM_PRUNER = {0.786: 224.9, 0.711: 284.0}
+RESULTS = Path(__file__).parent / "results" / "presets.json"
+
+
+def methods() -> dict[str, dict[float, float]]:
+    """Return perplexities by method and size."""
+    rows = json.loads(RESULTS.read_text())["rows"]
+    mine = [row for row in rows if (row["model"], row["text"]) == ("smollm2-135m", "c4")]
+    ours = {
+        f"llm-pruner, preset {preset}": {
+            float(row["size"]): row["after"]["wikitext2_test"] for row in mine if row["method"] == preset
+        }
+        for preset in ("best", "fast")
+    }
+    return ours | {"LLM-Pruner, param_first": LLM_PRUNER}
 
 
 def models() -> list[MeasuredModel]:
     """Return the measured points."""
     measured = [("original", "SmolLM2-135M", 1.0, UNPRUNED)]
-    measured += [(method, f"{share}", share, value) for method, row in METHODS.items() for share, value in row.items()]
+    measured += [
+        (method, f"{share}", share, value) for method, row in methods().items() for share, value in row.items()
+    ]
     return [
         MeasuredModel(
             model=f"{method} {share}",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,27 @@ from .logs import log
 
 INTERVAL = 60.0  # seconds between two writings,
 SHARE = 10  # or so many times as long as a writing takes, whichever is longer
+
+
+@contextmanager
+def kept_until_done(folder: Path, *, fresh: bool = False) -> Iterator[Path]:
+    """Yield a folder for the files of unfinished steps.
+
+    It is removed when the block succeeds, and when it fails within the time in which nothing need be kept.
+
+    Args:
+        fresh: remove what another run left there first.
+    """
+    start = time.monotonic()
+    if fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    except BaseException:
+        if time.monotonic() - start < INTERVAL:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import llm_pruner as lp
 from llm_pruner.cli import main
 
-COMMANDS = ("prune", "apply", "to-uniform", "vocab", "recover", "run")
+COMMANDS = ("prune", "apply", "to-uniform", "vocab", "recover", "run", "export")
+LONG = ("lora", "blocks", "search")  # runs of prune that go on with what a killed one had done
 
 
 def some(*quick):
@@ -42,7 +43,10 @@ def case(request, home, home_text, tmp_path) -> Case:
 
 
 def kill(forks, case, folder, kills, seed):
-    """Kill a command at so many random moments; what is there must be whole, and what is finished the same."""
+    """Kill a command at so many random moments; what is there must be whole, and what is finished the same.
+
+    Commands keep all that they have done.
+    """
     reference = folder / "reference"
     reference.mkdir()
     code, said, seconds = forks.run(reference, case.argv)
@@ -53,7 +57,7 @@ def kill(forks, case, folder, kills, seed):
     work = folder / "work"
     work.mkdir()
     while done < kills:
-        code, said, _ = forks.run(work, case.argv, kill_after=moments.uniform(0, 1.05 * seconds))
+        code, said, _ = forks.run(work, case.argv, {"INTERVAL": 0}, kill_after=moments.uniform(0, 1.05 * seconds))
         done += code == -9
         assert code in (0, -9), said
         for pattern, found in whole(work, case).items():
@@ -76,7 +80,7 @@ def test_killed_at_some_moments(case, forks, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", COMMANDS, indirect=True)
+@pytest.mark.parametrize("case", COMMANDS + LONG, indirect=True)
 def test_killed_at_many_moments(case, forks, tmp_path, request):
     """50 of every command."""
     start = time.perf_counter()

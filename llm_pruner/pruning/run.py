@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,6 +43,7 @@ from ..selection.plan import PruningPlan
 from ..selection.search import ALLOCATION
 from ..surgery.apply import TASK, in_memory
 from ..surgery.equivalence import verify
+from ..unfinished import kept_until_done
 from ..version import __version__
 from .arguments import PruneArguments
 from .calibration import available_text, calibration_set, leading_count
@@ -161,23 +161,23 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
     if output.named and same_folder(output.folder, settings.model.name):
         raise PrunerError(f"{output.folder} is the model to be pruned: give another --output")
     folder = folder_for_run(output.folder, METRICS_FILE, arguments, named=output.named)
-    with complete_folder(folder, owned_if=METRICS_FILE) as temporary, logging_to(temporary / LOG_FILE):
+    with (
+        complete_folder(folder, owned_if=METRICS_FILE) as temporary,
+        logging_to(temporary / LOG_FILE),
+        kept_until_done(folder.with_name(f".{folder.name}.unfinished"), fresh=output.fresh) as unfinished,
+    ):
         if folder != output.folder:
             log.info("writing to %s: %s holds another run", folder, output.folder)
         log.info("llm-pruner %s: %s", __version__, command_line())
         if not output.save and not arguments["no_save"]:
             log.info("no checkpoint will be kept: add --save_model, or --output FOLDER, to keep it")
         set_seed(settings.seed)
-        unfinished = folder.with_name(f".{folder.name}.unfinished")
-        if output.fresh:
-            shutil.rmtree(unfinished, ignore_errors=True)
         settings = replace(settings, output=replace(output, unfinished=unfinished))
         run = _run(settings, arguments, temporary, Stopwatch(progress))
         (temporary / METRICS_FILE).write_text(strict_json(run.metrics), encoding="utf-8")
         if output.save:
             config = load_config(str(temporary), settings.model.trust_remote_code)
             write_card(config, temporary, PruningPlan.load(temporary / PLAN_FILE), folder.name, metrics=run.metrics)
-    shutil.rmtree(unfinished, ignore_errors=True)
     with logging_to(folder / LOG_FILE):
         if output.push_to_hub:
             log.info("pushed to %s", upload(folder, output.push_to_hub))

@@ -88,6 +88,9 @@ def cases(home: Path, recipe: Path) -> dict[str, Case]:
     train = ["--data_path", home / "text.txt", "--no_instruction", "--cutoff_len", 16, "--val_set_size", 4]
     train += ["--max_steps", 12, "--save_steps", 2, "--eval_steps", 2, "--logging_steps", 2, "--batch_size", 4]
     train += ["--micro_batch_size", 2, "--lora_r", 4, "--merge", "--resume_from_checkpoint", "auto", "--device", "cpu"]
+    refit = ["--num_examples", 48, "--calib_seq_len", 16, "--self_examples", 4]
+    long = ["prune", "--base_model", home / "base", *refit, *text, *run, "--target_params", 0.8]
+    long += ["--block_mlp_layer_start", 0, "--block_mlp_layer_end", 3]
     of_recipe = ["out/01-prune-*", "out/02-recover-*/merged", "out/03-vocab-*"]
     return {
         "prune": Case(["prune", "--base_model", home / "base", "--pruning_ratio", 0.5, *FEW, *text, *run], ["out/run"]),
@@ -98,6 +101,10 @@ def cases(home: Path, recipe: Path) -> dict[str, Case]:
             ["recover", "--prune_model", home / "pruned", "--output_dir", "out", *train], ["out", "out/merged"]
         ),
         "run": Case(["run", recipe], of_recipe),
+        "export": Case(["export", home / "pruned", "out", "--format", "hf", "--allow_padding"], ["out"]),
+        "lora": Case([*long, "--refit", "lora", "--refit_tokens", 1500], ["out/run"]),
+        "blocks": Case([*long, "--refit", "blocks", "--refit_tokens", 1500], ["out/run"]),
+        "search": Case([*long, "--refit", "ridge", "--allocate", "search", "--search_generations", 2], ["out/run"]),
     }
 
 
@@ -146,6 +153,6 @@ def without_places(content):
 
 def rubbish(folder: Path) -> list[str]:
     """Return files that only a killed process leaves behind."""
-    signs = (".tmp", ".old", ".lock")
+    signs = (".tmp", ".old", ".lock", ".unfinished")
     found = [p for p in folder.rglob(".*") if p.name.endswith(signs) or p.name.startswith((".partial-", ".final-"))]
     return sorted(str(p.relative_to(folder)) for p in found)

@@ -20,6 +20,7 @@ import torch
 import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 
+from llm_pruner import unfinished
 from llm_pruner.cli import main
 from llm_pruner.commands import COMMANDS
 
@@ -39,6 +40,9 @@ def child(folder: str, log: str, limits: dict[str, int], argv: list[str]) -> int
     for name, value in limits.items():
         if name == "CLOCK":
             clock_that_jumps(value)
+            continue
+        if name == "INTERVAL":  # how often unfinished steps are kept
+            unfinished.INTERVAL = unfinished.SHARE = value
             continue
         if name == "THREADS":
             torch.set_num_threads(value)
