@@ -85,6 +85,14 @@ def test_lines_end_at_120_columns(page):
     assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("| ")] == []
 
 
+@pytest.mark.parametrize(("page", "script"), [("docs/explanation/choosing.md", "presets.py")])
+def test_tables_are_those_of_the_results(page, script):
+    argv = [sys.executable, str(ROOT / "benchmarks" / script), "--print"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(argv, capture_output=True, text=True, check=True, env=environment).stdout
+    assert printed.strip() in (ROOT / page).read_text(encoding="utf-8")
+
+
 def test_the_tutorial_of_an_operator_prints_what_it_shows(tmp_path):
     page = ROOT / "docs" / "tutorials" / "add-an-operator.md"
     for name, code in zip(["ranged.py", "my_rules.py", "check.py"], blocks(page, "python"), strict=True):
