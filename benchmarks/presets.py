@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_pruner.evaluation.tabular import markdown
-from llm_pruner.provenance import provenance
+from llm_pruner.provenance import provenance, versions
 
 RESULTS = Path(__file__).parent / "results" / "presets.json"
 METHODS = {"fast": ["--preset", "fast"], "ridge": ["--refit", "ridge"], "best": ["--preset", "best"]}
@@ -81,7 +81,7 @@ def main() -> None:
                     row = run(method, model, size, seed, options)
                     key = ("model", "method", "size", "text", "seed")
                     known = [other for other in known if any(other[k] != row[k] for k in key)] + [row]
-                    record = {"rows": known, **provenance()}
+                    record = {"rows": known, "machine": provenance()["machine"], "versions": versions()}
                     options.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
