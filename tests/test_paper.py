@@ -1,4 +1,4 @@
-"""The recipes of LLM-Pruner's tables, on the shapes of its models: sizes, costs, and published beside measured numbers."""
+"""The recipes of LLM-Pruner's tables, on the shapes of its models: sizes, costs, published beside measured numbers."""
 
 import json
 from math import prod
@@ -72,8 +72,8 @@ def allocated(size):
 def counted_as_published(model, tokens=64, hidden=None):
     """Return parameters, multiply-accumulates and MiB as the paper counts them.
 
-    Rotary embeddings, softmax, norms and activations count as well. Memory is that of float16 weights, and of cosines and
-    sines for 2,048 positions in every layer.
+    Rotary embeddings, softmax, norms and activations count as well. Memory is that of float16 weights, and of cosines
+    and sines for 2,048 positions in every layer.
 
     Args:
         hidden: size to count with instead of the model's hidden size.

@@ -69,8 +69,8 @@ class PruneArguments(Arguments):
     )
     grouping_strategy: Aggregation | None = flag(
         None,
-        "aggregation of scores over the weights of a unit (default: sum; none: every weight keeps indices of its own, an "
-        "ablation that breaks the model)",
+        "aggregation of scores over the weights of a unit (default: sum; none: every weight keeps indices of its own, "
+        "an ablation that breaks the model)",
         group="method",
     )
     allocate: Allocation | None = flag(

@@ -1,4 +1,4 @@
-"""Rank every weight alone, as if the weights of a unit did not depend on each other: the ablation of LLM-Pruner's table 6.
+"""Rank every weight alone, as if the weights of a unit did not depend on each other: LLM-Pruner's ablation (table 6).
 
 Every weight keeps the same number of indices, but its own ones: the rows of ``gate_proj`` no longer meet the rows of
 ``up_proj`` that they were trained with. Shapes fit, and the model runs; what it has learnt is lost.

@@ -115,7 +115,7 @@ def summarize(rows: Sequence[Row], varied: Sequence[str]) -> Summary:
 
 
 def _with_label(row: Row, keys: Sequence[str]) -> Row:
-    """Return a row with a value for every key, and "original" as the first one besides the model if it is such a row."""
+    """Return a row with a value for every key; of an original, the first one besides the model is "original"."""
     values: Row = {key: row.get(key) for key in keys or ["run"]}
     if row.get("point") == 0:
         values[next(key for key in values if key != MODEL)] = ORIGINAL
