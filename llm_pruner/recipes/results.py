@@ -118,7 +118,7 @@ def _with_label(row: Row, keys: Sequence[str]) -> Row:
     """Return a row with a value for every key; of an original, the first one besides the model is "original"."""
     values: Row = {key: row.get(key) for key in keys or ["run"]}
     if row.get("point") == 0:
-        values[next(key for key in values if key != MODEL)] = ORIGINAL
+        values[next((key for key in values if key != MODEL), MODEL)] = ORIGINAL
     return row | values
 
 

@@ -233,14 +233,13 @@ def _record_killed_points(points: Sequence[SweepPoint]) -> None:
 
 
 def _write_table(points: Sequence[SweepPoint], rows: list[Row]) -> None:
-    """Write and print the results of a sweep, after those of the originals unless only the model is varied."""
+    """Write and print the results of a sweep, after those of the originals unless only models are compared."""
     if not rows:
         return
     varied = list(dict.fromkeys(key for point in points for key in point.values))
-    only_models = MODEL in varied and {*varied} <= {MODEL, SEED}
-    if points[0].recipe.evaluate is not None and not only_models:
+    models = dict.fromkeys(row.get(MODEL) for row in rows)  # None where the model is not varied
+    if points[0].recipe.evaluate is not None and (len(models) == 1 or {*varied} - {MODEL, SEED}):
         recipes = {point.values.get(MODEL): point.recipe for point in points}
-        models = dict.fromkeys(row.get(MODEL) for row in rows)  # None where the model is not varied
         originals = [measure_original(recipes[model]) | ({MODEL: model} if model else {}) for model in models]
         rows = [*({"point": 0} | row for row in originals), *rows]
     write_points(rows, varied, points[0].folder)
