@@ -170,7 +170,8 @@ def test_published_numbers_stand_beside_measured_ones(tmp_path):
         if isinstance(table, list):
             points = points_of(read(LIBRARY / "paper" / f"{name}.yaml"))
             for row in table:
-                assert any(row["point"].items() <= point.values.items() for point in points), (name, row["point"])
+                varied = {key: value for key, value in row["point"].items() if key != "point"}  # 0: an original
+                assert any(varied.items() <= point.values.items() for point in points), (name, varied)
     out = tmp_path / "llama7b_20"
     out.mkdir()
     rows = [{"point": 0, "perplexity wikitext2": 12.62, "piqa acc": 0.1, "piqa acc_norm": 0.78}]
