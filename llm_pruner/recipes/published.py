@@ -71,7 +71,8 @@ def compare(folder: Path) -> list[list[str]]:
         point = row["point"] or {"point": 0}
         measured: dict[str, Any] = next((result for result in results if point.items() <= result.items()), {})
         values = {name: read_measured(measured, name) for name in names}
-        label = row.get("label") or ", ".join(map(str, row["point"].values())) or "unpruned"
+        varied = [key.rpartition(".")[2] if value is True else str(value) for key, value in row["point"].items()]
+        label = row.get("label") or ", ".join(varied) or "unpruned"
         cells.append([label, *(_cell(values[name], row.get(name)) for name in names)])
     return cells
 
