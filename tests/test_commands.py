@@ -103,6 +103,10 @@ HALF_OF_LAYER_2 = {"2": {"intermediate_size": 24, "num_attention_heads": 2, "num
         ("--block_mlp_layer_start 0 --block_mlp_layer_end 3 --iterative_steps 3", lambda c: c.intermediate_size == 24),
         ("--pruner_type l1 --grouping_strategy max --round_to 16", lambda c: _neurons(c) == 32),
         (
+            "--taylor param_first --grouping_strategy none",
+            lambda c: c.to_dict()["per_layer_config"] == HALF_OF_LAYER_2,
+        ),
+        (
             "--pruner_type random --seed 7 --global_pruning",
             lambda c: c.to_dict()["per_layer_config"] == HALF_OF_LAYER_2,
         ),
@@ -206,6 +210,10 @@ def test_the_same_run_gives_the_same_bits(folder):
         ("--pruner_type magic", "choose from random, l1, l2, taylor"),
         ("--taylor third", "choose from"),
         ("--grouping_strategy median", "choose from"),
+        ("--grouping_strategy none --channel_wise", "leave out --channel_wise"),
+        ("--grouping_strategy none --global_pruning", "leave out --global_pruning"),
+        ("--grouping_strategy none --kinds heads,experts", "leave out --kinds experts"),
+        ("--grouping_strategy none --preset best", "add --refit none, or --preset paper"),
         ("--base_model /no/such/folder", "no model folder"),
         ("--calib_dataset nothing.txt", "no data set"),
         ("--eval_datasets nothing.txt", "no data set"),

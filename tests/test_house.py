@@ -92,7 +92,7 @@ def test_public_names_are_there():
         (Kind, KINDS),
         (Dtype, ("auto", "float32", "bfloat16", "float16")),
         (TaylorVariant, VARIANTS),
-        (Aggregation, AGGREGATIONS),
+        (Aggregation, (*AGGREGATIONS, "none")),
         (LayerCriterion, STRATEGIES),
         (Normalizer, NORMALIZERS),
         (Compensation, ("none", *METHODS)),

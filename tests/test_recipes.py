@@ -164,13 +164,14 @@ def test_a_killed_run_continues_to_the_same_results(recipe, tmp_path):
 
 def test_published_numbers_stand_beside_measured_ones(tmp_path):
     counts = {path.stem: len(points_of(read(path))) for path in (LIBRARY / "paper").glob("*.yaml")}
-    assert counts["smollm2"] == 96 and counts["llama7b_20"] == counts["vicuna7b_50_tuned"] == 6
+    assert counts["smollm2"] == 102 and counts["llama7b_20"] == counts["vicuna7b_50_tuned"] == 6
     published = json.loads((LIBRARY / "paper" / "published.json").read_text())
     for name, table in published.items():
         if isinstance(table, list):
             points = points_of(read(LIBRARY / "paper" / f"{name}.yaml"))
             for row in table:
-                assert any(row["point"].items() <= point.values.items() for point in points), (name, row["point"])
+                varied = {key: value for key, value in row["point"].items() if key != "point"}  # 0: an original
+                assert any(varied.items() <= point.values.items() for point in points), (name, varied)
     out = tmp_path / "llama7b_20"
     out.mkdir()
     rows = [{"point": 0, "perplexity wikitext2": 12.62, "piqa acc": 0.1, "piqa acc_norm": 0.78}]

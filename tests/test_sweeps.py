@@ -130,6 +130,33 @@ def test_the_original_is_not_one_of_the_seeds():
     ]
 
 
+def test_every_finished_model_of_a_sweep_has_its_original(tmp_path, monkeypatch):
+    recipe = tmp_path / "models.yaml"
+    recipe.write_text(
+        f"model: a\noutput: {tmp_path}/out\nevaluate: {{datasets: general}}\nstages:\n  - prune: {{preset: paper}}\n"
+        "sweep:\n  grid: {model: [a, b, c], prune.pruner_type: [l1, l2]}\n"
+    )
+    points = points_of(read(recipe))
+    loss = {"a": 50.0, "b": 40.0}
+    monkeypatch.setattr(run_module, "measure_original", lambda recipe: {"perplexity x": loss[recipe.model]})
+    rows = [{"point": p.number, **p.values, "perplexity x": 60.0 + p.number} for p in points[:3]]  # c is not there
+    run_module._write_table(points, rows)
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(row["point"], row["model"], row["perplexity x"]) for row in written] == [
+        (0, "a", 50.0),
+        (0, "b", 40.0),
+        (1, "a", 61.0),
+        (2, "a", 62.0),
+        (3, "b", 63.0),
+    ]
+    assert summarize(written, ["model", "prune.pruner_type"]).cells(("", ""))[:4] == [
+        ["model", "pruner_type", "ppl x"],
+        ["a", "original", "50"],
+        ["b", "original", "40"],
+        ["a", "l1", "61"],
+    ]
+
+
 def test_values_of_any_type_can_be_varied():
     rows = [
         {"point": i, "prune.a": value, "perplexity x": 1.0 + i} for i, value in enumerate(([16, 20], "0.9", 1, None), 1)

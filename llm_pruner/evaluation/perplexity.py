@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -33,6 +34,7 @@ class Perplexity:
         windows, seq_len, stride: number, length and stride of the windows that the text was cut into, in tokens.
         byte_perplexity: perplexity per byte, which compares across tokenizers: exp of the total loss divided by the
             number of UTF-8 bytes of the predicted tokens. None without a tokenizer.
+        seconds: time of the pass over all windows; it does not count when results are compared.
     """
 
     perplexity: float
@@ -42,6 +44,7 @@ class Perplexity:
     seq_len: int
     stride: int
     byte_perplexity: float | None = None
+    seconds: float | None = field(default=None, compare=False)
 
 
 def windows(
@@ -143,10 +146,12 @@ def perplexity(
             others, more = total_loss(model, track(rows[1:].split(batch_size), step), stride)
             return first + others, tokens + more
 
+    start = time.perf_counter()
     if batch_size is None:
         total, tokens = _with_fitting_batch_size(measure_loss)
     else:
         total, tokens = measure_loss(batch_size)
+    seconds = time.perf_counter() - start
     loss = total / tokens
     if not loss < LARGEST_LOSS:
         name = model_name or model.name_or_path or type(model).__name__
@@ -155,7 +160,7 @@ def perplexity(
     if tokenizer is not None:
         predicted = predicted_tokens(ids, stride, encoder_decoder=model.config.is_encoder_decoder)
         per_byte = math.exp(total / max(1, len(str(tokenizer.decode(predicted.tolist())).encode())))
-    return Perplexity(math.exp(loss), loss, tokens, ids.shape[0], ids.shape[1], stride, per_byte)
+    return Perplexity(math.exp(loss), loss, tokens, ids.shape[0], ids.shape[1], stride, per_byte, seconds)
 
 
 def predicted_tokens(ids: torch.Tensor, stride: int, *, encoder_decoder: bool = False) -> torch.Tensor:

@@ -68,7 +68,10 @@ class PruneArguments(Arguments):
         None, "variant of taylor (default: param_second, set by the preset)", group="method"
     )
     grouping_strategy: Aggregation | None = flag(
-        None, "aggregation of scores over the weights of a unit (default: sum)", group="method"
+        None,
+        "aggregation of scores over the weights of a unit (default: sum; none: every weight keeps indices of its own, "
+        "an ablation that breaks the model)",
+        group="method",
     )
     allocate: Allocation | None = flag(
         None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..choices import SHAPE
+from ..choices import SHAPE, UNGROUPED
 from ..errors import PrunerError
 
 TARGETS = ("target_params", "target_macs", "target_memory", "target_latency")
@@ -56,6 +56,11 @@ NOT_SEARCHED = (
     (("channel_wise", *SHAPES), "the search is for widths of layers under a budget"),
     (("stream", "device_map"), "the search runs the model hundreds of times on one device"),
 )
+# Flags that --grouping_strategy none does without: it changes widths of layers once, by a ratio.
+NOT_UNGROUPED = (
+    *("channel_wise", "layer_wise", "drop_layers", "num_layers", "drop_attention", "drop_mlp"),
+    *("iterative_steps", "global_pruning", "allocate", "shares", *TARGETS, *SHAPES),
+)
 
 
 def check_allocation(arguments: Any) -> None:
@@ -84,3 +89,23 @@ def check_allocation(arguments: Any) -> None:
         raise PrunerError(f"--allocate search needs a budget: add one of {', '.join(f'--{name}' for name in TARGETS)}")
     if {*arguments.kinds} & {"hidden"}:
         raise PrunerError("--allocate search is for widths of layers, not for --kinds hidden: choose other kinds")
+
+
+def check_ungrouped(arguments: Any, refit: str) -> None:
+    """Refuse flags that contradict ``--grouping_strategy none``.
+
+    Args:
+        refit: refit of the run, set by a flag or the preset.
+
+    Raises:
+        PrunerError: as above.
+    """
+    if arguments.grouping_strategy != UNGROUPED:
+        return
+    alone = f"--grouping_strategy {UNGROUPED} ranks every weight of heads and neurons alone"
+    if name := next((name for name in NOT_UNGROUPED if arguments.is_given(name)), None):
+        raise PrunerError(f"{alone}: leave out --{name}")
+    if others := {*arguments.kinds} - {"heads", "neurons"}:
+        raise PrunerError(f"{alone}: leave out --kinds {', '.join(sorted(others))}")
+    if refit != "none":
+        raise PrunerError(f"{alone}, and --refit {refit} reads units: add --refit none, or --preset paper")

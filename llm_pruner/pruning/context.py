@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.blocks import Blocks
 from ..checkpoint.locate import identity
+from ..choices import UNGROUPED
 from ..graph.units import CouplingGraph
 from ..importance.score import score
 from ..importance.scores import Scores
@@ -112,7 +113,7 @@ class Planning:
                 self.ids,
                 criterion=scoring.criterion,
                 taylor=scoring.taylor,
-                aggregation=scoring.aggregation,
+                aggregation="sum" if scoring.aggregation == UNGROUPED else scoring.aggregation,  # over one weight
                 kinds=kinds,
                 seed=scoring.seed,
                 device=self.settings.model.device,

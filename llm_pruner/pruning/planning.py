@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from ..choices import UNGROUPED
 from ..errors import PrunerError
 from ..graph.units import CouplingGraph, trace
 from ..importance.criteria import needs_calibration as criterion_needs_calibration
@@ -34,6 +35,7 @@ from .settings import (
     ScoringSettings,
 )
 from .towers import LANGUAGE, freeze_others, trace_towers
+from .ungrouped import join_units, split_units
 from .whole_layers import describe_dropped, plan_layers
 from .widths import Whole, WidthGoal, check_search, score_widths, search_widths, select_widths, width_goal
 
@@ -192,13 +194,15 @@ def _plan_widths(
     settings, clock, steps = planning.settings, planning.clock, planning.settings.widths.iterative_steps
     goal = width_goal(planning, model, graph, whole)
     log_blocks(graph, goal.kinds)
-    plan, pruned, current, scores = PruningPlan(), model, graph, None
+    ungrouped = settings.scoring.aggregation == UNGROUPED
+    ranked = split_units(graph, goal.kinds) if ungrouped else graph
+    plan, pruned, current, scores = PruningPlan(), model, ranked, None
     for step in range(1, steps + 1):
         plans = [plan, *([whole.dropped] if whole else [])]
-        scores = scores_in_original(score_widths(planning, pruned, current, goal.kinds, plans=plans), graph, plan)
+        scores = scores_in_original(score_widths(planning, pruned, current, goal.kinds, plans=plans), ranked, plan)
         try:
             with clock("select"):
-                plan = select_widths(settings.widths, graph, scores, goal, step=step)
+                plan = select_widths(settings.widths, ranked, scores, goal, step=step)
             if settings.widths.generations is not None and planning.ids is not None:  # not for shapes alone
                 plan = search_widths(planning, model, graph, scores, goal=goal, start=plan, whole=whole)
         except PrunerError as error:
@@ -206,6 +210,8 @@ def _plan_widths(
                 raise
             log.info("step %d of %d: %s", step, steps, error)
             continue
+        if ungrouped:
+            plan = join_units(plan)
         with clock("apply"):
             pruned = apply(model, plan, planning.place, goal.config)
         if step < steps:

@@ -22,7 +22,7 @@ from ..checkpoint.on_disk import on_disk
 from ..checkpoint.standalone import write_modelling
 from ..checkpoint.stored import weights_in
 from ..checkpoint.unread import UNREAD, unread_tensors
-from ..choices import DEFAULT_MODEL, SYNTHETIC
+from ..choices import DEFAULT_MODEL, SYNTHETIC, UNGROUPED
 from ..data import calibration_sources
 from ..display import amount, html_table
 from ..errors import PrunerError
@@ -266,6 +266,9 @@ def _check_equivalence(planning: Planning, model: PreTrainedModel, planned: Plan
         PrunerError: the two differ, and no target shape explains that.
     """
     plan = planned.plan
+    if planning.settings.scoring.aggregation == UNGROUPED:
+        log.info("mask equivalence does not apply: every weight keeps indices of its own")
+        return {}
     flagged = {
         u.kind for u in planned.graph.units if u.name in plan.units and u.flags and u.kind not in ("hidden", "experts")
     }

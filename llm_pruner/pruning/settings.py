@@ -17,7 +17,7 @@ from ..refit.compensate import MIN_SAMPLES
 from ..selection.budgets import COUNTS, UNITS, read_target
 from ..selection.per_kind import PerKind
 from .arguments import PruneArguments
-from .combinations import TARGETS
+from .combinations import TARGETS, check_ungrouped
 from .expert_settings import ExpertSettings, expert_settings, scopes
 from .presets import PRESETS
 from .refit_settings import RefitSettings, refit_settings
@@ -217,6 +217,7 @@ def resolve_settings(arguments: PruneArguments) -> PruneSettings:
     """
     arguments.check()
     value = filled_arguments(arguments)
+    check_ungrouped(arguments, value["refit"])
     settings = PruneSettings(
         preset=arguments.preset,
         seed=arguments.seed,

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..evaluation.tabular import LATEX, MARKDOWN, Marks, latex, markdown, short_number
 from ..files import strict_json, write_bytes, write_text
+from .recipe import MODEL
 
 Row = dict[str, Any]
 ABBREVIATIONS = {
@@ -114,10 +115,10 @@ def summarize(rows: Sequence[Row], varied: Sequence[str]) -> Summary:
 
 
 def _with_label(row: Row, keys: Sequence[str]) -> Row:
-    """Return a row with a value for every key, and "original" as the first one if it is the original's."""
+    """Return a row with a value for every key; of an original, the first one besides the model is "original"."""
     values: Row = {key: row.get(key) for key in keys or ["run"]}
     if row.get("point") == 0:
-        values[next(iter(values))] = ORIGINAL
+        values[next((key for key in values if key != MODEL), MODEL)] = ORIGINAL
     return row | values
 
 

@@ -21,12 +21,12 @@ from ..pruning.loading import keeping_model
 from .arguments import RunArguments
 from .dry_run import dry_run_tables, predict_points, predict_stages, sweep_cells
 from .executors import EXECUTORS, Work, check_executor, worker_command
-from .recipe import Recipe, read
+from .recipe import MODEL, Recipe, read
 from .results import Row, stage_cells, summarize, write_points, write_stages
 from .run_point import read_record, run_points, write_record
 from .status import show_status
 from .steps import measure_original, measure_step, run_step
-from .sweep import RUN_LOG, SweepPoint, check_point, points_of
+from .sweep import RUN_LOG, SEED, SweepPoint, check_point, points_of
 from .torchrun import Launch
 
 SWEEP_FILE = "sweep.json"
@@ -233,13 +233,15 @@ def _record_killed_points(points: Sequence[SweepPoint]) -> None:
 
 
 def _write_table(points: Sequence[SweepPoint], rows: list[Row]) -> None:
-    """Write and print the results of a sweep, after the original's if all points start from one model."""
+    """Write and print the results of a sweep, after those of the originals unless only models are compared."""
     if not rows:
         return
-    recipe = points[0].recipe
-    if recipe.evaluate is not None and len({point.recipe.model for point in points}) == 1:
-        rows = [{"point": 0} | measure_original(recipe), *rows]
     varied = list(dict.fromkeys(key for point in points for key in point.values))
+    models = dict.fromkeys(row.get(MODEL) for row in rows)  # None where the model is not varied
+    if points[0].recipe.evaluate is not None and (len(models) == 1 or {*varied} - {MODEL, SEED}):
+        recipes = {point.values.get(MODEL): point.recipe for point in points}
+        originals = [measure_original(recipes[model]) | ({MODEL: model} if model else {}) for model in models]
+        rows = [*({"point": 0} | row for row in originals), *rows]
     write_points(rows, varied, points[0].folder)
     summary = summarize(rows, varied)
     _print_table(summary.cells(TERMINAL), summary.labels)

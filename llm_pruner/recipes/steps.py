@@ -287,4 +287,7 @@ def _row_of(evaluations: list[Evaluation]) -> dict[str, Any]:
                 row[f"{task} {metric}{STDERR}"] = error
     if evaluation.speed:
         row |= {"prefill tokens/s": evaluation.speed.prefill, "decode tokens/s": evaluation.speed.decode}
+        row |= {"weight bytes": evaluation.weight_bytes}
+        titles = short_names(evaluation.perplexity)
+        row |= {f"seconds {titles[name]}": result.seconds for name, result in evaluation.perplexity.items()}
     return row

@@ -39,7 +39,7 @@ class Sweep:
 
     Attributes:
         rows: results of the points; the original is not among them.
-        original: results of the original, empty if it was not measured.
+        original: results of the original, empty if none or several were measured.
         varied: swept arguments, without the seed.
     """
 
@@ -100,10 +100,11 @@ def read_sweep(folder: str | Path) -> Sweep | None:
     try:
         varied = json.loads((folder / SWEEP).read_text(encoding="utf-8"))["varied"]
         rows = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        originals = [row for row in rows if row.get("point") == 0]
         return Sweep(
             name=folder.resolve().name,
             rows=[row for row in rows if row.get("point") != 0],
-            original=next((row for row in rows if row.get("point") == 0), {}),
+            original=originals[0] if len(originals) == 1 else {},
             varied=[key for key in varied if key != "seed"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
