@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any
 
 from .commands import COMMANDS, SCRIPTS, Command
-from .errors import PrunerError
+from .errors import PrunerError, in_one_line, is_panic
 from .flags import parse_flags
 from .inputs import InputCheck
 from .progress import showing
@@ -81,6 +81,10 @@ def run_command(command: Command, argv: Sequence[str], program: str) -> int:
             traceback.print_exc()
             return 1
         return _fail(_explain_out_of_memory(str(error)))
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        return _fail(f"the tokenizer cannot read the text, or its files are damaged: {in_one_line(error)}")
     return 0
 
 
