@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import sys
@@ -51,6 +52,7 @@ def run_script(name: str) -> int:
 def run_command(command: Command, argv: Sequence[str], program: str) -> int:
     """Parse and run a command; print errors that the user can mend as one line on stderr, with exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _print_any_letter()
     try:
         arguments: Any = parse_flags(
             command.arguments_class,
@@ -86,6 +88,13 @@ def run_command(command: Command, argv: Sequence[str], program: str) -> int:
             raise
         return _fail(f"the tokenizer cannot read the text, or its files are damaged: {in_one_line(error)}")
     return 0
+
+
+def _print_any_letter() -> None:
+    """Write ? for letters that the terminal's encoding lacks, as Windows' and LC_ALL=C do, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _name_positionals(command: Command, argv: Sequence[str]) -> list[str]:

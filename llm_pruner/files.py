@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ OUR_FOLDER = re.compile(r"\d+_[A-Z]\w*")  # of sentence-transformers' modules, s
 MODEL_CONFIGS = ("config.json", "adapter_config.json")  # a folder with one of them holds a model or an adapter
 # Flags that say where and how loudly a run takes place, not what it computes.
 PLACE_FLAGS = {"output", "output_root", "save_ckpt_log_name", "quiet", "resume_from_checkpoint"}
+READERS_BLOCK = os.name == "nt"  # an open file can be neither replaced nor removed
 LOCKS = ".locks"
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # file systems without locks
 # Messages of a full disk in the errors of torch and safetensors, which are no OSErrors.
@@ -99,11 +101,24 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        _replace(temporary, path)
     except OSError as error:
         with suppress(OSError):  # of a name that is none, there is nothing to remove either
             temporary.unlink(missing_ok=True)
         raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename a file over another, which Windows refuses for as long as somebody reads the other."""
+    for pause in (0.01, 0.1, 1.0):
+        try:
+            temporary.replace(path)
+            return
+        except PermissionError:
+            if not READERS_BLOCK:
+                raise
+            time.sleep(pause)
+    temporary.replace(path)
 
 
 def same_folder(folder: str | Path, other: str | Path) -> bool:

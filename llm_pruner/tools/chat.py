@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -286,6 +287,6 @@ def _short_name(name: str, names: list[str]) -> str:
     """Return the last part of a name where that is unique among all names."""
 
     def last_part(path: str) -> str:
-        return path.rstrip("/").rpartition("/")[2]
+        return Path(path).name
 
     return last_part(name) if [last_part(n) for n in names].count(last_part(name)) == 1 else name
