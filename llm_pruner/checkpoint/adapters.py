@@ -10,6 +10,7 @@ from ..errors import PrunerError
 from ..files import read_json
 from .bounds import bounded_construction
 from .locate import ADAPTER, explain
+from .shards import tensors_in
 
 MOST_LAYERS = 1_000  # that an adapter makes of a model's layers, by repeating them
 
@@ -38,6 +39,7 @@ def merge_adapter(
         repeated = read_json(Path(folder) / ADAPTER).get("layer_replication") or ()
         if sum(end - start for start, end in repeated) > MOST_LAYERS:
             raise PrunerError(f"{folder}: its layer_replication makes more than {MOST_LAYERS:,} layers")
+        _fit_embeddings(model, weights)
         with bounded_construction(folder, lambda: weights.stat().st_size):
             merged = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
         if any(Path(folder).glob("tokenizer*.json")):
@@ -47,3 +49,12 @@ def merge_adapter(
     except Exception as error:
         raise PrunerError(explain(folder, folder, error)) from error
     return merged.eval(), tokenizer
+
+
+def _fit_embeddings(model: PreTrainedModel, weights: Path) -> None:
+    """Give a model the tokens of an adapter that was trained with more, and so holds embeddings of its own."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    stored = (place for key, place in tensors_in(weights).items() if key.endswith(f".{name}.weight"))
+    if (place := next(stored, None)) and place.shape[0] != embeddings.weight.shape[0]:
+        model.resize_token_embeddings(place.shape[0], mean_resizing=False)

@@ -87,6 +87,8 @@ def explain(name: str, path: str, error: Exception) -> str:
         return f"{name} brings its own modelling code; if you trust it, add --trust_remote_code"
     if ("safetensors" in text and "does not appear to have" in text) or "no file named model.safetensors" in text:
         return f"{name} holds no safetensors weights; pickles are never read: convert it to safetensors first"
+    if "untagged enum" in text:
+        return f"{name}: its tokenizer.json is damaged, or of a newer format: pip install -U tokenizers ({text[:200]})"
     if path == name and not Path(path).exists():
         return (
             f"cannot load {name!r}: it is not an alias ({', '.join(EMBEDDED)}), there is no such folder or .gguf file, "

@@ -69,7 +69,7 @@ class Shards:
         self.files, index = shard_files(self.folder)
         self.tensors: dict[str, Stored] = {}
         for file in self.files:
-            for name, stored in _header(file).items():
+            for name, stored in tensors_in(file).items():
                 if name in self.tensors:
                     raise PrunerError(f"the tensor {name} is in {self.tensors[name].file.name} and in {file.name}")
                 self.tensors[name] = stored
@@ -142,7 +142,12 @@ def shard_files(folder: Path, name: str = INDEX) -> tuple[list[Path], dict[str, 
     return [folder / name for name in names], weight_map
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def tensors_in(file: Path) -> dict[str, Stored]:
+    """Return the place of every tensor of a safetensors file.
+
+    Raises:
+        PrunerError: the file is damaged, or holds a tensor of a type that is not read.
+    """
     try:
         with safe_open(str(file), "pt"):  # checks that the header is sound and the tensors fill the file
             pass
