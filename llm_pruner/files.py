@@ -16,7 +16,6 @@ import platform
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +25,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from .errors import PrunerError
+from .replacing import replace_file
 
 CARD = "README.md"
 # Suffixes and names of the files of checkpoints and runs.
@@ -34,8 +34,7 @@ OUR_NAMES = {CARD, "LICENSE", "NOTICE"}
 OUR_FOLDER = re.compile(r"\d+_[A-Z]\w*")  # of sentence-transformers' modules, such as 1_Pooling
 MODEL_CONFIGS = ("config.json", "adapter_config.json")  # a folder with one of them holds a model or an adapter
 # Flags that say where and how loudly a run takes place, not what it computes.
-PLACE_FLAGS = {"output", "output_root", "save_ckpt_log_name", "quiet", "resume_from_checkpoint"}
-READERS_BLOCK = os.name == "nt"  # an open file can be neither replaced nor removed
+PLACE_FLAGS = {"output", "output_root", "save_ckpt_log_name", "quiet", "fresh", "resume_from_checkpoint"}
 LOCKS = ".locks"
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # file systems without locks
 # Messages of a full disk in the errors of torch and safetensors, which are no OSErrors.
@@ -84,7 +83,16 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically; remove the leftovers of processes of this machine that were killed while they wrote it.
+    """Write a file atomically; raises as :func:`replaced_file`."""
+    with replaced_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary file that replaces ``path`` when the block succeeds, and is removed when it fails.
+
+    Leftovers of processes of this machine that were killed while they wrote the same file are removed first.
 
     Raises:
         PrunerError: the file cannot be written.
@@ -97,28 +105,14 @@ def write_bytes(path: Path, content: bytes) -> None:
             process = other.name.removeprefix(ours).removesuffix(".tmp")
             if not (process.isdecimal() and psutil.pid_exists(int(process))):
                 other.unlink(missing_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        _replace(temporary, path)
+        yield temporary
+        _sync(temporary)
+        replace_file(temporary, path)
     except OSError as error:
+        raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
         with suppress(OSError):  # of a name that is none, there is nothing to remove either
             temporary.unlink(missing_ok=True)
-        raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    """Rename a file over another, which Windows refuses for as long as somebody reads the other."""
-    for pause in (0.01, 0.1, 1.0):
-        try:
-            temporary.replace(path)
-            return
-        except PermissionError:
-            if not READERS_BLOCK:
-                raise
-            time.sleep(pause)
-    temporary.replace(path)
 
 
 def same_folder(folder: str | Path, other: str | Path) -> bool:
@@ -350,15 +344,19 @@ def lock_holder(folder: Path, name: str) -> tuple[int, bool]:
 
 def sync_folder(folder: Path) -> None:
     """Force everything in a folder to disk, so that its rename cannot overtake its contents."""
-    windows = os.name == "nt"  # opens no folders, and flushes only what is open for writing
     for path in [*folder.rglob("*"), folder]:
-        if windows and path.is_dir():
-            continue
-        descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    windows = os.name == "nt"  # opens no folders, and flushes only what is open for writing
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_ours(path: Path) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llm_pruner import files
+from llm_pruner import replacing
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
 from llm_pruner.files import write_text
@@ -88,8 +88,8 @@ def test_a_file_that_somebody_reads_is_replaced_when_it_is_closed(blocked, tmp_p
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", replace_later)
-    monkeypatch.setattr(files.time, "sleep", lambda _: None)
-    monkeypatch.setattr(files, "READERS_BLOCK", True)
+    monkeypatch.setattr(replacing.time, "sleep", lambda _: None)
+    monkeypatch.setattr(replacing, "READERS_BLOCK", True)
     if blocked > 3:
         with pytest.raises(PrunerError, match="being used"):
             write_text(tmp_path / "a.json", "new")
@@ -97,7 +97,7 @@ def test_a_file_that_somebody_reads_is_replaced_when_it_is_closed(blocked, tmp_p
     else:
         write_text(tmp_path / "a.json", "new")
         assert (tmp_path / "a.json").read_text() == "new"
-    monkeypatch.setattr(files, "READERS_BLOCK", False)
+    monkeypatch.setattr(replacing, "READERS_BLOCK", False)
     tries.clear()
     with pytest.raises(PrunerError, match="being used"):
         write_text(tmp_path / "b.json", "new")

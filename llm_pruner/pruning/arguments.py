@@ -244,6 +244,9 @@ class PruneArguments(Arguments):
         False, "save the checkpoint (default: yes; hf_prune.py: only with this flag or --output)", group="output"
     )
     no_save: bool = flag(False, "write only plan, metrics and log, no checkpoint", group="output")
+    fresh: bool = flag(
+        False, "begin anew (default: go on with what the same run had done when it was stopped)", group="output"
+    )
     quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors", group="output")
     standalone: bool = flag(
         False, "also save a modelling file, so that per-layer checkpoints load without llm_pruner", group="output"

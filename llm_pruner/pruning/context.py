@@ -7,18 +7,22 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..checkpoint.blocks import Blocks
+from ..checkpoint.locate import identity
 from ..graph.units import CouplingGraph
 from ..importance.score import score
 from ..importance.scores import Scores
 from ..models.arithmetic import narrow_arithmetic
-from ..models.inputs import Inputs
+from ..models.inputs import Inputs, hash_of
 from ..progress import Step
+from ..provenance import versions
 from ..surgery.apply import Place, in_memory
+from ..unfinished import Unfinished
 from .settings import PruneSettings
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -72,6 +76,24 @@ class Planning:
     place: Place = in_memory
     weights: Weights | None = None
     blocks: Blocks = field(default_factory=dict)
+
+    @property
+    def key(self) -> list[Any]:
+        """Values of JSON on which the result of every step depends: model, arithmetic, calibration set, versions."""
+        model, ids = self.settings.model, self.ids
+        return [
+            *(versions(), identity(model.name), model.task, model.dtype, model.narrow, model.device, model.offload),
+            *(None if ids is None else hash_of(ids), self.settings.calibration.towers),
+        ]
+
+    def unfinished(self, step: str, *depends: Any) -> Unfinished:
+        """Return the file of what a step has done so far.
+
+        Args:
+            depends: values of JSON on which its result depends, besides :attr:`key`.
+        """
+        folder = self.settings.output.unfinished
+        return Unfinished(folder / f"{step}.safetensors" if folder else None, [*self.key, *depends])
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """Return a context of passes over the calibration set, which may multiply matrices in bfloat16."""

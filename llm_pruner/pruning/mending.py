@@ -12,18 +12,19 @@ from ..choices import SELF
 from ..data import calibration_sources, self_calibration
 from ..errors import PrunerError
 from ..logs import log
-from ..models.inputs import Inputs, ModelInputs
+from ..models.inputs import Inputs, ModelInputs, hash_of
 from ..refit.biases import with_biases
 from ..refit.budget import Budget
 from ..refit.compensate import CompensationReport, compensate
 from ..refit.methods import train
 from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
+from ..unfinished import NOTHING_KEPT, Unfinished
 from .calibration import calibration_set
 from .context import Planning
 from .planning import PlannedModel
 from .refit_record import RefitRecord
-from .settings import CalibrationSettings, PruneSettings
+from .settings import CalibrationSettings
 
 MOST_TOKENS = 2**22  # of text that a training without a token budget reads
 
@@ -54,13 +55,13 @@ def mend(
         refit = replace(refit, self_samples=own)
     if settings.refit.compensation != "none":
         with planning.clock("compensate"), planning.arithmetic():
-            pruned, record["compensation"] = _compensate(settings, model, planned, text)
+            pruned, record["compensation"] = _compensate(planning, model, planned, text)
         if "none" not in record["compensation"]:
             record["compensation"]["self_samples"] = refit.self_samples
             refit = replace(refit, compensation=settings.refit.compensation)
     if settings.refit.training != "none":
         with planning.clock("refit"):
-            record["refit"] = _train(settings, model, pruned, plan=plan, text=text, tokenizer=tokenizer)
+            record["refit"] = _train(planning, model, pruned, plan=plan, text=text, tokenizer=tokenizer)
         if "none" not in record["refit"]:
             done = {name: record["refit"][name] for name in ("training_samples", "training_tokens")}
             refit = replace(refit, training=settings.refit.training, **done)
@@ -70,15 +71,16 @@ def mend(
 
 
 def _compensate(
-    settings: PruneSettings, model: PreTrainedModel, planned: PlannedModel, ids: Inputs
+    planning: Planning, model: PreTrainedModel, planned: PlannedModel, text: Inputs
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the compensated model and a record of it.
 
     A model that cannot be compensated is left alone unless the user asked for it.
     """
-    refit, pruned = settings.refit, planned.pruned
+    refit, pruned, plan = planning.settings.refit, planned.pruned, planned.plan
+    unfinished = planning.unfinished("closed-form", plan.key, hash_of(text), refit.compensation, refit.rescale_norms)
     try:
-        pruned, report = compensate_plan(model, pruned, planned.plan, ids, method=refit.compensation)
+        pruned, report = compensate_plan(model, pruned, plan, text, method=refit.compensation, unfinished=unfinished)
     except PrunerError as error:
         if refit.required and refit.training == "none":
             raise
@@ -98,7 +100,7 @@ def _compensate(
 
 
 def _train(
-    settings: PruneSettings,
+    planning: Planning,
     model: PreTrainedModel,
     pruned: PreTrainedModel,
     *,
@@ -110,7 +112,7 @@ def _train(
 
     A model that cannot be trained is left alone unless the user asked for it.
     """
-    refit = settings.refit
+    settings, refit = planning.settings, planning.settings.refit
     assert refit.budget is not None
     try:
         if refit.training != "blocks" and (settings.model.offload or settings.model.device_map):
@@ -120,7 +122,18 @@ def _train(
             )
         samples = training_samples(refit.training, refit.budget, text)
         text = training_text(settings.calibration, tokenizer, model, samples=samples, seed=settings.seed, text=text)
-        report = train(model, pruned, text, refit.training, plan=plan, budget=refit.budget, seed=settings.seed)
+        depends = [plan.key, hash_of(text), refit.compensation, refit.rescale_norms, refit.training]
+        unfinished = planning.unfinished("training", *depends, asdict(refit.budget), settings.seed)
+        report = train(
+            model,
+            pruned,
+            text,
+            refit.training,
+            plan=plan,
+            budget=refit.budget,
+            seed=settings.seed,
+            unfinished=unfinished,
+        )
     except PrunerError as error:
         if refit.required:
             raise
@@ -165,7 +178,13 @@ def training_text(
 
 
 def compensate_plan(
-    model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, ids: Inputs, *, method: str
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    plan: PruningPlan,
+    ids: Inputs,
+    *,
+    method: str,
+    unfinished: Unfinished = NOTHING_KEPT,
 ) -> tuple[PreTrainedModel, CompensationReport]:
     """Compensate a pruned model; return it, with biases added if the method needs them.
 
@@ -175,7 +194,7 @@ def compensate_plan(
     if method == "bias":
         pruned = with_biases(pruned, ids)
     kept = next((kept.tolist() for kept in plan.layers.values()), None)
-    return pruned, compensate(model, pruned, ids, method, kept=kept)
+    return pruned, compensate(model, pruned, ids, method, kept=kept, unfinished=unfinished)
 
 
 def _with_self_samples(planning: Planning, model: PreTrainedModel, ids: Inputs) -> tuple[Inputs, int]:
@@ -185,6 +204,10 @@ def _with_self_samples(planning: Planning, model: PreTrainedModel, ids: Inputs) 
     unwritten = settings.model.offload and not refit.self_samples_required  # too slow
     if isinstance(ids, ModelInputs) or not refit.self_samples or unwritten:
         return ids, 0
+    unfinished = planning.unfinished("self-samples", refit.self_samples, settings.seed, planning.leading)
+    if kept := unfinished.read():
+        own = kept.tensors["ids"]
+        return torch.cat([own, ids]), len(own)
     try:
         own = self_calibration(model, ids, refit.self_samples, settings.seed, leading=planning.leading)
     except PrunerError as error:
@@ -192,5 +215,6 @@ def _with_self_samples(planning: Planning, model: PreTrainedModel, ids: Inputs) 
             raise
         log.info("compensating without self-written samples: %s", error)
         return ids, 0
+    unfinished.write({"ids": own})
     log.info("compensating on %d samples, %d of them the model's own", len(ids) + len(own), len(own))
     return torch.cat([own, ids]), len(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
@@ -167,14 +168,16 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
         if not output.save and not arguments["no_save"]:
             log.info("no checkpoint will be kept: add --save_model, or --output FOLDER, to keep it")
         set_seed(settings.seed)
-        unfinished = folder.with_name(f".{folder.name}.search.json")
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        if output.fresh:
+            shutil.rmtree(unfinished, ignore_errors=True)
         settings = replace(settings, output=replace(output, unfinished=unfinished))
         run = _run(settings, arguments, temporary, Stopwatch(progress))
         (temporary / METRICS_FILE).write_text(strict_json(run.metrics), encoding="utf-8")
         if output.save:
             config = load_config(str(temporary), settings.model.trust_remote_code)
             write_card(config, temporary, PruningPlan.load(temporary / PLAN_FILE), folder.name, metrics=run.metrics)
-    unfinished.unlink(missing_ok=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
     with logging_to(folder / LOG_FILE):
         if output.push_to_hub:
             log.info("pushed to %s", upload(folder, output.push_to_hub))

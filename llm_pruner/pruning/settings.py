@@ -168,8 +168,8 @@ class EvaluationSettings:
 class OutputSettings:
     """Output of a run: folder, and whether to save a checkpoint; ``named``: the user named the folder.
 
-    With ``dequantize``, a quantized checkpoint is written in 16 bits. The file ``unfinished`` holds what a run that was
-    killed leaves to the next.
+    With ``dequantize``, a quantized checkpoint is written in 16 bits. The folder ``unfinished`` holds what a run that
+    was stopped leaves to the next, unless that is ``fresh``.
     """
 
     folder: Path
@@ -178,6 +178,7 @@ class OutputSettings:
     standalone: bool = False
     push_to_hub: str | None = None
     dequantize: bool = False
+    fresh: bool = False
     unfinished: Path | None = None
 
 
@@ -318,6 +319,7 @@ def _output_settings(arguments: PruneArguments) -> OutputSettings:
         standalone=arguments.standalone,
         push_to_hub=arguments.push_to_hub,
         dequantize=arguments.dequantize,
+        fresh=arguments.fresh,
     )
 
 

@@ -9,15 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..checkpoint.locate import identity
 from ..errors import PrunerError
 from ..evaluation.cost import macs_budget, memory_budget
 from ..evaluation.latency import latency_budget
 from ..files import digest
 from ..graph.units import CouplingGraph
 from ..importance.scores import Scores
-from ..models.inputs import hash_of
-from ..provenance import versions
 from ..refit.allocation import search, searched_units
 from ..selection.budgets import Budget, NothingRemoved, parameter_budget
 from ..selection.plan import PruningPlan
@@ -184,6 +181,7 @@ def search_widths(
         PrunerError: the model is offloaded or spread, or :func:`llm_pruner.search` raises one.
     """
     settings, widths = planning.settings, planning.settings.widths
+    unfinished = settings.output.unfinished
     if settings.model.offload or settings.model.device_map:
         raise PrunerError(
             "--allocate search runs the model hundreds of times, and this one is offloaded or spread over devices: use "
@@ -204,23 +202,19 @@ def search_widths(
             refit=settings.refit.needs_text,
             generations=widths.generations,
             seed=settings.seed,
-            cache=settings.output.unfinished,
+            cache=unfinished / "search.json" if unfinished else None,
             **_search_options(widths, goal),
         )
 
 
 def _cache_file(planning: Planning, kinds: tuple[str, ...], plans: list[PruningPlan]) -> Path | None:
     """Return the file that caches scores, named after a hash of everything that they depend on."""
-    settings = planning.settings
-    if settings.scoring.cache is None or settings.scoring.criterion == "random":
+    scoring = planning.settings.scoring
+    folder = scoring.cache or planning.settings.output.unfinished
+    if folder is None or scoring.criterion == "random":
         return None
-    samples = None if planning.ids is None else hash_of(planning.ids)
-    key: list[Any] = [versions(), identity(settings.model.name), samples, sorted(kinds)]
-    key += [[{name: c.kept.tolist() for name, c in plan.units.items()}, plan.blocks] for plan in plans]
-    key += [settings.scoring.criterion, settings.scoring.taylor]
-    key += [settings.model.dtype, settings.model.device, settings.model.offload]
-    key += [settings.model.task, settings.calibration.towers]
-    return settings.scoring.cache / f"{digest(key)}.safetensors"
+    key = [planning.key, sorted(kinds), [plan.key for plan in plans], scoring.criterion, scoring.taylor]
+    return folder / f"{digest(key)}.safetensors"
 
 
 def _budget(

@@ -60,11 +60,16 @@ class Spending:
     started: float = field(default_factory=time.monotonic)
 
     @property
+    def seconds(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.started
+
+    @property
     def share(self) -> float:
         """Share of the budget that is spent, between 0 and 1."""
         shares = [0.0]
         if self.budget.tokens is not None:
             shares.append(self.tokens / self.budget.tokens)
         if self.budget.minutes is not None:
-            shares.append((time.monotonic() - self.started) / 60 / self.budget.minutes)
+            shares.append(self.seconds / 60 / self.budget.minutes)
         return min(max(shares), 1.0)

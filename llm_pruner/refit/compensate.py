@@ -25,7 +25,7 @@ At the end, the logits are scaled (:mod:`llm_pruner.refit.temperature`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import cast
 
 import torch
@@ -39,7 +39,9 @@ from ..models.blockwise import NARROW, computing, native_compute
 from ..models.inputs import Inputs, input_embedding
 from ..models.running import check_calibration, evaluating, implementations
 from ..progress import track
+from ..unfinished import NOTHING_KEPT, Unfinished
 from .experts import refit_experts
+from .layer_by_layer import keep_layers, restore_layers
 from .regression import HELD_OUT, RegressionSums, best_ridge
 from .stream import Projection, ResidualStream, added_experts, added_projections, single_stack
 from .temperature import scale_logits
@@ -88,6 +90,7 @@ def compensate(
     method: str = "least_squares",
     *,
     kept: Sequence[int] | None = None,
+    unfinished: Unfinished = NOTHING_KEPT,
 ) -> CompensationReport:
     """Refit the projections of ``pruned`` in place, so that the outputs of its layers approach those of ``model``.
 
@@ -99,6 +102,7 @@ def compensate(
             (:func:`llm_pruner.refit.biases.with_biases` gives a model some).
         kept: indices of the original's layers that the pruned model keeps, in order (default: all). The last
             projection before a gap makes up for the dropped layers: its target is the stream behind them.
+        unfinished: keeps the layers that are done, and has those of a run that was stopped.
 
     Returns:
         Relative squared errors at every projection before and after, and the factor of the logits.
@@ -145,13 +149,28 @@ def compensate(
             raise PrunerError("compensation compares hidden states, and the pruned model's are narrower")
         for dropped in range(kept[0]):
             before.advance(dropped, [])
+        done = 0
+        if last := unfinished.read():
+            restore_layers(last, pruned, path, after)
+            report.layers = [Refit(**refit) for refit in last.record["layers"]]
+            done = last.record["done"]
         for i, added in enumerate(track(projections, "compensating layers")):
             dropped_next = range(kept[i] + 1, [*kept, len(original)][i + 1])
             targets = targets_behind(before, kept[i], added, dropped_next)
+            if i < done:
+                continue
             refits = _refit_layer(pruned, after, i, targets, added, only_bias=method == "bias")
             for refit in refits:
                 refit.module = f"{path}.{i}.{refit.module}"
                 report.layers.append(refit)
+            moved = [refit.module for refit in report.layers if refit.ridge is not None]
+            keep_layers(
+                unfinished,
+                pruned,
+                moved,
+                stream=after,
+                record={"done": i + 1, "layers": [asdict(refit) for refit in report.layers]},
+            )
     report.temperature = scale_logits(model, pruned, calibration[-TEMPERATURE_SAMPLES:])
     return report
 

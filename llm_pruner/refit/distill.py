@@ -8,6 +8,7 @@ learn their main output instead, by its squared error relative to the original's
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from ..models.inputs import Inputs
 from ..models.running import equal_draws, evaluating, forward, main_output
 from ..models.skeleton import parameter_count
 from ..models.tasks import has_token_logits
+from ..unfinished import NOTHING_KEPT, Unfinished
 from .budget import Budget
 from .tokens import KeptTokens
 from .training import TrainingReport, check_memory, in_float32, train_together
@@ -69,6 +71,7 @@ def distill(
     *,
     tokens: KeptTokens | None = None,
     seed: int = 0,
+    unfinished: Unfinished = NOTHING_KEPT,
 ) -> TrainingReport:
     """Train all weights of ``pruned`` in place to predict what ``model`` predicts.
 
@@ -79,6 +82,7 @@ def distill(
             at most 16; the others are repeated if the budget is larger.
         tokens: tokens that ``pruned`` kept; None if it has the vocabulary of ``model``.
         seed: of the order of the samples.
+        unfinished: keeps what is done, and has what a run that was stopped had done.
 
     Returns:
         Tokens, steps and held-out losses. Where the loss did not fall, the weights are as before.
@@ -96,4 +100,5 @@ def distill(
         narrow_arithmetic(compute.device),
     ):
         loss = Distillation(model, pruned, tokens).loss
-        return train_together(pruned, trained, loss, calibration, budget=budget, rate=RATE, seed=seed)
+        options: Any = {"budget": budget, "seed": seed, "unfinished": unfinished}
+        return train_together(pruned, trained, loss, calibration, rate=RATE, **options)

@@ -31,6 +31,7 @@ from ..models.inputs import Inputs
 from ..models.loss import has_loss
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, model_inputs, target_ids, without_cache
+from ..unfinished import NOTHING_KEPT, Unfinished
 from .budget import Budget
 from .distill import Distillation
 from .training import TrainingReport, check_memory, frozen, in_float32, train_together
@@ -54,6 +55,7 @@ def lora(
     budget: Budget,
     *,
     seed: int = 0,
+    unfinished: Unfinished = NOTHING_KEPT,
 ) -> TrainingReport:
     """Train low-rank updates of ``pruned`` in place, and its norms and biases.
 
@@ -63,6 +65,7 @@ def lora(
         calibration: LongTensor ``[samples, tokens]`` or other inputs, a sixteenth of which is held out, at most 16.
         budget: of the training, which also ends after 1.34 epochs of next tokens.
         seed: of the first updates and the order of the samples.
+        unfinished: keeps what is done, and has what a run that was stopped had done.
 
     Returns:
         Tokens, steps and held-out losses. Where the loss did not fall, the weights are as before.
@@ -96,6 +99,7 @@ def lora(
             rate=RATE,
             seed=seed,
             epochs=EPOCHS if reads else None,
+            unfinished=unfinished,
         )
 
 

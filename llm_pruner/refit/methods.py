@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -16,6 +17,7 @@ from ..errors import PrunerError
 from ..models.inputs import Inputs, input_embedding
 from ..models.running import check_calibration
 from ..selection.plan import PruningPlan
+from ..unfinished import NOTHING_KEPT, Unfinished
 from .budget import Budget
 from .compensate import CompensationReport, compensate
 from .distill import distill
@@ -132,20 +134,25 @@ def train(
     plan: PruningPlan | None,
     budget: Budget,
     seed: int,
+    unfinished: Unfinished = NOTHING_KEPT,
 ) -> RefitReport:
     """Train a pruned model in place by ``blocks``, ``distill`` or ``lora``, without a closed form before.
+
+    Args:
+        unfinished: keeps what is done, and has what a run that was stopped had done.
 
     Raises:
         PrunerError: as :func:`refit`.
     """
     tokens = _kept_tokens(model, pruned, plan)
+    options: Any = {"seed": seed, "unfinished": unfinished}
     if method == "distill":
-        return RefitReport(training=distill(model, pruned, calibration, budget, tokens=tokens, seed=seed))
+        return RefitReport(training=distill(model, pruned, calibration, budget, tokens=tokens, **options))
     if tokens is not None:
         raise PrunerError(f"refit {method!r} needs one vocabulary, and the plan cuts it: use distill")
     if method == "blocks":
-        return RefitReport(blocks=reconstruct(model, pruned, calibration, budget, plan=plan, seed=seed))
-    return RefitReport(training=lora(model, pruned, calibration, budget, seed=seed))
+        return RefitReport(blocks=reconstruct(model, pruned, calibration, budget, plan=plan, **options))
+    return RefitReport(training=lora(model, pruned, calibration, budget, **options))
 
 
 def _kept_tokens(model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan | None) -> KeptTokens | None:

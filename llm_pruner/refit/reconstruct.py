@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -29,7 +29,9 @@ from ..models.running import evaluating
 from ..models.tasks import predicts_tokens
 from ..progress import track
 from ..selection.plan import PruningPlan
+from ..unfinished import NOTHING_KEPT, Kept, Unfinished
 from .budget import Budget, Spending
+from .layer_by_layer import keep_layers, restore_layers
 from .matching import MatchingStack, matching_stacks
 from .stream import ResidualStream
 from .temperature import scale_logits
@@ -81,6 +83,7 @@ def reconstruct(
     *,
     plan: PruningPlan | None = None,
     seed: int = 0,
+    unfinished: Unfinished = NOTHING_KEPT,
 ) -> ReconstructReport:
     """Train the blocks of ``pruned`` in place, one after the other, towards the outputs of those of ``model``.
 
@@ -91,6 +94,7 @@ def reconstruct(
         budget: tokens that each block is trained on, or minutes for all of them.
         plan: plan of the pruned model; needed if it lost layers or hidden channels.
         seed: of the order of the batches.
+        unfinished: keeps the blocks that are done, and has those of a run that was stopped.
 
     Raises:
         PrunerError: there are too few samples, or the models' layers do not match.
@@ -104,10 +108,17 @@ def reconstruct(
         tokens=budget.tokens,
         minutes=None if budget.minutes is None else budget.minutes / sum(len(stack.ours) for stack in stacks),
     )
-    report = ReconstructReport()
+    kept = unfinished.read()
+    report = ReconstructReport([BlockRefit(**block) for block in kept.record] if kept else [])
+    earlier = 0  # blocks of earlier stacks
     for stack in stacks:  # the second stack of an encoder-decoder reads the output of the first
-        trainer = BlockTrainer(model, pruned, stack, batches=batches, seed=seed)
-        report.blocks += trainer.train(budget)
+        done = len(report.blocks) - earlier
+        earlier += len(stack.ours)
+        if kept is not None and done >= len(stack.ours):
+            restore_layers(kept, pruned, stack.path)
+        else:
+            trainer = BlockTrainer(model, pruned, stack, batches=batches, seed=seed)
+            trainer.train(budget, report.blocks, kept if done else None, unfinished)
     if predicts_tokens(pruned):
         report.temperature = scale_logits(model, pruned, calibration[-TEMPERATURE_SAMPLES:])
     return report
@@ -122,7 +133,7 @@ class BlockTrainer:
         self.model, self.pruned, self.stack, self.batches = model, pruned, stack, batches
         self.compute = native_compute(pruned)
         self.tokens = [tokens_in(batch) for batch in batches]
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
         self.peak = rate_for(pruned, RATE)
         self._trained: dict[str, torch.Tensor] = {}  # tensors of the block in training, by name
 
@@ -130,9 +141,14 @@ class BlockTrainer:
         trained = self._trained.get(name)
         return self.compute.convert(tensor) if trained is None else trained
 
-    def train(self, budget: Budget) -> list[BlockRefit]:
-        """Train the blocks in order; each has the budget."""
-        stack, refits = self.stack, []
+    def train(self, budget: Budget, refits: list[BlockRefit], kept: Kept | None, unfinished: Unfinished) -> None:
+        """Train the blocks in order; each has the budget.
+
+        Args:
+            refits: outcomes of earlier stacks, and of blocks that a run that was stopped had done; new ones are added.
+            kept: what such a run left of this stack.
+        """
+        stack = self.stack
         with (
             evaluating(self.model),
             evaluating(self.pruned),
@@ -141,17 +157,23 @@ class BlockTrainer:
         ):
             before = ResidualStream(self.model, stack.theirs, self.batches)
             after = ResidualStream(self.pruned, stack.ours, self.batches)
-            done = 0
+            behind, done = 0, 0
+            if kept is not None:
+                restore_layers(kept, self.pruned, stack.path, after)
+                done = sum(refit.module.startswith(f"{stack.path}.") for refit in refits)
             for i, last in enumerate(track(stack.last, "reconstructing blocks")):
-                while done <= last:
-                    before.advance(done, [])
-                    done += 1
+                while behind <= last:
+                    before.advance(behind, [])
+                    behind += 1
+                if i < done:
+                    continue
                 targets = [stack.comparable(h, p) for h, p in zip(before.hidden, after.hidden, strict=True)]
                 if any(target is None for target in targets):
                     raise PrunerError("the pruned model's hidden states are narrower: give plan, which names channels")
                 refits.append(self._train_block(after, i, targets, budget))  # type: ignore[arg-type]
                 after.advance(i, [])
-        return refits
+                record = [asdict(refit) for refit in refits]
+                keep_layers(unfinished, self.pruned, [one.module for one in refits], stream=after, record=record)
 
     def _train_block(self, stream: ResidualStream, i: int, targets: list[torch.Tensor], budget: Budget) -> BlockRefit:
         """Train one block; keep the weights of the epoch that is best on held-out batches."""
@@ -161,13 +183,14 @@ class BlockTrainer:
         fitted = [b for b in range(len(targets)) if b % HELD_OUT != HELD_OUT - 1]
         held_out = [b for b in range(len(targets)) if b % HELD_OUT == HELD_OUT - 1]
         first = best = block.error(held_out)
+        generator = torch.Generator().manual_seed(self.seed + i)
         spending = Spending(budget)
         with self._trainable(path) as tensors:
             kept = [tensor.detach().clone() for tensor in tensors]
             optimizer = torch.optim.Adam(tensors, betas=BETAS) if tensors else None
             since = 0
             while optimizer and best > 0 and spending.share < 1 and (since < PATIENCE or spending.share < 0.5):
-                order = torch.randperm(len(fitted), generator=self.generator).tolist()
+                order = torch.randperm(len(fitted), generator=generator).tolist()
                 for b in (fitted[j] for j in order):
                     spending.tokens += self.tokens[b]
                     _step(block, b, optimizer, learning_rate(self.peak, spending.share))

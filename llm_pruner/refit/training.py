@@ -17,6 +17,7 @@ from ..models.dispatch import free_bytes
 from ..models.inputs import Inputs, tokens_per_sample
 from ..models.skeleton import parameter_count
 from ..progress import Step
+from ..unfinished import NOTHING_KEPT, Kept, Unfinished
 from .budget import Budget, Spending
 
 BETAS = (0.9, 0.95)  # of Adam: the second moment forgets soon, since trainings have few steps
@@ -161,6 +162,7 @@ def train_together(
     rate: float,
     seed: int,
     epochs: float | None = None,
+    unfinished: Unfinished = NOTHING_KEPT,
 ) -> TrainingReport:
     """Train parameters until the budget is spent; where the held-out loss did not fall, they are as before.
 
@@ -170,6 +172,7 @@ def train_together(
         rate: peak learning rate of models of up to 512 hidden channels.
         seed: of the order of the samples.
         epochs: read the samples at most so often, even where the budget is larger.
+        unfinished: keeps weights and the state of the optimizer, and has those of a run that was stopped.
 
     Raises:
         PrunerError: there are fewer than 16 samples.
@@ -190,38 +193,72 @@ def train_together(
     before, start = held_out_loss(), [parameter.detach().clone() for parameter in trained]
     spending = Spending(budget if epochs is None else budget.at_most(round(epochs * tokens_in(fitted))))
     batches = endless_batches(fitted.to(device), samples, seed)
-    steps = _descend(loss, trained, batches, spending, peak=rate_for(pruned, rate))
+    descent = Descent(trained, spending, peak=rate_for(pruned, rate), unfinished=unfinished)
+    descent.run(loss, batches)
     after = held_out_loss()
     if not after < before:
         for parameter, value in zip(trained, start, strict=True):
             parameter.data.copy_(value)
-    return TrainingReport(spending.tokens, steps, before, after)
+    return TrainingReport(spending.tokens, descent.steps, before, after)
 
 
-def _descend(
-    loss: Callable[[Inputs], torch.Tensor],
-    trained: list[nn.Parameter],
-    batches: Iterator[Inputs],
-    spending: Spending,
-    *,
-    peak: float,
-) -> int:
-    """Train until the budget is spent, or the loss is not finite; return the steps of the optimizer."""
-    optimizer = torch.optim.Adam(trained, lr=peak, betas=BETAS, fused=True)
-    steps, parts = 0, 100
-    with Step("training, percent of the budget", parts) as progress:
-        while spending.share < 1:
-            batch = next(batches)
-            spending.tokens += tokens_in(batch)
-            mean = loss(batch)
-            if not mean.isfinite():
-                break
-            mean.backward()
-            nn.utils.clip_grad_norm_(trained, LARGEST_GRADIENT)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(peak, spending.share)
-            optimizer.step()
-            optimizer.zero_grad()
-            steps += 1
-            progress.done, progress.note = int(parts * spending.share), f"loss {mean.item():.3f}"
-    return steps
+class Descent:
+    """Steps of the optimizer on parameters, which begin where a run that was stopped ended.
+
+    Attributes:
+        steps: steps so far.
+    """
+
+    def __init__(self, trained: list[nn.Parameter], spending: Spending, *, peak: float, unfinished: Unfinished):
+        self.trained, self.spending, self.peak, self.unfinished = trained, spending, peak, unfinished
+        self.optimizer = torch.optim.Adam(trained, lr=peak, betas=BETAS, fused=True)
+        self.steps = 0
+        if kept := unfinished.read():
+            self._take_over(kept)
+
+    def run(self, loss: Callable[[Inputs], torch.Tensor], batches: Iterator[Inputs]) -> None:
+        """Train until the budget is spent, or the loss is not finite.
+
+        Args:
+            batches: all that the training reads, those of earlier steps among them.
+        """
+        for _ in range(self.steps):
+            next(batches)
+        parts = 100
+        with Step("training, percent of the budget", parts) as progress:
+            while self.spending.share < 1:
+                batch = next(batches)
+                mean = loss(batch)
+                if not mean.isfinite():
+                    break
+                self.spending.tokens += tokens_in(batch)
+                self._step(mean)
+                progress.done, progress.note = int(parts * self.spending.share), f"loss {mean.item():.3f}"
+                if self.unfinished.due:
+                    self._keep()
+
+    def _step(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, LARGEST_GRADIENT)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.peak, self.spending.share)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+
+    def _keep(self) -> None:
+        tensors = {f"{i}": parameter for i, parameter in enumerate(self.trained)}
+        for i, parameter in enumerate(self.trained):
+            tensors |= {f"{i}.{name}": value for name, value in self.optimizer.state.get(parameter, {}).items()}
+        record = {"steps": self.steps, "tokens": self.spending.tokens, "seconds": self.spending.seconds}
+        self.unfinished.write(tensors, record)
+
+    def _take_over(self, kept: Kept) -> None:
+        self.steps, self.spending.tokens = kept.record["steps"], kept.record["tokens"]
+        self.spending.started -= kept.record["seconds"]
+        for i, parameter in enumerate(self.trained):
+            parameter.data.copy_(kept.tensors[f"{i}"])
+            prefix = f"{i}."
+            state = {n.removeprefix(prefix): v for n, v in kept.tensors.items() if n.startswith(prefix)}
+            if state:
+                self.optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in state.items()}

@@ -137,6 +137,11 @@ class PruningPlan:
         """Kept token ids, in the order of their new ids; None if the vocabulary is not pruned."""
         return self.vocabulary.kept.tolist() if self.vocabulary else None
 
+    @property
+    def key(self) -> list[Any]:
+        """Values of JSON that tell plans apart by what they leave."""
+        return [{name: to_ranges(choice.kept) for name, choice in self.units.items()}, self.blocks]
+
     def keep(self, unit: Unit, indices: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
         """Keep only ``indices`` of a unit. Several units may cut the same parameter dim.
 

@@ -1,0 +1,173 @@
+"""A run that was stopped goes on with what it had done, and ends with the same weights."""
+
+import pytest
+import torch
+from helpers.models import build, made, pruned_by, tokens
+
+import llm_pruner as lp
+from llm_pruner import data
+from llm_pruner import unfinished as module
+from llm_pruner.cli import main
+from llm_pruner.importance import taylor
+from llm_pruner.refit import compensate, reconstruct, training
+from llm_pruner.refit.budget import Budget
+from llm_pruner.refit.methods import train
+from llm_pruner.unfinished import Unfinished
+
+IDS = tokens(64, 16)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def always_due(monkeypatch):
+    monkeypatch.setattr(module, "INTERVAL", 0.0)
+    monkeypatch.setattr(module, "SHARE", 0)
+
+
+def stop_at(monkeypatch, owner, name, call):
+    """Let a function raise at its so-manieth call; return a function that tells how often it was called."""
+    original, calls = getattr(owner, name), []
+
+    def stopping(*args, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise Stopped
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, stopping)
+    return lambda: len(calls)
+
+
+def same(one, other):
+    other = dict(other.state_dict())
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.state_dict().items())
+
+
+def closed_form(model, pruned, unfinished):
+    return compensate.compensate(model, pruned, IDS, unfinished=unfinished)
+
+
+def by(method, tokens):
+    def refit(model, pruned, unfinished):
+        return train(model, pruned, IDS, method, plan=None, budget=Budget(tokens=tokens), seed=0, unfinished=unfinished)
+
+    return refit
+
+
+STEPS = {
+    "closed form": (closed_form, (compensate, "_refit_layer"), 3),
+    "closed form of experts": (closed_form, (compensate, "_refit_layer"), 3),
+    "blocks": (by("blocks", 2000), (reconstruct.BlockTrainer, "_train_block"), 3),
+    "lora": (by("lora", 4000), (training.Descent, "_step"), 3),
+    "distill": (by("distill", 4000), (training.Descent, "_step"), 3),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_goes_on_where_it_was_stopped(name, tmp_path, monkeypatch):
+    refit, (owner, function), call = STEPS[name]
+    model = build("mixtral" if "experts" in name else "llama", num_hidden_layers=4)
+    whole, pruned, again = (pruned_by(model, kinds=("neurons",))[1] for _ in range(3))
+    expected = refit(model, whole, Unfinished())
+    with monkeypatch.context() as patch:
+        calls = stop_at(patch, owner, function, call)
+        with pytest.raises(Stopped):
+            refit(model, pruned, Unfinished(tmp_path / "step"))
+        rest = stop_at(patch, owner, function, 0)
+        report = refit(model, again, Unfinished(tmp_path / "step"))
+        rest = rest()
+    assert same(whole, again) and report == expected
+    assert rest and calls() == call + rest  # what was done is not done again, apart from the call that was stopped
+
+
+def test_a_stack_that_was_done_is_not_trained_again(tmp_path, monkeypatch):
+    model = made("t5", seq2seq=True, d_model=24, num_heads=4, d_kv=4, d_ff=16, num_layers=2, num_decoder_layers=2)
+    whole, pruned, again = (pruned_by(model, kinds=("neurons",))[1] for _ in range(3))
+    refit = by("blocks", 2000)
+    expected = refit(model, whole, Unfinished())
+    with monkeypatch.context() as patch:
+        stop_at(patch, reconstruct.BlockTrainer, "_train_block", 4)  # the second of the decoder
+        with pytest.raises(Stopped):
+            refit(model, pruned, Unfinished(tmp_path / "step"))
+    assert refit(model, again, Unfinished(tmp_path / "step")) == expected and same(whole, again)
+
+
+def test_what_another_run_left_is_not_read(tmp_path):
+    file = tmp_path / "folder" / "step"
+    Unfinished(file, key=[1]).write({"a": torch.ones(1)})
+    assert Unfinished(file, key=[2]).read() is None and Unfinished(file, key=[1]).read().tensors["a"] == 1
+    file.write_bytes(file.read_bytes()[:-1])
+    assert Unfinished(file, key=[1]).read() is None
+    assert Unfinished(tmp_path / "none").read() is None and not Unfinished().due
+
+
+def test_a_step_goes_on_where_nothing_can_be_written(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    unfinished = Unfinished(tmp_path / "file" / "step")
+    assert unfinished.due
+    unfinished.write({"a": torch.ones(1)})
+    assert "going on without" in caplog.text and not unfinished.due
+
+
+def test_writing_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module, "INTERVAL", 60.0)
+    monkeypatch.setattr(module, "SHARE", 10)
+    save = module.save_file
+
+    def slow(*args):
+        now[0] += 30
+        save(*args)
+
+    monkeypatch.setattr(module, "save_file", slow)
+    unfinished = Unfinished(tmp_path / "step")
+    assert not unfinished.due
+    now[0] = 60.0
+    assert unfinished.due
+    unfinished.write({"a": torch.ones(1)})  # until 90
+    now[0] = 389.0
+    assert not unfinished.due
+    now[0] = 390.0
+    assert unfinished.due
+
+
+def prune(home, text, folder, *flags):
+    argv = ["prune", f"{home}/base", str(folder), "--pruning_ratio", "0.5", "--calib_dataset", str(text)]
+    argv += ["--num_examples", "32", "--calib_seq_len", "16", "--self_examples", "32", "--refit_tokens", "2000"]
+    return main([*argv, "--eval_datasets", "", *flags])
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_command_goes_on_where_it_was_stopped(home, home_text, tmp_path, monkeypatch):
+    assert prune(home, home_text, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, training.Descent, "_step", 3)
+        with pytest.raises(Stopped):
+            prune(home, home_text, tmp_path / "out")
+    left = tmp_path / ".out.unfinished"
+    assert not (tmp_path / "out").exists()
+    assert {file.stem for file in left.iterdir()} >= {"self-samples", "closed-form", "training"}
+    with monkeypatch.context() as patch:
+        written, scored = stop_at(patch, data, "generate", 0), stop_at(patch, taylor, "visit_moments", 0)
+        assert prune(home, home_text, tmp_path / "out") == 0
+        assert not written() and not scored()
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole") and not left.exists()
+
+
+def test_a_fresh_command_begins_anew(home, home_text, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, training.Descent, "_step", 3)
+        with pytest.raises(Stopped):
+            prune(home, home_text, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        written = stop_at(patch, data, "generate", 0)
+        assert prune(home, home_text, tmp_path / "out", "--fresh") == 0
+        assert written()
+    assert isinstance(lp.load(str(tmp_path / "out"))[0], torch.nn.Module)
