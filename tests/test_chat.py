@@ -216,7 +216,7 @@ def test_generate_takes_the_flags_of_llm_pruner(home, tmp_path):
 
 
 def test_names_and_errors_stay_text(home):
-    """Neither what a model is called nor what its chat template says becomes HTML of the page."""
+    """Show a model's name and an error of its chat template, neither as HTML of the page."""
     hostile = "<img src=x onerror=window.pwned=1>"
     model, tokenizer = lp.load(str(home / "base"))
     tokenizer.chat_template = f"{{{{ raise_exception('{hostile}') }}}}"

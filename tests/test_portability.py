@@ -1,4 +1,4 @@
-"""What macOS and Windows lack or refuse, simulated here: neither was at hand."""
+"""Simulations of macOS and Windows, neither of which is at hand: files, locks, signals and terminals."""
 
 import io
 import json
@@ -125,6 +125,7 @@ import builtins, multiprocessing, os, signal, sys
 import psutil  # asks Windows itself
 for module in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[module] = None
+import transformers.modeling_utils  # of torch and transformers, which ask what the system is
 for name in ("fork", "forkpty", "statvfs", "posix_fallocate", "getuid", "geteuid", "sched_getaffinity", "symlink"):
     delattr(os, name)
 for name in ("SIGALRM", "SIGKILL", "SIGHUP", "SIGUSR1", "SIGPIPE", "alarm", "setitimer"):

@@ -402,7 +402,7 @@ HOSTILE = '<img src=x onerror="window.pwned=1">$\\frac{$ & "q\' `'
 
 
 def test_hostile_names_stay_text(runs, tmp_path, capsys):
-    """What a stranger's folder, model, prompt or text is called is shown, and is neither HTML nor mathematics."""
+    """Show names of a stranger's folders, models, prompts and texts, neither as HTML nor as mathematics."""
     renamed = []
     for number, run in enumerate(runs):
         folder = tmp_path / f"{number} {HOSTILE}"
