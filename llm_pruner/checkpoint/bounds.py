@@ -25,7 +25,7 @@ from ..errors import PrunerError
 
 MOST_COUNT = 100_000  # of layers, experts or labels
 COUNTED = re.compile(r"(^|_)(layers?|blocks?|depths?|experts|labels)$")
-MOST_MODULES = 250_000  # remote code of 60 layers with 384 experts each makes 115,000
+MOST_MODULES = 600_000  # remote code of 60 layers with 384 experts each makes 115,000, built up to four times
 # Parameters per byte of the weight files: 5 where they have 1.6 bits, and as many again where layers are built in their
 # full widths before they are cut.
 PARAMETERS_PER_BYTE, SPARE_PARAMETERS = 64, 2**24

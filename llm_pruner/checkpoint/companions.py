@@ -108,7 +108,8 @@ def _is_inside(file: Path, source: Path) -> bool:
     In the hub's cache, files are links to others of the same repository.
     """
     home = source.resolve()
-    home = home.parents[1] if home.parent.name == "snapshots" else home
+    repository = home.parents[1] if home.parent.name == "snapshots" else home
+    home = repository if repository.name.startswith("models--") else home
     if file.resolve().is_relative_to(home):
         return True
     log.warning("%s is a link to a file outside of the checkpoint: it is not copied", file)
