@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -53,7 +54,7 @@ def merge_adapter(
 
 def _fit_embeddings(model: PreTrainedModel, weights: Path) -> None:
     """Give a model the tokens of an adapter that was trained with more, and so holds embeddings of its own."""
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
     stored = (place for key, place in tensors_in(weights).items() if key.endswith(f".{name}.weight"))
     if (place := next(stored, None)) and place.shape[0] != embeddings.weight.shape[0]:
