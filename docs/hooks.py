@@ -24,7 +24,14 @@ PAGES = {
     "SECURITY.md": "project/security.md",
     "benchmarks/README.md": "project/benchmarks.md",
 }
-FILES = ("examples/*.py", "examples/launch/*", "benchmarks/*.py", "benchmarks/*.yaml", "benchmarks/results/*.json")
+FILES = (
+    "examples/*.py",
+    "examples/launch/*",
+    "benchmarks/*.py",
+    "benchmarks/*.yaml",
+    "benchmarks/peers/*.py",
+    "benchmarks/results/*.json",
+)
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)")
 
 _site_paths: dict[str, str] = {}  # of files outside docs/, by their paths in the repository
