@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from itertools import takewhile
 from typing import Any
 
 from .commands import COMMANDS, SCRIPTS, Command
-from .errors import PrunerError
+from .errors import PrunerError, in_one_line, is_panic
 from .flags import parse_flags
 from .inputs import InputCheck
 from .progress import showing
@@ -51,6 +52,7 @@ def run_script(name: str) -> int:
 def run_command(command: Command, argv: Sequence[str], program: str) -> int:
     """Parse and run a command; print errors that the user can mend as one line on stderr, with exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _print_any_letter()
     try:
         arguments: Any = parse_flags(
             command.arguments_class,
@@ -81,7 +83,18 @@ def run_command(command: Command, argv: Sequence[str], program: str) -> int:
             traceback.print_exc()
             return 1
         return _fail(_explain_out_of_memory(str(error)))
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        return _fail(f"the tokenizer cannot read the text, or its files are damaged: {in_one_line(error)}")
     return 0
+
+
+def _print_any_letter() -> None:
+    """Write ? for letters that the terminal's encoding lacks, as Windows' and LC_ALL=C do, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _name_positionals(command: Command, argv: Sequence[str]) -> list[str]:

@@ -14,13 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .choices import EMBEDDED_TEXTS, GENERAL, PYTHON_DOCS, SELF
 from .errors import PrunerError, Unavailable, in_one_line
 from .files import read_json
-from .row_kinds import find_row_kind, read_conversation
+from .row_kinds import apply_template, find_row_kind, read_conversation
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,8 @@ def conversations(name: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str
             if tokenizer.chat_template is None:
                 text = "\n\n".join(message["content"] for message in messages)
             else:
-                text = str(tokenizer.apply_chat_template(messages, tokenize=False)) if messages else ""
-        except (PrunerError, TemplateError) as error:
+                text = str(apply_template(tokenizer, messages, tokenize=False)) if messages else ""
+        except PrunerError as error:
             raise PrunerError(f"{name}, row {number}: {error}") from error
         if text:
             yield text

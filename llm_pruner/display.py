@@ -84,12 +84,17 @@ def plot_shares(
         _write_numbers(ax, grid, highest or 1.0)
     step = len(columns) // MOST_LABELLED + 1
     ax.set_xticks(range(0, len(columns), step), ["all" if c is None else str(c) for c in columns[::step]])
-    ax.set_yticks(range(len(shares)), list(shares))
+    ax.set_yticks(range(len(shares)), [_plain(kind) for kind in shares])
     ax.tick_params(length=0, labelsize=8)
     ax.set_xlabel("layer")
-    ax.set_title(title, fontsize=10)
+    ax.set_title(_plain(title), fontsize=10)
     ax.figure.colorbar(image, ax=ax, label=label, format=PercentFormatter(1.0))
     return ax
+
+
+def _plain(name: str) -> str:
+    """Return a name that matplotlib does not take for mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _write_numbers(ax: Axes, grid: list[list[float]], highest: float) -> None:

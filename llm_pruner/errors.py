@@ -15,6 +15,11 @@ class Unavailable(PrunerError):
     """A model or data set that this machine lacks: the hub cannot deliver it, or a folder holds only a config."""
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return True for a panic of a library in Rust, which is no Exception: tokenizers has them of damaged files."""
+    return type(error).__name__ == "PanicException"
+
+
 def in_one_line(error: BaseException, most: int = 200) -> str:
     """Return kind and message of another library's error in one line, at most so many characters of the message.
 

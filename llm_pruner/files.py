@@ -25,6 +25,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from .errors import PrunerError
+from .replacing import replace_file
 
 CARD = "README.md"
 # Suffixes and names of the files of checkpoints and runs.
@@ -106,7 +107,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
                 other.unlink(missing_ok=True)
         yield temporary
         _sync(temporary)
-        temporary.replace(path)
+        replace_file(temporary, path)
     except OSError as error:
         raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
     finally:

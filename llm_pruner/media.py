@@ -143,7 +143,7 @@ def _metadata(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not isinstance(row.get("text", ""), str) or not isinstance(row.get("label", ""), (str, int)):
                     raise TypeError
                 yield row["file_name"], {name: row[name] for name in ("text", "label") if name in row}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise PrunerError(f'{file}, line {number}: give {{"file_name": "cat.png", "text": "a cat"}}') from error
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from datetime import date
 from typing import Any, Literal
 
-from .errors import PrunerError
+from .errors import PrunerError, in_one_line
 
 Record = dict[str, Any]
 RowKind = Literal["chat", "instruction", "pair", "text"]
@@ -106,6 +106,18 @@ def read_messages(row: Record) -> list[dict[str, str]]:
         if turns is not None:
             raise PrunerError(f"{name} is {_describe(turns)}: give a list of turns, such as [{TURN}]")
     return []
+
+
+def apply_template(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> Any:
+    """Put turns into a tokenizer's chat template, a program of the checkpoint's that transformers runs in a sandbox.
+
+    Raises:
+        PrunerError: the template refuses the turns, or fails.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # a template may raise anything: 1/0, a name that is not there, a forbidden attribute
+        raise PrunerError(f"the chat template refuses the conversation, or is damaged: {in_one_line(error)}") from error
 
 
 def _read_turn(turn: Any, name: str) -> dict[str, str]:

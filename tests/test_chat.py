@@ -213,3 +213,18 @@ def test_generate_takes_the_flags_of_llm_pruner(home, tmp_path):
     with pytest.raises(PrunerError, match="--model_type 'vicuna' is not valid"):
         GenerateArguments(model_type="vicuna").models_to_serve()
     assert ChatArguments().host == "127.0.0.1"
+
+
+def test_names_and_errors_stay_text(home):
+    """Show a model's name and an error of its chat template, neither as HTML of the page."""
+    hostile = "<img src=x onerror=window.pwned=1>"
+    model, tokenizer = lp.load(str(home / "base"))
+    tokenizer.chat_template = f"{{{{ raise_exception('{hostile}') }}}}"
+    with open_page({hostile: (model, tokenizer)}) as (tab, faults):
+        tab.locator("#prompt textarea").fill(hostile)
+        tab.locator("#generate").click()
+        tab.get_by_text("the chat template refuses").first.wait_for()
+        assert hostile in tab.locator("#answer0").inner_text()
+        assert tab.evaluate("window.pwned ?? 0") == 0
+        assert [fault for fault in faults if "/queue/data" not in fault and "/x" not in fault] == []
+        assert tab.locator("img[src=x]").count() == 0

@@ -1,5 +1,6 @@
 """Loading and saving: checkpoints are complete or absent, pickles are never read, and errors are one line."""
 
+import json
 import os
 import stat
 
@@ -164,3 +165,21 @@ def test_mask_equivalence_of_the_embedded_model(smollm2, ratio):
     scores = lp.score(model, graph, criterion="random")
     plan = lp.select(graph, scores, ratio, kinds=("heads", "query_heads", "neurons"))
     assert lp.verify(model, lp.apply(model, plan), plan).equivalent
+
+
+def test_an_adapter_with_more_tokens_than_its_base(home, tmp_path):
+    """Training with new tokens resizes the embeddings, which the adapter then holds as a whole."""
+    peft = pytest.importorskip("peft")
+    model, tokenizer = lp.load(str(home / "base"))
+    tokenizer.add_tokens(["<new>"])
+    model.resize_token_embeddings(len(tokenizer) + 3)
+    settings = peft.LoraConfig(r=2, modules_to_save=["embed_tokens", "lm_head"], target_modules=["q_proj"])
+    trained = peft.get_peft_model(model, settings)
+    trained.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(home / "base")}))
+    merged, own = lp.load(str(tmp_path / "adapter"))
+    assert len(own) == len(tokenizer) and merged.config.vocab_size == len(tokenizer) + 3
+    ids = torch.tensor([own("This is <new>")["input_ids"]])
+    torch.testing.assert_close(merged(ids).logits, trained.eval()(ids).logits)

@@ -25,6 +25,7 @@ from llm_pruner.recovery.training_arguments import training_arguments
         ({"prune_model": "nobody/nothing"}, "there is no model nobody/nothing"),
         ({"prune_model": None}, "--model is missing"),
         ({"data_path": "/nowhere.json"}, "there is no data file"),
+        ({"data_path": "/tmp"}, "/tmp is a folder: give one of its .json"),
         ({"lora_r": 33}, "--lora_r 33 is more than model.layers.0.self_attn.q_proj"),
         ({"lora_target_modules": "c_attn"}, "has no linear layer c_attn; it has down_proj"),
         ({"prompt_template_name": "vicuna"}, "no prompt template 'vicuna'"),

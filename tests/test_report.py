@@ -396,3 +396,27 @@ def test_bad_input(runs, tmp_path, capsys):
 def test_models_may_lack_every_measurement():
     models = [MeasuredModel(model="a", stage="pruned"), MeasuredModel(model="b", stage="pruned", parameters=5)]
     assert draw_tradeoffs(models) == []
+
+
+HOSTILE = '<img src=x onerror="window.pwned=1">$\\frac{$ & "q\' `'
+
+
+def test_hostile_names_stay_text(runs, tmp_path, capsys):
+    """Show names of a stranger's folders, models, prompts and texts, neither as HTML nor as mathematics."""
+    renamed = []
+    for number, run in enumerate(runs):
+        folder = tmp_path / f"{number} {HOSTILE}"
+        shutil.copytree(run, folder)
+        for file in folder.glob("*.json"):
+            text = file.read_text().replace("python-docs", json.dumps(HOSTILE)[1:-1])
+            for name in ("base", "pruned", "healed"):
+                text = re.sub(rf'"[^"]*/{name}"', lambda _, name=name: json.dumps(f"/nowhere/{name}{HOSTILE}"), text)
+            file.write_text(text.replace(QUALITY_PROMPTS[0], json.dumps(HOSTILE)[1:-1]))
+        renamed.append(str(folder))
+    page = tmp_path / "page.html"
+    flags = ["--output", str(page), "--title", HOSTILE, "--figures", str(tmp_path / "figures")]
+    assert main(["report", *renamed, *flags]) == 0, capsys.readouterr().err
+    with browser_page() as (tab, faults):
+        tab.goto(page.as_uri())
+        assert tab.title() == HOSTILE and HOSTILE in tab.locator("h1").inner_text()
+        assert tab.evaluate("[document.images.length, window.pwned ?? 0]") == [0, 0] and faults == []

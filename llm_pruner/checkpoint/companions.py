@@ -34,11 +34,15 @@ def copy_companions(source: Path, folder: Path, *, tokenizer: bool = True) -> No
     """
     for pattern in (*TOKENIZER_FILES, *OTHER_FILES) if tokenizer else OTHER_FILES:
         for file in source.glob(pattern):
-            if file.is_file() and not file.name.startswith("model."):
+            if file.is_file() and not file.name.startswith("model.") and _is_inside(file, source):
                 _copy_missing(file, folder)
     for name in _module_folders(source / SENTENCE_MODULES):
-        if (source / name).is_dir() and not (folder / name).exists():
-            shutil.copytree(source / name, folder / name)
+        if (source / name).is_dir() and not (folder / name).exists() and _is_inside(source / name, source):
+            shutil.copytree(
+                source / name,
+                folder / name,
+                ignore=lambda place, names: [one for one in names if not _is_inside(Path(place) / one, source)],
+            )
     copy_code(source, folder)
 
 
@@ -81,7 +85,7 @@ def copy_code(source: Path, folder: Path) -> None:
         name = modules.pop()
         file = source / f"{name}.py"
         # As transformers has it, all modules lie in the folder itself; others, of hub repositories, come from there.
-        if name in copied or Path(name).name != name or not file.is_file():
+        if name in copied or Path(name).name != name or not file.is_file() or not _is_inside(file, source):
             continue
         copied.add(name)
         _copy_missing(file, folder)
@@ -96,6 +100,20 @@ def _mapped_modules(file: Path) -> Iterator[str]:
         for reference in value if isinstance(value, list) else [value]:
             if isinstance(reference, str):
                 yield reference.rpartition(".")[0]
+
+
+def _is_inside(file: Path, source: Path) -> bool:
+    """Return True if a file lies in a checkpoint's folder, as no link to a user's own files does; log such links.
+
+    In the hub's cache, files are links to others of the same repository.
+    """
+    home = source.resolve()
+    repository = home.parents[1] if home.parent.name == "snapshots" else home
+    home = repository if repository.name.startswith("models--") else home
+    if file.resolve().is_relative_to(home):
+        return True
+    log.warning("%s is a link to a file outside of the checkpoint: it is not copied", file)
+    return False
 
 
 def _copy_missing(file: Path, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..errors import PrunerError
 from ..logs import log
 from ..models.tasks import ask_for, auto_model_class
+from .bounds import bounded_construction, check_counts
 from .gguf_reader import parsed_once
 from .locate import explain, locate
 
@@ -39,9 +41,13 @@ def _read_config(name: str, trust_remote_code: bool, revision: str | None) -> Pr
         if gguf:
             status = (Path(path) / gguf).stat()
             return deepcopy(_gguf_config(path, gguf, status.st_size, status.st_mtime_ns))
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision or "main")
+        options: dict[str, Any] = {"revision": revision or "main"}
+        check_counts(name, PreTrainedConfig.get_config_dict(path, **options)[0])
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
         config.__dict__.pop("quantization_config", None)  # of the files, not of the model that is made of them
         return config
+    except PrunerError:
+        raise
     except Exception as error:
         raise PrunerError(explain(name, path, error)) from error
 
@@ -69,11 +75,14 @@ def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
     Raises:
         PrunerError: no model can be built from the config.
     """
+    name = config.name_or_path or type(config).__name__
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), bounded_construction(name):
             model = auto_model_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
+    except PrunerError:
+        raise
     except Exception as error:  # constructors raise what they like
-        raise PrunerError(explain(config.name_or_path or type(config).__name__, "", error)) from error
+        raise PrunerError(explain(name, "", error)) from error
     for module in model.modules():  # weight norms, for one, make their parameters on the CPU
         for name, parameter in module._parameters.items():
             if parameter is not None and not parameter.is_meta:

@@ -15,13 +15,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..errors import PrunerError, Unavailable
+from ..errors import PrunerError, Unavailable, is_panic
 from ..logs import log
 from ..models.dispatch import check_device, spread
 from ..models.tasks import ask_for, auto_model_class
 from ..progress import Step, without_bars
 from ..surgery.apply import Place, in_memory
 from .adapters import merge_adapter
+from .bounds import bounded_construction, check_counts, weight_file_bytes
 from .config import untie
 from .gguf_reader import parsed_once
 from .integrity import check
@@ -92,7 +93,7 @@ def load(
     of_weights["offload_folder"] = offload_folder
     if is_adapter(path):
         base = load(base_of(path), dtype, device, trust_remote_code, **options, **of_weights)
-        return merge_adapter(*base, path)
+        return merge_adapter(*base, path, trust_remote_code=trust_remote_code)
     with parsed_once():
         model = load_model(name, dtype, device, trust_remote_code, **options, **of_weights)
         return model, load_tokenizer(name, trust_remote_code, **options, config=model.config)
@@ -142,7 +143,9 @@ def load_tokenizer(
                 token=token,
                 **extra,
             )
-    except Exception as error:  # transformers raises whatever its loaders raise; the user needs one line
+    except BaseException as error:  # transformers raises whatever its loaders raise; the user needs one line
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise PrunerError(explain(name, path, error)) from error
 
 
@@ -175,7 +178,8 @@ def load_model(
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", "token": token}
     if gguf is not None:
         common["gguf_file"] = gguf
-    with parsed_once(), without_bars(), Step(f"loading {name}"):
+    bound = bounded_construction(name, lambda: weight_file_bytes(path, gguf, common["revision"]))
+    with parsed_once(), without_bars(), Step(f"loading {name}"), bound:
         place = in_memory if offload_folder is None else on_disk(offload_folder)
         model, report, shards = _read_model(name, dtype, common, task=task, place=place)
     if report["missing_keys"] and task is not None:
@@ -208,8 +212,13 @@ def _read_model(
     shards = None
     kwargs: dict[str, Any] = {"dtype": torch.float32 if gguf and dtype == "auto" else dtype}
     try:
+        if gguf is None:
+            check_counts(name, PreTrainedConfig.get_config_dict(path, **common)[0])
         config = AutoConfig.from_pretrained(path, **common)
         ask_for(task, config)
+        named_index = str(getattr(config, "transformers_weights", ""))
+        if (Path(path) / named_index).is_file() and named_index.endswith(".json"):
+            shard_files(Path(path), named_index)
         if gguf is None:
             shards = open_shards(name, Path(path))
             trust = common["trust_remote_code"]

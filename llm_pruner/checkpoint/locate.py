@@ -80,13 +80,15 @@ def locate(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def explain(name: str, path: str, error: Exception) -> str:
+def explain(name: str, path: str, error: BaseException) -> str:
     """Return an error of transformers' loaders in one line: what is wrong, and what to do."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return f"{name} brings its own modelling code; if you trust it, add --trust_remote_code"
     if ("safetensors" in text and "does not appear to have" in text) or "no file named model.safetensors" in text:
         return f"{name} holds no safetensors weights; pickles are never read: convert it to safetensors first"
+    if "untagged enum" in text:
+        return f"{name}: its tokenizer.json is damaged, or of a newer format: pip install -U tokenizers ({text[:200]})"
     if path == name and not Path(path).exists():
         return (
             f"cannot load {name!r}: it is not an alias ({', '.join(EMBEDDED)}), there is no such folder or .gguf file, "
@@ -95,7 +97,7 @@ def explain(name: str, path: str, error: Exception) -> str:
     return f"cannot load {name}: {type(error).__name__}: {text[:300]}"
 
 
-def _why_not_from_hub(error: Exception, text: str) -> str:
+def _why_not_from_hub(error: BaseException, text: str) -> str:
     """Say why a model did not come from the hub; what libraries say of a missing network is left out."""
     if any(sign in text for sign in ("couldn't connect", "offline mode")):
         return "the hub cannot be reached"

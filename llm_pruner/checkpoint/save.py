@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import PrunerError
 from ..files import complete_folder
 from ..progress import Step, without_bars
 from ..selection.plan import PruningPlan
@@ -103,7 +104,7 @@ def write_checkpoint(
         if kept is not None and not (cut or _is_cut(tokenizer, kept)):
             cut_tokenizer(tokenizer, kept, folder)
         else:
-            tokenizer.save_pretrained(folder)
+            _save_tokenizer(tokenizer, folder)
     if source := companions_of(model.config.name_or_path, getattr(model.config, "_commit_hash", None)):
         copy_companions(source, folder, tokenizer=False)
     if plan is not None:
@@ -112,6 +113,14 @@ def write_checkpoint(
     for file in folder.iterdir():
         if file.is_file():  # safetensors writes for its owner alone
             file.chmod(0o644)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files; transformers refuses names of chat templates that lead out of the folder, for one."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except ValueError as error:
+        raise PrunerError(f"the tokenizer cannot be written: {error}") from error
 
 
 def _written_bytes(folder: Path) -> int:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import PrunerError
+from ..files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Safetensors' names of the dtypes that transformers stores.
@@ -68,7 +69,7 @@ class Shards:
         self.files, index = shard_files(self.folder)
         self.tensors: dict[str, Stored] = {}
         for file in self.files:
-            for name, stored in _header(file).items():
+            for name, stored in tensors_in(file).items():
                 if name in self.tensors:
                     raise PrunerError(f"the tensor {name} is in {self.tensors[name].file.name} and in {file.name}")
                 self.tensors[name] = stored
@@ -110,22 +111,26 @@ class Shards:
         return (data.view(stored.dtype) if size else data.to(stored.dtype)).view(stored.shape)
 
 
-def shard_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+def shard_files(folder: Path, name: str = INDEX) -> tuple[list[Path], dict[str, str]]:
     """Return the files of a checkpoint, and the file of each tensor by its index.
+
+    Args:
+        name: of the index.
 
     Raises:
         PrunerError: the folder holds no safetensors, a file is missing, or the index is damaged.
     """
-    index = folder / INDEX
+    index = folder / name
     if not index.is_file():
         if not (folder / SINGLE).is_file():
             raise PrunerError(f"{folder} holds neither {SINGLE} nor {INDEX}; pickles are never read")
         return [folder / SINGLE], {}
+    document = read_json(index)
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = document["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
         weight_map = {str(tensor): str(name) for tensor, name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise PrunerError(f"{index} is damaged: {type(error).__name__} {error}") from error
     for name in names:
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
@@ -137,7 +142,12 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return [folder / name for name in names], weight_map
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def tensors_in(file: Path) -> dict[str, Stored]:
+    """Return the place of every tensor of a safetensors file.
+
+    Raises:
+        PrunerError: the file is damaged, or holds a tensor of a type that is not read.
+    """
     try:
         with safe_open(str(file), "pt"):  # checks that the header is sound and the tensors fill the file
             pass

@@ -134,7 +134,8 @@ def zero_shot_in_vllm(
         PrunerError: vLLM is not installed or refuses the folder, or the data of a task is not available.
     """
     require_engine("vllm")
-    arguments = f"pretrained={folder},enforce_eager={not torch.cuda.is_available()}"
+    # JSON, since a comma in the folder's name would begin another argument
+    arguments = json.dumps({"pretrained": str(folder), "enforce_eager": not torch.cuda.is_available()})
     flags = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
     return run_lm_eval("vllm", arguments, tasks, flags=flags, prompting=prompting)
 
@@ -180,7 +181,9 @@ def _run_program(
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, "-m", "lm_eval", "--model", backend, "--tasks", ",".join(tasks)]
         command += ["--model_args", arguments, *given, "--log_samples", "--output_path", output]
-        run = subprocess.run(command, capture_output=True, text=True, env=VLLM_ENVIRONMENT | os.environ)
+        run = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", env=VLLM_ENVIRONMENT | os.environ
+        )
         file = next(Path(output).rglob("results*.json"), None)
         if run.returncode or file is None:
             errors = [line for line in run.stderr.splitlines() if "Error: " in line] or ["no results"]
@@ -189,7 +192,7 @@ def _run_program(
         with _errors_only("lm_eval"):
             groups = _load_tasks(dict.fromkeys(tasks), flags.get("include_path"))
         samples = {
-            task.task_name: [json.loads(line) for line in _samples_file(file, task.task_name).read_text().splitlines()]
+            task.task_name: [json.loads(line) for line in _sample_lines(file, task.task_name)]
             for _, members in groups.values()
             for task in members
         }
@@ -202,9 +205,10 @@ def _merge(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return one | other | nested
 
 
-def _samples_file(results: Path, task: str) -> Path:
-    """Return the file of a task's single documents beside that of the results."""
-    return results.with_name(results.name.replace("results_", f"samples_{task}_")).with_suffix(".jsonl")
+def _sample_lines(results: Path, task: str) -> list[str]:
+    """Return the lines of a task's single documents, in a file beside that of the results."""
+    file = results.with_name(results.name.replace("results_", f"samples_{task}_")).with_suffix(".jsonl")
+    return file.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def _load_tasks(tasks: Mapping[str, int | None], include_path: str | None) -> Loaded:

@@ -86,7 +86,7 @@ class Scores:
             with safe_open(str(path), "pt") as file:
                 settings, names = json.loads(file.metadata()["settings"]), file.keys()
                 return cls({name: file.get_tensor(name) for name in names}, settings)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise PrunerError(f"cannot read the scores {path}: {error}") from error
 
     def table(self) -> Cells:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from rich.console import Console
 from ..checkpoint.next_steps import log_next_steps
 from ..errors import PrunerError
 from ..evaluation.tabular import TERMINAL, terminal_tables
-from ..files import folder_lock, lock_holder, strict_json, write_text
+from ..files import folder_lock, lock_holder, read_json, strict_json, write_text
 from ..logs import log, logging_to
 from ..provenance import provenance
 from ..pruning.loading import keeping_model
@@ -259,7 +258,7 @@ def _refuse_other_sweep(recipe: Recipe, points: Sequence[SweepPoint]) -> None:
     varied = sorted({key for point in points for key in point.values})
     file = Path(recipe.output) / SWEEP_FILE
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))["varied"]
+        before = read_json(file)["varied"]
     except (OSError, ValueError, KeyError):
         before = varied
     if before != varied:

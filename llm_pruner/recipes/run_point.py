@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import PrunerError
-from ..files import folder_lock, strict_json, write_text
+from ..files import folder_lock, read_json, strict_json, write_text
 from ..logs import logging_to
 from ..provenance import provenance
 from .results import Row
@@ -61,7 +60,7 @@ def run_and_measure(point: SweepPoint) -> Row:
 def read_record(point: SweepPoint) -> Record | None:
     """Return how a point ended, None for one that has not."""
     try:
-        return dict(json.loads(point.file.read_text(encoding="utf-8")))
+        return dict(read_json(point.file))
     except (OSError, ValueError):
         return None
 

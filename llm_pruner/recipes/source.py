@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import yaml
 from ..errors import PrunerError
 
 LIBRARY = Path(__file__).with_name("library")  # recipes that come with the package
+MOST_ENTRIES = 100_000  # of a recipe, anchors spelt out
 Location = tuple[Any, ...]  # keys and indices from the top of a document to an entry
 
 
@@ -88,7 +90,10 @@ def parse(path: str | Path) -> tuple[Any, Source]:
         node = yaml.compose(content, Loader)
         if node is None:
             raise PrunerError(f"the recipe {path} is empty")
-        return Loader(content).construct_document(node), Source(str(path), dict(_lines(node, ())))
+        lines = list(itertools.islice(_lines(node, ()), MOST_ENTRIES))
+        if len(lines) == MOST_ENTRIES:  # a few anchors that name each other stand for billions
+            raise PrunerError(f"{path}: more than {MOST_ENTRIES:,} entries: write fewer, or refer to fewer anchors")
+        return Loader(content).construct_document(node), Source(str(path), dict(lines))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..commands import COMMANDS, Chaining
+from ..files import read_json
 from ..flags import ValueType, canonical_flags, value_type
 
 DONE = "stage.json"  # record of a finished stage; the last file that a stage writes
@@ -71,6 +71,6 @@ def resulting_checkpoint(command: str, arguments: Any, folder: Path) -> Path | N
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the record of a finished stage, None for a stage that is not finished."""
     try:
-        return dict(json.loads((folder / DONE).read_text(encoding="utf-8")))
+        return dict(read_json(folder / DONE))
     except (OSError, ValueError):
         return None

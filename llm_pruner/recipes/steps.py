@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import re
 import shutil
 import time
@@ -21,7 +20,7 @@ from ..evaluation.evaluate import Evaluation
 from ..evaluation.names import error_name, members_of, metrics_of, short_names
 from ..evaluation.run import measure
 from ..evaluation.table import as_json
-from ..files import digest, folder_lock, strict_json, write_text
+from ..files import digest, folder_lock, read_json, strict_json, write_text
 from ..flags import canonical_flags
 from ..inputs import InputCheck
 from ..logs import log
@@ -257,7 +256,7 @@ def _measure(
     file = Path(recipe.output) / EVALUATIONS / key / "evaluation.json"
     with folder_lock(Path(recipe.output), key):
         try:
-            return dict(json.loads(file.read_text(encoding="utf-8"))["row"])
+            return dict(read_json(file)["row"])
         except (OSError, ValueError, KeyError):
             pass
         prepare()

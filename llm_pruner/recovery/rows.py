@@ -60,6 +60,8 @@ def _load(source: str, path: Path, streaming: bool) -> Any:
             _check_first_row(path)
         return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
     is_file_name = path.suffix in (*LOADERS, ".txt") or source.count("/") > 1 or source.startswith((".", "/", "~"))
+    if path.is_dir():
+        raise PrunerError(f"{source} is a folder: give one of its {', '.join(LOADERS)} or .txt files")
     if path.exists() or is_file_name:
         raise PrunerError(f"there is no data file {source}")
     return datasets.load_dataset(source, split="train", streaming=streaming)

@@ -29,7 +29,17 @@ from ..models.generate import generate, pad_id, seeded
 from ..models.running import context_length
 from ..progress import track
 from ..provenance import versions
-from ..row_kinds import ANSWERS, QUESTIONS, TEXTS, Record, RowKind, read_messages, read_text, row_kind
+from ..row_kinds import (
+    ANSWERS,
+    QUESTIONS,
+    TEXTS,
+    Record,
+    RowKind,
+    apply_template,
+    read_messages,
+    read_text,
+    row_kind,
+)
 from .prompts import plain_prompt, prompt_template
 from .rows import read_rows
 from .settings import SelfDataSettings
@@ -156,7 +166,7 @@ def _prompt(row: Record, kind: RowKind, tokenizer: PreTrainedTokenizerBase, form
         before = turns[: next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))]
         if not before:
             return None
-        opened = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+        opened = str(apply_template(tokenizer, before, tokenize=False, add_generation_prompt=True))
         return _Prompt(
             ids=encode(opened, add_special_tokens=False),
             fill=lambda words: {"messages": [*before, {"role": "assistant", "content": decode(words).strip()}]},

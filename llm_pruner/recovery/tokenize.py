@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PrunerError
@@ -20,7 +19,17 @@ from ..logs import log
 from ..models.generate import leading_tokens
 from ..progress import track
 from ..provenance import versions
-from ..row_kinds import ANSWERS, QUESTIONS, TEXTS, Record, RowKind, read_messages, read_text, row_kind
+from ..row_kinds import (
+    ANSWERS,
+    QUESTIONS,
+    TEXTS,
+    Record,
+    RowKind,
+    apply_template,
+    read_messages,
+    read_text,
+    row_kind,
+)
 from .objectives import Example, Vocabulary, denoise
 from .prompts import Prompt, plain_prompt, prompt_template
 from .rows import reading, row_columns
@@ -255,9 +264,9 @@ def _chat_pieces(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerB
         if message["role"] != "assistant" or i == 0:  # an answer to nothing teaches nothing
             continue
         try:
-            opened = str(tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True))
-            closed = str(tokenizer.apply_chat_template(messages[: i + 1], tokenize=False))
-        except TemplateError:  # some templates refuse roles, or turns out of order
+            opened = str(apply_template(tokenizer, messages[:i], tokenize=False, add_generation_prompt=True))
+            closed = str(apply_template(tokenizer, messages[: i + 1], tokenize=False))
+        except PrunerError:  # some templates refuse roles, or turns out of order
             continue
         if not (opened.startswith(before) and closed.startswith(opened)):
             # Some templates write earlier turns differently once later ones follow: only the last is certain.

@@ -29,13 +29,14 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "xtick.major.pad": 7,  # typeset powers are tall, and must not meet the lowest number of the other axis
+    "xtick.major.pad": 7,  # powers are tall, and must not meet the lowest number of the other axis
     "ytick.major.pad": 5,
     "grid.alpha": 0.3,
     "lines.linewidth": 1.8,
     "lines.markersize": 7,
     "hatch.linewidth": 0.6,
     "pdf.fonttype": 42,  # text stays text
+    "text.parse_math": False,  # a name with dollars is a name
 }
 LONGEST = 40  # characters of a label
 

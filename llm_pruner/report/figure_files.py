@@ -17,12 +17,13 @@ PRINT_DPI = 200
 
 
 def make_names_unique(drawings: Sequence[Drawing]) -> None:
-    """Number drawings of one name."""
+    """Number drawings of one name, large and small letters taken for one, as file systems do."""
     seen: Counter[str] = Counter()
     for drawing in drawings:
-        seen[drawing.name] += 1
-        if seen[drawing.name] > 1:
-            drawing.name = f"{drawing.name}-{seen[drawing.name]}"
+        name = drawing.name.casefold()
+        seen[name] += 1
+        if seen[name] > 1:
+            drawing.name = f"{drawing.name}-{seen[name]}"
 
 
 def other_figures(folder: Path, mark: str) -> str:

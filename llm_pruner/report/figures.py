@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 MAP_COLUMNS = 160  # of the sorted scores, which outnumber the dots of a page
 MAP_QUANTILES = (0.02, 0.98)  # of the scores, which a few huge ones would flatten to one colour
 BINS = 60
+SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 MOST_NUMBERS = 5  # at a logarithmic axis
 LAYER_TICKS = 8
 MOST_SEPARATE_BARS = 40  # with more layers, gaps between them would only flicker
@@ -240,17 +241,17 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 
 def _scientific(value: float) -> str:
-    """Return a positive number as matplotlib typesets it.
+    """Return a positive number as people write it.
 
     >>> [_scientific(value) for value in (1e-6, 2e-5, 0.02, 300)]
-    ['$10^{-6}$', '$2\\\\cdot 10^{-5}$', '0.02', '300']
+    ['10⁻⁶', '2·10⁻⁵', '0.02', '300']
     """
     if 1e-2 <= value < 1e4:
         return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
     digits, power = f"{value:.1e}".split("e")
     digits = digits.removesuffix(".0")
-    factor = "" if digits == "1" else f"{digits}\\cdot "
-    return f"${factor}10^{{{int(power)}}}$"
+    factor = "" if digits == "1" else f"{digits}·"
+    return f"{factor}10{str(int(power)).translate(SUPERSCRIPTS)}"
 
 
 def _add_row_tips(ax: Any, drawing: Drawing, plan: PruningPlan, cuts: dict[str, float]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from ..errors import PrunerError
 from ..evaluation.generation import PROMPTS
 from ..evaluation.names import error_name, short_names
 from ..evaluation.questions import Questions, headline
+from ..files import read_json
 from ..importance.scores import SCORES_FILE, Scores
 from ..selection.plan import PruningPlan
 
@@ -125,11 +125,13 @@ def read(folder: str | Path) -> Run:
     if not present:
         raise PrunerError(f"{folder} holds no run: give a folder with one of {', '.join(_READERS)}")
     for name in present:
+        content = read_json(folder / name)
         try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
             _READERS[name](run, content)
             run.about |= {key: content[key] for key in PROVENANCE if key in content}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except PrunerError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrunerError(f"{folder / name} is damaged: {type(error).__name__} {error}") from error
     return run
 
@@ -201,7 +203,7 @@ def _read_recovery(run: Run, metrics: dict[str, Any]) -> None:
     )
     run.notes.append(f"{metrics['method']}: {metrics['steps']} steps, {metrics['tokens']:,} tokens")
     if (run.folder / CURVES).is_file():
-        content = json.loads((run.folder / CURVES).read_text(encoding="utf-8"))
+        content = read_json(run.folder / CURVES)
         run.curves = {name: [(float(x), float(y)) for x, y in points] for name, points in content.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from ..errors import PrunerError
 from ..evaluation.tabular import short_score
+from ..files import read_json
 from .drawing import (
     Drawing,
     LineStyle,
@@ -97,17 +97,16 @@ def read_sweep(folder: str | Path) -> Sweep | None:
     folder = Path(folder)
     if not ((folder / SWEEP).is_file() and (folder / RESULTS).is_file()):
         return None
+    sweep, rows = read_json(folder / SWEEP), read_json(folder / RESULTS)
     try:
-        varied = json.loads((folder / SWEEP).read_text(encoding="utf-8"))["varied"]
-        rows = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         originals = [row for row in rows if row.get("point") == 0]
         return Sweep(
             name=folder.resolve().name,
             rows=[row for row in rows if row.get("point") != 0],
             original=originals[0] if len(originals) == 1 else {},
-            varied=[key for key in varied if key != "seed"],
+            varied=[key for key in sweep["varied"] if key != "seed"],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise PrunerError(f"the results of the sweep {folder} are damaged: {type(error).__name__} {error}") from error
 
 

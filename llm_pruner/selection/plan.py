@@ -19,7 +19,7 @@ from ..display import Cells, amount, html_table, percent, plot_shares
 from ..errors import PrunerError
 from ..graph.places import Part, by_layer, layer_in
 from ..graph.units import Unit
-from .plan_file import FORMAT, PlanDocument, from_ranges, read_document, to_ranges, write_document
+from .plan_file import FORMAT, MOST_LAYERS, PlanDocument, all_from_ranges, read_document, to_ranges, write_document
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -217,25 +217,28 @@ class PruningPlan:
         document = read_document(path, verify)
         try:
             return cls._from_document(document)
-        except (IndexError, ValueError) as error:
+        except (IndexError, OverflowError, ValueError) as error:
             raise PrunerError(f"the plan {path} is damaged: {error}") from error
 
     @classmethod
     def _from_document(cls, document: PlanDocument) -> PruningPlan:
         plan = cls(settings=document.settings, notes=document.notes, weights=document.weights, blocks=document.blocks)
-        positions = [from_ranges(text) for text in document.positions]
+        positions = list(all_from_ranges(document.positions))
         for name, parameter in document.parameters.items():
             plan.shapes[name] = tuple(parameter.shape)
             plan.kept[name] = {int(dim): positions[place] for dim, place in parameter.kept.items()}
             for dim, kept in plan.kept[name].items():
                 if kept.numel() and int(kept[-1]) >= plan.shapes[name][dim]:
                     raise ValueError(f"{name} keeps position {int(kept[-1])} of {plan.shapes[name][dim]}")
-        for name, unit in document.units.items():
-            kept = from_ranges(unit.kept)
+        chosen = all_from_ranges(unit.kept for unit in document.units.values())
+        for (name, unit), kept in zip(document.units.items(), chosen, strict=True):
             if not kept.numel() or int(kept[-1]) >= unit.size:
                 raise ValueError(f"{name} keeps no index or one outside its {unit.size}")
             explanation = {key: getattr(unit, key) for key in EXPLANATION}
             plan.units[name] = Choice(unit.kind, unit.layer, unit.size, kept, **explanation)
+        layers = [layer for unit in plan.units.values() for layer in (unit.layer, unit.size * (unit.kind == "layers"))]
+        if max((layer or 0 for layer in (*layers, *map(layer_in, plan.blocks))), default=0) > MOST_LAYERS:
+            raise ValueError(f"it has more than {MOST_LAYERS:,} layers")
         return plan
 
     def summary(self) -> str:

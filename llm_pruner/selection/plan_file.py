@@ -6,12 +6,12 @@ A list of positions that several parameters share is written once, in ``position
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
 
@@ -19,7 +19,8 @@ from ..errors import PrunerError
 from ..files import read_json, write_text
 
 FORMAT, VERSION = "llm-pruner plan", 1
-LONGEST = 2**26  # positions of one dim; a file that states more is damaged
+MOST_LAYERS = 100_000  # a number of a layer beyond is damage
+MOST_POSITIONS = 2**25  # in all lists of a plan, 256 MiB; a few bytes can state billions
 
 DimNumber = Annotated[str, StringConstraints(pattern="^[0-9]{1,3}$")]
 
@@ -115,22 +116,31 @@ def to_ranges(positions: torch.Tensor) -> str:
     return ",".join(ranges)
 
 
-def from_ranges(text: str) -> torch.Tensor:
+def from_ranges(text: str, most: int = MOST_POSITIONS) -> torch.Tensor:
     """Read the positions that :func:`to_ranges` wrote, as a sorted LongTensor.
 
     Raises:
-        ValueError: a range is not a number or two, or positions are out of order.
+        ValueError: a range is not a number or two, positions are out of order, or there are more than ``most``.
 
     >>> from_ranges("0-2,7")
     tensor([0, 1, 2, 7])
     """
-    values: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        begin, end = int(first), int(last or first) + 1
-        if not 0 < end - begin <= LONGEST or end > 2**31:
-            raise ValueError(f"the range {part[:60]} is empty or too long")
-        values.extend(range(begin, end))
-    if any(b <= a for a, b in itertools.pairwise(values)) or (values and values[0] < 0):
-        raise ValueError(f"positions out of order: {text[:60]}")
-    return torch.tensor(values, dtype=torch.long)
+    bounds = [part.partition("-") for part in text.split(",") if part]
+    begins = np.array([int(first) for first, _, _ in bounds], dtype=np.int64)
+    ends = np.array([int(last or first) + 1 for first, _, last in bounds], dtype=np.int64)
+    lengths = ends - begins
+    if (lengths <= 0).any() or (begins[1:] < ends[:-1]).any() or (begins[:1] < 0).any():
+        raise ValueError(f"a range is empty, or positions are out of order: {text[:60]}")
+    if lengths.sum(dtype=np.float64) > most:  # before memory is taken for them
+        raise ValueError(f"it states more than {MOST_POSITIONS:,} positions")
+    within = np.arange(int(lengths.sum())) - np.repeat(lengths.cumsum() - lengths, lengths)
+    return torch.from_numpy(np.repeat(begins, lengths) + within)
+
+
+def all_from_ranges(texts: Iterable[str]) -> Iterator[torch.Tensor]:
+    """Read the lists of positions of a plan, :data:`MOST_POSITIONS` in all; raises as :func:`from_ranges`."""
+    room = MOST_POSITIONS
+    for text in texts:
+        positions = from_ranges(text, room)
+        room -= len(positions)
+        yield positions

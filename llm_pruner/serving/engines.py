@@ -79,13 +79,14 @@ def running(
     """
     require_engine(engine)
     command = [sys.executable, "-m", WORKER, engine, str(model), str(sequences), str(tokens)]
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
             [*command, *["trust"] * trust_remote_code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env=VLLM_ENVIRONMENT | os.environ,
         )
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def _export_nemotron_nas(arguments: ExportArguments) -> Path:
     with complete_folder(target, owned_if="config.json", reads=arguments.model) as folder:
         write_nemotron_nas(model, tokenizer, folder)
         _compare(model, "vllm", folder, TOLERANCE["f32"])
-    log.info("serve: vllm serve %s --trust-remote-code", target)
+    log.info("serve: vllm serve %s --trust-remote-code", shlex.quote(str(target)))
     return target
 
 

@@ -69,7 +69,9 @@ def quantize(source: Path, target: Path, kind: str) -> None:
         PrunerError: the program is missing or fails.
     """
     program = find_quantizer()
-    run = subprocess.run([program, str(source), str(target), kind.upper()], capture_output=True, text=True)
+    run = subprocess.run(
+        [program, str(source), str(target), kind.upper()], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if run.returncode or not target.is_file():
         last = (run.stderr or run.stdout).strip().splitlines()[-1:] or ["no output"]
         raise PrunerError(f"{QUANTIZER} failed: {last[0]}")

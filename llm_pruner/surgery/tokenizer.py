@@ -277,7 +277,7 @@ def keeps_words(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) ->
         config.save_pretrained(folder)
         Tokenizer(BPE(vocab={"a": 0}, merges=[], ignore_merges=True)).save(str(Path(folder) / FILE))
         (Path(folder) / CONFIG).write_text(json.dumps(_plain_class(tokenizer)), encoding="utf-8")
-        loaded: Any = AutoTokenizer.from_pretrained(folder)
+        loaded: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return bool(getattr(loaded.backend_tokenizer.model, "ignore_merges", False))
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,6 +24,7 @@ from ..models.generate import Sampling, TokenClock, generate, pad_id
 from ..models.running import context_length
 from ..models.skeleton import parameter_count
 from ..optional import require
+from ..row_kinds import apply_template
 from .arguments import ChatArguments
 
 LONGEST_PROMPT = 20_000  # characters
@@ -140,7 +143,7 @@ def _tokenize(
         raise PrunerError(f"the prompt has {len(prompt):,} characters, at most {LONGEST_PROMPT:,} are read")
     if use_chat_template and tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids = apply_template(tokenizer, message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         ids = tokenizer(prompt, return_tensors="pt")
     longest, count = context_length(model), cast(Any, ids)["input_ids"].shape[1]
@@ -175,6 +178,7 @@ def serve_chat(args: ChatArguments) -> None:
             theme=theme,
             footer_links=[],
             quiet=True,
+            max_file_size=1,  # the page takes no files; gradio would
         )
     except OSError as error:
         raise PrunerError(f"cannot serve on {args.host}:{args.port}: {error}; give another --port") from error
@@ -209,7 +213,7 @@ def page_of(models: Models) -> tuple[Any, Any]:
             try:
                 yield from _answer_all(models, text, _settings_of(*values))
             except PrunerError as error:
-                raise gr.Error(str(error)) from error
+                raise gr.Error(escape(str(error))) from error  # gradio takes it for HTML
 
         started = gr.on(
             [ask.click, prompt.submit],
@@ -283,6 +287,6 @@ def _short_name(name: str, names: list[str]) -> str:
     """Return the last part of a name where that is unique among all names."""
 
     def last_part(path: str) -> str:
-        return path.rstrip("/").rpartition("/")[2]
+        return Path(path).name
 
     return last_part(name) if [last_part(n) for n in names].count(last_part(name)) == 1 else name

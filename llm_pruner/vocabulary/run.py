@@ -146,7 +146,7 @@ def _cut(
     )
     comparison = compare_vocabularies(
         original,
-        (pruned, AutoTokenizer.from_pretrained(folder)),
+        (pruned, AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)),
         choice.kept.tolist(),
         held_out=held_out,
         max_windows=args.max_windows or None,
