@@ -128,7 +128,7 @@ def test_malformed_conversations_are_named(tmp_path, tokenizer):
     with pytest.raises(PrunerError, match=r"rows\.jsonl, row 2: messages is a number"):
         calibration(str(path), tokenizer, 4, 6)
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(PrunerError, match="row 1: .*TemplateError: no"):
+    with pytest.raises(PrunerError, match=r"row 1: .*TemplateError: no"):
         calibration(str(path), tokenizer, 4, 6)
 
 
