@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 
 import pytest
@@ -183,3 +184,18 @@ def test_an_adapter_with_more_tokens_than_its_base(home, tmp_path):
     assert len(own) == len(tokenizer) and merged.config.vocab_size == len(tokenizer) + 3
     ids = torch.tensor([own("This is <new>")["input_ids"]])
     torch.testing.assert_close(merged(ids).logits, trained.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("length", [None, 7])
+def test_a_tokenizer_is_saved_as_it_was_before_its_use(length, home, tmp_path):
+    """Encoding with a limit leaves the limit in the tokenizer; other programs would cut every text by it."""
+    source = shutil.copytree(home / "base", tmp_path / "source")
+    document = json.loads((source / "tokenizer.json").read_text())
+    if length is not None:
+        shape = {"direction": "Right", "max_length": length, "strategy": "LongestFirst", "stride": 0}
+        document["truncation"] = shape
+    (source / "tokenizer.json").write_text(json.dumps(document))
+    model, tokenizer = lp.load(str(source))
+    tokenizer("This is", truncation=True, max_length=3)
+    lp.save(model, tokenizer, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["truncation"] == document["truncation"]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError
-from ..files import complete_folder
+from ..files import complete_folder, read_json
 from ..progress import Step, without_bars
 from ..selection.plan import PruningPlan
-from ..surgery.tokenizer import cut_tokenizer
+from ..surgery.tokenizer import FILE, cut_tokenizer
 from .card import upload, write_card
 from .companions import companions_of, copy_companions
 from .locate import PLAN_FILE
@@ -104,7 +105,7 @@ def write_checkpoint(
         if kept is not None and not (cut or _is_cut(tokenizer, kept)):
             cut_tokenizer(tokenizer, kept, folder)
         else:
-            _save_tokenizer(tokenizer, folder)
+            save_tokenizer(tokenizer, folder)
     if source := companions_of(model.config.name_or_path, getattr(model.config, "_commit_hash", None)):
         copy_companions(source, folder, tokenizer=False)
     if plan is not None:
@@ -115,12 +116,24 @@ def write_checkpoint(
             file.chmod(0o644)
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files; transformers refuses names of chat templates that lead out of the folder, for one."""
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files, with the truncation and padding of its own file, not those of its latest use.
+
+    Raises:
+        PrunerError: transformers refuses to, as for a chat template whose name leads out of the folder.
+    """
     try:
         tokenizer.save_pretrained(folder)
     except ValueError as error:
         raise PrunerError(f"the tokenizer cannot be written: {error}") from error
+    file, original = folder / FILE, Path(tokenizer.name_or_path) / FILE
+    if not file.is_file():
+        return
+    own = read_json(original) if original.is_file() else {}
+    document = read_json(file)
+    restored = document | {name: own.get(name) for name in ("truncation", "padding")}
+    if restored != document:
+        file.write_text(json.dumps(restored, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _written_bytes(folder: Path) -> int:

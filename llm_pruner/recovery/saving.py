@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.config import load_config
 from ..checkpoint.locate import PLAN_FILE
-from ..checkpoint.save import write_checkpoint
+from ..checkpoint.save import save_tokenizer, write_checkpoint
 from ..files import MODEL_CONFIGS, complete_folder, strict_json, sync_folder
 from ..selection.plan import PruningPlan
 from .settings import RecoverySettings
@@ -57,7 +57,7 @@ def _write_adapter(student: Any, tokenizer: PreTrainedTokenizerBase, plan: Pruni
     student.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's, an empty form
     _sort_targets(folder / "adapter_config.json")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     replace(plan, weights={}).save(folder / PLAN_FILE)  # describes the model under the adapter
 
 
