@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from ..models.arithmetic import narrow_arithmetic
 from ..models.inputs import Inputs, hash_of
 from ..progress import Step
 from ..provenance import versions
+from ..selection.plan import PruningPlan
 from ..surgery.apply import Place, in_memory
-from ..unfinished import Unfinished
+from ..unfinished import NOTHING_KEPT, Unfinished
 from .settings import PruneSettings
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -78,7 +80,7 @@ class Planning:
     weights: Weights | None = None
     blocks: Blocks = field(default_factory=dict)
 
-    @property
+    @cached_property
     def key(self) -> list[Any]:
         """Values of JSON on which the result of every step depends: model, arithmetic, calibration set, versions."""
         model, ids = self.settings.model, self.ids
@@ -87,14 +89,19 @@ class Planning:
             *(None if ids is None else hash_of(ids), self.settings.calibration.towers),
         ]
 
-    def unfinished(self, step: str, *depends: Any) -> Unfinished:
+    def unfinished(
+        self, step: str, *depends: Any, plan: PruningPlan | None = None, text: Inputs | None = None
+    ) -> Unfinished:
         """Return the file of what a step has done so far.
 
         Args:
-            depends: values of JSON on which its result depends, besides :attr:`key`.
+            depends: values of JSON on which its result depends, besides :attr:`key`, ``plan`` and ``text``.
         """
         folder = self.settings.output.unfinished
-        return Unfinished(folder / f"{step}.safetensors" if folder else None, [*self.key, *depends])
+        if folder is None:
+            return NOTHING_KEPT
+        key = [*self.key, plan and plan.key, None if text is None else hash_of(text), *depends]
+        return Unfinished(folder / f"{step}.safetensors", key)
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """Return a context of passes over the calibration set, which may multiply matrices in bfloat16."""

@@ -12,7 +12,7 @@ from ..choices import SELF
 from ..data import calibration_sources, self_calibration
 from ..errors import PrunerError
 from ..logs import log
-from ..models.inputs import Inputs, ModelInputs, hash_of
+from ..models.inputs import Inputs, ModelInputs
 from ..refit.biases import with_biases
 from ..refit.budget import Budget
 from ..refit.compensate import CompensationReport, compensate
@@ -78,7 +78,7 @@ def _compensate(
     A model that cannot be compensated is left alone unless the user asked for it.
     """
     refit, pruned, plan = planning.settings.refit, planned.pruned, planned.plan
-    unfinished = planning.unfinished("closed-form", plan.key, hash_of(text), refit.compensation, refit.rescale_norms)
+    unfinished = planning.unfinished("closed-form", refit.compensation, refit.rescale_norms, plan=plan, text=text)
     try:
         pruned, report = compensate_plan(model, pruned, plan, text, method=refit.compensation, unfinished=unfinished)
     except PrunerError as error:
@@ -122,8 +122,8 @@ def _train(
             )
         samples = training_samples(refit.training, refit.budget, text)
         text = training_text(settings.calibration, tokenizer, model, samples=samples, seed=settings.seed, text=text)
-        depends = [plan.key, hash_of(text), refit.compensation, refit.rescale_norms, refit.training]
-        unfinished = planning.unfinished("training", *depends, asdict(refit.budget), settings.seed)
+        depends = [refit.compensation, refit.rescale_norms, refit.training, asdict(refit.budget), settings.seed]
+        unfinished = planning.unfinished("training", *depends, plan=plan, text=text)
         report = train(
             model,
             pruned,
@@ -215,15 +215,15 @@ def _with_self_samples(planning: Planning, model: PreTrainedModel, ids: Inputs) 
     unfinished = planning.unfinished("self-samples", samples, settings.seed, planning.leading)
     if kept := unfinished.read():
         own = kept.tensors["ids"]
-        return torch.cat([own, ids]), len(own)
-    try:
-        own = self_calibration(model, ids, samples, settings.seed, leading=planning.leading)
-    except PrunerError as error:
-        if refit.self_samples_required:  # the user asked for them
-            raise
-        log.info("compensating without self-written samples: %s", error)
-        return ids, 0
-    unfinished.write({"ids": own})
+    else:
+        try:
+            own = self_calibration(model, ids, samples, settings.seed, leading=planning.leading)
+        except PrunerError as error:
+            if refit.self_samples_required:  # the user asked for them
+                raise
+            log.info("compensating without self-written samples: %s", error)
+            return ids, 0
+        unfinished.write({"ids": own})
     log.info("compensating on %d samples, %d of them the model's own", len(ids) + len(own), len(own))
     return torch.cat([own, ids]), len(own)
 

@@ -247,18 +247,20 @@ class Descent:
         self.steps += 1
 
     def _keep(self) -> None:
-        tensors = {f"{i}": parameter for i, parameter in enumerate(self.trained)}
+        tensors: dict[str, torch.Tensor] = {}
         for i, parameter in enumerate(self.trained):
-            tensors |= {f"{i}.{name}": value for name, value in self.optimizer.state.get(parameter, {}).items()}
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{i}": parameter} | {f"{i}.{name}": value for name, value in state.items()}
         record = {"steps": self.steps, "tokens": self.spending.tokens, "seconds": self.spending.seconds}
         self.unfinished.write(tensors, record)
 
     def _take_over(self, kept: Kept) -> None:
         self.steps, self.spending.tokens = kept.record["steps"], kept.record["tokens"]
         self.spending.started -= kept.record["seconds"]
-        for i, parameter in enumerate(self.trained):
-            parameter.data.copy_(kept.tensors[f"{i}"])
-            prefix = f"{i}."
-            state = {n.removeprefix(prefix): v for n, v in kept.tensors.items() if n.startswith(prefix)}
-            if state:
-                self.optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in state.items()}
+        for key, tensor in kept.tensors.items():
+            i, _, name = key.partition(".")
+            parameter = self.trained[int(i)]
+            if name:
+                self.optimizer.state[parameter][name] = tensor.to(parameter.device)
+            else:
+                parameter.data.copy_(tensor)
