@@ -158,6 +158,12 @@ def input_embedding(model: nn.Module) -> nn.Embedding | None:
     return cast(nn.Embedding, embedding) if weight is not None and weight.ndim == 2 else None
 
 
+def token_count(model: nn.Module) -> int:
+    """Return the number of tokens that a model knows, 0 for one that reads none."""
+    embedding = input_embedding(model)
+    return 0 if embedding is None else embedding.num_embeddings
+
+
 def _is_of_tokens(module: nn.Embedding, model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     return config is not None and module.num_embeddings == getattr(config.get_text_config(), "vocab_size", None)

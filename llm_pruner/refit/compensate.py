@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import PrunerError
 from ..models.arithmetic import exact_arithmetic
 from ..models.blockwise import NARROW, computing, native_compute
-from ..models.inputs import Inputs, input_embedding
+from ..models.inputs import Inputs, token_count
 from ..models.running import check_calibration, evaluating, implementations
 from ..progress import track
 from ..unfinished import NOTHING_KEPT, Unfinished
@@ -177,7 +177,7 @@ def compensate(
 
 def _check_pair(model: PreTrainedModel, pruned: PreTrainedModel) -> None:
     """Refuse models of different vocabularies, and a pruned model that is larger than the original."""
-    tokens = [e.num_embeddings if (e := input_embedding(m)) is not None else 0 for m in (model, pruned)]
+    tokens = [token_count(m) for m in (model, pruned)]
     sizes = [sum(p.numel() for p in m.parameters()) for m in (model, pruned)]
     if tokens[0] != tokens[1]:
         raise PrunerError(f"compensation needs one vocabulary, and these have {tokens[0]} and {tokens[1]} tokens")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..choices import CLOSED_FORM, TRAINED
 from ..errors import PrunerError
-from ..models.inputs import Inputs, input_embedding
+from ..models.inputs import Inputs, token_count
 from ..models.running import check_calibration
 from ..selection.plan import PruningPlan
 from ..unfinished import NOTHING_KEPT, Unfinished
@@ -161,7 +161,7 @@ def _kept_tokens(model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningP
     Raises:
         PrunerError: the vocabularies differ, and the plan is not about them.
     """
-    theirs, ours = (e.num_embeddings if (e := input_embedding(m)) is not None else 0 for m in (model, pruned))
+    theirs, ours = token_count(model), token_count(pruned)
     if theirs == ours:
         return None
     choice = plan.vocabulary if plan is not None else None
