@@ -35,15 +35,23 @@ def load_config(
     return config
 
 
+def checked_config(name: str, path: str, **options: Any) -> PreTrainedConfig:
+    """Read the config of a folder or hub repository, after its numbers of layers and the like.
+
+    Raises:
+        PrunerError: a number is beyond all models; other errors are those of transformers.
+    """
+    check_counts(name, PreTrainedConfig.get_config_dict(path, **options)[0])
+    return AutoConfig.from_pretrained(path, **options)
+
+
 def _read_config(name: str, trust_remote_code: bool, revision: str | None) -> PreTrainedConfig:
     path, gguf = locate(name)
     try:
         if gguf:
             status = (Path(path) / gguf).stat()
             return deepcopy(_gguf_config(path, gguf, status.st_size, status.st_mtime_ns))
-        options: dict[str, Any] = {"revision": revision or "main"}
-        check_counts(name, PreTrainedConfig.get_config_dict(path, **options)[0])
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+        config = checked_config(name, path, trust_remote_code=trust_remote_code, revision=revision or "main")
         config.__dict__.pop("quantization_config", None)  # of the files, not of the model that is made of them
         return config
     except PrunerError:

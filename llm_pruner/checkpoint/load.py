@@ -22,8 +22,8 @@ from ..models.tasks import ask_for, auto_model_class
 from ..progress import Step, without_bars
 from ..surgery.apply import Place, in_memory
 from .adapters import merge_adapter
-from .bounds import bounded_construction, check_counts, weight_file_bytes
-from .config import untie
+from .bounds import bounded_construction, weight_file_bytes
+from .config import checked_config, untie
 from .gguf_reader import parsed_once
 from .integrity import check
 from .locate import PLAN_FILE, base_of, explain, is_adapter, locate
@@ -212,9 +212,7 @@ def _read_model(
     shards = None
     kwargs: dict[str, Any] = {"dtype": torch.float32 if gguf and dtype == "auto" else dtype}
     try:
-        if gguf is None:
-            check_counts(name, PreTrainedConfig.get_config_dict(path, **common)[0])
-        config = AutoConfig.from_pretrained(path, **common)
+        config = AutoConfig.from_pretrained(path, **common) if gguf else checked_config(name, path, **common)
         ask_for(task, config)
         named_index = str(getattr(config, "transformers_weights", ""))
         if (Path(path) / named_index).is_file() and named_index.endswith(".json"):
