@@ -10,7 +10,9 @@ import llm_pruner as lp
 from llm_pruner.models.hooks import forward_hooks
 from llm_pruner.models.running import relative_difference
 from llm_pruner.refit.biases import with_biases
+from llm_pruner.refit.budget import Budget
 from llm_pruner.refit.compensate import _refit_layer, targets_behind
+from llm_pruner.refit.reconstruct import reconstruct
 from llm_pruner.refit.stream import ResidualStream, added_projections, single_stack
 from llm_pruner.selection.plan import PruningPlan
 
@@ -224,3 +226,16 @@ def test_models_without_a_field_for_biases_are_refused():
         lp.compensate(model, halved(model), tokens(32, 16), "bias")
     with pytest.raises(lp.PrunerError, match="choose from least_squares, bias"):
         lp.compensate(model, model, tokens(32, 16), "biases")
+
+
+@pytest.mark.parametrize("family", ("llama_grouped", "gpt2", "mixtral"))
+def test_hidden_states_on_disk_give_the_same_models(family, monkeypatch):
+    model = build(family)
+    ids = tokens(32, 16)
+    in_memory, on_disk = halved(model), halved(model)
+    lp.compensate(model, in_memory, ids)
+    reconstruct(model, in_memory, ids, Budget(tokens=2048))
+    monkeypatch.setattr("llm_pruner.refit.stream.IN_MEMORY", 0)
+    lp.compensate(model, on_disk, ids)
+    reconstruct(model, on_disk, ids, Budget(tokens=2048))
+    assert relative_difference(logits(on_disk, ids), logits(in_memory, ids)) < 1e-4

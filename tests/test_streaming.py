@@ -9,6 +9,8 @@ from helpers.models import build, pruned_by, rounded, tokens
 import llm_pruner as lp
 from llm_pruner.checkpoint.on_disk import on_disk
 from llm_pruner.evaluation.perplexity import perplexity
+from llm_pruner.importance import gradients
+from llm_pruner.importance.gradients import _Sweep
 from llm_pruner.importance.taylor import VARIANTS
 from llm_pruner.models.blockwise import StandIns, computing, native_compute, standing_in
 
@@ -133,3 +135,18 @@ def test_without_gpus_a_device_map_changes_nothing(smollm2, tmp_path, monkeypatc
     assert {p.device.type for p in loaded.parameters()} == {"cpu"}
     with pytest.raises(lp.PrunerError, match="give auto"):
         lp.load(str(tmp_path / "m"), device_map="balanced")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ("llama_grouped", "gpt2", "mixtral", "t5:seq2seq"))
+def test_calibration_sets_of_any_size_are_scored_part_by_part(name, variant, monkeypatch):
+    model, _ = rounded(name)
+    graph, ids = lp.trace(model), tokens(96, 64)
+    expected = lp.score(model, graph, ids, taylor=variant)
+    backward, parts = _Sweep._backward, []
+    monkeypatch.setattr(gradients, "LEAST_TAPES", 0)
+    monkeypatch.setattr(_Sweep, "_backward", lambda self, **kw: parts.append(len(self.tapes)) or backward(self, **kw))
+    found = lp.score(model, graph, ids, taylor=variant)
+    assert len(parts) > 1 and sum(parts) % 6 == 0, "6 batches of 1,024 tokens, or 96 of a sample"
+    for unit, values in expected.values.items():
+        torch.testing.assert_close(found.values[unit], values, rtol=1e-3, atol=1e-5 * values.max().item())

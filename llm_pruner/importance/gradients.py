@@ -3,7 +3,9 @@
 The forward pass keeps only what each block (a decoder layer) was called with. The backward pass visits the blocks from
 last to first: it runs the block again, now with gradients, hands out those of its weights and drops them. What lies
 between blocks is an ordinary autograd graph, so any decoder, encoder-decoder or mixture works. Memory is that of the
-weights, one block's gradients, the inputs of the blocks, and the logits.
+weights, one block's gradients, the inputs of the blocks, and the logits. Where the inputs of the blocks for the whole
+calibration set would need more than the gradients of all weights, the passes take it part by part, and the gradients
+add up: memory is then bounded by the model, whatever the number of tokens.
 
 Weights are converted block by block (:class:`llm_pruner.models.blockwise.Compute`): memory-mapped bfloat16 weights are
 upcast to float32, and a model larger than memory needs no more of it than one block.
@@ -31,6 +33,7 @@ from .linear_gradients import LinearGradients, MomentSums, VisitMoments, add_sam
 
 Visit = Callable[[str, torch.Tensor, torch.Tensor], None]
 TOKENS_PER_PASS = 1024  # in a forward pass
+LEAST_TAPES = 2 << 30  # bytes of tapes that there is always room for
 
 
 class _Gradients:
@@ -40,13 +43,19 @@ class _Gradients:
 
     def __init__(self, visit: Visit):
         self._visit = visit
+        self._sums: dict[str, torch.Tensor] = {}  # of earlier parts of the calibration set
 
     def after_batch(self, tensors: dict[str, torch.Tensor]) -> None:
         """Let the gradients of a block's tensors add up over batches."""
 
-    def after_block(self, tensors: dict[str, torch.Tensor]) -> None:
+    def after_block(self, tensors: dict[str, torch.Tensor], *, last: bool) -> None:
         for name, weight, gradient in _take_gradients(tensors):
-            self._visit(name, weight, gradient)
+            if name in self._sums:
+                gradient += self._sums.pop(name)
+            if last:
+                self._visit(name, weight, gradient)
+            else:
+                self._sums[name] = gradient
 
 
 class _Squares:
@@ -65,7 +74,9 @@ class _Squares:
             for name, _, gradient in _take_gradients(tensors):
                 add_sample(self._sums, name, gradient, with_mean=self._with_mean)
 
-    def after_block(self, tensors: dict[str, torch.Tensor]) -> None:
+    def after_block(self, tensors: dict[str, torch.Tensor], *, last: bool) -> None:
+        if not last:
+            return
         if self.linears is not None:
             received, self._sums = self.linears.received(), self.linears.sums
             tensors = {name: tensor for name, tensor in tensors.items() if name in received}
@@ -197,6 +208,8 @@ class _Sweep:
     Attributes:
         names: parameters whose gradients the receiver is given.
         tapes: calls of blocks, in order, one tape per batch.
+        paths: the blocks that every batch calls, in order.
+        most: bytes of tapes that there is room for.
         drawn: random projections so far, which seed the next.
         forwards: each block's own forward, by its path.
     """
@@ -211,6 +224,8 @@ class _Sweep:
 
         self.stand_ins = StandIns(model, stand_in)
         self.tapes: list[list[_Call]] = []
+        self.paths: list[str] = []
+        self.most = max(LEAST_TAPES, 4 * sum(p.numel() for name, p in model.named_parameters() if name in names))
         self.drawn = 0
         self.forwards: dict[str, Callable[..., Any]] = {}
 
@@ -220,17 +235,26 @@ class _Sweep:
         Args:
             last: False if gradients of more batches will follow in another run.
         """
-        self.tapes = []
+        pairs, losses = list(zip(batches, shares, strict=True)), list[float]()
         hooks = nullcontext() if self.linears is None else self.linears.hooked()
         with evaluating(self.model), self.stand_ins.placed() as rest, hooks:
-            with self.stand_ins.forwards(self._record), torch.enable_grad():
-                pairs = list(zip(batches, shares, strict=True))
-                losses = [self._forward(*pair) for pair in track(pairs, "scoring, forward passes")]
             outside = {name: tensor for name, tensor in rest.items() if name in self.names}
-            self._backward(everywhere=bool(outside))
+            while len(losses) < len(pairs):
+                losses += self._forward_part(pairs[len(losses) :])
+                self._backward(everywhere=bool(outside), last=last and len(losses) == len(pairs))
             self.receiver.after_batch(outside)
             if last:
-                self.receiver.after_block(outside)
+                self.receiver.after_block(outside, last=True)
+        return losses
+
+    def _forward_part(self, pairs: list[tuple[Inputs, float]]) -> list[float]:
+        """Run batches, all or as many as there is room for their tapes; return their losses."""
+        losses: list[float] = []
+        with self.stand_ins.forwards(self._record), torch.enable_grad():
+            for pair in track(pairs, "scoring, forward passes"):
+                losses.append(self._forward(*pair))
+                if (len(losses) + 1) * _bytes(self.tapes[-1]) > self.most:
+                    break
         return losses
 
     def _forward(self, ids: Inputs, share: float) -> float:
@@ -268,26 +292,36 @@ class _Sweep:
 
         return run
 
-    def _backward(self, *, everywhere: bool) -> None:
-        """Go through the blocks from last to first: through all, or as long as an earlier one has named parameters."""
-        paths = [call.path for call in self.tapes[0]]
+    def _backward(self, *, everywhere: bool, last: bool) -> None:
+        """Go through the blocks from last to first: through all, or as long as an earlier one has named parameters.
+
+        Args:
+            last: no more batches follow.
+        """
+        self.paths = paths = self.paths or [call.path for call in self.tapes[0]]
         if any([call.path for call in tape] != paths for tape in self.tapes):
             raise PrunerError("the model runs other blocks for other samples: Taylor does not know how to add up")
         first = next((i for i, path in enumerate(paths) if everywhere or self.names & self.stand_ins.names(path)), None)
         visited = [] if first is None else paths[first:]
         with Step("scoring, backward passes of layers", len(visited) * len(self.tapes)) as step:
             for path in reversed(visited):
-                self._backward_block(path, step)
+                self._backward_block(path, step, last=last)
         self.tapes = []
 
-    def _backward_block(self, path: str, step: Step) -> None:
+    def _backward_block(self, path: str, step: Step, *, last: bool) -> None:
         with self.stand_ins.placed(path) as tensors:
             named = {name: tensor for name, tensor in tensors.items() if name in self.names}
             for tape in self.tapes:
                 tape.pop().backward(self.forwards[path])
                 self.receiver.after_batch(named)
                 step.advance()
-            self.receiver.after_block(named)
+            self.receiver.after_block(named, last=last)
+
+
+def _bytes(tape: list[_Call]) -> int:
+    """Return the memory of the tensors on a tape."""
+    tensors = (v for v in tree_leaves([(c.args, c.kwargs, c.outputs) for c in tape]) if isinstance(v, torch.Tensor))
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def _begin_graph(*arguments: Any) -> None:

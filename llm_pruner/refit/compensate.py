@@ -237,7 +237,8 @@ def _refit_projection(
 ) -> tuple[Refit, list[torch.Tensor] | None]:
     """Refit a projection; return the outcome, and the stream behind the layer if the projection is added last.
 
-    None stands for a stream that follows from running the layer again, as where weights are rounded to 16 bits.
+    None stands for a stream that follows from running the layer again, as where weights are rounded to 16 bits, or
+    the hidden states do not fit in memory.
     """
     module = stream.layers[layer].get_submodule(one.name)
     keep = module.weight.dtype not in NARROW
@@ -286,12 +287,13 @@ def observe(
     """Run a layer on all batches for the regression of one of its added projections.
 
     Args:
-        keep: keep the stream behind the layer if the projection is added last.
+        keep: keep the stream behind the layer if the projection is added last, and there is room for it.
         without: weight ``[inputs, hidden]`` whose output is taken away from the stream first.
     """
     floor = median_power(targets[one.name if one.norm else ""])
     observed = Observed(fitted=RegressionSums(floor), held_out=RegressionSums(floor))
     has_bias = _bias(stream.layers[layer].get_submodule(one.name)) is not None
+    keep = keep and one is added[-1] and not one.norm and not stream.is_large
     for i, target in enumerate(targets[one.name]):
         reads, behind = stream.run_noting(layer, i, added)
         read, hidden = reads[one.name][..., :0] if only_bias else reads[one.name], behind[one.name]
@@ -300,8 +302,8 @@ def observe(
         if without is not None:
             with exact_arithmetic(read.device):
                 hidden = hidden.float() - (read.float() @ without.float()).view(hidden.shape)
-        (observed.held_out if i % HELD_OUT == HELD_OUT - 1 else observed.fitted).add(read, target, hidden)
-        if keep and one is added[-1] and not one.norm:
+        (observed.held_out if i % HELD_OUT == HELD_OUT - 1 else observed.fitted).add(read, stream.on_device(target), hidden)
+        if keep:
             observed.reads.append(read)
             observed.streams.append(behind[""])
     return observed

@@ -112,7 +112,7 @@ def _collect(stream: ResidualStream, layer: int, module: nn.Module, targets: lis
     hidden_states, index, gates = (torch.cat(parts) for parts in zip(*calls, strict=True))
     return _Routed(
         call=(hidden_states.flatten(0, -2), index, gates),
-        target=torch.cat([target.flatten(0, -2) for target in targets]).float(),
+        target=torch.cat([stream.on_device(target).flatten(0, -2) for target in targets]).float(),
         behind=torch.cat(behind),
         is_held_out=torch.cat(is_held_out),
     )

@@ -33,4 +33,4 @@ def restore_layers(kept: Kept, pruned: PreTrainedModel, path: str, stream: Resid
         if name in kept.tensors and name.startswith(f"{path}."):
             parameter.data.copy_(kept.tensors[name])
     if stream is not None:
-        stream.hidden = [kept.tensors[f"{STREAM}{i}"].to(hidden) for i, hidden in enumerate(stream.hidden)]
+        stream.hidden = [stream.put(kept.tensors[f"{STREAM}{i}"].to(hidden)) for i, hidden in enumerate(stream.hidden)]

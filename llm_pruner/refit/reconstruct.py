@@ -232,7 +232,7 @@ class Block:
 
     def loss(self, batch: int) -> torch.Tensor:
         """Return the mean over tokens of the weighted squared error behind the block."""
-        target = self.targets[batch].float()
+        target = self.stream.on_device(self.targets[batch]).float()
         output = self.stream.run(self.index, batch, self.stream.hidden[batch]).float()
         weights = 1 / target.square().sum(-1).clamp_min(self.floor)
         return (weights * (target - output).square().sum(-1)).mean()
@@ -245,7 +245,7 @@ class Block:
 def _step(block: Block, batch: int, optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Take one step of the optimizer at a learning rate, unless the loss is not finite."""
     with torch.enable_grad():
-        with narrow_arithmetic(block.stream.hidden[batch].device):
+        with narrow_arithmetic(block.stream.device):
             loss = block.loss(batch)
         if not loss.isfinite():
             return

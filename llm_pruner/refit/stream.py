@@ -20,8 +20,10 @@ from ..models.layers import hidden_in, hidden_out
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, forward
 from ..progress import track
+from .mapped import mapped
 
 PROBE_TOKENS = 16  # tokens on which projections are probed
+IN_MEMORY = 1 << 30  # bytes of the hidden states of a calibration set that stay in memory
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class ResidualStream:
     Attributes:
         layers: the model's layers.
         hidden: hidden states of every batch, in front of the first layer at first.
+        is_large: the hidden states lie on disk (:mod:`llm_pruner.refit.mapped`), and so should what is as large.
 
     Raises:
         PrunerError: running the layers one after the other does not give the model's own output.
@@ -66,8 +69,9 @@ class ResidualStream:
         self.layers = layers
         self.hidden: list[torch.Tensor] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # by batch and layer
-        device = native_compute(model).device
+        self.device = device = native_compute(model).device
         last, plain = self._run_whole(model, batches[-1].to(device))
+        self.is_large = last.nbytes * len(batches) > IN_MEMORY
         for ids in track(batches, "recording the residual stream"):
             self._record(model, ids.to(device), calls=len(plain), runs=not all(plain))
         hidden = self.hidden[-1]
@@ -120,12 +124,20 @@ class ResidualStream:
         ):
             forward(model, ids)
         self._calls.append(noted)
-        self.hidden += first
+        self.hidden += map(self.put, first)
+
+    def put(self, states: torch.Tensor) -> torch.Tensor:
+        """Return hidden states of a batch as they are kept: on disk if those of all batches are large."""
+        return mapped(states) if self.is_large else states
+
+    def on_device(self, states: torch.Tensor) -> torch.Tensor:
+        """Return hidden states where the model computes, wherever :meth:`put` has left them."""
+        return states.to(self.device) if self.is_large else states
 
     def run(self, layer: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run one layer on ``hidden``, with the other arguments of that batch."""
         args, kwargs = self._calls[batch][layer]
-        return hidden_out(self.layers[layer](hidden, *args, **kwargs))
+        return hidden_out(self.layers[layer](self.on_device(hidden), *args, **kwargs))
 
     def run_noting(
         self, layer: int, batch: int, projections: list[Projection]
@@ -170,9 +182,9 @@ class ResidualStream:
         streams: dict[str, list[torch.Tensor]] = {one.name: [] for one in projections}
         for batch in range(len(self.hidden)):
             _, behind = self.run_noting(layer, batch, projections)
-            self.hidden[batch] = behind[""]
+            self.hidden[batch] = self.put(behind[""])
             for name, kept in streams.items():
-                kept.append(behind[name])
+                kept.append(self.hidden[batch] if behind[name] is behind[""] else self.put(behind[name]))
         return streams
 
 
