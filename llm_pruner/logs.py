@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,16 @@ def is_quiet() -> bool:
 def inside_another_run() -> bool:
     """Return True if the run whose log is being written is part of another, as a stage of a recipe is."""
     return len(_open) > 1
+
+
+def started_processes() -> int:
+    """Return the number of processes that torchrun or accelerate started with this one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Return True in the process that logs, measures and writes for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

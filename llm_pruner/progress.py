@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from .logs import quiet_terminal
+from .logs import is_first_process, quiet_terminal
 
 T = TypeVar("T")
 FIRST_BAR, BAR_SECONDS = 1.0, 0.5  # until a bar appears, and between two looks at it
@@ -72,7 +72,11 @@ _shown: ContextVar[Shown | None] = ContextVar("shown", default=None)
 
 @contextmanager
 def showing(quiet: bool = False) -> Iterator[None]:
-    """Show the steps within the block on stderr, unless ``TQDM_DISABLE`` is set; with ``quiet``, no log either."""
+    """Show the steps within the block on stderr, unless ``TQDM_DISABLE`` is set; with ``quiet``, no log either.
+
+    Of several processes, only the first shows any.
+    """
+    quiet = quiet or not is_first_process()
     display: type[Bar] | type[Lines] | None = Bar if sys.stderr.isatty() else Lines
     if quiet or os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):
         display = None

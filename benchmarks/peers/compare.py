@@ -70,7 +70,7 @@ def main() -> None:
                 {"model": folder.name, "target": target, "row": row.name, "tool": row.tool, "method": row.method}
                 | {"calibration": tokens_of(sets[row.calibration]) if row.calibration else "none"}
                 | summary(costs[row.name])
-                | (quality(output, args) if "error" not in costs[row.name][-1] else {})
+                | (quality_or_error(output, args) if "error" not in costs[row.name][-1] else {})
             )
             print(records[-1], flush=True)
             write(args.output, records)
@@ -164,6 +164,14 @@ def quality(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "perplexity": {name: round(perplexity(model, ids).perplexity, 2) for name, ids in texts.items()},
         "layers_differ": has_per_layer_widths(model.config),
     }
+
+
+def quality_or_error(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure a folder, or say why nothing loads it."""
+    try:
+        return quality(folder, args)
+    except lp.PrunerError as error:
+        return {"error": f"does not load: {str(error).split(': ', 1)[-1]}"}
 
 
 def describe_layers(folder: Path) -> None:

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import PrunerError
 from ..models.blockwise import Compute, StandIn, native_compute, standing_in
 from ..models.inputs import Inputs
+from ..models.processes import averaged, count, mean_of, own_share
 from ..models.running import evaluating, forward, implementations
 from ..progress import track
 from .aggregate import reduce_to
@@ -94,7 +95,7 @@ def read(model: nn.Module, calibration: Inputs, visit: Visit, compute: Compute |
 class Moments:
     """Sums over tokens of a channel's values, their magnitudes and squares: float64 ``[channels]``."""
 
-    tokens: int
+    tokens: float
     plain: torch.Tensor
     magnitude: torch.Tensor
     square: torch.Tensor
@@ -131,8 +132,23 @@ def moments(
         total.magnitude += sums[1]
         total.square += sums[2]
 
-    read(model, calibration, add, compute)
+    read(model, own_share(calibration), add, compute)
+    if count() > 1:
+        _average(model, dims, by_dim)
     return by_dim
+
+
+def _average(model: nn.Module, dims: dict[str, list[int]], by_dim: dict[tuple[str, int], Moments]) -> None:
+    """Average sums over the processes, with 0 where the tokens of this one do not reach a weight."""
+    keys, sizes = [(name, dim) for name in dims for dim in dims[name]], dict(model.named_parameters())
+    reached = averaged(torch.tensor([float(key in by_dim) for key in keys]))
+    for (name, dim), share in zip(keys, reached.tolist(), strict=True):
+        if share:
+            zeros = [torch.zeros(sizes[name].shape[dim], dtype=torch.float64) for _ in range(3)]
+            total = by_dim.setdefault((name, dim), Moments(0, *zeros))
+            total.tokens = mean_of(total.tokens)
+            for sums in (total.plain, total.magnitude, total.square):
+                averaged(sums)
 
 
 # Importance of channel j from its column w of the weight and the moments of its input x.

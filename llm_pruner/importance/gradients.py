@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import PrunerError
 from ..models.blockwise import Compute, StandIns, native_compute
 from ..models.inputs import Inputs, reads_text_only, tokens_per_sample
+from ..models.processes import averaged, mean_of, own_share, rank
 from ..models.running import evaluating, main_output, model_inputs, target_ids, without_cache
 from ..models.tasks import predicts_tokens
 from ..progress import Step, track
@@ -53,7 +54,7 @@ class _Gradients:
             if name in self._sums:
                 gradient += self._sums.pop(name)
             if last:
-                self._visit(name, weight, gradient)
+                self._visit(name, weight, averaged(gradient))
             else:
                 self._sums[name] = gradient
 
@@ -114,11 +115,11 @@ def visit_gradients(
     Raises:
         PrunerError: the loss is not finite.
     """
-    compute = compute or native_compute(model)
+    compute, ids = compute or native_compute(model), own_share(ids)
     batches = _batches(ids, compute)
     shares = [len(batch) / len(ids) for batch in batches]
     losses = _Sweep(model, set(names), compute, _Gradients(visit)).run(batches, shares)
-    return sum(loss * share for loss, share in zip(losses, shares, strict=True))
+    return mean_of(sum(loss * share for loss, share in zip(losses, shares, strict=True)))
 
 
 def visit_moments(
@@ -143,7 +144,8 @@ def visit_moments(
     Raises:
         PrunerError: the loss of a sample is not finite.
     """
-    compute, samples = compute or native_compute(model), len(ids)
+    compute, ids = compute or native_compute(model), own_share(ids)
+    samples = len(ids)
     receiver = partial(_Squares, visit, samples, with_mean=with_mean)
     outside = set(names) & StandIns(model, lambda _, tensor: tensor).names()
     inside = set(names) - outside
@@ -226,7 +228,7 @@ class _Sweep:
         self.tapes: list[list[_Call]] = []
         self.paths: list[str] = []
         self.most = max(LEAST_TAPES, 4 * sum(p.numel() for name, p in model.named_parameters() if name in names))
-        self.drawn = 0
+        self.drawn = rank() << 20  # each process draws others
         self.forwards: dict[str, Callable[..., Any]] = {}
 
     def run(self, batches: list[Any], shares: list[float], *, last: bool = True) -> list[float]:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..models.hooks import forward_hooks
+from ..models.processes import averaged
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ class MomentSums:
             self._mean.add_(gradient)
 
     def moments(self, samples: int) -> Moments:
-        return Moments(self._square.div_(samples), None if self._mean is None else self._mean.div_(samples))
+        """Return the moments of so many samples of this process, and as many of each other one."""
+        square, mean = (None if sums is None else averaged(sums.div_(samples)) for sums in (self._square, self._mean))
+        assert square is not None
+        return Moments(square, mean)
 
 
 def add_sample(sums: dict[str, MomentSums], name: str, gradient: torch.Tensor, *, with_mean: bool) -> None:

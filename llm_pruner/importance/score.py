@@ -13,6 +13,7 @@ from ..errors import PrunerError
 from ..graph.units import KINDS, CouplingGraph, Unit
 from ..logs import log
 from ..models.blockwise import Compute, native_compute
+from ..models.processes import from_first
 from ..models.running import check_calibration, stored_tensors
 from .aggregate import AGGREGATIONS, dims_to_score
 from .criteria import Entry, resolve_criterion
@@ -118,6 +119,7 @@ def score(
         peaks=ExpertPeaks(model, units) if protect_super_experts else None,
     )
     values = unit_scores(name, _compute(entry, request, cache), request, aggregation)
+    values = {unit: from_first(scores) for unit, scores in values.items()}
     _check_complete(name, entry, units, values, requested=kinds is not None)
     settings: dict[str, Any] = {"criterion": name, "aggregation": aggregation, "seed": seed}
     settings |= {"taylor": taylor} if name == "taylor" else {}

@@ -13,6 +13,7 @@ from ..data import calibration_sources, self_calibration
 from ..errors import PrunerError
 from ..logs import log
 from ..models.inputs import Inputs, ModelInputs
+from ..models.processes import from_first
 from ..refit.biases import with_biases
 from ..refit.budget import Budget
 from ..refit.compensate import CompensationReport, compensate
@@ -217,7 +218,7 @@ def _with_self_samples(planning: Planning, model: PreTrainedModel, ids: Inputs) 
         own = kept.tensors["ids"]
     else:
         try:
-            own = self_calibration(model, ids, samples, settings.seed, leading=planning.leading)
+            own = from_first(self_calibration(model, ids, samples, settings.seed, leading=planning.leading))
         except PrunerError as error:
             if refit.self_samples_required:  # the user asked for them
                 raise

@@ -32,9 +32,10 @@ from ..files import complete_folder, folder_for_run, same_folder, strict_json
 from ..flags import check_combinations
 from ..importance.scores import SCORES_FILE, Scores
 from ..inputs import InputCheck
-from ..logs import log, logging_to
+from ..logs import is_first_process, log, logging_to, started_processes
 from ..media import is_media
 from ..models.inputs import reads_text_only
+from ..models.processes import from_first, joined
 from ..models.skeleton import parameter_count
 from ..peak_memory import PeakMemory
 from ..progress import showing, without_bars
@@ -57,7 +58,7 @@ from .measurements import METRICS_FILE, before_and_after
 from .mending import mend
 from .planning import PlannedModel, make_plan, needs_calibration
 from .quantized import blocks_for, save_pruned, without_refit
-from .settings import PruneSettings, filled_arguments, resolve_settings
+from .settings import EvaluationSettings, OutputSettings, PruneSettings, filled_arguments, resolve_settings
 from .towers import LANGUAGE
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def prune(model: str = DEFAULT_MODEL, *, progress: Progress | None = None, **fla
     with without_bars() if progress else showing():
         if arguments.output is not None or arguments.save_model:
             return execute(settings, recorded, progress)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, joined(settings.model.device):
             set_seed(settings.seed)
             return replace(_run(settings, recorded, Path(folder), Stopwatch(progress)), folder=None)
 
@@ -160,6 +161,18 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
     output = settings.output
     if output.named and same_folder(output.folder, settings.model.name):
         raise PrunerError(f"{output.folder} is the model to be pruned: give another --output")
+    if started_processes() > 1 and settings.budget is not None and settings.budget.kind == "target_latency":
+        raise PrunerError("--target_latency times one process, and torchrun started several: use --target_params")
+    with joined(settings.model.device):
+        if is_first_process():
+            return _execute(settings, arguments, progress)
+        with tempfile.TemporaryDirectory() as folder, logging_to(None, quiet=True):
+            set_seed(settings.seed)
+            return replace(_run(settings, arguments, Path(folder), Stopwatch()), folder=output.folder)
+
+
+def _execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progress | None) -> PruneRun:
+    output = settings.output
     folder = folder_for_run(output.folder, METRICS_FILE, arguments, named=output.named)
     with (
         complete_folder(folder, owned_if=METRICS_FILE) as temporary,
@@ -172,7 +185,8 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
         if not output.save and not arguments["no_save"]:
             log.info("no checkpoint will be kept: add --save_model, or --output FOLDER, to keep it")
         set_seed(settings.seed)
-        settings = replace(settings, output=replace(output, unfinished=unfinished))
+        if started_processes() == 1:  # several would stop at different places
+            settings = replace(settings, output=replace(output, unfinished=unfinished))
         run = _run(settings, arguments, temporary, Stopwatch(progress))
         (temporary / METRICS_FILE).write_text(strict_json(run.metrics), encoding="utf-8")
         if output.save:
@@ -192,6 +206,8 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
 def _run(settings: PruneSettings, arguments: dict[str, Any], folder: Path, clock: Stopwatch) -> PruneRun:
     offload = settings.model.offload or (not settings.model.device_map and is_too_large(settings.model))
     settings = without_refit(replace(settings, model=replace(settings.model, offload=offload)))
+    if not is_first_process():
+        settings = replace(settings, evaluation=EvaluationSettings(), output=OutputSettings(folder=folder))
     with PeakMemory() as memory:
         run = (_cut_files if _works_on_files(settings) else _prune_loaded)(settings, folder, clock)
     record = {
@@ -230,6 +246,8 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     if calibrates:
         with clock("calibration"):
             ids = calibration_set(settings.calibration, tokenizer, model, settings.seed)
+            if isinstance(ids, torch.Tensor):
+                from_first(ids)
     place = on_disk(folder) if settings.model.offload else in_memory
     leading, blocks = leading_count(settings.calibration, tokenizer), blocks_for(settings)
     planning = Planning(settings=settings, ids=ids, leading=leading, clock=clock, place=place, blocks=blocks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from ..errors import PrunerError
 from ..evaluation.perplexity import check_length, title_of_text
 from ..evaluation.shared_texts import TRAINED_ON, sources_of, warn_of_shared_texts
 from ..files import MODEL_CONFIGS, digest, file_lock, folder_for_run, same_folder
-from ..logs import log, logging_to
+from ..logs import is_first_process, log, logging_to
 from ..models.running import context_length
 from ..models.skeleton import parameter_count
 from ..provenance import command_line, provenance
@@ -58,10 +57,10 @@ def recover(arguments: RecoverArguments) -> Path:
     folder = _folder_for(settings, arguments)
     default, settings = settings.output.folder, replace(settings, output=replace(settings.output, folder=folder))
     try:
-        with file_lock(folder / LOG_FILE, wait=False) if _is_main_process() else nullcontext(folder) as lock:
+        with file_lock(folder / LOG_FILE, wait=False) if is_first_process() else nullcontext(folder) as lock:
             if lock is None:
                 raise PrunerError(f"another process is training in {folder}: wait for it, or give another --output")
-            with logging_to(folder / LOG_FILE, quiet=not _is_main_process()):
+            with logging_to(folder / LOG_FILE, quiet=not is_first_process()):
                 if folder != default:
                     log.info("writing to %s: %s holds another run", folder, default)
                 log.info("llm-pruner %s: %s", __version__, command_line())
@@ -69,10 +68,6 @@ def recover(arguments: RecoverArguments) -> Path:
     except OSError as error:
         raise PrunerError(f"cannot write {folder}: {error.strerror or error}") from error
     return folder
-
-
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate
 
 
 def check_output(folder: Path, model: str) -> None:
@@ -221,7 +216,7 @@ def _make_trainer(
 
 def start_wandb(output: OutputSettings) -> None:
     """Start a run of Weights & Biases, which the Trainer then logs to; it takes the project from the environment."""
-    if output.wandb_project and _is_main_process():
+    if output.wandb_project and is_first_process():
         import wandb
 
         wandb.init(project=output.wandb_project, name=output.folder.name)
@@ -263,7 +258,7 @@ def _log_result(record: dict[str, Any], folder: Path) -> None:
 
 def _resumed_checkpoint(output: OutputSettings) -> Path | None:
     """Return the checkpoint to resume from, and remove half-written files of an interrupted run."""
-    if _is_main_process():
+    if is_first_process():
         for leftover in [*output.folder.glob(f"{PARTIAL}*"), *output.folder.glob(f"{TEMPORARY}*")]:
             shutil.rmtree(leftover, ignore_errors=True)
     checkpoint = find_checkpoint(output.folder, output.resume)

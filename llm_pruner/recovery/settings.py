@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..checkpoint.load import DTYPES
 from ..checkpoint.locate import folder_of
 from ..choices import Dtype
 from ..errors import PrunerError
+from ..logs import started_processes
 from ..models.dispatch import resolve_device
 from ..models.torch_internals import multiplies_bfloat16
 from .arguments import ADAPTER_METHODS, RecoverArguments
@@ -328,7 +328,7 @@ def _original(arguments: RecoverArguments, device: str) -> tuple[str | None, str
 
 
 def _training_settings(arguments: RecoverArguments) -> TrainingSettings:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate
+    processes = started_processes()
     if arguments.batch_size % (arguments.micro_batch_size * processes):
         raise PrunerError(
             f"--batch_size {arguments.batch_size} is not valid: give a multiple of --micro_batch_size "

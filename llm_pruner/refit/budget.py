@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from ..errors import PrunerError
+from ..models.processes import mean_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,5 +72,5 @@ class Spending:
         if self.budget.tokens is not None:
             shares.append(self.tokens / self.budget.tokens)
         if self.budget.minutes is not None:
-            shares.append(self.seconds / 60 / self.budget.minutes)
+            shares.append(mean_of(self.seconds) / 60 / self.budget.minutes)
         return min(max(shares), 1.0)

@@ -37,6 +37,7 @@ from ..errors import PrunerError
 from ..models.arithmetic import exact_arithmetic
 from ..models.blockwise import NARROW, computing, native_compute
 from ..models.inputs import Inputs, token_count
+from ..models.processes import gathered, own_share
 from ..models.running import check_calibration, evaluating, implementations
 from ..progress import track
 from ..unfinished import NOTHING_KEPT, Unfinished
@@ -141,7 +142,7 @@ def compensate(
         _bias(layers[i].get_submodule(one.name)) is not None for i, added in enumerate(projections) for one in added
     ):
         raise PrunerError("no projection whose output is added to the stream has a bias: use least_squares")
-    batches = list(calibration.split(SAMPLES_PER_PASS))
+    batches = [own_share(batch) for batch in calibration.split(SAMPLES_PER_PASS)]
     report = CompensationReport()
     with evaluating(model), evaluating(pruned), computing(model), computing(pruned):
         before, after = ResidualStream(model, original, batches), ResidualStream(pruned, layers, batches)
@@ -302,10 +303,14 @@ def observe(
         if without is not None:
             with exact_arithmetic(read.device):
                 hidden = hidden.float() - (read.float() @ without.float()).view(hidden.shape)
-        (observed.held_out if i % HELD_OUT == HELD_OUT - 1 else observed.fitted).add(read, stream.on_device(target), hidden)
+        (observed.held_out if i % HELD_OUT == HELD_OUT - 1 else observed.fitted).add(
+            read, stream.on_device(target), hidden
+        )
         if keep:
             observed.reads.append(read)
             observed.streams.append(behind[""])
+    for sums in (observed.fitted, observed.held_out):
+        sums.average()
     return observed
 
 
@@ -324,7 +329,7 @@ def _refit_experts(
 
 def median_power(hidden: list[torch.Tensor]) -> float:
     """Return the median over tokens of the squared norm of hidden states."""
-    return torch.cat([h.float().square().sum(-1).flatten() for h in hidden]).median().item()
+    return gathered(torch.cat([h.float().square().sum(-1).flatten() for h in hidden])).median().item()
 
 
 def _move(

@@ -20,6 +20,7 @@ from ..importance.activation import Readers
 from ..models.blockwise import native_compute
 from ..models.experts import TopKCall, top_k_call
 from ..models.hooks import forward_hooks
+from ..models.processes import gathered
 from .regression import HELD_OUT, RegressionSums, best_ridge
 from .stream import ResidualStream
 
@@ -95,7 +96,10 @@ def refit_experts(
 
 
 def _collect(stream: ResidualStream, layer: int, module: nn.Module, targets: list[torch.Tensor]) -> _Routed:
-    """Run a layer on every batch; return what its experts are called with and the stream behind it, by token."""
+    """Run a layer on every batch; return what its experts are called with and the stream behind it, by token.
+
+    Each of several processes gets the tokens of all: experts are fitted one after the other.
+    """
     calls: list[TopKCall] = []
     behind, is_held_out = [], []
 
@@ -109,12 +113,12 @@ def _collect(stream: ResidualStream, layer: int, module: nn.Module, targets: lis
             rows = stream.run(layer, batch, hidden).flatten(0, -2)
             behind.append(rows.float())
             is_held_out.append(torch.full((len(rows),), batch % HELD_OUT == HELD_OUT - 1, device=rows.device))
-    hidden_states, index, gates = (torch.cat(parts) for parts in zip(*calls, strict=True))
+    hidden_states, index, gates = (gathered(torch.cat(parts)) for parts in zip(*calls, strict=True))
     return _Routed(
         call=(hidden_states.flatten(0, -2), index, gates),
-        target=torch.cat([stream.on_device(target).flatten(0, -2) for target in targets]).float(),
-        behind=torch.cat(behind),
-        is_held_out=torch.cat(is_held_out),
+        target=gathered(torch.cat([stream.on_device(target).flatten(0, -2) for target in targets]).float()),
+        behind=gathered(torch.cat(behind)),
+        is_held_out=gathered(torch.cat(is_held_out)),
     )
 
 

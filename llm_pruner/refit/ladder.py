@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from ..graph.units import CouplingGraph, Unit
 from ..models.blockwise import computing, native_compute, standing_in
 from ..models.inputs import Inputs
+from ..models.processes import own_share
 from ..models.running import evaluating
 from ..progress import track
 from ..selection.plan import PruningPlan
@@ -128,7 +129,7 @@ def build_ladder(
     kept = list(range(len(original)) if kept is None else kept)
     projections = added_projections(shorter, calibration)
     builder.find_readers([f"{path}.{i}.{one.name}" for i, added in enumerate(projections) for one in added])
-    batches = list(calibration.split(SAMPLES_PER_PASS))
+    batches = [own_share(batch) for batch in calibration.split(SAMPLES_PER_PASS)]
     with evaluating(model), computing(model), ExitStack() as masked:
         before = ResidualStream(model, original, batches)
         if shorter is not model:

@@ -14,6 +14,7 @@ Only the block in training, its optimizer and the streams are in memory: the oth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,17 +26,19 @@ from ..errors import PrunerError
 from ..models.arithmetic import narrow_arithmetic
 from ..models.blockwise import StandIns, computing, native_compute, standing_in
 from ..models.inputs import Inputs
+from ..models.processes import count, mean_of, own_share
 from ..models.running import evaluating
 from ..models.tasks import predicts_tokens
 from ..progress import track
 from ..selection.plan import PruningPlan
 from ..unfinished import NOTHING_KEPT, Kept, Unfinished
 from .budget import Budget, Spending
+from .compensate import median_power
 from .layer_by_layer import keep_layers, restore_layers
 from .matching import MatchingStack, matching_stacks
 from .stream import ResidualStream
 from .temperature import scale_logits
-from .training import BETAS, learning_rate, rate_for, tokens_in
+from .training import BETAS, average_gradients, learning_rate, rate_for, tokens_in
 
 SAMPLES_PER_STEP = 8
 HELD_OUT = 4  # every 4th batch decides which weights stay
@@ -99,7 +102,7 @@ def reconstruct(
     Raises:
         PrunerError: there are too few samples, or the models' layers do not match.
     """
-    batches = list(calibration.split(SAMPLES_PER_STEP))
+    batches = [own_share(batch) for batch in calibration.split(SAMPLES_PER_STEP)]
     if len(batches) < HELD_OUT:
         least = SAMPLES_PER_STEP * (HELD_OUT - 1) + 1
         raise PrunerError(f"reconstruction needs at least {least} calibration samples, not {len(calibration)}")
@@ -132,7 +135,7 @@ class BlockTrainer:
     ):
         self.model, self.pruned, self.stack, self.batches = model, pruned, stack, batches
         self.compute = native_compute(pruned)
-        self.tokens = [tokens_in(batch) for batch in batches]
+        self.tokens = [count() * tokens_in(batch) for batch in batches]
         self.seed = seed
         self.peak = rate_for(pruned, RATE)
         self._trained: dict[str, torch.Tensor] = {}  # tensors of the block in training, by name
@@ -178,8 +181,7 @@ class BlockTrainer:
     def _train_block(self, stream: ResidualStream, i: int, targets: list[torch.Tensor], budget: Budget) -> BlockRefit:
         """Train one block; keep the weights of the epoch that is best on held-out batches."""
         path = f"{self.stack.path}.{i}"
-        powers = torch.cat([target.float().square().sum(-1).flatten() for target in targets])
-        block = Block(stream, i, targets, floor=max(powers.median().item(), 1e-12))
+        block = Block(stream, i, targets, floor=max(median_power(targets), 1e-12))
         fitted = [b for b in range(len(targets)) if b % HELD_OUT != HELD_OUT - 1]
         held_out = [b for b in range(len(targets)) if b % HELD_OUT == HELD_OUT - 1]
         first = best = block.error(held_out)
@@ -239,7 +241,7 @@ class Block:
 
     def error(self, batches: list[int]) -> float:
         """Return the mean loss over batches."""
-        return sum(self.loss(batch).item() for batch in batches) / len(batches)
+        return mean_of(sum(self.loss(batch).item() for batch in batches) / len(batches))
 
 
 def _step(block: Block, batch: int, optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -247,9 +249,10 @@ def _step(block: Block, batch: int, optimizer: torch.optim.Optimizer, rate: floa
     with torch.enable_grad():
         with narrow_arithmetic(block.stream.device):
             loss = block.loss(batch)
-        if not loss.isfinite():
+        if not math.isfinite(mean_of(loss.item())):
             return
         loss.backward()
+    average_gradients(optimizer.param_groups[0]["params"])
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

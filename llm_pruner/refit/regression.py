@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..models.arithmetic import exact_arithmetic
+from ..models.processes import averaged, mean_of
 
 RIDGES = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 HELD_OUT = 4  # every 4th batch chooses lambda
@@ -21,7 +22,7 @@ class RegressionSums:
 
     def __init__(self, floor: float) -> None:
         self.floor = max(floor, 1e-12)
-        self.tokens = 0
+        self.tokens = 0.0
         self.error = 0.0
         self.inputs: Any = 0
         self.cross: Any = 0
@@ -41,6 +42,14 @@ class RegressionSums:
         with exact_arithmetic(x.device):
             self.inputs = self.inputs + x.T @ x
             self.cross = self.cross + x.T @ error
+
+    def average(self) -> RegressionSums:
+        """Replace the sums by their means over the processes, each of which has tokens of its own."""
+        self.tokens, self.error = mean_of(self.tokens), mean_of(self.error)
+        if isinstance(self.inputs, torch.Tensor):
+            averaged(self.inputs)
+            averaged(self.cross)
+        return self
 
     def __add__(self, other: RegressionSums) -> RegressionSums:
         total = RegressionSums(self.floor)

@@ -15,6 +15,7 @@ from ..errors import PrunerError
 from ..models.blockwise import native_compute
 from ..models.dispatch import free_bytes
 from ..models.inputs import Inputs, tokens_per_sample
+from ..models.processes import averaged, count, mean_of, own_share
 from ..models.skeleton import parameter_count
 from ..progress import Step
 from ..unfinished import NOTHING_KEPT, Kept, Unfinished
@@ -202,6 +203,13 @@ def train_together(
     return TrainingReport(spending.tokens, descent.steps, before, after)
 
 
+def average_gradients(parameters: Iterable[torch.Tensor]) -> None:
+    """Average gradients over the processes, each of which has those of its own samples."""
+    if count() > 1:
+        for parameter in parameters:
+            parameter.grad = averaged(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+
+
 class Descent:
     """Steps of the optimizer on parameters, which begin where a run that was stopped ended.
 
@@ -228,8 +236,8 @@ class Descent:
         with Step("training, percent of the budget", parts) as progress:
             while self.spending.share < 1:
                 batch = next(batches)
-                mean = loss(batch)
-                if not mean.isfinite():
+                mean = loss(own_share(batch) if len(batch) % count() == 0 else batch)
+                if not math.isfinite(mean_of(mean.item())):
                     break
                 self.spending.tokens += tokens_in(batch)
                 self._step(mean)
@@ -239,6 +247,7 @@ class Descent:
 
     def _step(self, loss: torch.Tensor) -> None:
         loss.backward()
+        average_gradients(self.trained)
         nn.utils.clip_grad_norm_(self.trained, LARGEST_GRADIENT)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.peak, self.spending.share)
