@@ -15,6 +15,7 @@ from ..logs import log
 from ..media import describe, is_media, media_inputs
 from ..models.generate import leading_tokens
 from ..models.inputs import Inputs, needed_inputs, reads_text_only
+from ..models.processes import from_first
 from ..models.running import context_length
 from ..progress import Step
 from .settings import CalibrationSettings
@@ -118,6 +119,7 @@ def calibration_set(
         model=model,
         self_seed=seed,
     )
+    from_first(ids)
     if len(ids) < samples:
         log.info("the calibration text gives %d samples of %d tokens, not %d", len(ids), tokens, samples)
     return ids

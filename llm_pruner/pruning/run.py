@@ -35,7 +35,7 @@ from ..inputs import InputCheck
 from ..logs import is_first_process, log, logging_to, started_processes
 from ..media import is_media
 from ..models.inputs import reads_text_only
-from ..models.processes import from_first, joined
+from ..models.processes import joined
 from ..models.skeleton import parameter_count
 from ..peak_memory import PeakMemory
 from ..progress import showing, without_bars
@@ -246,8 +246,6 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
     if calibrates:
         with clock("calibration"):
             ids = calibration_set(settings.calibration, tokenizer, model, settings.seed)
-            if isinstance(ids, torch.Tensor):
-                from_first(ids)
     place = on_disk(folder) if settings.model.offload else in_memory
     leading, blocks = leading_count(settings.calibration, tokenizer), blocks_for(settings)
     planning = Planning(settings=settings, ids=ids, leading=leading, clock=clock, place=place, blocks=blocks)
