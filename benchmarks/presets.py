@@ -3,14 +3,15 @@
     python benchmarks/presets.py --runs FOLDER --c4 c4.jsonl --texts wikitext2_test.txt alpaca.jsonl [--sizes 0.786]
 
 Each row is one run of the command in a process of its own; a run whose folder is finished is not repeated. The texts
-are measured in windows of 128 tokens. With `--print`, the table of docs/explanation/choosing.md is printed from the
-results, and nothing is run.
+are measured in windows of 128 tokens. With `--print`, the tables of docs/explanation/choosing.md are printed from the
+results, and nothing is run: means over seeds, and the minutes of runs on all cores of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,13 @@ from llm_pruner.evaluation.tabular import markdown
 from llm_pruner.provenance import provenance, versions
 
 RESULTS = Path(__file__).parent / "results" / "presets.json"
-METHODS = {"fast": ["--preset", "fast"], "ridge": ["--refit", "ridge"], "best": ["--preset", "best"]}
+METHODS = {
+    "paper": ["--preset", "paper"],
+    "ridge": ["--refit", "ridge"],
+    "fast": ["--preset", "fast"],
+    "best": ["--preset", "best"],
+}
+MACHINE = "x86_64, 2 threads"  # whose minutes the tables show
 MEASURING = ("perplexity", "verify")  # stages that are no part of the pruning
 
 
@@ -42,6 +49,7 @@ def run(method: str, model: str, size: str, seed: int, options: argparse.Namespa
     }
     row = {"model": Path(model).stem, "method": method, "size": size, "text": text, "seed": seed}
     row |= {"parameters": round(record["parameters_ratio"], 4), "minutes": round(sum(seconds.values()) / 60, 1)}
+    row |= {"machine": record["machine"], "windows": options.windows}
     return row | {"seconds": seconds, "peak_rss_gib": record["peak_rss_gib"], **perplexities}
 
 
@@ -51,10 +59,23 @@ def table(rows: list[dict[str, Any]], model: str) -> str:
     texts = list(mine[0]["before"])
     cells = [["size", "method", "calibration text", "minutes", *texts]]
     cells += [["1", "unpruned", "", "", *(f"{mine[0]['before'][text]:.1f}" for text in texts)]]
-    for row in sorted(mine, key=lambda row: (-float(row["size"]), row["text"], row["minutes"])):
-        values = [f"{row['after'][text]:.1f}" for text in texts]
-        cells.append([row["size"], f"`{' '.join(METHODS[row['method']])}`", row["text"], f"{row['minutes']}", *values])
+    order = list(METHODS)
+    for size, origin, method in sorted(
+        {(row["size"], row["text"], row["method"]) for row in mine},
+        key=lambda key: (-float(key[0]), key[1], order.index(key[2])),
+    ):
+        runs = [row for row in mine if (row["size"], row["text"], row["method"]) == (size, origin, method)]
+        minutes = [row["minutes"] for row in runs if row["machine"] == MACHINE]
+        values = [mean_and_deviation([row["after"][text] for row in runs]) for text in texts]
+        shown = f"{statistics.median(minutes)}" if minutes else ""
+        cells.append([size, f"`{' '.join(METHODS[method])}`", origin, shown, *values])
     return markdown(cells)
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """Return the mean, and the standard deviation of several values."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def main() -> None:

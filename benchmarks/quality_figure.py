@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
+from typing import Any
 
 from llm_pruner.report.runs import MeasuredModel
 from llm_pruner.report.tradeoffs import draw_tradeoffs
@@ -28,11 +30,17 @@ def methods() -> dict[str, dict[float, float]]:
     mine = [row for row in rows if (row["model"], row["text"]) == ("smollm2-135m", "c4")]
     ours = {
         f"llm-pruner, preset {preset}": {
-            float(row["size"]): row["after"]["wikitext2_test"] for row in mine if row["method"] == preset
+            size: statistics.mean(row["after"]["wikitext2_test"] for row in mine if key(row) == (preset, size))
+            for size in sorted({float(row["size"]) for row in mine if row["method"] == preset})
         }
         for preset in ("best", "fast")
     }
     return ours | {"LLM-Pruner, param_first": LLM_PRUNER}
+
+
+def key(row: dict[str, Any]) -> tuple[str, float]:
+    """Return the preset and the size of a run."""
+    return row["method"], float(row["size"])
 
 
 def models() -> list[MeasuredModel]:

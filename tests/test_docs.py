@@ -93,6 +93,14 @@ def test_tables_are_those_of_the_results(page, script):
     assert printed.strip() in (ROOT / page).read_text(encoding="utf-8")
 
 
+def test_the_table_of_peers_is_that_of_the_results():
+    code = "import compare, json; print(compare.table(json.load(open('../results/peers.json'))['rows']))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    folder = ROOT / "benchmarks" / "peers"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() in (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), done.stderr
+
+
 def test_the_tutorial_of_an_operator_prints_what_it_shows(tmp_path):
     page = ROOT / "docs" / "tutorials" / "add-an-operator.md"
     for name, code in zip(["ranged.py", "my_rules.py", "check.py"], blocks(page, "python"), strict=True):
