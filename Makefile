@@ -10,7 +10,7 @@ READY_FOR_DEMO = $(VENV)/.ready-for-demo
 READY = $(VENV)/.ready
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint docs slow supported-models lock audit clean
+.PHONY: demo test lint docs slow supported-models results-small lock audit clean
 
 demo: $(READY_FOR_DEMO)
 	$(BIN)/llm-pruner demo
@@ -26,6 +26,12 @@ slow: $(READY)
 # Asks every architecture that transformers knows; some minutes.
 supported-models: $(READY)
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m helpers.survey models classes media
+
+# Runs the README's commands and compares their numbers with those beside them; then the times that need no data.
+results-small: $(READY)
+	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/tracing.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -63,3 +63,5 @@ def test_what_several_processes_cannot_do_is_refused(tmp_path, tokenizer, monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(lp.PrunerError, match="--target_latency times one process"):
         lp.prune(tmp_path / "model", target_latency="0.8", output=tmp_path / "out")
+    with pytest.raises(lp.PrunerError, match="2 processes cannot share 36 calibration samples equally"):
+        lp.prune(tmp_path / "model", num_examples=36, output=tmp_path / "out")

@@ -40,6 +40,7 @@ from ..models.skeleton import parameter_count
 from ..peak_memory import PeakMemory
 from ..progress import showing, without_bars
 from ..provenance import command_line, provenance
+from ..refit.compensate import SAMPLES_PER_PASS
 from ..selection.plan import PruningPlan
 from ..selection.search import ALLOCATION
 from ..surgery.apply import TASK, in_memory
@@ -161,14 +162,31 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
     output = settings.output
     if output.named and same_folder(output.folder, settings.model.name):
         raise PrunerError(f"{output.folder} is the model to be pruned: give another --output")
-    if started_processes() > 1 and settings.budget is not None and settings.budget.kind == "target_latency":
-        raise PrunerError("--target_latency times one process, and torchrun started several: use --target_params")
+    _check_processes(settings)
     with joined(settings.model.device):
         if is_first_process():
             return _execute(settings, arguments, progress)
         with tempfile.TemporaryDirectory() as folder, logging_to(None, quiet=True):
             set_seed(settings.seed)
             return replace(_run(settings, arguments, Path(folder), Stopwatch()), folder=output.folder)
+
+
+def _check_processes(settings: PruneSettings) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises:
+        PrunerError: as above.
+    """
+    processes, samples = started_processes(), settings.calibration.samples
+    if processes == 1:
+        return
+    if settings.budget is not None and settings.budget.kind == "target_latency":
+        raise PrunerError("--target_latency times one process, and torchrun started several: use --target_params")
+    if settings.refit.needs_text and (SAMPLES_PER_PASS % processes or samples % SAMPLES_PER_PASS):
+        raise PrunerError(
+            f"{processes} processes cannot share {samples} calibration samples equally: start 2, 4 or 8 processes, and "
+            f"give --num_examples a multiple of {SAMPLES_PER_PASS}"
+        )
 
 
 def _execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progress | None) -> PruneRun:
