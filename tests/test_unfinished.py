@@ -1,5 +1,7 @@
 """A run that was stopped goes on with what it had done, and ends with the same weights."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.models import build, made, pruned_by, tokens
@@ -8,7 +10,7 @@ import llm_pruner as lp
 from llm_pruner import data
 from llm_pruner import unfinished as module
 from llm_pruner.cli import main
-from llm_pruner.importance import taylor
+from llm_pruner.importance import gradients, taylor
 from llm_pruner.refit import compensate, reconstruct, training
 from llm_pruner.refit.budget import Budget
 from llm_pruner.refit.methods import train
@@ -81,6 +83,28 @@ def test_a_step_goes_on_where_it_was_stopped(name, tmp_path, monkeypatch):
         rest = rest()
     assert same(whole, again) and report == expected
     assert rest and calls() == call + rest  # what was done is not done again, apart from the call that was stopped
+
+
+@pytest.mark.parametrize("variant", ("param_first", "param_second", "param_mix"))
+def test_scores_of_a_large_calibration_set_go_on_where_they_were_stopped(variant, tmp_path, monkeypatch):
+    model, ids = build("llama"), tokens(96, 64)
+    graph = lp.trace(model)
+    monkeypatch.setattr(gradients, "LEAST_TAPES", 0)
+    score = partial(lp.score, model, graph, ids, taylor=variant)  # of all kinds, embeddings among them
+    with monkeypatch.context() as patch:
+        whole = stop_at(patch, gradients._Sweep, "_forward_part", 0)
+        expected, whole = score().values, whole()
+    with monkeypatch.context() as patch:
+        stop_at(patch, gradients._Sweep, "_forward_part", 3)
+        with pytest.raises(Stopped):
+            score(cache=tmp_path / "scores")
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.part"]
+    with monkeypatch.context() as patch:
+        rest = stop_at(patch, gradients._Sweep, "_forward_part", 0)
+        found = score(cache=tmp_path / "scores").values
+    assert rest() == whole - 2
+    assert all(torch.equal(found[unit], values) for unit, values in expected.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 
 
 def test_a_stack_that_was_done_is_not_trained_again(tmp_path, monkeypatch):

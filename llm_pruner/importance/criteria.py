@@ -53,7 +53,14 @@ def _magnitude(power: int, request: Request) -> Result:
 
 
 def _taylor(request: Request) -> Result:
-    return taylor(request.model, request.dims, request.tokens, request.taylor, compute=request.compute)
+    return taylor(
+        request.model,
+        request.dims,
+        request.tokens,
+        request.taylor,
+        compute=request.compute,
+        unfinished=request.unfinished,
+    )
 
 
 def _activation(criterion: str, request: Request) -> Result:

@@ -30,7 +30,9 @@ from ..models.processes import averaged, mean_of, own_share, rank
 from ..models.running import evaluating, main_output, model_inputs, target_ids, without_cache
 from ..models.tasks import predicts_tokens
 from ..progress import Step, track
+from ..unfinished import NOTHING_KEPT, Unfinished
 from .linear_gradients import LinearGradients, MomentSums, VisitMoments, add_sample
+from .token_loss import NextTokenLoss
 
 Visit = Callable[[str, torch.Tensor, torch.Tensor], None]
 TOKENS_PER_PASS = 1024  # in a forward pass
@@ -58,6 +60,13 @@ class _Gradients:
             else:
                 self._sums[name] = gradient
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the sums of earlier parts, for :meth:`restore`."""
+        return dict(self._sums)
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        self._sums = dict(state)
+
 
 class _Squares:
     """Receiver of the gradients of each sample's own mean loss, whose moments it hands on.
@@ -68,7 +77,7 @@ class _Squares:
 
     def __init__(self, visit: VisitMoments, samples: int, *, with_mean: bool, linears: LinearGradients | None = None):
         self._visit, self._samples, self._with_mean, self.linears = visit, samples, with_mean, linears
-        self._sums: dict[str, MomentSums] = {}
+        self._sums: dict[str, MomentSums] = {} if linears is None else linears.sums
 
     def after_batch(self, tensors: dict[str, torch.Tensor]) -> None:
         if self.linears is None:
@@ -79,11 +88,18 @@ class _Squares:
         if not last:
             return
         if self.linears is not None:
-            received, self._sums = self.linears.received(), self.linears.sums
+            received = self.linears.received()
             tensors = {name: tensor for name, tensor in tensors.items() if name in received}
         for name, tensor in _projections_first(tensors):
             sums = self._sums.pop(name, None) or MomentSums(tensor.detach(), with_mean=self._with_mean)
             self._visit(name, tensor.detach().float(), sums.moments(self._samples))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the sums of earlier parts, for :meth:`restore`."""
+        return {key: tensor for name, sums in self._sums.items() for key, tensor in sums.state(name).items()}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        self._sums |= MomentSums.restored(state)  # in place: the sums of linear layers are their receiver's
 
 
 def _take_gradients(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -101,7 +117,13 @@ def _projections_first(tensors: dict[str, torch.Tensor]) -> list[tuple[str, torc
 
 
 def visit_gradients(
-    model: nn.Module, names: Iterable[str], ids: Inputs, visit: Visit, *, compute: Compute | None = None
+    model: nn.Module,
+    names: Iterable[str],
+    ids: Inputs,
+    visit: Visit,
+    *,
+    compute: Compute | None = None,
+    unfinished: Unfinished = NOTHING_KEPT,
 ) -> float:
     """Visit gradients of the mean token loss: ``visit(name, weight, gradient)`` in fp32 for every named parameter.
 
@@ -109,6 +131,7 @@ def visit_gradients(
         names: names of parameters.
         ids: LongTensor ``[samples, tokens]``, or other inputs.
         compute: where and how to compute; by default where the model is.
+        unfinished: keeps the sums of the parts that are done, and has those of a run that was stopped.
 
     Returns the loss. The model's own parameters, flags, gradients and mode are not touched.
 
@@ -118,7 +141,7 @@ def visit_gradients(
     compute, ids = compute or native_compute(model), own_share(ids)
     batches = _batches(ids, compute)
     shares = [len(batch) / len(ids) for batch in batches]
-    losses = _Sweep(model, set(names), compute, _Gradients(visit)).run(batches, shares)
+    losses = _Sweep(model, set(names), compute, _Gradients(visit)).run(batches, shares, unfinished=unfinished)
     return mean_of(sum(loss * share for loss, share in zip(losses, shares, strict=True)))
 
 
@@ -130,6 +153,7 @@ def visit_moments(
     *,
     with_mean: bool = False,
     compute: Compute | None = None,
+    unfinished: Unfinished = NOTHING_KEPT,
 ) -> None:
     """Visit moments of the gradients of each sample's own mean loss: ``visit(name, weight, moments)`` in fp32.
 
@@ -139,6 +163,7 @@ def visit_moments(
 
     Args:
         names, ids, compute: as in :func:`visit_gradients`.
+        unfinished: as there, for gradients that come from passes of several samples.
         with_mean: visit the mean of the gradients as well as that of their squares.
 
     Raises:
@@ -153,7 +178,8 @@ def visit_moments(
     if samples > 1 and linears.candidates:
         batches = _batches(ids, compute)
         shares = [float(len(batch)) for batch in batches]  # each sample counts as if it were alone
-        _Sweep(model, linears.candidates, compute, receiver(linears=linears)).run(batches, shares)
+        sweep = _Sweep(model, linears.candidates, compute, receiver(linears=linears))
+        sweep.run(batches, shares, unfinished=unfinished)
         inside -= linears.received()
     single = list(ids.to(compute.device).split(1))
     if inside:
@@ -218,7 +244,7 @@ class _Sweep:
 
     def __init__(self, model: nn.Module, names: set[str], compute: Compute, receiver: _Gradients | _Squares):
         self.model, self.names, self.receiver = model, names, receiver
-        self.linears = receiver.linears
+        self.linears, self.device = receiver.linears, compute.device
 
         def stand_in(name: str, tensor: torch.Tensor) -> torch.Tensor:
             converted = compute.convert(tensor)
@@ -231,23 +257,38 @@ class _Sweep:
         self.drawn = rank() << 20  # each process draws others
         self.forwards: dict[str, Callable[..., Any]] = {}
 
-    def run(self, batches: list[Any], shares: list[float], *, last: bool = True) -> list[float]:
+    def run(
+        self, batches: list[Any], shares: list[float], *, last: bool = True, unfinished: Unfinished = NOTHING_KEPT
+    ) -> list[float]:
         """Return the mean loss of every batch; gradients are those of the losses times their shares.
 
         Args:
             last: False if gradients of more batches will follow in another run.
+            unfinished: keeps what earlier parts of the batches have given.
         """
         pairs, losses = list(zip(batches, shares, strict=True)), list[float]()
         hooks = nullcontext() if self.linears is None else self.linears.hooked()
         with evaluating(self.model), self.stand_ins.placed() as rest, hooks:
             outside = {name: tensor for name, tensor in rest.items() if name in self.names}
+            if kept := unfinished.read():
+                losses += kept.record
+                self._restore(kept.tensors, outside)
             while len(losses) < len(pairs):
                 losses += self._forward_part(pairs[len(losses) :])
                 self._backward(everywhere=bool(outside), last=last and len(losses) == len(pairs))
+                if len(losses) < len(pairs) and unfinished.due:
+                    gradients = {name: tensor.grad for name, tensor in outside.items() if tensor.grad is not None}
+                    unfinished.write(self.receiver.state() | gradients, losses)
             self.receiver.after_batch(outside)
             if last:
                 self.receiver.after_block(outside, last=True)
         return losses
+
+    def _restore(self, state: dict[str, torch.Tensor], outside: dict[str, torch.Tensor]) -> None:
+        """Go on from the state of earlier parts, and the gradients of tensors outside the blocks."""
+        for name in outside.keys() & state.keys():
+            outside[name].grad = state.pop(name).to(outside[name])
+        self.receiver.restore({name: tensor.to(self.device) for name, tensor in state.items()})
 
     def _forward_part(self, pairs: list[tuple[Inputs, float]]) -> list[float]:
         """Run batches, all or as many as there is room for their tapes; return their losses."""
@@ -348,31 +389,3 @@ def _random_projection(output: torch.Tensor, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(output.shape, generator=generator).to(output.device)
     return (output.float() * directions).sum() / len(output) / output[0].numel() ** 0.5
-
-
-class NextTokenLoss(torch.autograd.Function):
-    """Mean cross entropy of tokens 1.. given those before them, in the memory of the logits.
-
-    With a large vocabulary the logits are the largest tensor of the whole pass, and a plain cross entropy
-    keeps three of them. Here their gradient, (softmax - onehot) / tokens, is written over them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = ids.shape[0] * (ids.shape[1] - 1)
-        total = torch.zeros((), dtype=torch.float64)
-        for row, target in zip(logits, ids[:, 1:].to(logits.device), strict=True):  # one sample at a time in fp32
-            log_probabilities = row[:-1].float().log_softmax(-1)
-            total -= log_probabilities.gather(-1, target[:, None]).sum().double().cpu()
-            gradient = log_probabilities.exp_()
-            gradient.scatter_add_(-1, target[:, None], torch.full_like(gradient[:, :1], -1.0).expand(-1, 1))
-            row[:-1] = gradient / tokens
-            row[-1] = 0
-        ctx.mark_dirty(logits)
-        ctx.save_for_backward(logits)
-        return (total / tokens).to(logits.device, torch.float32), logits
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (logits_gradient,) = ctx.saved_tensors
-        return logits_gradient.mul_(gradients[0].to(logits_gradient.dtype)), None  # used once: nobody sees it again

@@ -52,6 +52,21 @@ class MomentSums:
         if self._mean is not None:
             self._mean.add_(gradient)
 
+    def state(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the sums under names that begin with that of their parameter."""
+        return {f"{name} square": self._square} | ({} if self._mean is None else {f"{name} mean": self._mean})
+
+    @classmethod
+    def restored(cls, state: dict[str, torch.Tensor]) -> dict[str, MomentSums]:
+        """Return the sums of all parameters whose :meth:`state` is given, by their names."""
+        found: dict[str, MomentSums] = {}
+        for key in state:
+            name, kind = key.split(" ")
+            if kind == "square":
+                found[name] = sums = cls.__new__(cls)
+                sums._square, sums._mean = state[key], state.get(f"{name} mean")
+        return found
+
     def moments(self, samples: int) -> Moments:
         """Return the moments of so many samples of this process, and as many of each other one."""
         square, mean = (None if sums is None else averaged(sums.div_(samples)) for sums in (self._square, self._mean))

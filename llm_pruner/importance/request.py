@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..graph.units import Unit
 from ..models.blockwise import Compute
 from ..models.running import check_calibration
+from ..unfinished import NOTHING_KEPT, Unfinished
 from .scores import Dims
 from .super_experts import ExpertPeaks
 
@@ -33,6 +34,7 @@ class Request:
         compute: device and dtype to compute with; ``compute.convert(tensor)`` brings a weight there.
         weights: pairs of a parameter name and its weight, to be read once, in this order; they may come from files
             while ``model`` is on the meta device.
+        unfinished: keeps what a long criterion has done, for a run that goes on after a stop.
         peaks: what a criterion that watches experts shows their outputs to, to find super experts; None: nothing.
     """
 
@@ -45,6 +47,7 @@ class Request:
     compute: Compute
     weights: Iterable[tuple[str, torch.Tensor]]
     peaks: ExpertPeaks | None = None
+    unfinished: Unfinished = NOTHING_KEPT
 
     @property
     def tokens(self) -> Any:

@@ -13,8 +13,9 @@ from ..errors import PrunerError
 from ..graph.units import KINDS, CouplingGraph, Unit
 from ..logs import log
 from ..models.blockwise import Compute, native_compute
-from ..models.processes import from_first
+from ..models.processes import count, from_first
 from ..models.running import check_calibration, stored_tensors
+from ..unfinished import NOTHING_KEPT, Unfinished
 from .aggregate import AGGREGATIONS, dims_to_score
 from .criteria import Entry, resolve_criterion
 from .layers import BY_POSITION, STRATEGIES, score_layers
@@ -65,7 +66,8 @@ def score(
             meta device (:func:`llm_pruner.checkpoint.stored.weights_in` reads them from files).
         most: largest number of layers that will be removed from a stack; ``loss`` measures no further.
         cache: file of a built-in criterion's numbers per channel, before aggregation: read if it exists, else written.
-            Give another file for another model, calibration set or criterion.
+            Give another file for another model, calibration set or criterion. A file beside it keeps what Taylor has
+            done of a large calibration set until all is done, so that a call that was killed can be repeated.
         protect_super_experts: give super experts (:mod:`~llm_pruner.importance.super_experts`) a score of infinity, so
             that they stay. Criteria that read the outputs of experts find them in the same pass, others in one more.
 
@@ -117,6 +119,7 @@ def score(
         compute=compute,
         weights=weights or stored_tensors(model).items(),
         peaks=ExpertPeaks(model, units) if protect_super_experts else None,
+        unfinished=NOTHING_KEPT if cache is None or count() > 1 else Unfinished(_part(cache)),
     )
     values = unit_scores(name, _compute(entry, request, cache), request, aggregation)
     values = {unit: from_first(scores) for unit, scores in values.items()}
@@ -149,7 +152,13 @@ def _compute(entry: Entry, request: Request, cache: Path | None) -> Result:
     result = entry.function(request)
     if all(isinstance(key, tuple) for key in result):
         save_salience(cast(Salience, result), cache)
+    _part(cache).unlink(missing_ok=True)
     return result
+
+
+def _part(cache: Path) -> Path:
+    """Return the file of what is done until the scores are complete."""
+    return cache.with_name(f"{cache.name}.part")
 
 
 def _score_layers(

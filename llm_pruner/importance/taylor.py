@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import PrunerError
 from ..models.blockwise import Compute
+from ..unfinished import NOTHING_KEPT, Unfinished
 from .aggregate import reduce_to
 from .gradients import visit_gradients, visit_moments
 from .linear_gradients import Moments
@@ -28,7 +29,13 @@ VARIANTS = ("vectorize", "param_first", "param_second", "param_mix")
 
 
 def taylor(
-    model: nn.Module, dims: Dims, calibration: torch.Tensor, variant: str, *, compute: Compute | None = None
+    model: nn.Module,
+    dims: Dims,
+    calibration: torch.Tensor,
+    variant: str,
+    *,
+    compute: Compute | None = None,
+    unfinished: Unfinished = NOTHING_KEPT,
 ) -> Salience:
     """Return the Taylor importance of every channel: ``{(parameter, dim): [size of dim]}`` in fp32.
 
@@ -37,6 +44,7 @@ def taylor(
         calibration: LongTensor ``[samples, tokens]``.
         variant: one of :data:`VARIANTS`.
         compute: where and how to compute; by default where the model is.
+        unfinished: keeps the gradients of the parts of a large calibration set that are done.
 
     Raises:
         PrunerError: a gradient is not finite; the message names the parameter.
@@ -64,7 +72,8 @@ def taylor(
         add(name, curvature)
 
     if variant in ("param_second", "param_mix"):
-        visit_moments(model, dims, calibration, second, with_mean=variant == "param_mix", compute=compute)
+        with_mean = variant == "param_mix"
+        visit_moments(model, dims, calibration, second, with_mean=with_mean, compute=compute, unfinished=unfinished)
     else:
-        visit_gradients(model, dims, calibration, first, compute=compute)
+        visit_gradients(model, dims, calibration, first, compute=compute, unfinished=unfinished)
     return salience
