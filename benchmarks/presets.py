@@ -57,7 +57,7 @@ def table(rows: list[dict[str, Any]], model: str) -> str:
     """Return the table of a model in Markdown."""
     mine = [row for row in rows if row["model"] == model]
     texts = list(mine[0]["before"])
-    cells = [["size", "method", "calibration text", "minutes", *texts]]
+    cells = [[f"size of {model}", "method", "calibration text", "minutes", *texts]]
     cells += [["1", "unpruned", "", "", *(f"{mine[0]['before'][text]:.1f}" for text in texts)]]
     order = list(METHODS)
     for size, origin, method in sorted(

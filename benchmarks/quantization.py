@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 
 import llm_pruner as lp
 from llm_pruner.data import text
@@ -27,6 +26,7 @@ from llm_pruner.provenance import provenance
 
 GROUP, TOKENS = 32, 128
 BITS = (16, 8, 4, 3)
+RESULTS = Path(__file__).parent / "results" / "quantization.json"
 
 
 def quantized(name: str, bits: int) -> tuple[nn.Module, Any, float]:
@@ -39,6 +39,8 @@ def quantized(name: str, bits: int) -> tuple[nn.Module, Any, float]:
     others = sum(parameter.numel() for parameter in model.parameters()) - weights
     if bits == 16:
         return model, tokenizer, 2.0 * (weights + others)
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_  # only to measure
+
     config = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(GROUP))
     quantize_(model, config, filter_fn=lambda module, path: path in layers)
     return model, tokenizer, weights * (bits / 8 + 2 / GROUP) + 2.0 * others
@@ -46,11 +48,15 @@ def quantized(name: str, bits: int) -> tuple[nn.Module, Any, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="the original first")
-    parser.add_argument("--texts", nargs="+", required=True, help="files of texts to measure")
+    parser.add_argument("models", nargs="*", help="the original first")
+    parser.add_argument("--texts", nargs="+", help="files of texts to measure")
     parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--print", action="store_true", help="print the table of the results")
     options = parser.parse_args()
+    if options.print:
+        print(table(json.loads(options.output.read_text())["rows"]))
+        return
     rows = []
     for name in options.models:
         for bits in BITS:

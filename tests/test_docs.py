@@ -85,7 +85,9 @@ def test_lines_end_at_120_columns(page):
     assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("| ")] == []
 
 
-@pytest.mark.parametrize(("page", "script"), [("docs/explanation/choosing.md", "presets.py")])
+@pytest.mark.parametrize(
+    ("page", "script"), [("docs/explanation/choosing.md", "presets.py"), ("docs/results.md", "quantization.py")]
+)
 def test_tables_are_those_of_the_results(page, script):
     argv = [sys.executable, str(ROOT / "benchmarks" / script), "--print"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
