@@ -19,7 +19,8 @@ In a mixture whose experts' output is added to the stream, the down projections 
 Layers of BERT's kind normalise the stream behind each sum. There h_t and p_t are the sums in front of the norms. Layers
 of Gemma 2's kind normalise what a projection writes before they add it. There h_t and p_t are the projection's outputs.
 
-At the end, the logits are scaled (:mod:`llm_pruner.refit.temperature`).
+Of several stacks of layers, such as an encoder and a decoder, those that lost something are refitted one after the
+other. At the end, the logits are scaled (:mod:`llm_pruner.refit.temperature`).
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ from ..models.inputs import Inputs, token_count
 from ..models.processes import gathered, own_share
 from ..models.running import check_calibration, evaluating, implementations
 from ..progress import track
-from ..unfinished import NOTHING_KEPT, Unfinished
+from ..unfinished import NOTHING_KEPT, Kept, Unfinished
 from .experts import refit_experts
 from .layer_by_layer import keep_layers, restore_layers
+from .matching import MatchingStack, cut_stacks
 from .regression import HELD_OUT, RegressionSums, best_ridge
-from .stream import Projection, ResidualStream, added_experts, added_projections, single_stack
+from .stream import Projection, ResidualStream, added_experts, added_projections
 from .temperature import scale_logits
 
 TEMPERATURE_SAMPLES = 16
@@ -101,17 +103,17 @@ def compensate(
         calibration: LongTensor ``[samples, tokens]``; at least 32 samples, a quarter of which is held out.
         method: ``least_squares`` moves weights and biases, ``bias`` only biases
             (:func:`llm_pruner.refit.biases.with_biases` gives a model some).
-        kept: indices of the original's layers that the pruned model keeps, in order (default: all). The last
-            projection before a gap makes up for the dropped layers: its target is the stream behind them.
+        kept: indices of the original's layers that the pruned model keeps, in order (default: all), of a stack that
+            lost layers. The last projection before a gap makes up for the dropped layers: its target is the stream
+            behind them.
         unfinished: keeps the layers that are done, and has those of a run that was stopped.
 
     Returns:
         Relative squared errors at every projection before and after, and the factor of the logits.
 
     Raises:
-        PrunerError: the two models are swapped, have different vocabularies or hidden sizes, or not one stack of
-            layers each; ``kept`` does not fit; the calibration set is too small or not for this model; or no
-            projection has a bias to move.
+        PrunerError: the two models are swapped, or have different vocabularies or hidden sizes; ``kept`` does not
+            fit; the calibration set is too small or not for this model; or no projection has a bias to move.
 
     Example:
         >>> import torch, llm_pruner as lp
@@ -128,52 +130,84 @@ def compensate(
     """
     if method not in METHODS:
         raise PrunerError(f"compensation {method!r} is not valid: choose from {', '.join(METHODS)}")
-    (_, original), (path, layers) = single_stack(model), single_stack(pruned)
-    kept = list(range(len(original)) if kept is None else kept)
-    if len(kept) != len(layers) or kept != sorted(set(kept)) or kept[-1] >= len(original):
-        raise PrunerError("the pruned model has other layers than the original: give kept, the indices of its layers")
+    stacks = cut_stacks(model, pruned, kept)
     calibration = check_calibration(model, calibration)
     _check_pair(model, pruned)
     if len(calibration) < MIN_SAMPLES:
         raise PrunerError(f"compensation needs at least {MIN_SAMPLES} calibration samples, not {len(calibration)}")
     with exact_arithmetic(native_compute(pruned).device):
-        projections = added_projections(pruned, calibration)
+        projections = [added_projections(pruned, calibration, stack.ours) for stack in stacks]
     if method == "bias" and not any(
-        _bias(layers[i].get_submodule(one.name)) is not None for i, added in enumerate(projections) for one in added
+        _bias(stack.ours[i].get_submodule(one.name)) is not None
+        for stack, added in zip(stacks, projections, strict=True)
+        for i, of_layer in enumerate(added)
+        for one in of_layer
     ):
         raise PrunerError("no projection whose output is added to the stream has a bias: use least_squares")
     batches = [own_share(batch) for batch in calibration.split(SAMPLES_PER_PASS)]
-    report = CompensationReport()
-    with evaluating(model), evaluating(pruned), computing(model), computing(pruned):
-        before, after = ResidualStream(model, original, batches), ResidualStream(pruned, layers, batches)
-        if before.hidden[0].shape != after.hidden[0].shape:
-            raise PrunerError("compensation compares hidden states, and the pruned model's are narrower")
-        for dropped in range(kept[0]):
-            before.advance(dropped, [])
-        done = 0
-        if last := unfinished.read():
-            restore_layers(last, pruned, path, after)
-            report.layers = [Refit(**refit) for refit in last.record["layers"]]
-            done = last.record["done"]
-        for i, added in enumerate(track(projections, "compensating layers")):
-            dropped_next = range(kept[i] + 1, [*kept, len(original)][i + 1])
-            targets = targets_behind(before, kept[i], added, dropped_next)
-            if i < done:
-                continue
-            refits = _refit_layer(pruned, after, i, targets, added, only_bias=method == "bias")
-            for refit in refits:
-                refit.module = f"{path}.{i}.{refit.module}"
-                report.layers.append(refit)
-            moved = [refit.module for refit in report.layers if refit.ridge is not None]
-            keep_layers(
-                unfinished,
-                pruned,
-                moved,
-                stream=after,
-                record={"done": i + 1, "layers": [asdict(refit) for refit in report.layers]},
-            )
+    last, earlier = unfinished.read(), 0
+    report = CompensationReport([Refit(**refit) for refit in last.record["layers"]] if last else [])
+    for stack, added in zip(stacks, projections, strict=True):  # a decoder reads what the encoder before it gives
+        done = last.record["done"] - earlier if last else 0
+        if last and done >= len(stack.ours):
+            restore_layers(last, pruned, stack.path)
+        else:
+            work = _StackRefit(model, pruned, stack, added, only_bias=method == "bias")
+            work.run(batches, report, last=last if done > 0 else None, earlier=earlier, unfinished=unfinished)
+        earlier += len(stack.ours)
     report.temperature = scale_logits(model, pruned, calibration[-TEMPERATURE_SAMPLES:])
     return report
+
+
+@dataclass(frozen=True)
+class _StackRefit:
+    """The refit of one stack of layers.
+
+    Attributes:
+        added: projections of each layer whose output is added to the stream.
+    """
+
+    model: PreTrainedModel
+    pruned: PreTrainedModel
+    stack: MatchingStack
+    added: list[list[Projection]]
+    only_bias: bool
+
+    def run(
+        self,
+        batches: list[Inputs],
+        report: CompensationReport,
+        *,
+        last: Kept | None,
+        earlier: int,
+        unfinished: Unfinished,
+    ) -> None:
+        """Refit the layers in order, and add the outcomes to the report.
+
+        Args:
+            last: what a run that was stopped within this stack left.
+            earlier: number of layers of earlier stacks.
+        """
+        stack = self.stack
+        with evaluating(self.model), evaluating(self.pruned), computing(self.model), computing(self.pruned):
+            before = ResidualStream(self.model, stack.theirs, batches)
+            after = ResidualStream(self.pruned, stack.ours, batches)
+            if before.hidden[0].shape != after.hidden[0].shape:
+                raise PrunerError("compensation compares hidden states, and the pruned model's are narrower")
+            for dropped in range(stack.kept[0]):
+                before.advance(dropped, [])
+            if last:
+                restore_layers(last, self.pruned, stack.path, after)
+            for i, added in enumerate(track(self.added, "compensating layers")):
+                targets = targets_behind(before, stack.kept[i], added, range(stack.kept[i] + 1, stack.last[i] + 1))
+                if last and earlier + i < last.record["done"]:
+                    continue
+                for refit in _refit_layer(self.pruned, after, i, targets, added, only_bias=self.only_bias):
+                    refit.module = f"{stack.path}.{i}.{refit.module}"
+                    report.layers.append(refit)
+                moved = [refit.module for refit in report.layers if refit.ridge is not None]
+                record = {"done": earlier + i + 1, "layers": [asdict(refit) for refit in report.layers]}
+                keep_layers(unfinished, self.pruned, moved, stream=after, record=record)
 
 
 def _check_pair(model: PreTrainedModel, pruned: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,3 +72,32 @@ def matching_stacks(
             )
         stacks.append(MatchingStack(path, theirs[path], layers, kept, plan))
     return stacks
+
+
+def cut_stacks(model: PreTrainedModel, pruned: PreTrainedModel, kept: Sequence[int] | None) -> list[MatchingStack]:
+    """Return the stacks of layers that lost something; of a model with one stack that one.
+
+    Args:
+        kept: indices of the original's layers that stay, in order (default: all), of stacks that lost layers.
+
+    Raises:
+        PrunerError: the models have other stacks, or ``kept`` does not fit.
+    """
+    theirs, ours = layer_lists(model), layer_lists(pruned)
+    if not ours or list(theirs) != list(ours):
+        raise PrunerError(f"the models have other stacks of layers: {', '.join(theirs)} and {', '.join(ours)}")
+    stacks = []
+    for path, layers in ours.items():
+        count = len(theirs[path])
+        indices = list(range(count)) if kept is None or (len(ours) > 1 and len(layers) == count) else list(kept)
+        if len(indices) != len(layers) or indices != sorted(set(indices)) or indices[-1] >= count:
+            raise PrunerError(
+                "the pruned model has other layers than the original: give kept, the indices of its layers"
+            )
+        if len(ours) == 1 or _shapes(layers) != _shapes(theirs[path]):
+            stacks.append(MatchingStack(path, theirs[path], layers, indices))
+    return stacks
+
+
+def _shapes(layers: nn.ModuleList) -> list[torch.Size]:
+    return [parameter.shape for parameter in layers.parameters()]

@@ -91,6 +91,8 @@ class ResidualStream:
 
         with forward_hooks([(layer, note) for layer in self.layers]):
             forward(model, ids)
+        if not last:
+            raise PrunerError("the calibration set does not reach all layers that were cut: give images or sounds")
         return hidden_out(last[0]), plain
 
     def _record(self, model: PreTrainedModel, ids: Inputs, *, calls: int, runs: bool) -> None:
@@ -205,12 +207,14 @@ def single_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """
     stacks = list(layer_lists(model).items())
     if len(stacks) != 1:
-        raise PrunerError(f"compensation needs one stack of layers, not {len(stacks)}")
+        raise PrunerError(f"a search over widths needs one stack of layers, not {len(stacks)}")
     return stacks[0]
 
 
 @torch.no_grad()
-def added_projections(model: PreTrainedModel, calibration: Inputs) -> list[list[Projection]]:
+def added_projections(
+    model: PreTrainedModel, calibration: Inputs, layers: nn.ModuleList | None = None
+) -> list[list[Projection]]:
     """Return, for every layer, its projections whose output is added to the residual stream, in order.
 
     In layers that normalise the stream behind each sum, as BERT's do, the sum is what counts; in those that normalise
@@ -218,11 +222,12 @@ def added_projections(model: PreTrainedModel, calibration: Inputs) -> list[list[
 
     Args:
         calibration: LongTensor ``[samples, tokens]``; the beginning of the first sample is used.
+        layers: one of the model's stacks (default: the only one).
 
     Raises:
         PrunerError: the model has no single stack of layers, or these do not pass on one stream.
     """
-    _, layers = single_stack(model)
+    layers = single_stack(model)[1] if layers is None else layers
     with evaluating(model), computing(model):
         sample = calibration[:1]
         short = sample if isinstance(sample, ModelInputs) else sample[:, :PROBE_TOKENS]  # it is run many times
