@@ -20,7 +20,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
 from .choices import SYNTHETIC
 from .corpora import check_text
-from .errors import PrunerError
+from .errors import PrunerError, in_one_line
 from .graph.units import CouplingGraph, trace
 from .models.inputs import ModelInputs, example_inputs, needed_inputs, reads_text_only
 from .models.running import model_inputs
@@ -192,14 +192,20 @@ def load_processor(model: PreTrainedModel) -> Any:
     """Load the processor of the checkpoint that a model was loaded from.
 
     Raises:
-        PrunerError: there is none.
+        PrunerError: there is none, or it needs a package that is not installed.
     """
+    reads_text = predicts_tokens(model) or "input_ids" in needed_inputs(model)
+    name, cause = model.name_or_path or type(model).__name__, None
     for auto_class in (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor):
         try:
-            return auto_class.from_pretrained(model.name_or_path, trust_remote_code=False)
-        except Exception:  # transformers raises whatever its loaders raise
+            processor: Any = auto_class.from_pretrained(model.name_or_path, trust_remote_code=False)
+        except Exception as error:  # transformers raises whatever its loaders raise
+            cause = cause or error
             continue
-    name = model.name_or_path or type(model).__name__
+        if not reads_text or hasattr(processor, "tokenizer"):
+            return processor
+    if isinstance(cause, ImportError):
+        raise PrunerError(f"the processor of {name} cannot be loaded: {in_one_line(cause)}") from cause
     raise PrunerError(
         f"{name} has no processor to read images or sounds with: put the original's preprocessor_config.json there"
     )

@@ -346,6 +346,30 @@ def test_rows_that_do_not_fit_are_named(tokenizer, pictures, tmp_path):
         measure_labelled(model_of("CLIPModel"), tokenizer, str(file))
 
 
+def test_answers_to_images_are_compared_beside_texts(llava, pictures, tmp_path):
+    """`prune` takes folders and texts among its data sets, as `evaluate` does, whose comparison is the same."""
+    prune = f"prune {llava} {tmp_path}/pruned --towers all --pruning_ratio 0.25 --kinds neurons --pruner_type l2"
+    data = f"--num_examples 32 --calib_dataset synthetic --eval_datasets {pictures},general --max_windows 2"
+    assert main([*prune.split(), *data.split(), "--refit", "ridge"]) == 0
+    after = read_json(tmp_path / "pruned" / "metrics.json")["after"]
+    assert list(after["perplexity"]) == ["general"] and list(after["similarity"]) == [str(pictures)]
+    evaluate = f"evaluate {llava} {tmp_path}/pruned --datasets {pictures} --tokens 0 --output {tmp_path}/measured"
+    assert main([*evaluate.split(), "--max_windows", "2"]) == 0
+    found = read_json(tmp_path / "measured" / "evaluation.json")["models"][1]["similarity"][str(pictures)]
+    assert found["agreement"] == pytest.approx(after["similarity"][str(pictures)]["agreement"])
+
+
+def test_a_package_that_a_processor_needs_is_named(llava, monkeypatch, capsys):
+    """As torchvision, which processors of videos need: an image processor alone would not read the text."""
+
+    def missing(*_, **__):
+        raise ImportError("LlavaProcessor requires the Torchvision library")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", missing)
+    assert main(["prune", str(llava), "x", "--towers", "all", "--pruning_ratio", "0.25", "--kinds", "neurons"]) == 2
+    assert "cannot be loaded: ImportError: LlavaProcessor requires the Torchvision library" in capsys.readouterr().err
+
+
 def test_inputs_that_are_not_the_models_are_refused():
     model = model_of("WhisperForConditionalGeneration")
     features = example_inputs(model).tensors()["input_features"]

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny_tokenizers import FAMILIES, TEXTS, family_of
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llm_pruner.data import documents
 from llm_pruner.errors import PrunerError
-from llm_pruner.surgery.tokenizer import Subwords
+from llm_pruner.surgery.tokenizer import Subwords, cut_document
 from llm_pruner.vocabulary.choosing import choose, ids_of_tokenizer, in_scripts
 from llm_pruner.vocabulary.counting import Counts, count
 
@@ -107,6 +107,34 @@ def test_scripts(family):
     assert not any("п" in w or "你" in w for w in written) and any("the" in w for w in written)
     with pytest.raises(PrunerError, match="--scripts 'Klingon' is unknown"):
         in_scripts(family.words, family.large, ["Klingon"])
+
+
+def test_characters_that_the_corpus_lacks_may_go(family):
+    """What the counted text is written with stays writable, and the rest becomes unknown."""
+    counts = torch.bincount(torch.tensor(family.large("the cat sat on a mat")["input_ids"])).numpy()
+    if family.words.falls_back_on_bytes:
+        with pytest.raises(PrunerError, match="falls back on bytes"):
+            family.words.unseen_characters(counts)
+        return
+    unseen = family.words.unseen_characters(counts)
+    assert unseen < family.words.required and not unseen & family.words.added
+    written = {family.large.decode([i]).strip("▁# ") for i in unseen}
+    assert written >= set("ßмр好") and not written & set("thecatsonm")
+    assert not family.words.unseen_characters([1] * family.words.size)
+    kept = choose(family.words, counts, keep=str(len(family.words.required) - len(unseen) + 30), given_up=unseen)
+    cut = Tokenizer.from_str(json.dumps(cut_document(family.words, kept)))
+    unknown = cut.token_to_id("<unk>")
+    assert unknown not in cut.encode("most attacks on the cat").ids and unknown in cut.encode("好").ids
+
+
+def test_tokens_that_no_text_has_come_last():
+    """As BERT's ``[unused0]``, whose brackets are split off; the earlier of the others are the more frequent ones."""
+    words = ["[UNK]", "[ab]", "[", "a", "b", "]", "##a", "##b", "##]", "ab", "ba"]
+    inner = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    subwords = Subwords(PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]"))
+    kept = choose(subwords, torch.zeros(len(words), dtype=torch.long).numpy(), keep=str(len(subwords.required) + 1))
+    assert [words[i] for i in kept if i not in subwords.required] == ["ab"]
 
 
 def test_the_tokens_of_a_smaller_tokenizer(family):

@@ -174,6 +174,8 @@ def test_vocabulary_and_neurons_in_one_plan():
         ([], "say which tokens stay"),
         (["--keep", "0.5"], "give --corpus"),
         (["--keep", "0.5", "--corpus", "/no/file.txt"], "no data set '/no/file.txt'"),
+        (["--scripts", "Latin", "--characters", "corpus"], "--characters corpus needs the characters of a text"),
+        (["--keep", "0.9", "--characters", "corpus", "--corpus", "python-docs"], "falls back on bytes"),
         (["--languages", "xx"], "--languages 'xx' is unknown"),
         (["--scripts", "Latin", "--keep_tokens", "/no/file"], "cannot read /no/file"),
         (["--kep", "3"], "did you mean --keep?"),

@@ -17,6 +17,7 @@ from ..evaluation.latency import latencies
 from ..evaluation.perplexity import check_length, perplexity, title_of_text, windows
 from ..evaluation.similarity import Originals, pieces_of
 from ..logs import log
+from ..media import is_media
 from ..models.blockwise import computing, native_compute
 from ..models.generate import Sampling, continue_text
 from ..models.inputs import reads_text_only
@@ -44,21 +45,23 @@ def evaluation_windows(
 
     Returns:
         By the name of the text: windows of tokens, a LongTensor ``[windows, tokens]``, for a model that predicts
-        tokens; pieces of text, a list, for others that read text; else inputs by name.
+        tokens; pieces of text, a list, for others that read text; inputs by name for images and sounds.
     """
     if not reads_text_only(model):
         return originals.media(settings.datasets, model, settings.max_windows, fallback)
     assert tokenizer is not None  # of a model that reads text
     if not predicts_tokens(model):
         return {name: pieces_of(text(name, "test"), settings.max_windows) for name in settings.datasets}
-    if settings.datasets:
+    media = [name for name in settings.datasets if is_media(name)]
+    texts = [name for name in settings.datasets if name not in media]
+    if texts:
         check_length(model, settings.tokens)
     return {
         title_of_text(name, tokenizer, settings.bos): windows(
             tokenizer, text(name, "test"), settings.tokens, settings.max_windows, bos=settings.bos
         )
-        for name in settings.datasets
-    }
+        for name in texts
+    } | originals.media(media, model, settings.max_windows)
 
 
 def evaluate_model(
@@ -73,22 +76,26 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Return the perplexity on every text and, where asked for, continuations of LLM-Pruner's kind of prompts.
 
+    Outputs for images or sounds, and all of a model that does not predict tokens, are compared with the original's.
+
     Args:
         texts: from :func:`evaluation_windows`.
-        originals: keeps the outputs before pruning of a model that does not predict tokens, for those after it.
+        originals: keeps outputs before pruning for those after it.
     """
     evaluation = settings.evaluation
     compute = native_compute(model).on(torch.device(evaluation.device))
     if not settings.model.offload and not settings.model.device_map:
         model.to(evaluation.device)  # type: ignore[arg-type]
     metrics: dict[str, Any] = {"perplexity": {}}
-    if not predicts_tokens(model):
+    compared = {name: inputs for name, inputs in texts.items() if not isinstance(inputs, torch.Tensor)}
+    if compared or not predicts_tokens(model):
         with clock("outputs"):
-            similarities = originals.compare(model, tokenizer, texts, compute=compute)
+            similarities = originals.compare(model, tokenizer, compared, compute=compute)
         metrics["similarity"] = {name: asdict(result) for name, result in similarities.items()}
         for name, values in metrics["similarity"].items():
             said = [f"{key} {values[key]:.4f}" for key in ("cosine", "agreement") if values[key] is not None]
             log.info("outputs against the original's on %s: %s", name, ", ".join(said))
+    if not predicts_tokens(model):
         return metrics
     assert tokenizer is not None
     if evaluation.generate_before if when.startswith("before") else evaluation.generate_after:
@@ -97,6 +104,8 @@ def evaluate_model(
         for sample in metrics["samples"]:
             log.info("%s: %s", when, sample)
     for name, ids in texts.items():
+        if name in compared:
+            continue
         with clock("perplexity"):
             result = perplexity(model, ids, compute=compute, text_name=name)
         metrics["perplexity"][name] = asdict(result)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,6 +45,7 @@ class Subwords:
         size: one more than the largest id.
         added: ids of added tokens.
         required: ids that must stay in any case: added and special tokens, and the tokens that text falls back on.
+        falls_back_on_bytes: True if any text can be written with the tokens of single bytes.
         by_words: True where a token may stay without the tokens that it is merged from.
         merges: pairs of tokens that BPE merges, earliest first.
     """
@@ -57,12 +58,15 @@ class Subwords:
         self.ids = {token: i for i, token in self.tokens.items()}
         self.size = max(self.tokens, default=-1) + 1
         self.added = {token["id"] for token in self.document["added_tokens"]}
+        self.falls_back_on_bytes = bool(model.get("byte_fallback")) or self._byte_level()
         self.required = self._special_ids() | self._fallback_ids()
         affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
         self.by_words = self.kind == "BPE" and self._byte_level() and not affixes
         self.merges = _merges(model) if self.kind == "BPE" else []
         self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(self.merges)))}
         self._constituents: dict[int, tuple[int, ...] | None] = {}
+        self._backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        self._whole: dict[int, bool] = {}
 
     def _special_ids(self) -> set[int]:
         """Return added tokens, those that a post-processor puts around a text, and the unknown token."""
@@ -82,6 +86,49 @@ class Subwords:
             return {i for i, token in own.items() if token in alphabet}
         spelled = {i: _spell(model, token) for i, token in own.items()}
         return {i for i, letters in spelled.items() if len(letters) == 1 or not set(letters) <= self.ids.keys()}
+
+    def stays_whole(self, i: int) -> bool:
+        """Return True if the text of a token is not split before the tokenizer's model reads it.
+
+        No text has a token that is split, such as BERT's ``[unused0]``.
+        """
+        if i not in self._whole:
+            prefix = self.document["model"].get("continuing_subword_prefix") or ""
+            text = self.tokens[i].removeprefix(prefix) if prefix else self._backend.decode([i])
+            normalizer, splitter = self._backend.normalizer, self._backend.pre_tokenizer
+            text = normalizer.normalize_str(text) if normalizer else text
+            self._whole[i] = splitter is None or len(splitter.pre_tokenize_str(text)) == 1
+        return self._whole[i]
+
+    def unseen_characters(self, counts: Sequence[int], least: int = 1) -> set[int]:
+        """Return the required tokens of single characters that no token of a text has.
+
+        Without them, text with such characters has unknown tokens.
+
+        Args:
+            counts: occurrences in the text, by id.
+            least: occurrences of a token that count.
+
+        Raises:
+            PrunerError: the tokenizer falls back on bytes, of which all stay.
+        """
+        if self.falls_back_on_bytes:
+            raise PrunerError(
+                "--characters corpus is not valid for a tokenizer that falls back on bytes: leave it out, it keeps no "
+                "characters"
+            )
+        model, special = self.document["model"], self._special_ids()
+        seen = [i for i in self.tokens.keys() - special if i < len(counts) and counts[i] >= least]
+        characters = {self._plain(c) for i in seen for c in _spell(model, self.tokens[i])}
+        return {
+            i for i in self.required - special if not {self._plain(c) for c in _spell(model, self.tokens[i])} <= characters
+        }
+
+    def _plain(self, character: str) -> str:
+        """Return a character as it stands in a text, without the marks of its place in a word."""
+        model = self.document["model"]
+        prefix, suffix = (model.get(f"{name}") or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+        return character.removeprefix(prefix).removesuffix(suffix) or character
 
     def _byte_level(self) -> bool:
         """Return True if text reaches the model as bytes, each written as a character."""

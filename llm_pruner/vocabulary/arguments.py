@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..choices import DEFAULT_MODEL, GENERAL, Dtype
 from ..errors import PrunerError
@@ -31,6 +32,12 @@ class VocabArguments(Arguments):
     to_tokenizer: str | None = flag(None, "keep the tokens of this tokenizer, a subset of the model's", group="tokens")
     languages: list[str] = flag([], "keep tokens in the scripts of these languages, such as en,zh", group="tokens")
     scripts: list[str] = flag([], "keep tokens in these scripts, such as Han,Latin", group="tokens")
+    characters: Literal["all", "corpus"] = flag(
+        "all",
+        "characters that stay writable (corpus: only those of --corpus, where the tokenizer does not fall back on "
+        "bytes; others become unknown tokens)",
+        group="tokens",
+    )
     keep_tokens: str | None = flag(
         None, "file of tokens to keep whatever the other flags say, one per line", group="tokens"
     )
@@ -61,3 +68,5 @@ class VocabArguments(Arguments):
             raise PrunerError("say which tokens stay: --keep, --min_count, --to_tokenizer, --languages or --scripts")
         if (self.keep or self.min_count) and not self.corpus:
             raise PrunerError("--keep and --min_count need counts of tokens: give --corpus")
+        if self.characters == "corpus" and not self.corpus:
+            raise PrunerError("--characters corpus needs the characters of a text: give --corpus")

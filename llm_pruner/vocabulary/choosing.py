@@ -106,6 +106,7 @@ class _Candidate(NamedTuple):
     """A way to keep one more token; the best sorts first."""
 
     negative_value: float  # occurrences that it covers per row that it takes
+    unwritten: bool  # it has no occurrence, and no text can have one
     token: int
     as_word: bool
 
@@ -117,6 +118,7 @@ def choose(
     *,
     min_count: int = 0,
     protected: Iterable[int] = (),
+    given_up: Iterable[int] = (),
     among: set[int] | None = None,
     whole: np.ndarray | None = None,
 ) -> list[int]:
@@ -128,6 +130,7 @@ def choose(
             cover this share of the counted text.
         min_count: keep only tokens that occur at least this often.
         protected: ids to keep in any case.
+        given_up: ids that the tokenizer needs for some texts, and that need not stay.
         among: keep only tokens among these; None: among all.
         whole: int64 ``[tokens]``, occurrences by id as a whole word. If given, and the tokenizer allows it, a token may
             be kept as a whole word, without the tokens that it is merged from.
@@ -137,7 +140,7 @@ def choose(
     """
     limit, share = token_budget(keep, len(words.tokens))
     coverage = Coverage(words, counts, whole)
-    for i in [*words.required, *protected]:
+    for i in [*(words.required - {*given_up}), *protected]:
         if i not in coverage.kept:
             coverage.keep_merged(words.needs(i, coverage.kept) or {i})
     if limit is not None and limit < len(coverage.kept):
@@ -175,9 +178,10 @@ def _rank(coverage: Coverage, remaining: set[int], most: int) -> list[_Candidate
             remaining.discard(i)
             continue
         if len(coverage.kept) + rows <= most:
-            candidates.append(_Candidate(-coverage.gain(needed) / rows, i, False))
+            unwritten = not coverage.occurrences[i] and not coverage.words.stays_whole(i)
+            candidates.append(_Candidate(-coverage.gain(needed) / rows, unwritten, i, False))
         if coverage.word_occurrences[i] and i not in coverage.kept:
-            candidates.append(_Candidate(-coverage.word_occurrences[i], i, True))
+            candidates.append(_Candidate(-coverage.word_occurrences[i], False, i, True))
     return sorted(candidates)
 
 

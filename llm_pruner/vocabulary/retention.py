@@ -25,6 +25,7 @@ class Retention:
         min_count: keep only tokens that occur at least this often.
         to_tokenizer: name of a tokenizer whose tokens to keep only.
         scripts: keep only tokens in these scripts; empty: in any.
+        unseen_characters: keep characters that the corpus lacks, so that no text has more unknown tokens than before.
         listed: file of tokens to keep in any case, one per line.
         corpus: names of the texts to count tokens in.
         max_documents: most documents to count of a data set on the hub; None: all.
@@ -36,6 +37,7 @@ class Retention:
     min_count: int = 0
     to_tokenizer: str | None = None
     scripts: tuple[str, ...] = ()
+    unseen_characters: bool = True
     listed: Path | None = None
     corpus: tuple[str, ...] = ()
     max_documents: int | None = None
@@ -63,6 +65,7 @@ def kept_tokens(settings: Retention, model: PreTrainedModel, tokenizer: PreTrain
         settings.keep,
         min_count=settings.min_count,
         protected=protected,
+        given_up=() if settings.unseen_characters else words.unseen_characters(counts.values, settings.min_count or 1),
         among=_permitted(settings, words, tokenizer),
         whole=counts.words if words.by_words and keeps_words(tokenizer, model.config) else None,
     )

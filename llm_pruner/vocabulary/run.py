@@ -97,6 +97,7 @@ def resolve(args: VocabArguments) -> Retention:
         min_count=args.min_count,
         to_tokenizer=args.to_tokenizer,
         scripts=(*args.scripts, *scripts_of(args.languages)),
+        unseen_characters=args.characters == "all",
         listed=Path(args.keep_tokens) if args.keep_tokens else None,
         corpus=tuple(args.corpus),
         max_documents=args.max_documents or None,
