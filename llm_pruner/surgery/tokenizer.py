@@ -121,7 +121,9 @@ class Subwords:
         seen = [i for i in self.tokens.keys() - special if i < len(counts) and counts[i] >= least]
         characters = {self._plain(c) for i in seen for c in _spell(model, self.tokens[i])}
         return {
-            i for i in self.required - special if not {self._plain(c) for c in _spell(model, self.tokens[i])} <= characters
+            i
+            for i in self.required - special
+            if not {self._plain(c) for c in _spell(model, self.tokens[i])} <= characters
         }
 
     def _plain(self, character: str) -> str:

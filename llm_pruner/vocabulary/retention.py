@@ -59,13 +59,16 @@ def kept_tokens(settings: Retention, model: PreTrainedModel, tokenizer: PreTrain
     counts = Counts(words.size)
     if settings.corpus:
         counts = count(tokenizer, settings.corpus, settings.counts_file, settings.max_documents)
+    given_up: set[int] = set()
+    if not settings.unseen_characters:
+        given_up = words.unseen_characters(counts.values.tolist(), settings.min_count or 1)
     return choose(
         words,
         counts.values,
         settings.keep,
         min_count=settings.min_count,
         protected=protected,
-        given_up=() if settings.unseen_characters else words.unseen_characters(counts.values, settings.min_count or 1),
+        given_up=given_up,
         among=_permitted(settings, words, tokenizer),
         whole=counts.words if words.by_words and keeps_words(tokenizer, model.config) else None,
     )
