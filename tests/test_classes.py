@@ -203,8 +203,9 @@ WITH_IMAGES = {
     },
     "Gemma3ForConditionalGeneration": {
         "text_config": TEXT | {"head_dim": 8},
-        "vision_config": VISION,
+        "vision_config": VISION | {"vision_use_head": False},
         "mm_tokens_per_image": 4,
+        "image_token_index": 199,
     },
     "SmolVLMForConditionalGeneration": {
         "text_config": transformers.LlamaConfig(**TEXT, pad_token_id=0),
@@ -267,3 +268,17 @@ def test_outputs_for_an_image_are_those_of_the_masked_original(tmp_path):
         without = pruned(input_ids=ids - 97, pixel_values=torch.zeros_like(image)).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, without, atol=1e-3), "the image is read"
+
+
+def test_towers_of_a_model_that_counts_the_places_of_images(tmp_path):
+    """As Gemma 3 does, by reading a value, which a model on the meta device cannot."""
+    model = model_with_images("Gemma3ForConditionalGeneration")
+    ids = torch.tensor([[150, 199, 199, 199, 199, 160, 170, 180]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16), "token_type_ids": (ids == 199).long()}
+    graph = lp.trace(model, inputs)
+    plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.25, ("neurons",))
+    assert {"vision" in name for name in plan.units} == {False, True}
+    pruned = lp.apply(model, plan)
+    assert lp.verify(model, pruned, plan).equivalent
+    stock = stock_model(model, pruned, plan, tmp_path / "pruned")
+    assert (stock.config.text_config.intermediate_size, stock.config.vision_config.intermediate_size) == (36, 48)

@@ -13,7 +13,7 @@ from ..graph.tracer import TraceError
 from ..graph.units import CouplingGraph, share_graph, trace
 from ..media import trace_media
 from ..models.inputs import example_inputs, share_inputs
-from ..models.running import model_inputs, stored_tensors, tracing_mode
+from ..models.running import MetaReads, model_inputs, stored_tensors, tracing_mode
 from ..models.skeleton import canonical_names, skeleton
 from ..models.towers import reach_towers
 from ..selection.plan import PruningPlan, name_after
@@ -159,10 +159,12 @@ def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: Pruning
 def _broken_cache(rebuilt: PreTrainedModel, original: PreTrainedModel) -> str:
     """Return the error of a rebuilt model when it fills its cache, if the original can fill its own; else ""."""
 
+    inputs = example_inputs(rebuilt)  # of the two, this one knows the inputs that the original was traced with
+
     def problem(model: PreTrainedModel) -> str:
         try:
-            with torch.no_grad(), tracing_mode(model):
-                model(**model_inputs(model, example_inputs(model)), use_cache=True)
+            with torch.no_grad(), tracing_mode(model), MetaReads():
+                model(**model_inputs(model, inputs), use_cache=True)
         except Exception as error:  # a model may fail in any way it likes
             return f"its cache does not take the new sizes: {type(error).__name__}: {error}"
         return ""
