@@ -77,7 +77,7 @@ def test_dropped_layers_of_one_stack():
 
 
 def test_a_tower_that_text_does_not_reach(llava):
-    """It stays where it lost nothing, and is asked for images where it did."""
+    """The tower stays where it lost nothing; where it was cut, images are asked for."""
     model, _ = lp.load(str(llava))
     text = tokens(64, 16)
     pruned = pruned_by(model, kinds=("neurons",))[1]

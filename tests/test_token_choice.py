@@ -110,7 +110,7 @@ def test_scripts(family):
 
 
 def test_characters_that_the_corpus_lacks_may_go(family):
-    """What the counted text is written with stays writable, and the rest becomes unknown."""
+    """Text in the characters of the corpus stays writable, and other text becomes unknown."""
     counts = torch.bincount(torch.tensor(family.large("the cat sat on a mat")["input_ids"])).numpy()
     if family.words.falls_back_on_bytes:
         with pytest.raises(PrunerError, match="falls back on bytes"):
