@@ -10,6 +10,8 @@ import torch
 
 from .axes import Dim
 
+FIXED_INDEX = "one fixed index of it is read"
+
 
 @dataclass
 class Traced:
@@ -26,11 +28,13 @@ class Traced:
 
 
 class Recorder(Protocol):
-    """Interface of the tracer to rules: look up the state of a tensor, and record the state of an output."""
+    """Interface of the tracer to rules: look up the state of a tensor, record the state of an output or a selection."""
 
     def lookup(self, tensor: torch.Tensor) -> Traced: ...
 
     def record(self, traced: Traced) -> None: ...
+
+    def pick(self, dim: Dim, index: int) -> None: ...
 
 
 @dataclass

@@ -8,6 +8,7 @@ of :mod:`llm_pruner.graph.rules` couple them; :mod:`llm_pruner.graph.units` read
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -32,8 +33,8 @@ from ..models.per_layer import Constant
 from ..models.running import answer_on_meta, main_output, model_inputs, stored_tensors, tracing_mode
 from ..models.tasks import has_token_logits
 from ..models.torch_internals import TorchDispatchMode, storage_key
-from .axes import Atom, Dim, freeze, fresh, leaves, size_of, tag, unify
-from .call import RULES, Call, Traced, tensors_in
+from .axes import Atom, Dim, freeze, fresh, leaves, size_of, split_concat, tag, unify
+from .call import FIXED_INDEX, RULES, Call, Traced, tensors_in
 from .constants import COMBINED, separate_constants
 from .fingerprint import uniform_axes
 from .rules import indexing
@@ -64,6 +65,8 @@ class Tracer(TorchDispatchMode):
         self.calls: list[tuple[list[int], list[int]]] = []  # what each operator wrote and read, by storage
         self.alive: list[torch.Tensor] = []  # the ids of dead tensors and storages would be reused
         self.idle: set[str] = set()  # tensors that the output does not depend on
+        self.read: tuple[Dim, int] = ((), 0)  # the last index that was read as a number, and the axis it points into
+        self.followed: list[tuple[Dim, int, Dim]] = []  # dims selected at such an index, the index and its axis
 
     @property
     def where(self) -> str:
@@ -81,6 +84,33 @@ class Tracer(TorchDispatchMode):
             self.record(traced)
         return traced
 
+    def pick(self, dim: Dim, index: int) -> None:
+        """Record that one index of a dim is selected: the one that was just read as a number, or a fixed one."""
+        axis, value = self.read
+        if index == value and 1 < size_of(dim) <= size_of(axis):
+            self.followed.append((dim, index, axis))
+        else:
+            freeze(dim, FIXED_INDEX)
+
+    def couple_followed(self) -> None:
+        """Couple the dims that were selected at several indices of an axis, as they were read, with this axis.
+
+        A loop over the experts that have tokens does so. A longer axis has experts without weights at its end.
+        """
+        by_dim: dict[tuple[int, ...], list[tuple[Dim, int, Dim]]] = defaultdict(list)
+        for dim, index, axis in self.followed:
+            by_dim[tuple(id(leaf) for leaf in leaves(dim))].append((dim, index, axis))
+        for group in by_dim.values():
+            if len({index for _, index, _ in group}) == 1:
+                freeze(group[0][0], FIXED_INDEX)
+                continue
+            for dim, _, axis in group:
+                size, whole = size_of(dim), size_of(axis)
+                weighted, rest = split_concat(axis, [size, whole - size])
+                unify(dim, weighted)
+                tag(dim, "indexed")
+                freeze(rest if size < whole else (), "it has no weights of its own")
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
@@ -93,6 +123,8 @@ class Tracer(TorchDispatchMode):
         out = func(*args, **kwargs)
         self.alive.extend(tensors_in(out))
         self.calls.append(([storage_key(t) for t in tensors_in(out)], [storage_key(t.tensor) for t in inputs]))
+        if name == "_local_scalar_dense" and (axis := inputs[0].index_of):
+            self.read = axis, int(out)
         outs = [t for t in tensors_in(out) if id(t) not in self.traced or any(t is a for a in args)]
         if not outs:
             return out
@@ -150,12 +182,24 @@ class Tracer(TorchDispatchMode):
             raise TraceError(f"rule {name} gives dims {sizes} for shape {list(tensor.shape)} in {self.where}")
 
 
-class ListIndexing(TorchFunctionMode):
-    """Reads ``x[[-2]]`` as the slice that it is.
+class Rewritten(TorchFunctionMode):
+    """Reads ``x[[-2]]`` as the slice that it is, and one-hot vectors as what is written at indices.
 
     A list of consecutive positions written in the code becomes an index tensor before any operator runs, and on
-    the meta device its values are gone by then.
+    the meta device its values are gone by then. ``one_hot`` compares the indices with a range, as numbers.
     """
+
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def _one_hot(self, index: torch.Tensor, num_classes: int = -1) -> torch.Tensor | None:
+        """Return one-hot vectors of the indices of an axis, None for other numbers."""
+        size = size_of(self.tracer.lookup(index).index_of or ())
+        if num_classes < size or size == 1:
+            return None
+        zeros = torch.zeros(*index.shape, size, dtype=index.dtype, device=index.device)
+        return nn.functional.pad(zeros.scatter(-1, index.unsqueeze(-1), 1), (0, num_classes - size))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
@@ -165,6 +209,8 @@ class ListIndexing(TorchFunctionMode):
                 if positions and positions == list(range(positions[0], positions[0] + len(positions))):
                     run = slice(positions[0], positions[-1] + 1 or None)
                     args = (args[0], (*args[1][:at], run, *args[1][at + 1 :]))
+        if func is nn.functional.one_hot and (vectors := self._one_hot(*args, **(kwargs or {}))) is not None:
+            return vectors
         return func(*args, **(kwargs or {}))
 
 
@@ -217,7 +263,7 @@ def _prepare(model: nn.Module, tracer: Tracer) -> Iterator[None]:
             separate_constants(model, tracer, tracer.constants),
         ):
             stack.enter_context(context)
-        stack.enter_context(ListIndexing())
+        stack.enter_context(Rewritten(tracer))
         yield
 
 
@@ -280,6 +326,7 @@ def _trace_on(model: nn.Module, device: torch.device) -> tuple[Tracer, dict[str,
             f"{type(model).__name__} could not be run on the {device.type} device, in {tracer.where}: "
             f"{type(error).__name__}: {error}"
         ) from error
+    tracer.couple_followed()
     _tie_ends(model, tracer.lookup(logits).dims, vocabulary)
     if inputs.keys() <= IDS:
         _freeze_what_images_reach(model, named, dims)

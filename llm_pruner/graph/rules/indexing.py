@@ -132,6 +132,15 @@ def index_add(call: Call) -> None:
     call.set(dims)
 
 
+@rule("nonzero")
+def nonzero(call: Call) -> None:
+    """Return the positions of one axis as indices that point into it; those of several axes are no index of any."""
+    dims = call.dims("self")
+    for dim in dims if len(dims) > 1 else ():
+        freeze(dim, "its positions are read as numbers")
+    call.set([fresh(len(call.out)), fresh(len(dims))], index_of=dims[0] if len(dims) == 1 else None, role="activation")
+
+
 @rule("one_hot")
 def one_hot(call: Call) -> None:
     at = call.get("self")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..axes import Dim, concat, find, flatten, freeze, fresh, size_of, split_concat, split_product, tag, unify
-from ..call import Call, Traced, rule
+from ..call import FIXED_INDEX, Call, Traced, rule
 from ..routing import top_k_tag
 
 
@@ -155,16 +155,16 @@ def split(call: Call) -> None:
 
 @rule("select", "select_copy")
 def select(call: Call) -> None:
-    """Select one index of a dim: the dim is frozen, the other dims pass."""
+    """Select one index of a dim: the dim is frozen unless an axis gives the index; the other dims pass."""
     source, axis = call.get("self"), call.dim()
-    freeze(source.dims[axis], "one fixed index of it is read")
+    call.tracer.pick(source.dims[axis], call["index"])
     call.set([*source.dims[:axis], *source.dims[axis + 1 :]], index_of=source.index_of)
 
 
 @rule("unbind")
 def unbind(call: Call) -> None:
     source, axis = call.get("self"), call.dim()
-    freeze(source.dims[axis], "one fixed index of it is read")
+    freeze(source.dims[axis], FIXED_INDEX)
     for out in call.out:
         call.set([*source.dims[:axis], *source.dims[axis + 1 :]], out, source.index_of)
 
