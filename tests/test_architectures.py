@@ -233,7 +233,7 @@ def test_models_that_read_values_are_run_on_their_weights():
     model = tiny_model("jetmoe")
     graph = lp.trace(model)
     assert not graph.on_meta
-    assert all(check_permutation(model, u).passed for u in graph.of_kind("neurons", "heads", "hidden"))
+    assert all(check_permutation(model, u).passed for u in graph.of_kind("neurons", "heads", "experts", "hidden"))
     with pytest.raises(lp.PrunerError, match="a model with its weights may do better"):
         lp.trace(meta_model(model.config))
 

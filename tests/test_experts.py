@@ -52,7 +52,8 @@ def first(output):
 
 def contributions(block, unit, states, output):
     """Return what each expert adds to the output, as the difference without it: ``[experts, tokens, hidden]``."""
-    stacks = {n: p for n, p in block.experts.named_parameters() if n.startswith("down_proj")}
+    names = ("down_proj", "down_proj_bias", "mlp.w2")
+    stacks = {n: p.view(unit.size, -1) for n, p in block.experts.named_parameters() if n in names}
     out = []
     for j in range(unit.size):
         saved = {name: stack.data[j].clone() for name, stack in stacks.items()}
@@ -91,6 +92,9 @@ def outputs_of(block, states, j):
         gate, up = (x @ experts.gate_up_proj[j] + experts.gate_up_proj_bias[j]).view(len(x), -1, 2).unbind(-1)
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
         return ((up + 1) * gate * torch.sigmoid(1.702 * gate)) @ experts.down_proj[j] + experts.down_proj_bias[j]
+    if hasattr(experts, "mlp"):  # DBRX
+        w1, v1, w2 = (w.view(-1, experts.ffn_hidden_size, x.shape[1])[j] for w in experts.mlp.parameters())
+        return (silu(x @ w1.T) * (x @ v1.T)) @ w2
     gate, up = (x @ experts.gate_up_proj[j].T).chunk(2, -1)
     return (silu(gate) * up) @ experts.down_proj[j].T
 
@@ -194,6 +198,14 @@ def test_criteria_of_experts_refuse_models_without():
     model = build("llama")
     with pytest.raises(lp.PrunerError, match="reap scores experts, and this model has none"):
         lp.score(model, lp.trace(model), torch.ones(1, 4).long(), "reap")
+
+
+def test_experts_of_a_router_inside_are_not_watched():
+    model = mixture("jetmoe")  # one expert after the other, all of them; its attention has experts too
+    units = lp.trace(model).of_kind("experts")
+    assert [unit.size for unit in units] == [4] * 4
+    with pytest.raises(lp.PrunerError, match="not known how they are routed: use taylor, l2 or random"):
+        lp.score(model, lp.trace(model), torch.ones(1, 4).long(), "reap", kinds=["experts"])
 
 
 def test_other_units_are_refused_by_name():

@@ -65,7 +65,8 @@ class Tracer(TorchDispatchMode):
         self.calls: list[tuple[list[int], list[int]]] = []  # what each operator wrote and read, by storage
         self.alive: list[torch.Tensor] = []  # the ids of dead tensors and storages would be reused
         self.idle: set[str] = set()  # tensors that the output does not depend on
-        self.read: tuple[Dim, int] = ((), 0)  # the last index that was read as a number, and the axis it points into
+        # The last axis of which an index was read as a number, and the index; None where a number per index was.
+        self.read: tuple[Dim, int | None] = ((), 0)
         self.followed: list[tuple[Dim, int, Dim]] = []  # dims selected at such an index, the index and its axis
 
     @property
@@ -84,10 +85,11 @@ class Tracer(TorchDispatchMode):
             self.record(traced)
         return traced
 
-    def pick(self, dim: Dim, index: int) -> None:
-        """Record that one index of a dim is selected: the one that was just read as a number, or a fixed one."""
-        axis, value = self.read
-        if index == value and 1 < size_of(dim) <= size_of(axis):
+    def pick(self, source: Traced, at: int, index: int) -> None:
+        """Record that one index of a dim is selected: one that an axis gave before, or a fixed one."""
+        dim, (axis, value) = source.dims[at], self.read
+        in_full_loop = value is None and source.role == "weight" and size_of(dim) == size_of(axis)
+        if (index == value and 1 < size_of(dim) <= size_of(axis)) or in_full_loop:
             self.followed.append((dim, index, axis))
         else:
             freeze(dim, FIXED_INDEX)
@@ -95,7 +97,7 @@ class Tracer(TorchDispatchMode):
     def couple_followed(self) -> None:
         """Couple the dims that were selected at several indices of an axis, as they were read, with this axis.
 
-        A loop over the experts that have tokens does so. A longer axis has experts without weights at its end.
+        A loop over experts does so. A longer axis has experts without weights at its end.
         """
         by_dim: dict[tuple[int, ...], list[tuple[Dim, int, Dim]]] = defaultdict(list)
         for dim, index, axis in self.followed:
@@ -209,6 +211,8 @@ class Rewritten(TorchFunctionMode):
                 if positions and positions == list(range(positions[0], positions[0] + len(positions))):
                     run = slice(positions[0], positions[-1] + 1 or None)
                     args = (args[0], (*args[1][:at], run, *args[1][at + 1 :]))
+        if func is torch.Tensor.tolist and len(dims := self.tracer.lookup(args[0]).dims) == 1:
+            self.tracer.read = dims[0], None
         if func is nn.functional.one_hot and (vectors := self._one_hot(*args, **(kwargs or {}))) is not None:
             return vectors
         return func(*args, **(kwargs or {}))

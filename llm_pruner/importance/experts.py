@@ -29,6 +29,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..errors import PrunerError
 from ..graph.places import common_path
+from ..graph.routing import router_slices
 from ..graph.units import Unit
 from ..logs import log
 from ..models.experts import Routing, Unrouted, watching
@@ -160,7 +161,7 @@ class _Block:
     def _without(self, expert: int, states: torch.Tensor) -> torch.Tensor:
         """Return the block's output when its router does not choose an expert."""
         tensors = dict([*self.module.named_parameters(), *self.module.named_buffers()])
-        with Unrouted(self.unit.slices(expert)) as mode:
+        with Unrouted(router_slices(self.unit, [expert])) as mode:
             names = [name.removeprefix(f"{self.path}.") for name in mode.removed]
             replaced = {name: mode.stand_in(f"{self.path}.{name}", tensors[name]) for name in names}
             return hidden_out(functional_call(self.module, replaced, (states,)))

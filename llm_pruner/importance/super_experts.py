@@ -38,7 +38,7 @@ MEDIAN_OF = 2**16  # magnitudes of a pass that the median is taken of
 
 
 def experts_by_path(model: nn.Module, units: Iterable[Unit], refusal: str) -> dict[str, Unit]:
-    """Return the units of experts by the path of the module that owns their stacked weights.
+    """Return the units of experts by the path of the largest module that owns their stacked weights and no others.
 
     Args:
         refusal: message of the error.
@@ -48,12 +48,24 @@ def experts_by_path(model: nn.Module, units: Iterable[Unit], refusal: str) -> di
     """
     ranks, found = {name: parameter.ndim for name, parameter in model.named_parameters()}, {}
     for unit in units:
-        stacks = [name for name, dim in unit.dims if dim == 0 and ranks.get(name) == 3]
+        rows = {name: int((label >= 0).sum()) for (name, dim), label in unit.dims.items() if dim == 0}
+        stacks = [name for name, count in rows.items() if ranks.get(name) == 3 or count > unit.size]
         if unit.kind == "experts" and stacks:
-            found[common_path(stacks)] = unit
+            found[_owner(common_path(stacks), ranks)] = unit
     if not found:
         raise PrunerError(refusal)
     return found
+
+
+def _owner(path: str, parameters: Iterable[str]) -> str:
+    """Return the path of the largest module that has the same parameters as one inside it."""
+    while (outer := path.rpartition(".")[0]) and _count(outer, parameters) == _count(path, parameters):
+        path = outer
+    return path
+
+
+def _count(path: str, parameters: Iterable[str]) -> int:
+    return sum(name.startswith(f"{path}.") for name in parameters)
 
 
 class ExpertPeaks:

@@ -75,12 +75,13 @@ def watching(model: nn.Module, experts: dict[str, int], visit: Visit) -> Iterato
 def _watched(path: str, forward: Callable[..., Any], experts: int, visit: Visit) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if (call := top_k_call(args, kwargs)) is not None:
-            return _of_top_k(path, forward, visit, call)
+            return _of_top_k(path, forward, experts, visit, call)
         tensors = _tensors(args, kwargs)
         (first, *others) = tensors
         if others or not first.is_floating_point() or first.ndim != 2 or len(first) % experts:
             shapes = ", ".join(str(list(t.shape)) for t in tensors)
-            raise PrunerError(f"the experts of {path} are called with tensors {shapes}: not known how they are routed")
+            called = f"the experts of {path} are called with tensors {shapes}: not known how they are routed"
+            raise PrunerError(f"{called}: use taylor, l2 or random")
         return _of_gated_inputs(path, forward, experts, visit, first)
 
     return run
@@ -99,7 +100,7 @@ def _tensors(args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
 
 
-def _of_top_k(path: str, forward: Callable[..., Any], visit: Visit, call: TopKCall) -> torch.Tensor:
+def _of_top_k(path: str, forward: Callable[..., Any], experts: int, visit: Visit, call: TopKCall) -> torch.Tensor:
     """Run experts one per token, each with a gate of 1, and sum their outputs as the module would."""
     hidden, index, gates = call
     sums = []
@@ -107,11 +108,25 @@ def _of_top_k(path: str, forward: Callable[..., Any], visit: Visit, call: TopKCa
     for start in range(0, len(rows), TOKENS_PER_CALL):
         part = slice(start, start + TOKENS_PER_CALL)
         (tokens, k), chosen, gate = index[part].shape, index[part].reshape(-1, 1), gates[part].reshape(-1, 1)
-        output = forward(rows[part].repeat_interleave(k, 0), chosen, torch.ones_like(gate)).reshape(tokens * k, -1)
+        output = _one_each(forward, rows[part].repeat_interleave(k, 0), chosen, torch.ones_like(gate))
         token = torch.arange(tokens, device=index.device).repeat_interleave(k) + start
-        visit(path, Routing(tokens=tokens, token=token, expert=chosen[:, 0], gate=gate[:, 0], output=output))
+        parts = token, chosen[:, 0], gate[:, 0], output
+        if int(chosen.max()) >= experts:  # experts without weights follow those that have some
+            parts = tuple(part[chosen[:, 0] < experts] for part in parts)
+        visit(path, Routing(tokens=tokens, **dict(zip(("token", "expert", "gate", "output"), parts, strict=True))))
         sums.append((output * gate).view(tokens, k, -1).sum(1))
     return torch.cat(sums).to(hidden.dtype).view_as(hidden)
+
+
+def _one_each(
+    forward: Callable[..., Any], rows: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor
+) -> torch.Tensor:
+    """Return the output of one expert per row."""
+    try:
+        output = forward(rows, chosen, gates)
+    except ValueError:  # LongCat-Flash squeezes a single choice away: make the same one again, with a gate of 0
+        output = forward(rows, chosen.expand(-1, 2), torch.cat([gates, 0 * gates], 1))
+    return output.reshape(len(rows), -1)
 
 
 def _of_gated_inputs(

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from ..graph.routing import router_slices
 from ..graph.units import CouplingGraph, trace
 from ..models.blockwise import native_compute, standing_in
 from ..models.experts import Unrouted
@@ -270,7 +271,7 @@ def masking_modes(graph: CouplingGraph, plan: PruningPlan) -> Modes:
         if unit.name not in plan.units:
             continue
         if unit.kind == "experts":
-            removed |= unit.slices(sorted(set(range(unit.size)) - set(plan.units[unit.name].kept.tolist())))
+            removed |= router_slices(unit, set(range(unit.size)) - set(plan.units[unit.name].kept.tolist()))
         else:
             (name, dim), label = next((key, label) for key, label in unit.dims.items() if int((label >= 0).all()))
             norms.append(KeptNorms(plan.kept[name][dim], len(label)))

@@ -116,7 +116,7 @@ def _prune(model: PreTrainedModel, graph: CouplingGraph, kind: str, out: Outcome
         return
     out.plain = not any(has_per_layer_widths(config) for _, config in configs_in(pruned.config))
     exact = not any(graph.unit(name).flags for name in plan.units)
-    if (exact or kind == "hidden") and not (report := lp.verify(model, pruned, plan)).equivalent:
+    if (exact or kind in ("hidden", "experts")) and not (report := lp.verify(model, pruned, plan)).equivalent:
         out.failed = f"not mask-equivalent: {report.relative:.1e}"
     else:
         out.failed = _after_reloading(model, pruned, plan, exact)

@@ -157,7 +157,7 @@ def split(call: Call) -> None:
 def select(call: Call) -> None:
     """Select one index of a dim: the dim is frozen unless an axis gives the index; the other dims pass."""
     source, axis = call.get("self"), call.dim()
-    call.tracer.pick(source.dims[axis], call["index"])
+    call.tracer.pick(source, axis, call["index"])
     call.set([*source.dims[:axis], *source.dims[axis + 1 :]], index_of=source.index_of)
 
 
