@@ -1,8 +1,12 @@
 """Quantized checkpoints: read to the bit, sliced without touching a value, or written in 16 bits."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,9 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import llm_pruner as lp
 from llm_pruner.checkpoint.apply_files import apply_to_files
+from llm_pruner.checkpoint import locate as locating
 from llm_pruner.checkpoint.integrity import check
+from llm_pruner.checkpoint.locate import locate
 from llm_pruner.checkpoint.quantized.config import quantization_after
 from llm_pruner.checkpoint.quantized.weights import InsideBlock, Part, Weight, part_positions
 from llm_pruner.checkpoint.stored import weights_in
@@ -256,6 +262,55 @@ def test_the_command_streams_and_dequantizes(flags, home, with_tokenizer, tmp_pa
     expected = lp.apply(lp.load(str(with_tokenizer))[0], plan)
     assert expected.config.num_experts == 6
     assert same(lp.load(str(tmp_path / "out"))[0], expected) and expected.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_of_the_hub_is_its_snapshot(home, with_tokenizer, tmp_path):
+    """The cache is one that a download has filled; the hub cannot be reached."""
+    snapshot = tmp_path / "hub" / "models--org--quantized" / "snapshots" / "0123abcd"
+    shutil.copytree(with_tokenizer, snapshot)
+    (snapshot / "README.md").write_text("---\nlicense: mit\n---\n")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    code = "import sys; from llm_pruner.cli import main; sys.exit(main(sys.argv[1:]))"
+    argv = ["prune", "org/quantized", str(tmp_path / "out"), *PRUNE, "--kinds", "experts", "--pruning_ratio", "0.25"]
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    run = partial(subprocess.run, env=environment, capture_output=True, text=True)
+    done = run([sys.executable, "-c", code, *argv])
+    assert done.returncode == 0, done.stderr
+    assert "org/quantized is quantized (fp8): its weights are dequantized" in done.stderr
+    (folder := tmp_path / "local").mkdir()
+    assert main(["prune", str(with_tokenizer), str(folder / "out"), *argv[3:]]) == 0
+    theirs, ours = stored(folder / "out"), stored(tmp_path / "out")
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name].view(torch.uint8), ours[name].view(torch.uint8)) for name in ours)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: org/quantized" in card and "license: mit" in card
+
+
+def test_a_checkpoint_of_the_hub_is_downloaded(with_tokenizer, tmp_path, monkeypatch):
+    config = with_tokenizer / "config.json"
+    cached = tmp_path / "cached"
+    cached.mkdir()
+    shutil.copyfile(config, cached / "config.json")
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options["revision"]))
+        shutil.copytree(with_tokenizer, cached, dirs_exist_ok=True)
+
+    monkeypatch.setattr(locating, "try_to_load_from_cache", lambda *_, **__: str(cached / "config.json"))
+    monkeypatch.setattr(locating, "snapshot_download", download)
+    assert locate("org/quantized") == ("org/quantized", None)
+    assert locating.fetch_quantized("org/quantized", "v1") and asked == [("org/quantized", "v1")]
+    assert locate("org/quantized") == (str(cached), None)
+    (cached / "model.safetensors").unlink()
+    monkeypatch.setattr(locating, "snapshot_download", lambda *_, **__: None)
+    with pytest.raises(lp.PrunerError, match="org/quantized holds no safetensors weights"):
+        locating.fetch_quantized("org/quantized")
+    settings = json.loads(config.read_text())
+    (cached / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "quark"}}))
+    with pytest.raises(lp.PrunerError, match=r"is quantized \(quantization_config: quark\)"):
+        locating.fetch_quantized("org/quantized")
 
 
 def test_tokens_are_cut_from_quantized_files(home, with_tokenizer, tmp_path):

