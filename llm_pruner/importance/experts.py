@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.linalg import vector_norm
 from torch.nn.functional import cosine_similarity
 
 from ..errors import PrunerError
@@ -45,16 +46,15 @@ OF_OUTPUT = ("expert_loss", "expert_cosine")
 
 
 class _Sums:
-    """Sums over the tokens that are routed to each expert, float64: ``[experts]``, or ``[experts, hidden]``."""
+    """Sums over the tokens that are routed to each expert, float64: ``[experts]``, of outputs ``[experts, hidden]``."""
 
     def __init__(self, experts: int):
-        self.tokens, self.norms, self.gated_norms = (torch.zeros(experts).double() for _ in range(3))
+        self.tokens, self.norms, self.gated_norms, self.squares = (torch.zeros(experts).double() for _ in range(4))
         self.read = 0
         self.outputs: torch.Tensor | None = None
-        self.squares: torch.Tensor | None = None
 
     def add(self, routing: Routing, *, moments: bool) -> None:
-        expert, norms = routing.expert.cpu(), routing.output.float().norm(dim=-1).double()
+        expert, norms = routing.expert.cpu(), vector_norm(routing.output, dim=-1, dtype=torch.float64)
         if not norms.isfinite().all():
             raise PrunerError("an output of an expert is not finite: load the model with --dtype float32 or bfloat16")
         self.read += routing.tokens
@@ -63,19 +63,17 @@ class _Sums:
         self.gated_norms.index_add_(0, expert, (routing.gate.double() * norms).cpu())
         if not moments:
             return
-        output = routing.output.double()
-        if self.outputs is None or self.squares is None:
-            self.outputs, self.squares = (torch.zeros(len(self.tokens), output.shape[-1]).double() for _ in range(2))
-        self.outputs.index_add_(0, expert, output.cpu())
-        self.squares.index_add_(0, expert, output.square().cpu())
+        self.squares.index_add_(0, expert, norms.square().cpu())
+        if self.outputs is None:
+            self.outputs = torch.zeros(len(self.tokens), routing.output.shape[-1]).double()
+        self.outputs.index_add_(0, expert, routing.output.double().cpu())
 
     @property
     def deviation(self) -> torch.Tensor:
         """Return the norm of the standard deviation of each expert's output; 0 for fewer than two tokens."""
-        assert self.outputs is not None and self.squares is not None
-        n = self.tokens[:, None]
-        variance = (self.squares - self.outputs.square() / n.clamp_min(1)) / (n - 1).clamp_min(1)
-        return variance.clamp_min(0).sum(1).sqrt() * (self.tokens > 1)
+        assert self.outputs is not None
+        variance = (self.squares - self.outputs.square().sum(1) / self.tokens.clamp_min(1)) / (self.tokens - 1)
+        return torch.where(self.tokens > 1, variance, 0).clamp_min(0).sqrt()
 
     def score(self, criterion: str) -> torch.Tensor:
         if criterion == "ean":
