@@ -154,15 +154,15 @@ def _compare(
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name in tables and _rounded_off(tables[name], tensor, stored):
             return tables[name].to(tensor.device)
-        tensor = mask(name, tensor, plan) if name in plan.kept else tensor
-        return modes.routers.stand_in(name, tensor)
+        return mask(name, tensor, plan) if name in plan.kept else tensor
 
     tokens = None if plan.tokens is None else torch.tensor(plan.tokens)
     with ExitStack() as stack:
         stack.enter_context(modes.routers)
         for mode in modes.norms:
             stack.enter_context(mode)
-        expected = _changed_logits(model, ids if tokens is None else _original_ids(ids, tokens), dtype, change)
+        inputs = ids if tokens is None else _original_ids(ids, tokens)
+        expected = _changed_logits(model, inputs, dtype, change, routers=modes.routers)
     actual = _changed_logits(pruned, ids, dtype, lambda _, tensor: tensor)
     if tokens is not None and expected.shape[-1] > actual.shape[-1]:
         expected = expected[..., tokens]
@@ -189,17 +189,24 @@ def _rounded_off(table: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) 
 
 @torch.no_grad()
 def _changed_logits(
-    model: PreTrainedModel, ids: Inputs, dtype: torch.dtype, change: Callable[[str, torch.Tensor], torch.Tensor]
+    model: PreTrainedModel,
+    ids: Inputs,
+    dtype: torch.dtype,
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+    *,
+    routers: Unrouted | None = None,
 ) -> torch.Tensor:
     """Return the logits, on the CPU in float64, of a model whose tensors are changed and cast while they are used."""
 
     compute = replace(native_compute(model), dtype=dtype)
 
     def stand_in(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = change(name, compute.convert(tensor))
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        tensor = compute.convert(change(name, tensor))  # the copy that is masked is in the dtype of the files
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return tensor if routers is None else routers.stand_in(name, tensor)
 
-    with tracing_mode(model), standing_in(model, stand_in), equal_draws():
+    # A loop over experts reads their weights in place; batched experts copy them for every token.
+    with tracing_mode(model), implementations(model, experts="eager"), standing_in(model, stand_in), equal_draws():
         return main_output(forward(model, ids.to(compute.device))).double().cpu()
 
 
