@@ -76,13 +76,11 @@ def _watched(path: str, forward: Callable[..., Any], experts: int, visit: Visit)
     def run(*args: Any, **kwargs: Any) -> Any:
         if (call := top_k_call(args, kwargs)) is not None:
             return _of_top_k(path, forward, experts, visit, call)
-        tensors = _tensors(args, kwargs)
-        (first, *others) = tensors
-        if others or not first.is_floating_point() or first.ndim != 2 or len(first) % experts:
-            shapes = ", ".join(str(list(t.shape)) for t in tensors)
-            called = f"the experts of {path} are called with tensors {shapes}: not known how they are routed"
-            raise PrunerError(f"{called}: use taylor, l2 or random")
-        return _of_gated_inputs(path, forward, experts, visit, first)
+        if (inputs := gated_inputs(args, kwargs, experts)) is not None:
+            return _of_gated_inputs(path, forward, visit, inputs)
+        shapes = ", ".join(str(list(t.shape)) for t in _tensors(args, kwargs))
+        called = f"the experts of {path} are called with tensors {shapes}: not known how they are routed"
+        raise PrunerError(f"{called}: use taylor, l2 or random")
 
     return run
 
@@ -94,6 +92,18 @@ def top_k_call(args: Any, kwargs: Mapping[str, Any]) -> TopKCall | None:
     if not indices or indices[0].ndim != 2 or len(floats) != 2 or floats[1].shape != indices[0].shape:
         return None
     return floats[0], indices[0], floats[1]
+
+
+def gated_inputs(args: Any, kwargs: Mapping[str, Any], experts: int) -> torch.Tensor | None:
+    """Return what every expert reads among the arguments of a module of experts, None for another call.
+
+    Returns:
+        ``[experts, tokens, hidden]``, zero for tokens that are routed elsewhere.
+    """
+    tensors = _tensors(args, kwargs)
+    if len(tensors) != 1 or not tensors[0].is_floating_point() or tensors[0].ndim != 2 or len(tensors[0]) % experts:
+        return None
+    return tensors[0].view(experts, -1, tensors[0].shape[-1])
 
 
 def _tensors(args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -129,14 +139,12 @@ def _one_each(
     return output.reshape(len(rows), -1)
 
 
-def _of_gated_inputs(
-    path: str, forward: Callable[..., Any], experts: int, visit: Visit, gated: torch.Tensor
-) -> torch.Tensor:
-    output: torch.Tensor = forward(gated)
-    expert, token = gated.view(experts, -1, gated.shape[-1]).any(-1).nonzero(as_tuple=True)
-    chosen = output.view(experts, -1, output.shape[-1])[expert, token]
-    gate, tokens = torch.ones_like(chosen[:, 0]), len(gated) // experts
-    visit(path, Routing(tokens=tokens, token=token, expert=expert, gate=gate, output=chosen))
+def _of_gated_inputs(path: str, forward: Callable[..., Any], visit: Visit, inputs: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = forward(inputs.flatten(0, 1))
+    expert, token = inputs.any(-1).nonzero(as_tuple=True)
+    chosen = output.view(*inputs.shape[:2], -1)[expert, token]
+    gate = torch.ones_like(chosen[:, 0])
+    visit(path, Routing(tokens=inputs.shape[1], token=token, expert=expert, gate=gate, output=chosen))
     return output
 
 

@@ -1,6 +1,7 @@
 """Refit the down projections of experts, with the tokens that are routed to them.
 
-The weight of expert j reads x_j(t) = g_j(t) a_j(t), the gate of token t times the activation of the expert. Its change
+The weight of expert j reads x_j(t) = g_j(t) a_j(t), the gate of token t times the activation of the expert; where a
+model scales what experts read instead (Llama 4), the activation alone. Its change
 solves the regression of :mod:`llm_pruner.refit.compensate` over the tokens that are routed to j, and the error of the
 stream at these tokens shrinks by it before the next expert of the layer is fitted.
 """
@@ -18,11 +19,11 @@ from transformers import PreTrainedModel
 
 from ..importance.activation import Readers
 from ..models.blockwise import native_compute
-from ..models.experts import TopKCall, top_k_call
+from ..models.experts import TopKCall, gated_inputs, top_k_call
 from ..models.hooks import forward_hooks
-from ..models.processes import gathered
+from ..models.processes import gathered, rank
 from .regression import HELD_OUT, RegressionSums, best_ridge
-from .stream import ResidualStream
+from .stream import ResidualStream, stack_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +40,17 @@ class _Routed:
     """Tokens of all batches: what experts read, and the stream behind the layer.
 
     Attributes:
-        call: hidden states, experts and gates of the tokens.
+        call: rows of hidden states, the experts that read them, and their gates.
+        token: index of each row's token, LongTensor ``[rows]``.
+        gates_inputs: True where the model scales the rows themselves, and all gates are 1.
         target: the original's stream ``[tokens, hidden]``.
         behind: the pruned model's.
         is_held_out: True for tokens that choose lambda, bool ``[tokens]``.
     """
 
     call: TopKCall
+    token: torch.Tensor
+    gates_inputs: bool
     target: torch.Tensor
     behind: torch.Tensor
     is_held_out: torch.Tensor
@@ -71,15 +76,20 @@ def refit_experts(
         floor: squared norm of hidden states, as of :class:`RegressionSums`.
     """
     module = stream.layers[layer].get_submodule(name)
-    routed, reader = _collect(stream, layer, module, targets), _DownInputs(model, module)
+    routed = _collect(stream, layer, module, targets)
+    reader = _DownInputs(model, module, gates_inputs=routed.gates_inputs)
     every = torch.arange(len(routed.target), device=routed.target.device)
     _, held_out = routed.sums(floor, every, routed.target[:, :0])
     error, ridges = held_out.error, []
     hidden, index, gates = routed.call
     for expert in index.unique().tolist():
-        tokens, slots = (index == expert).nonzero(as_tuple=True)
-        parameter, dim, inputs = reader.read(expert, hidden[tokens])
-        inputs = inputs.float() * gates[tokens, slots, None].float()
+        rows, slots = (index == expert).nonzero(as_tuple=True)
+        tokens = routed.token[rows]
+        read = reader.read(expert, hidden[rows])
+        if read is None:  # an expert without weights
+            continue
+        parameter, dim, inputs = read
+        inputs = inputs.float() * gates[rows, slots, None].float()
         fitted, chosen = routed.sums(floor, tokens, inputs)
         if not fitted.tokens or not chosen.tokens:
             continue
@@ -101,21 +111,33 @@ def _collect(stream: ResidualStream, layer: int, module: nn.Module, targets: lis
     Each of several processes gets the tokens of all: experts are fitted one after the other.
     """
     calls: list[TopKCall] = []
-    behind, is_held_out = [], []
+    tokens, behind, is_held_out = [], [], []
+    gates_inputs = False
 
     def note(_: nn.Module, args: Any, kwargs: Any, __: Any) -> None:
-        call = top_k_call(args, kwargs)
-        assert call is not None  # as when the module was found
+        nonlocal gates_inputs
+        call, inputs = top_k_call(args, kwargs), gated_inputs(args, kwargs, stack_sizes(module)[0])
+        if call is not None:
+            token = torch.arange(len(call[1]), device=call[1].device)
+        else:
+            assert inputs is not None  # as when the module was found
+            expert, token = inputs.any(-1).nonzero(as_tuple=True)
+            call = inputs[expert, token], expert[:, None], inputs.new_ones(len(expert), 1)
+            gates_inputs = True
         calls.append(call)
+        tokens.append(token)
 
     with forward_hooks([(module, note)], with_kwargs=True):
         for batch, hidden in enumerate(stream.hidden):
             rows = stream.run(layer, batch, hidden).flatten(0, -2)
+            tokens[-1] += sum(map(len, behind))
             behind.append(rows.float())
             is_held_out.append(torch.full((len(rows),), batch % HELD_OUT == HELD_OUT - 1, device=rows.device))
     hidden_states, index, gates = (gathered(torch.cat(parts)) for parts in zip(*calls, strict=True))
     return _Routed(
         call=(hidden_states.flatten(0, -2), index, gates),
+        token=gathered(torch.cat(tokens) + rank() * sum(map(len, behind))),
+        gates_inputs=gates_inputs,
         target=gathered(torch.cat([stream.on_device(target).flatten(0, -2) for target in targets]).float()),
         behind=gathered(torch.cat(behind)),
         is_held_out=gathered(torch.cat(is_held_out)),
@@ -125,18 +147,31 @@ def _collect(stream: ResidualStream, layer: int, module: nn.Module, targets: lis
 class _DownInputs:
     """Reader of the inputs of the last weight that an expert computes with."""
 
-    def __init__(self, model: PreTrainedModel, module: nn.Module):
+    def __init__(self, model: PreTrainedModel, module: nn.Module, *, gates_inputs: bool):
         compute = native_compute(model)
-        self.module = module
+        self.module, self.gates_inputs = module, gates_inputs
         self.tensors = {name: compute.convert(parameter) for name, parameter in module.named_parameters()}
 
-    def read(self, expert: int, rows: torch.Tensor) -> tuple[str, int, torch.Tensor]:
-        """Return the name of the weight, its dim that is summed over, and the inputs, for rows of hidden states."""
+    def read(self, expert: int, rows: torch.Tensor) -> tuple[str, int, torch.Tensor] | None:
+        """Return the name of the weight, its dim that is summed over, and the inputs, for rows of hidden states.
+
+        Returns:
+            None for an expert without weights.
+        """
         reads: list[tuple[str, int, torch.Tensor]] = []
         readers = Readers(lambda name, dim, inputs: reads.append((name, dim, inputs)))
         for name, tensor in self.tensors.items():
             readers.register(name, tensor)
-        index = torch.full((len(rows), 1), expert, device=rows.device)
+        if self.gates_inputs:
+            every = rows.new_zeros(stack_sizes(self.module)[0], *rows.shape)
+            every[expert] = rows
+            arguments: tuple[torch.Tensor, ...] = (every.flatten(0, 1),)
+        else:
+            index = torch.full((len(rows), 1), expert, device=rows.device)
+            arguments = rows, index, rows.new_ones(len(rows), 1)
         with readers:
-            functional_call(self.module, self.tensors, (rows, index, rows.new_ones(len(rows), 1)))
-        return reads[-1]
+            functional_call(self.module, self.tensors, arguments)
+        if not reads:
+            return None
+        name, dim, inputs = reads[-1]
+        return name, dim, inputs.view(len(every), len(rows), -1)[expert] if self.gates_inputs else inputs

@@ -13,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunerError
 from ..models.blockwise import computing, native_compute
-from ..models.experts import top_k_call
+from ..models.experts import gated_inputs, top_k_call
 from ..models.hooks import Forward, forward_hooks, replaced_forwards
 from ..models.inputs import Inputs, ModelInputs
 from ..models.layers import hidden_in, hidden_out
 from ..models.per_layer import layer_lists
+from ..models.processes import count
 from ..models.running import evaluating, forward
 from ..progress import track
 from .mapped import mapped
@@ -302,26 +303,42 @@ def _last_added(stream: ResidualStream, layer: int, candidates: list[Projection]
 
 
 def added_experts(stream: ResidualStream, layer: int) -> list[str]:
-    """Return the modules of a layer that own stacks of experts and whose output is added to the stream unchanged."""
+    """Return the modules of a layer that own stacks of experts and whose output is added to the stream unchanged.
+
+    Experts whose inputs are scaled are left out in several processes, each of which has another number of inputs.
+    """
     block, hidden = stream.layers[layer], stream.hidden[0]
-    stacks = [n for n, m in block.named_modules() if any(p.ndim == 3 for p in m.parameters(recurse=False))]
+    stacks = {name: sizes[0] for name, module in block.named_modules() if (sizes := stack_sizes(module))}
     if not stacks:
         return []
     plain = stream.run(layer, 0, hidden)
     moved, found = _movement(plain), []
-    for name in stacks:
+    for name, experts in stacks.items():
         fits: list[bool] = []
 
-        def move(_: nn.Module, args: Any, kwargs: Any, output: Any, *, fits: list[bool] = fits) -> Any:
-            routed = isinstance(output, torch.Tensor) and top_k_call(args, kwargs) is not None
-            fits.append(routed and output.numel() == plain.numel())
-            return output + moved.view(output.shape) if fits[-1] else output
+        def move(
+            _: nn.Module, args: Any, kwargs: Any, output: Any, *, fits: list[bool] = fits, experts: int = experts
+        ) -> Any:
+            summed = top_k_call(args, kwargs) is not None  # else the sum over experts follows
+            gated = count() == 1 and gated_inputs(args, kwargs, experts) is not None
+            routed = isinstance(output, torch.Tensor) and (summed or gated)
+            fits.append(routed and output.numel() == plain.numel() * (1 if summed else experts))
+            if not fits[-1]:
+                return output
+            movement = moved.view(-1, moved.shape[-1])
+            rest = output.reshape(-1, moved.shape[-1])[len(movement) :]
+            return output + torch.cat([movement, torch.zeros_like(rest)]).view(output.shape)
 
         with forward_hooks([(block.get_submodule(name), move)], with_kwargs=True):
             change = stream.run(layer, 0, hidden) - plain
         if fits == [True] and _is_moved_by(change, moved):
             found.append(name)
     return found
+
+
+def stack_sizes(module: nn.Module) -> list[int]:
+    """Return the number of experts in each of the stacks that a module owns itself."""
+    return [len(parameter) for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
 
 
 def _normalized_in_layer(stream: ResidualStream, layer: int) -> list[Projection]:
