@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import llm_pruner as lp
-from llm_pruner.checkpoint.apply_files import apply_to_files
 from llm_pruner.checkpoint import locate as locating
+from llm_pruner.checkpoint.apply_files import apply_to_files
 from llm_pruner.checkpoint.integrity import check
 from llm_pruner.checkpoint.locate import locate
 from llm_pruner.checkpoint.quantized.config import quantization_after

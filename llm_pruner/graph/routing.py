@@ -9,16 +9,11 @@ So they become one axis of all experts again, of which as many must stay in ever
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
 from .axes import Atom
 from .kinds import Occurrence
-
-if TYPE_CHECKING:
-    from .units import Unit
 
 TOP_K = re.compile(r"top-k (\d+) of (\d+)")
 GROUPS = "groups "
@@ -41,12 +36,6 @@ def fewest(atom: Atom) -> int:
 def groups_of(atom: Atom) -> int:
     """Return in how many equal groups of consecutive indices as many must stay; 1 for no groups."""
     return max([1, *(int(tag.removeprefix(GROUPS)) for tag in atom.tags if tag.startswith(GROUPS))])
-
-
-def router_slices(unit: Unit, experts: Iterable[int]) -> dict[str, dict[int, torch.Tensor]]:
-    """Return the positions of experts in the tensors that have one row or number per expert, such as a router's."""
-    single = {name for (name, _), label in unit.dims.items() if int((label >= 0).sum()) == unit.size}
-    return {name: positions for name, positions in unit.slices(experts).items() if name in single}
 
 
 def join_groups(found: list[Occurrence]) -> list[Occurrence]:

@@ -30,7 +30,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..errors import PrunerError
 from ..graph.places import common_path
-from ..graph.routing import router_slices
+from ..graph.routers import router_slices
 from ..graph.units import Unit
 from ..logs import log
 from ..models.experts import Routing, Unrouted, watching

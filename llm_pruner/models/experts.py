@@ -120,10 +120,10 @@ def _of_top_k(path: str, forward: Callable[..., Any], experts: int, visit: Visit
         (tokens, k), chosen, gate = index[part].shape, index[part].reshape(-1, 1), gates[part].reshape(-1, 1)
         output = _one_each(forward, rows[part].repeat_interleave(k, 0), chosen, torch.ones_like(gate))
         token = torch.arange(tokens, device=index.device).repeat_interleave(k) + start
-        parts = token, chosen[:, 0], gate[:, 0], output
+        entries = {"token": token, "expert": chosen[:, 0], "gate": gate[:, 0], "output": output}
         if int(chosen.max()) >= experts:  # experts without weights follow those that have some
-            parts = tuple(part[chosen[:, 0] < experts] for part in parts)
-        visit(path, Routing(tokens=tokens, **dict(zip(("token", "expert", "gate", "output"), parts, strict=True))))
+            entries = {name: part[chosen[:, 0] < experts] for name, part in entries.items()}
+        visit(path, Routing(tokens=tokens, **entries))
         sums.append((output * gate).view(tokens, k, -1).sum(1))
     return torch.cat(sums).to(hidden.dtype).view_as(hidden)
 

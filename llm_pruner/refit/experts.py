@@ -111,7 +111,9 @@ def _collect(stream: ResidualStream, layer: int, module: nn.Module, targets: lis
     Each of several processes gets the tokens of all: experts are fitted one after the other.
     """
     calls: list[TopKCall] = []
-    tokens, behind, is_held_out = [], [], []
+    tokens: list[torch.Tensor] = []
+    behind: list[torch.Tensor] = []
+    is_held_out: list[torch.Tensor] = []
     gates_inputs = False
 
     def note(_: nn.Module, args: Any, kwargs: Any, __: Any) -> None:
@@ -130,13 +132,13 @@ def _collect(stream: ResidualStream, layer: int, module: nn.Module, targets: lis
     with forward_hooks([(module, note)], with_kwargs=True):
         for batch, hidden in enumerate(stream.hidden):
             rows = stream.run(layer, batch, hidden).flatten(0, -2)
-            tokens[-1] += sum(map(len, behind))
+            tokens[-1] += sum(len(part) for part in behind)
             behind.append(rows.float())
             is_held_out.append(torch.full((len(rows),), batch % HELD_OUT == HELD_OUT - 1, device=rows.device))
     hidden_states, index, gates = (gathered(torch.cat(parts)) for parts in zip(*calls, strict=True))
     return _Routed(
         call=(hidden_states.flatten(0, -2), index, gates),
-        token=gathered(torch.cat(tokens) + rank() * sum(map(len, behind))),
+        token=gathered(torch.cat(tokens) + rank() * sum(len(part) for part in behind)),
         gates_inputs=gates_inputs,
         target=gathered(torch.cat([stream.on_device(target).flatten(0, -2) for target in targets]).float()),
         behind=gathered(torch.cat(behind)),

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from ..graph.routing import router_slices
+from ..graph.routers import router_slices
 from ..graph.units import CouplingGraph, trace
 from ..models.blockwise import native_compute, standing_in
 from ..models.experts import Unrouted
