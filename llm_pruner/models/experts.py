@@ -118,7 +118,7 @@ def _of_top_k(path: str, forward: Callable[..., Any], experts: int, visit: Visit
     for start in range(0, len(rows), TOKENS_PER_CALL):
         part = slice(start, start + TOKENS_PER_CALL)
         (tokens, k), chosen, gate = index[part].shape, index[part].reshape(-1, 1), gates[part].reshape(-1, 1)
-        output = _one_each(forward, rows[part].repeat_interleave(k, 0), chosen, torch.ones_like(gate))
+        output = one_each(forward, rows[part].repeat_interleave(k, 0), chosen, torch.ones_like(gate))
         token = torch.arange(tokens, device=index.device).repeat_interleave(k) + start
         entries = {"token": token, "expert": chosen[:, 0], "gate": gate[:, 0], "output": output}
         if int(chosen.max()) >= experts:  # experts without weights follow those that have some
@@ -128,7 +128,7 @@ def _of_top_k(path: str, forward: Callable[..., Any], experts: int, visit: Visit
     return torch.cat(sums).to(hidden.dtype).view_as(hidden)
 
 
-def _one_each(
+def one_each(
     forward: Callable[..., Any], rows: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor
 ) -> torch.Tensor:
     """Return the output of one expert per row."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..importance.activation import Readers
 from ..models.blockwise import native_compute
-from ..models.experts import TopKCall, gated_inputs, top_k_call
+from ..models.experts import TopKCall, gated_inputs, one_each, top_k_call
 from ..models.hooks import forward_hooks
 from ..models.processes import gathered, rank
 from .regression import HELD_OUT, RegressionSums, best_ridge
@@ -164,16 +164,20 @@ class _DownInputs:
         readers = Readers(lambda name, dim, inputs: reads.append((name, dim, inputs)))
         for name, tensor in self.tensors.items():
             readers.register(name, tensor)
-        if self.gates_inputs:
-            every = rows.new_zeros(stack_sizes(self.module)[0], *rows.shape)
-            every[expert] = rows
-            arguments: tuple[torch.Tensor, ...] = (every.flatten(0, 1),)
-        else:
-            index = torch.full((len(rows), 1), expert, device=rows.device)
-            arguments = rows, index, rows.new_ones(len(rows), 1)
+
+        def run(*arguments: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = functional_call(self.module, self.tensors, arguments)
+            return output
+
         with readers:
-            functional_call(self.module, self.tensors, arguments)
+            if self.gates_inputs:
+                every = rows.new_zeros(stack_sizes(self.module)[0], *rows.shape)
+                every[expert] = rows
+                run(every.flatten(0, 1))
+            else:
+                one_each(run, rows, torch.full((len(rows), 1), expert, device=rows.device), rows.new_ones(len(rows), 1))
         if not reads:
             return None
         name, dim, inputs = reads[-1]
-        return name, dim, inputs.view(len(every), len(rows), -1)[expert] if self.gates_inputs else inputs
+        start = expert * len(rows) if self.gates_inputs else 0
+        return name, dim, inputs[start : start + len(rows)]
