@@ -8,11 +8,13 @@ import stat
 import pytest
 import torch
 from helpers.models import build, tokens
+from transformers import AutoTokenizer
 
 import llm_pruner as lp
 from llm_pruner.checkpoint.config import load_config
 from llm_pruner.checkpoint.locate import locate
 from llm_pruner.files import complete_folder
+from llm_pruner.surgery.tokenizer import Subwords, cut_tokenizer, save_tokenizer
 
 
 def test_saved_models_are_loaded_bit_identically(tmp_path):
@@ -199,3 +201,27 @@ def test_a_tokenizer_is_saved_as_it_was_before_its_use(length, home, tmp_path):
     tokenizer("This is", truncation=True, max_length=3)
     lp.save(model, tokenizer, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["truncation"] == document["truncation"]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_saved_tokenizer_says_nothing_of_its_loading(cut, home, tmp_path):
+    """Arguments of from_pretrained and the limits of the latest use are no properties of the tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(home / "base", local_files_only=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["This is", "This"], truncation=True, padding=True, max_length=3)
+    if cut:
+        cut_tokenizer(tokenizer, sorted(Subwords(tokenizer).required), tmp_path)
+    else:
+        save_tokenizer(tokenizer, tmp_path)
+    assert not {"is_local", "local_files_only"} & json.loads((tmp_path / "tokenizer_config.json").read_text()).keys()
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert document["truncation"] is None and document["padding"] is None
+
+
+def test_weights_that_share_memory_are_refused_in_one_line(home, tmp_path):
+    model, tokenizer = lp.load(str(home / "base"))
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers[:2])
+    first.weight = second.weight
+    with pytest.raises(lp.PrunerError, match=r"share their memory.*give each its own"):
+        lp.save(model, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

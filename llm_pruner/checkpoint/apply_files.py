@@ -6,7 +6,7 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
 from ..files import complete_folder, write_text
@@ -21,7 +21,7 @@ from .card import write_card
 from .companions import copy_companions
 from .config import load_config
 from .cut_shards import CutCheckpoint, write_cuts
-from .load import load_model
+from .load import load_model, load_tokenizer
 from .locate import PLAN_FILE, locate
 from .on_disk import on_disk
 from .quantized.config import quantization_after
@@ -147,7 +147,9 @@ def cut_files(
         _write(checkpoint, config, source, folder)
     copy_companions(path, folder)
     if plan.tokens is not None:
-        cut_tokenizer(AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code), plan.tokens, folder)
+        tokenizer = load_tokenizer(str(path), trust_remote_code)
+        if tokenizer is not None:
+            cut_tokenizer(tokenizer, plan.tokens, folder)
     return pruned
 
 

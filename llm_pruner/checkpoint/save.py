@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import PrunerError
-from ..files import complete_folder, read_json
+from ..errors import PrunerError, in_one_line
+from ..files import complete_folder
 from ..progress import Step, without_bars
 from ..selection.plan import PruningPlan
-from ..surgery.tokenizer import FILE, cut_tokenizer
+from ..surgery.tokenizer import cut_tokenizer, save_tokenizer
 from .card import upload, write_card
 from .companions import companions_of, copy_companions
 from .locate import PLAN_FILE
@@ -97,7 +96,7 @@ def write_checkpoint(
     forget_modelling(model)
     megabytes = sum(tensor.nbytes for tensor in model.parameters()) // MEGABYTE
     with without_bars(), Step("writing weights, MB", megabytes, count=lambda: _written_bytes(folder) // MEGABYTE):
-        model.save_pretrained(folder, max_shard_size=SHARD)
+        _write_weights(model, folder)
     if standalone:
         write_modelling(model, folder)
     if tokenizer is not None:
@@ -116,24 +115,21 @@ def write_checkpoint(
             file.chmod(0o644)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files, with the truncation and padding of its own file, not those of its latest use.
+def _write_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Write weights and config.
 
     Raises:
-        PrunerError: transformers refuses to, as for a chat template whose name leads out of the folder.
+        PrunerError: parameters share their memory without being tied by the model's class.
     """
     try:
-        tokenizer.save_pretrained(folder)
-    except ValueError as error:
-        raise PrunerError(f"the tokenizer cannot be written: {error}") from error
-    file, original = folder / FILE, Path(tokenizer.name_or_path) / FILE
-    if not file.is_file():
-        return
-    own = read_json(original) if original.is_file() else {}
-    document = read_json(file)
-    restored = document | {name: own.get(name) for name in ("truncation", "padding")}
-    if restored != document:
-        file.write_text(json.dumps(restored, ensure_ascii=False, indent=2), encoding="utf-8")
+        model.save_pretrained(folder, max_shard_size=SHARD)
+    except RuntimeError as error:
+        if "shared tensors" not in str(error):
+            raise
+        raise PrunerError(
+            "parameters of the model share their memory, and a checkpoint would hold them once: give each its own, "
+            f"parameter.data = parameter.data.clone() ({in_one_line(error)})"
+        ) from error
 
 
 def _written_bytes(folder: Path) -> int:

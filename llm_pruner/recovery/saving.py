@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.config import load_config
 from ..checkpoint.locate import PLAN_FILE
-from ..checkpoint.save import save_tokenizer, write_checkpoint
+from ..checkpoint.save import write_checkpoint
 from ..files import MODEL_CONFIGS, complete_folder, strict_json, sync_folder
 from ..selection.plan import PruningPlan
+from ..surgery.tokenizer import save_tokenizer
 from .settings import RecoverySettings
 
 # Without one of these a folder holds no model.

@@ -8,7 +8,8 @@ Conditions by the tokenizer's model:
 * Unigram (Kudo, arXiv 1804.10959): no token needs another. Text falls back on single characters or on byte tokens.
 * WordPiece: the same; a word falls back on its first character and the ``##`` form of the others.
 
-Pure functions of JSON documents and ids, except :func:`cut_tokenizer` and :func:`keeps_words`.
+Pure functions of JSON documents and ids, except :func:`save_tokenizer`, :func:`cut_tokenizer` and
+:func:`keeps_words`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import PrunerError
+from ..files import read_json
 
 MODELS = ("BPE", "Unigram", "WordPiece")
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 LEGACY_FILES = ("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")  # the same content in older formats
+FROM_LOADING = ("is_local", "local_files_only")  # arguments of from_pretrained, which transformers writes with the rest
 INSIDE = "\0"  # in no token of a byte-level tokenizer
 
 
@@ -291,6 +294,37 @@ def _special_places(node: Any) -> Iterator[tuple[list[Any], int]]:
             yield from _special_places(inner)
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files, with the truncation and padding of its own file, not those of its latest use.
+
+    Raises:
+        PrunerError: transformers refuses to, as for a chat template whose name leads out of the folder.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except ValueError as error:
+        raise PrunerError(f"the tokenizer cannot be written: {error}") from error
+    if (file := folder / CONFIG).is_file():
+        config = {name: value for name, value in read_json(file).items() if name not in FROM_LOADING}
+        _write_json(file, config, indent=2)
+    if (file := folder / FILE).is_file():
+        document = read_json(file)
+        if (restored := document | _own_limits(tokenizer)) != document:
+            _write_json(file, restored, indent=2)
+
+
+def _own_limits(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return truncation and padding as the tokenizer's own file says; encoding with a limit leaves others in it."""
+    file = Path(tokenizer.name_or_path) / FILE
+    own = read_json(file) if file.is_file() else {}
+    return {name: own.get(name) for name in ("truncation", "padding")}
+
+
+def _write_json(file: Path, document: dict[str, Any], indent: int | None = None) -> None:
+    text = json.dumps(document, indent=indent, ensure_ascii=False)
+    file.write_text(text + "\n" * (indent is not None), encoding="utf-8")
+
+
 def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: list[int], folder: str | Path) -> None:
     """Write a tokenizer with only the ``kept`` tokens into a folder, in place of the tokenizer files there.
 
@@ -299,18 +333,19 @@ def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: list[int], folder: s
     """
     folder = Path(folder)
     words = Subwords(tokenizer)
+    words.document |= _own_limits(tokenizer)
     kept_tokens = [i for i in kept if i in words.tokens]
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     document = cut_document(words, kept_tokens)
-    (folder / FILE).write_text(json.dumps(document, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    _write_json(folder / FILE, document)
     file = folder / CONFIG
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     if words.kind == "BPE" and document["model"].get("ignore_merges"):
         config |= _plain_class(tokenizer)
     new_id = {str(old): str(position) for position, old in enumerate(kept)}
     if "added_tokens_decoder" in config:
         config["added_tokens_decoder"] = {new_id[i]: entry for i, entry in config["added_tokens_decoder"].items()}
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    _write_json(file, config, indent=2)
     for name in LEGACY_FILES:
         (folder / name).unlink(missing_ok=True)
     for model in folder.glob("*.model"):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.load import load_tokenizer, no_tokenizer
 from ..errors import PrunerError
+from ..row_kinds import apply_template
 from ..surgery.config.token_ids import ids_in
 from ..surgery.tokenizer import Subwords, keeps_words
 from .choosing import choose, ids_of_tokenizer, in_scripts
@@ -95,10 +96,10 @@ def _template_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     roles = [{"role": role, "content": ""} for role in ("system", "user", "assistant")]
     for messages in (roles, roles[1:]):
         try:
-            frame = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            return set(tokenizer(str(frame), add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-        except Exception:  # a template may refuse a role or order with any error
+            frame = apply_template(tokenizer, messages, add_generation_prompt=True, tokenize=False)
+        except PrunerError:  # a template may refuse a role or an order
             continue
+        return set(tokenizer(str(frame), add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
     return set()
 
 
