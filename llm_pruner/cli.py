@@ -79,6 +79,8 @@ def run_command(command: Command, argv: Sequence[str], program: str) -> int:
     except OSError as error:
         return _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except RuntimeError as error:
+        if "home directory" in str(error):  # of pathlib
+            return _fail("a path begins with ~ and a user that this machine does not have: write the whole path")
         if not re.search("out of memory|can(no|')t allocate memory", str(error).lower()):
             traceback.print_exc()
             return 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import wave
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,8 @@ def media_inputs(
     processor = load_processor(model)
     if name == SYNTHETIC:
         noise = np.random.default_rng(seed).integers(0, 256, (samples, SYNTHETIC_PIXELS, SYNTHETIC_PIXELS, 3), np.uint8)
-        return _stacked([_process_image(model, processor, picture, CAPTION) for picture in noise])
+        with _named_refusals("a random image"):
+            return _stacked([_process_image(model, processor, picture, CAPTION) for picture in noise])
     return _stacked([process(model, processor, medium) for medium in read_media(name, split, samples)])
 
 
@@ -215,13 +217,28 @@ def process(model: PreTrainedModel, processor: Any, medium: Medium) -> dict[str,
     """Return one sample by the names of the model's arguments.
 
     Raises:
-        PrunerError: the file cannot be read, or is of the other sort than the model's processor reads.
+        PrunerError: the file cannot be read, or is of the other sort than the model's processor reads, or the
+            processor's own files are damaged.
     """
     if medium.file.suffix.lower() in SOUNDS:
         return _process_sound(model, processor, medium)
     if hasattr(processor, "sampling_rate") or not _reads_images(processor):
         raise PrunerError(f"{type(model).__name__} reads sounds, and {medium.file} is an image")
-    return _process_image(model, processor, medium.image(), medium.text or CAPTION)
+    with _named_refusals(str(medium.file)):
+        return _process_image(model, processor, medium.image(), medium.text or CAPTION)
+
+
+@contextmanager
+def _named_refusals(sample: str) -> Iterator[None]:
+    """Name the sample that a processor refuses: its settings and its chat template come from the checkpoint."""
+    try:
+        yield
+    except (PrunerError, MemoryError):
+        raise
+    except Exception as error:  # processors raise anything
+        raise PrunerError(
+            f"the model's processor refuses {sample}, or its own files are damaged: {in_one_line(error)}"
+        ) from error
 
 
 def _reads_images(processor: Any) -> bool:
@@ -254,7 +271,8 @@ def process_sound(processor: Any, medium: Medium) -> dict[str, torch.Tensor]:
     rate = getattr(extractor, "sampling_rate", None)
     if rate is None:
         raise PrunerError(f"the model reads images, and {medium.file} is a sound")
-    inputs = extractor(medium.sound(rate), sampling_rate=rate, return_tensors="pt")
+    with _named_refusals(str(medium.file)):
+        inputs = extractor(medium.sound(rate), sampling_rate=rate, return_tensors="pt")
     return {name: value for name, value in inputs.items() if torch.is_tensor(value)}
 
 

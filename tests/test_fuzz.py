@@ -1,6 +1,5 @@
 """Bad input of any kind: a line that says what is wrong; no traceback, no hang, no file outside the output folder."""
 
-import copy
 import json
 import os
 import shutil
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, assume, given, settings
+from helpers.fuzzing import SOME, harmed, linked, refused_or_done, sizes_of
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import llm_pruner as lp
@@ -20,63 +20,6 @@ from llm_pruner.checkpoint.shards import Shards
 from llm_pruner.cli import COMMANDS, main
 from llm_pruner.recipes.recipe import read
 from llm_pruner.recipes.sweep import points_of
-
-SOME = settings(
-    deadline=None,
-    max_examples=int(os.environ.get("FUZZ", 60)),
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
-)
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 70),
-    st.sampled_from([-1, 0, 2**31, 2**63, 1e400, -0.5, 0.5]),
-    st.text(max_size=8),
-    st.sampled_from(["", "../up", "/etc/passwd", "nan", "model.safetensors", "taylor", "a" * 300, "\x00", "\ud7ff"]),
-)
-JSON = st.recursive(
-    SCALARS,
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
-    max_leaves=6,
-)
-
-
-def places(node, path=()):
-    """Every place of a document."""
-    yield path
-    for key, inner in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        yield from places(inner, (*path, key))
-
-
-@st.composite
-def harmed(draw, document, most=3):
-    """A document with some places replaced, removed or doubled."""
-    out = copy.deepcopy(document)
-    for _ in range(draw(st.integers(1, most))):
-        path = draw(st.sampled_from(list(places(out))))
-        if not path:
-            continue
-        node = out
-        for key in path[:-1]:
-            node = node[key]
-        match draw(st.sampled_from(["replace", "remove", "add"])):
-            case "replace":
-                node[path[-1]] = draw(JSON)
-            case "remove":
-                del node[path[-1]]
-            case "add" if isinstance(node, list):
-                node.append(draw(JSON))
-            case "add":
-                node[draw(st.text(max_size=6))] = draw(JSON)
-    return out
-
-
-def refused_or_done(action):
-    """Check the message for bad input."""
-    try:
-        action()
-    except lp.PrunerError as error:
-        assert str(error).strip()
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +53,10 @@ def test_plans(folder, home, tmp_path_factory, data):
 @given(data=st.data())
 def test_index_files(folder, tmp_path_factory, data):
     place = tmp_path_factory.mktemp("index")
-    for file in (folder / "sharded").iterdir():
-        (place / file.name).symlink_to(file)
-    index = place / "model.safetensors.index.json"
-    document = data.draw(harmed(json.loads(index.read_text())))
-    index.unlink()
-    index.write_text(json.dumps(document))
+    index = "model.safetensors.index.json"
+    linked(folder / "sharded", place, index)
+    document = data.draw(harmed(json.loads((folder / "sharded" / index).read_text())))
+    (place / index).write_text(json.dumps(document))
     refused_or_done(lambda: [Shards(place).read(name) for name in Shards(place).tensors])
     shutil.rmtree(place)
 
@@ -126,22 +67,11 @@ def test_configs(folder, tmp_path_factory, data):
     """transformers itself takes much without a word; what it raises reaches the user as one line."""
     place = tmp_path_factory.mktemp("config")
     document = data.draw(harmed(json.loads((folder / "sharded/config.json").read_text()), most=2))
-    sizes = [v for v in _leaves(document) if isinstance(v, (int, float)) and abs(v) > 2000]
-    assume(len(sizes) <= 1)  # a vocabulary of 2**63 is a matter of memory
+    assume(len(sizes_of(document)) <= 1)  # a vocabulary of 2**63 is a matter of memory
+    linked(folder / "sharded", place, "config.json")
     (place / "config.json").write_text(json.dumps(document))
-    for file in (folder / "sharded").iterdir():
-        if file.name != "config.json":
-            (place / file.name).symlink_to(file)
     assert main(["inspect", str(place)]) in (0, 2)
     shutil.rmtree(place)
-
-
-def _leaves(node):
-    if isinstance(node, (dict, list)):
-        for inner in node.values() if isinstance(node, dict) else node:
-            yield from _leaves(inner)
-    else:
-        yield node
 
 
 @SOME
@@ -150,9 +80,7 @@ def test_tokenizer_files(folder, tmp_path_factory, data):
     place = tmp_path_factory.mktemp("tokenizer")
     whole = json.loads((folder / "sharded/tokenizer.json").read_text())
     document = data.draw(harmed(whole))
-    for file in (folder / "sharded").iterdir():
-        if file.name != "tokenizer.json":
-            (place / file.name).symlink_to(file)
+    linked(folder / "sharded", place, "tokenizer.json")
     (place / "tokenizer.json").write_text(json.dumps(document))
     text = place / "corpus.txt"
     text.write_text("some words of the corpus\n" * 9)
@@ -170,6 +98,9 @@ stages:
   - prune: {name: width, pruning_ratio: 0.5, taylor: param_first}
   - recover: {method: lora, max_steps: 3, learning_rate: 1e-3}
   - vocab: {corpus: [a.txt, b.txt], keep: 0.8}
+  - prune: {name: mended, target_params: 0.8, refit: distill, refit_tokens: 2000, calib_dataset: "general:3,self:1"}
+  - apply: {plan: plan.json, refit: true}
+  - to-uniform: {}
 sweep:
   grid: {width.pruning_ratio: [0.2, 0.5]}
   zip: {recover.max_steps: [1, 2], vocab.keep: [0.5, 0.6]}
@@ -239,6 +170,6 @@ def test_arguments(tmp_path_factory, data, capsys):
 def test_bytes(kind):
     """Guided by coverage, a minute of each."""
     pytest.importorskip("atheris", reason="atheris is not installed (pip install atheris)")
-    script = [sys.executable, str(Path(__file__).with_name("fuzz_bytes.py")), kind, "-max_total_time=60"]
+    script = [sys.executable, str(Path(__file__).parent / "helpers" / "fuzz_bytes.py"), kind, "-max_total_time=60"]
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

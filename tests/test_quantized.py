@@ -486,3 +486,16 @@ def test_counts_and_devices_keep_whole_blocks(folders):
         plan = lp.select(graph, scores, 0.5, kinds=["neurons"], **options)
         for choice in plan.units.values():
             assert torch.bincount(choice.kept // 16).unique().tolist() in ([16], [0, 16]), options
+
+
+@pytest.mark.parametrize(
+    ("how", "field", "value"), [("fp8", "weight_block_size", [0, 16]), ("gptq", "group_size", "a")]
+)
+def test_damaged_settings_are_refused_in_one_line(how, field, value, tmp_path):
+    unquantized("qwen3", tmp_path / "plain")
+    quantized(tmp_path / "plain", tmp_path / "damaged", how)
+    config = json.loads((tmp_path / "damaged" / "config.json").read_text())
+    config["quantization_config"][field] = value
+    (tmp_path / "damaged" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(lp.PrunerError, match="the quantization_config is damaged"):
+        lp.load(str(tmp_path / "damaged"))

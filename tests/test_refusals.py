@@ -89,6 +89,7 @@ REFUSED = [
     ("report nowhere", "error: there is no folder nowhere"),
     ("report --runs nowhere", "--runs nowhere: there is no folder nowhere"),
     # models
+    ("inspect ~no-such-user/model", "a path begins with ~ and a user that this machine does not have"),
     ("prune nowhere/at/all --output out --eval_datasets ''", "error: there is no model folder nowhere/at/all"),
     ("prune --model nowhere/at/all --output out", "--model nowhere/at/all: there is no model folder"),
     ("prune nowhere.json --output out", "there is no file or folder nowhere.json"),

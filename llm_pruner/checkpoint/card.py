@@ -74,7 +74,8 @@ def write_card(
     lines += [f"{base_id or base or type(config).__name__}, structurally pruned by llm-pruner {__version__}:", ""]
     lines += [f"* {line}" for line in plan.summary().splitlines()]
     lines += _table(metrics, perplexities)
-    if left_out := plan.settings.get(UNREAD):
+    left_out = plan.settings.get(UNREAD)
+    if isinstance(left_out, list) and left_out:
         lines += ["", LEFT_OUT.format(count=len(left_out), first=left_out[0])]
     if plan.settings.get("without_refit"):
         lines += ["", WITHOUT_REFIT.format(refit=_refit_of(plan))]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...errors import PrunerError
+from ...errors import PrunerError, in_one_line
 from ...files import read_json
 from ..shards import INDEX, SINGLE, Shards
 from .awq import awq_weights
@@ -53,7 +53,7 @@ class QuantizedShards(Shards):
         super().__init__(folder)
         self.quantization = quantization
         self.method = str(quantization.get("quant_method"))
-        self.weights = {weight.name: weight for weight in FORMATS[self.method](self, quantization)}
+        self.weights = self._read_weights()
         self.parts: dict[str, tuple[Weight, Part]] = {
             part.name: (weight, part) for weight in self.weights.values() for part in weight.tensors
         }
@@ -66,6 +66,25 @@ class QuantizedShards(Shards):
                     f"{self.method} describes: the checkpoint is incomplete"
                 )
 
+    def _read_weights(self) -> dict[str, Weight]:
+        """Return the quantized weights by name.
+
+        Raises:
+            PrunerError: as the class; or a field of the config has another type or value than the format allows.
+        """
+        try:
+            return {weight.name: weight for weight in FORMATS[self.method](self, self.quantization)}
+        except PrunerError:
+            raise
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> PrunerError:
+        return PrunerError(
+            f"{self.folder}: the quantization_config is damaged, or other tensors are stored than it describes: "
+            f"{in_one_line(error)}"
+        )
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors that an unquantized checkpoint would hold, by name."""
         plain = {name: shape for name, shape in super().shapes().items() if name not in self.parts}
@@ -74,9 +93,14 @@ class QuantizedShards(Shards):
 
     def values(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Read a tensor that an unquantized checkpoint would hold; a quantized weight is dequantized to ``dtype``."""
-        if name in self.weights:
+        if name not in self.weights:
+            return self.read(name)
+        try:
             return dequantize(self.weights[name], self.read, dtype)
-        return self.read(name)
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:
+            if isinstance(error, PrunerError) or "memory" in str(error):
+                raise
+            raise self._damaged(error) from error
 
 
 def quantization_of(folder: str | Path) -> dict[str, Any] | None:
