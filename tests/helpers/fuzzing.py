@@ -101,6 +101,8 @@ def harmed_bytes(draw, content: bytes, within: int | None = None):
     """Return bytes with some of the first ones replaced, removed or doubled, or the end cut off."""
     out = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
+        if not out:
+            break
         at = draw(st.integers(0, min(len(out), within or len(out)) - 1))
         match draw(st.sampled_from(["replace", "remove", "double", "number", "cut"])):
             case "replace":
