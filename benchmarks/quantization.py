@@ -67,7 +67,8 @@ def main() -> None:
                 row[Path(file).stem] = round(perplexity(model, ids).perplexity, 2)
             rows.append(row)
             print(row, flush=True)
-    record = {"rows": rows, "machine": provenance()["machine"], "versions": provenance()["versions"]}
+    made = provenance()
+    record = {"rows": rows, "machine": made["machine"], "versions": made["versions"]}
     options.output.write_text(json.dumps(record, indent=1) + "\n")
     print(table(rows))
 

@@ -91,7 +91,7 @@ class _Squares:
             received = self.linears.received()
             tensors = {name: tensor for name, tensor in tensors.items() if name in received}
         for name, tensor in _projections_first(tensors):
-            sums = self._sums.pop(name, None) or MomentSums(tensor.detach(), with_mean=self._with_mean)
+            sums = self._sums.pop(name, None) or MomentSums.zeros(tensor.detach(), with_mean=self._with_mean)
             self._visit(name, tensor.detach().float(), sums.moments(self._samples))
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -38,46 +38,45 @@ class Moments:
 VisitMoments = Callable[[str, torch.Tensor, Moments], None]
 
 
+@dataclass(frozen=True)
 class MomentSums:
     """Sums of the squares of gradients, and of the gradients where their mean is asked for, in fp32."""
 
-    def __init__(self, like: torch.Tensor, *, with_mean: bool):
-        self._square = torch.zeros_like(like, dtype=torch.float32)
-        self._mean = torch.zeros_like(self._square) if with_mean else None
+    square: torch.Tensor
+    mean: torch.Tensor | None
+
+    @classmethod
+    def zeros(cls, like: torch.Tensor, *, with_mean: bool) -> MomentSums:
+        square = torch.zeros_like(like, dtype=torch.float32)
+        return cls(square, torch.zeros_like(square) if with_mean else None)
 
     def add(self, gradient: torch.Tensor) -> None:
         """Add the gradient of one sample."""
         gradient = gradient.float()
-        self._square.addcmul_(gradient, gradient)
-        if self._mean is not None:
-            self._mean.add_(gradient)
+        self.square.addcmul_(gradient, gradient)
+        if self.mean is not None:
+            self.mean.add_(gradient)
 
     def state(self, name: str) -> dict[str, torch.Tensor]:
         """Return the sums under names that begin with that of their parameter."""
-        return {f"{name} square": self._square} | ({} if self._mean is None else {f"{name} mean": self._mean})
+        return {f"{name} square": self.square} | ({} if self.mean is None else {f"{name} mean": self.mean})
 
     @classmethod
     def restored(cls, state: dict[str, torch.Tensor]) -> dict[str, MomentSums]:
         """Return the sums of all parameters whose :meth:`state` is given, by their names."""
-        found: dict[str, MomentSums] = {}
-        for key in state:
-            name, kind = key.split(" ")
-            if kind == "square":
-                found[name] = sums = cls.__new__(cls)
-                sums._square, sums._mean = state[key], state.get(f"{name} mean")
-        return found
+        names = [key.removesuffix(" square") for key in state if key.endswith(" square")]
+        return {name: cls(state[f"{name} square"], state.get(f"{name} mean")) for name in names}
 
     def moments(self, samples: int) -> Moments:
         """Return the moments of so many samples of this process, and as many of each other one."""
-        square, mean = (None if sums is None else averaged(sums.div_(samples)) for sums in (self._square, self._mean))
-        assert square is not None
-        return Moments(square, mean)
+        square = averaged(self.square.div_(samples))
+        return Moments(square, None if self.mean is None else averaged(self.mean.div_(samples)))
 
 
 def add_sample(sums: dict[str, MomentSums], name: str, gradient: torch.Tensor, *, with_mean: bool) -> None:
     """Add the gradient of one sample to the sums of a parameter, which begin with its first sample."""
     if name not in sums:
-        sums[name] = MomentSums(gradient, with_mean=with_mean)
+        sums[name] = MomentSums.zeros(gradient, with_mean=with_mean)
     sums[name].add(gradient)
 
 

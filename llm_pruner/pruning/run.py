@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -138,9 +140,8 @@ def prune(model: str = DEFAULT_MODEL, *, progress: Progress | None = None, **fla
     with without_bars() if progress else showing():
         if arguments.output is not None or arguments.save_model:
             return execute(settings, recorded, progress)
-        with tempfile.TemporaryDirectory() as folder, joined(settings.model.device):
-            set_seed(settings.seed)
-            return replace(_run(settings, recorded, Path(folder), Stopwatch(progress)), folder=None)
+        with _together(settings):
+            return _run_without_folder(settings, recorded, progress)
 
 
 def run_prune(arguments: PruneArguments) -> Path:
@@ -162,31 +163,40 @@ def execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progre
     output = settings.output
     if output.named and same_folder(output.folder, settings.model.name):
         raise PrunerError(f"{output.folder} is the model to be pruned: give another --output")
-    _check_processes(settings)
-    with joined(settings.model.device):
+    with _together(settings):
         if is_first_process():
             return _execute(settings, arguments, progress)
-        with tempfile.TemporaryDirectory() as folder, logging_to(None, quiet=True):
-            set_seed(settings.seed)
-            return replace(_run(settings, arguments, Path(folder), Stopwatch()), folder=output.folder)
+        with logging_to(None, quiet=True):
+            return replace(_run_without_folder(settings, arguments), folder=output.folder)
 
 
-def _check_processes(settings: PruneSettings) -> None:
-    """Refuse what several processes cannot do together.
+@contextmanager
+def _together(settings: PruneSettings) -> Iterator[None]:
+    """Run as one of the processes that torchrun started, if it did.
 
     Raises:
-        PrunerError: as above.
+        PrunerError: several processes cannot do what the settings say.
     """
     processes, samples = started_processes(), settings.calibration.samples
-    if processes == 1:
-        return
-    if settings.budget is not None and settings.budget.kind == "target_latency":
-        raise PrunerError("--target_latency times one process, and torchrun started several: use --target_params")
-    if settings.refit.needs_text and (SAMPLES_PER_PASS % processes or samples % SAMPLES_PER_PASS):
-        raise PrunerError(
-            f"{processes} processes cannot share {samples} calibration samples equally: start 2, 4 or 8 processes, and "
-            f"give --num_examples a multiple of {SAMPLES_PER_PASS}"
-        )
+    if processes > 1:
+        if settings.budget is not None and settings.budget.kind == "target_latency":
+            raise PrunerError("--target_latency times one process, and torchrun started several: use --target_params")
+        if settings.refit.needs_text and (SAMPLES_PER_PASS % processes or samples % SAMPLES_PER_PASS):
+            raise PrunerError(
+                f"{processes} processes cannot share {samples} calibration samples equally: start 2, 4 or 8 processes, "
+                f"and give --num_examples a multiple of {SAMPLES_PER_PASS}"
+            )
+    with joined(settings.model.device):
+        yield
+
+
+def _run_without_folder(
+    settings: PruneSettings, arguments: dict[str, Any], progress: Progress | None = None
+) -> PruneRun:
+    """Prune, and leave no file."""
+    with tempfile.TemporaryDirectory() as folder:
+        set_seed(settings.seed)
+        return replace(_run(settings, arguments, Path(folder), Stopwatch(progress)), folder=None)
 
 
 def _execute(settings: PruneSettings, arguments: dict[str, Any], progress: Progress | None) -> PruneRun:

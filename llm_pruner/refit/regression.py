@@ -43,13 +43,12 @@ class RegressionSums:
             self.inputs = self.inputs + x.T @ x
             self.cross = self.cross + x.T @ error
 
-    def average(self) -> RegressionSums:
+    def average(self) -> None:
         """Replace the sums by their means over the processes, each of which has tokens of its own."""
         self.tokens, self.error = mean_of(self.tokens), mean_of(self.error)
         if isinstance(self.inputs, torch.Tensor):
             averaged(self.inputs)
             averaged(self.cross)
-        return self
 
     def __add__(self, other: RegressionSums) -> RegressionSums:
         total = RegressionSums(self.floor)

@@ -12,7 +12,8 @@ from llm_pruner.refit.budget import Budget
 from llm_pruner.refit.lora import lora
 from llm_pruner.refit.reconstruct import reconstruct
 
-SCORES = {"param_first": {}, "param_second": {}, "param_mix": {}, "flap": {"criterion": "flap"}}
+SCORES = {variant: {"taylor": variant} for variant in ("param_first", "param_second", "param_mix")}
+SCORES |= {"flap": {"criterion": "flap"}}
 
 
 def results(family):
@@ -20,8 +21,7 @@ def results(family):
     model, ids = build(family), tokens(64, 64)
     graph, found = lp.trace(model), {}
     for name, options in SCORES.items():
-        variant = name if not options else "param_first"
-        scores = lp.score(model, graph, ids, taylor=variant, kinds=("neurons",), **options)
+        scores = lp.score(model, graph, ids, kinds=("neurons",), **options)
         found |= {f"{name}.{unit}": values for unit, values in scores.values.items()}
     _, pruned = pruned_by(model, kinds=("neurons",))
     refits = {
