@@ -12,6 +12,7 @@ import llm_pruner as lp
 from llm_pruner.logs import log
 from llm_pruner.pruning.arguments import HfPruneArguments, PruneArguments
 from llm_pruner.pruning.evaluation import warn_of_lost_quality
+from llm_pruner.pruning.planning import log_large_vocabulary
 from llm_pruner.pruning.settings import resolve_settings
 
 QUICK = {"pruner_type": "l2", "compensate": "none", "eval_datasets": "", "hardware_align": False}
@@ -157,3 +158,15 @@ def test_a_destroyed_model_is_warned_of(after, warnings, caplog, monkeypatch):
     warn_of_lost_quality(measured)
     assert [r.levelname for r in caplog.records] == ["WARNING"] * warnings
     assert all("perplexity on t is 123 times the original's" in r.message for r in caplog.records)
+
+
+@pytest.mark.parametrize(("vocabulary", "said"), [(96, False), (4096, True)])
+def test_a_vocabulary_that_takes_much_of_the_model_is_named(vocabulary, said, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level("INFO", logger=log.name)
+    model = build("llama", vocab_size=vocabulary)
+    log_large_vocabulary(lp.trace(model), parameters := sum(p.numel() for p in model.parameters()))
+    rows = {id(p): p.numel() for m in (model.lm_head, model.model.embed_tokens) for p in m.parameters()}
+    share = 100 * sum(rows.values()) / parameters
+    expected = [f"{share:.0f}% of the parameters belong to {vocabulary:,} tokens"] if said else []
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == expected

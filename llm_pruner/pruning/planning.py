@@ -39,6 +39,8 @@ from .ungrouped import join_units, split_units
 from .whole_layers import describe_dropped, plan_layers
 from .widths import Whole, WidthGoal, check_search, score_widths, search_widths, select_widths, width_goal
 
+LARGE_VOCABULARY = 1 / 3  # of the parameters
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModel:
@@ -76,6 +78,7 @@ def _make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
     settings, clock = planning.settings, planning.clock
     with clock("trace"):
         graph = _trace(planning, model)
+    log_large_vocabulary(graph, parameter_count(model))
     dropped = plan_layers(planning, model, graph)
     if dropped is None:
         if settings.prunes_widths:
@@ -105,6 +108,18 @@ def _make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
             raise
         return only_layers
     return PlannedModel(plan=compose_plans(dropped, graph, planned.plan, left), pruned=planned.pruned, graph=graph)
+
+
+def log_large_vocabulary(graph: CouplingGraph, parameters: int) -> None:
+    """Name the command that removes tokens, where they take much of a model that no other kind can take."""
+    for unit in graph.of_kind("vocabulary"):
+        if unit.frozen is None and (share := graph.parameters_of(unit) / parameters) >= LARGE_VOCABULARY:
+            log.info(
+                "%.0f%% of the parameters belong to %s tokens: llm-pruner vocab removes those that your texts do not use,"
+                " often at a lower cost",
+                100 * share,
+                f"{unit.size:,}",
+            )
 
 
 def _trace(planning: Planning, model: PreTrainedModel) -> CouplingGraph:
