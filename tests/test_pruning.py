@@ -1,8 +1,11 @@
 """The pruning run as one call in Python: flags, settings, kinds, progress, results."""
 
 import json
+import sys
+import weakref
 from dataclasses import FrozenInstanceError
 
+import psutil
 import pytest
 import torch
 from helpers.models import build
@@ -10,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import llm_pruner as lp
 from llm_pruner.logs import log
+from llm_pruner.peak_memory import give_back_memory
+from llm_pruner.pruning import run as run_module
 from llm_pruner.pruning.arguments import HfPruneArguments, PruneArguments
 from llm_pruner.pruning.evaluation import warn_of_lost_quality
 from llm_pruner.pruning.planning import log_large_vocabulary
@@ -170,3 +175,32 @@ def test_a_vocabulary_that_takes_much_of_the_model_is_named(vocabulary, said, ca
     share = 100 * sum(rows.values()) / parameters
     expected = [f"{share:.0f}% of the parameters belong to {vocabulary:,} tokens"] if said else []
     assert [r.getMessage().partition(":")[0] for r in caplog.records] == expected
+
+
+def test_the_original_is_freed_before_the_pruned_model_is_measured(home, home_text, monkeypatch):
+    loaded, alive, load, evaluate = [], {}, run_module.load_or_reuse, run_module.evaluate_model
+
+    def load_and_watch(*args):
+        model, tokenizer = load(*args)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    def evaluate_and_look(*args, when, **options):
+        alive[when] = loaded[0]() is not None
+        return evaluate(*args, when=when, **options)
+
+    monkeypatch.setattr(run_module, "load_or_reuse", load_and_watch)
+    monkeypatch.setattr(run_module, "evaluate_model", evaluate_and_look)
+    texts = {"eval_datasets": str(home_text), "max_seq_len": 32, "max_windows": 2}
+    lp.prune(str(home / "base"), **QUICK | texts, pruning_ratio=0.5)
+    assert alive == {"before pruning": True, "after pruning": False}
+
+
+def test_freed_memory_goes_back_to_the_system():
+    """Small tensors, which the allocator of C keeps for the process."""
+    tensors = [torch.ones(2**15) for _ in range(1024)]
+    stopper, held = torch.ones(2**15), psutil.Process().memory_info().rss
+    del tensors
+    give_back_memory()
+    assert psutil.Process().memory_info().rss < held - 100 * 2**20 or sys.platform != "linux"
+    assert stopper[0] == 1

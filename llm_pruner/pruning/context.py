@@ -21,6 +21,7 @@ from ..importance.score import score
 from ..importance.scores import Scores
 from ..models.arithmetic import narrow_arithmetic
 from ..models.inputs import Inputs, hash_of
+from ..peak_memory import give_back_memory
 from ..progress import Step
 from ..provenance import versions
 from ..selection.plan import PruningPlan
@@ -55,6 +56,7 @@ class Stopwatch:
             self.progress(stage, 0, 1)
         with Step(WHOLE_STAGES[stage]) if stage in WHOLE_STAGES else nullcontext():
             yield
+        give_back_memory()
         if self.progress:
             self.progress(stage, 1, 1)
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)

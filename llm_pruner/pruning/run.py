@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -295,6 +296,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
             metrics["latency"] = compare_latency(settings.budget, model, pruned)
     _save_plan(settings, planned.plan, planned.scores, folder)
     del model, original
+    gc.collect()  # the original is part of reference cycles
     if settings.output.save:
         with clock("save"):
             save_pruned(settings, pruned, tokenizer, folder, plan=planned.plan)
