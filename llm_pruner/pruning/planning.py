@@ -78,7 +78,6 @@ def _make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
     settings, clock = planning.settings, planning.clock
     with clock("trace"):
         graph = _trace(planning, model)
-    log_large_vocabulary(graph, parameter_count(model))
     dropped = plan_layers(planning, model, graph)
     if dropped is None:
         if settings.prunes_widths:
@@ -110,22 +109,24 @@ def _make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
     return PlannedModel(plan=compose_plans(dropped, graph, planned.plan, left), pruned=planned.pruned, graph=graph)
 
 
-def log_large_vocabulary(graph: CouplingGraph, parameters: int) -> None:
-    """Name the command that removes tokens, where they take much of a model that no other kind can take."""
-    for unit in graph.of_kind("vocabulary"):
-        if unit.frozen is None and (share := graph.parameters_of(unit) / parameters) >= LARGE_VOCABULARY:
-            log.info(
-                "%.0f%% of the parameters belong to %s tokens: llm-pruner vocab removes those that your texts do not use,"
-                " often at a lower cost",
-                100 * share,
-                f"{unit.size:,}",
-            )
-
-
 def _trace(planning: Planning, model: PreTrainedModel) -> CouplingGraph:
     inputs = planning.ids if isinstance(planning.ids, ModelInputs) else None
     graph = trace_towers(model, planning.settings.calibration.towers, inputs)
     return in_blocks(graph, planning.blocks, planning.settings.widths.kinds)
+
+
+def log_plan(planned: PlannedModel, parameters: int) -> None:
+    """Log what goes, and the command that removes tokens where they hold much of the original's ``parameters``."""
+    for line in planned.plan.summary().splitlines():
+        log.info("%s", line)
+    for unit in planned.graph.of_kind("vocabulary"):
+        if unit.frozen is None and (share := planned.graph.parameters_of(unit) / parameters) >= LARGE_VOCABULARY:
+            log.info(
+                "%.0f%% of the parameters belong to %s tokens: llm-pruner vocab removes those that your texts do not"
+                " use, often at a lower cost",
+                100 * share,
+                f"{unit.size:,}",
+            )
 
 
 def without_scores(settings: PruneSettings) -> PruneSettings:

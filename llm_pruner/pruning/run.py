@@ -60,7 +60,7 @@ from .fewer_experts import routed_to_fewer, send_to_fewer
 from .loading import is_too_large, load_or_reuse
 from .measurements import METRICS_FILE, before_and_after
 from .mending import mend
-from .planning import PlannedModel, make_plan, needs_calibration
+from .planning import PlannedModel, log_plan, make_plan, needs_calibration
 from .quantized import blocks_for, save_pruned, without_refit
 from .settings import EvaluationSettings, OutputSettings, PruneSettings, filled_arguments, resolve_settings
 from .towers import LANGUAGE
@@ -285,8 +285,7 @@ def _prune_loaded(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Pr
         planned.plan.settings[CALIBRATED_ON] = settings.calibration.dataset
     if left_out := unread_tensors(model):
         planned.plan.settings[UNREAD] = left_out
-    for line in planned.plan.summary().splitlines():
-        log.info("%s", line)
+    log_plan(planned, metrics["parameters_before"])
     metrics |= _check_equivalence(planning, model, planned)
     pruned, refit = mend(planning, original, planned, tokenizer)
     metrics |= refit
@@ -369,9 +368,8 @@ def _cut_files(settings: PruneSettings, folder: Path, clock: Stopwatch) -> Prune
     model = routed_to_fewer(settings.experts, meta_model(load_config(name, trust, task=task), trust))
     weights, blocks = weights_in(name, trust, task=task), blocks_for(settings)
     planned = make_plan(Planning(settings=settings, clock=clock, weights=weights, blocks=blocks), model)
-    for line in planned.plan.summary().splitlines():
-        log.info("%s", line)
     metrics: dict[str, Any] = {"parameters_before": parameter_count(model)}
+    log_plan(planned, metrics["parameters_before"])
     _record_parameters(metrics, parameter_count(planned.pruned))
     log.info("logits were not compared, since nothing was loaded")
     _save_plan(settings, planned.plan, planned.scores, folder)
