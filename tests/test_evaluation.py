@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,13 @@ def test_tables_go_into_papers_as_they_are():
     assert latex[6].startswith("tune\\_log/a\\_b & ") and "\\textbf{65.0 $\\pm$ 1.1}" in latex[6]
     (first, *_) = csv.DictReader(shown.csv().splitlines())
     assert first["macs"] == "17779654656" and first["piqa_acc"] == "0.7" and first["piqa_acc_stderr"] == "0.011"
+
+
+def test_perplexities_per_token_of_different_tokenizers_do_not_compete():
+    models = [made_up("base", 1000, 0.7), made_up("smaller", 800, 0.6), made_up("fewer-tokens", 800, 0.5)]
+    assert "**20.50**" in table(models).markdown()
+    models[2] = replace(models[2], tokenizer="another")
+    assert "**20.50**" not in table(models).markdown() and "**60.0" in table(models).markdown()
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])

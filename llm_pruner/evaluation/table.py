@@ -180,6 +180,7 @@ class _Columns:
 
     def add_quality(self, per_byte: bool) -> None:
         texts = short_names(self.names(lambda e: e.perplexity))
+        one_tokenizer = len({one.tokenizer for one in self.evaluations}) == 1
         quantities = {"perplexity": "ppl"} | ({"byte_perplexity": "ppl/byte"} if per_byte else {})
         for quantity, short in quantities.items():
             for text, title in texts.items():
@@ -188,7 +189,7 @@ class _Columns:
                     f"{short} {title}",
                     short_score,
                     lambda e, t=text, f=quantity: getattr(e.perplexity[t], f) if t in e.perplexity else None,  # type: ignore[misc]
-                    lower_is_better=True,
+                    lower_is_better=True if one_tokenizer or quantity == "byte_perplexity" else None,
                 )
         for measure in ("cosine", "agreement"):
             for text, title in short_names(self.names(lambda e: e.similarity)).items():
