@@ -9,13 +9,14 @@ import torch
 from gguf import GGUFReader
 from helpers.architectures import tiny_model
 from helpers.models import build, pruned_by
+from helpers.models import made as made_model
 from test_serving import NEW_TOKENS, continued_by_vllm, expected_of, made, vllm_python  # noqa: F401 - a fixture
 
 import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.serving.engines import Engine, running
 from llm_pruner.serving.gguf_tokenizer import LETTERS_AND_DIGITS, split_name
-from llm_pruner.serving.gguf_writer import _llama3_factors
+from llm_pruner.serving.gguf_writer import _llama3_factors, write_gguf
 from llm_pruner.serving.llama_cpp import QUANTIZER
 
 WIDE = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
@@ -64,6 +65,56 @@ def test_layers_of_one_width_keep_their_architecture(tokenizer, saved, tmp_path,
     _, pruned = pruned_by(model, kinds=("neurons",))
     assert main(["export", saved(pruned), str(tmp_path / "out.gguf"), "--format", "gguf", "--type", "f32"]) == 0
     assert widths(tmp_path / "out.gguf") == (name, 48)
+
+
+MIXTURES = {
+    "mixtral": {"num_local_experts": 8, "num_key_value_heads": 2},
+    "olmoe": {"num_experts": 8},
+    "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 48, "num_key_value_heads": 2},
+    "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True, "num_key_value_heads": 2, "head_dim": 32},
+}
+
+
+def mixture(tokenizer, name, **fields):
+    """A random mixture of eight experts per layer, three of which read a token."""
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"vocab_size": len(tokenizer), "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes |= {"num_experts_per_tok": 3, "max_position_embeddings": 256, "initializer_range": 0.2}
+    return made_model(name, **sizes | MIXTURES[name] | fields)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_llama_cpp_computes_the_same_from_fewer_experts(tokenizer, tmp_path, name):
+    pytest.importorskip("xllamacpp")
+    _, pruned = pruned_by(mixture(tokenizer, name), 0.25, kinds=("experts", "neurons"))
+    target = tmp_path / "out.gguf"
+    arch, reader = write_gguf(pruned, tokenizer, target, "f32"), GGUFReader(target)
+    counts = [reader.get_field(f"{arch}.expert_{key}").contents() for key in ("count", "used_count")]
+    assert counts == [6, 3]
+    prompts = torch.randint(3, len(tokenizer), (5, 20), generator=torch.Generator().manual_seed(1)).tolist()
+    with running("llama.cpp", target) as engine:
+        answers = [engine.next_log_probabilities(prompt) for prompt in prompts]
+    for prompt, found in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            expected = pruned(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        assert max(found, key=found.get) == int(expected.argmax())
+        assert found == pytest.approx({token: float(expected[token]) for token in found}, abs=0.05)
+
+
+def test_mixtures_that_llama_cpp_does_not_have_are_refused(tokenizer, saved, tmp_path, capsys):
+    def refused(model):
+        assert main(["export", saved(model), str(tmp_path / "out.gguf"), "--format", "gguf"]) == 2
+        return capsys.readouterr().err
+
+    assert "no qwen3_moe with norm_topk_prob=False, only with True" in refused(
+        mixture(tokenizer, "qwen3_moe", norm_topk_prob=False)
+    )
+    assert "no olmoe with clip_qkv=1.0, only with None" in refused(mixture(tokenizer, "olmoe", clip_qkv=1.0))
+    assert "no qwen3_moe whose layers have 0 and 8 experts" in refused(
+        mixture(tokenizer, "qwen3_moe", mlp_only_layers=[0])
+    )
+    _, pruned = pruned_by(mixture(tokenizer, "mixtral"), kinds=("experts",), layers=[1])
+    assert "no mixtral with layers of different widths" in refused(pruned)
 
 
 def test_quantized_files_are_smaller(tokenizer, saved, tmp_path):

@@ -1,6 +1,6 @@
 """Write language models as GGUF files, which llama.cpp reads.
 
-Layers of one width keep the architecture's own name. Layers that differ are written as ``deci``, llama.cpp's name for
+Layers of one width keep the architecture's own name, and mixtures of experts need such layers. Layers that differ are written as ``deci``, llama.cpp's name for
 Llama-like models with widths, heads and blocks by layer (Nemotron-NAS).
 """
 
@@ -25,6 +25,12 @@ from .gguf_tokenizer import add_tokenizer, check_tokenizer
 # llama.cpp's architecture by model type, and the types that `deci` can express: RMS norms, gated MLPs, rotary positions
 # of whole heads, no norms of queries and keys.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES |= {"mixtral": "llama", "olmoe": "olmoe", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+FIXED = {  # fields of configs that llama.cpp has for one value alone
+    "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
+    "qwen2_moe": {"norm_topk_prob": False},
+    "qwen3_moe": {"norm_topk_prob": True},
+}
 LIKE_LLAMA = ("llama", "mistral", "qwen2")
 INTERLEAVED = ("llama", "deci")  # architectures whose rotary pairs are neighbours, not halves of a head
 TYPES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}  # that gguf's own Python writes
@@ -33,11 +39,12 @@ EMPTY_WIDTH = 32  # neurons, all zero, of a layer whose MLP is removed: `deci` s
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """Sizes of one layer; 0 for a removed block."""
+    """Sizes of one layer; 0 for a removed block, and of neurons those of each expert, if there are any."""
 
     heads: int
     key_value_heads: int
     neurons: int
+    experts: int = 0
 
 
 def check_writable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -56,6 +63,18 @@ def check_writable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         raise PrunerError(
             f"--format gguf: llama.cpp has no {config.model_type} with layers of different widths: prune with --uniform"
         )
+    experts = {layer.experts for layer in layer_shapes(model)}
+    if len(experts) > 1:
+        raise PrunerError(
+            f"--format gguf: llama.cpp has no {config.model_type} whose layers have {min(experts)} and {max(experts)} "
+            "experts: export it with --format hf"
+        )
+    for name, needed in FIXED.get(config.model_type, {}).items():
+        if (value := getattr(config, name)) != needed:
+            raise PrunerError(
+                f"--format gguf: llama.cpp has no {config.model_type} with {name}={value}, only with {needed}: export "
+                "it with --format hf"
+            )
     if (kind := _rope(config)["rope_type"]) not in ("default", "linear", "llama3"):
         raise PrunerError(f"--format gguf: rotary scaling {kind!r} has no counterpart here")
     check_tokenizer(tokenizer)
@@ -87,7 +106,8 @@ def write_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     unaligned = 0
     for tensor_name, values in _tensors(model, arch, layers):
-        stored, as_asked = _store(values, quantized)
+        is_router = ".ffn_gate_inp." in tensor_name  # llama.cpp's converter does not round these either
+        stored, as_asked = _store(values, gguf.GGMLQuantizationType.F32 if is_router else quantized)
         writer.add_tensor(tensor_name, *stored)
         unaligned += not as_asked
     if unaligned:
@@ -105,7 +125,7 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> layer_shapes(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=12,
     ...                                           num_hidden_layers=1, num_attention_heads=2)))
-    [LayerShape(heads=2, key_value_heads=2, neurons=12)]
+    [LayerShape(heads=2, key_value_heads=2, neurons=12, experts=0)]
     """
     size, shapes = head_size(model.config), []
     for layer in stack_of(model.base_model, model.config.num_hidden_layers) or []:
@@ -114,8 +134,12 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
         rows = (
             [0, 0] if isinstance(attention, Absent) else [p.out_features for p in (attention.q_proj, attention.k_proj)]
         )
-        neurons = 0 if isinstance(mlp, Absent) else mlp.up_proj.out_features
-        shapes.append(LayerShape(heads=rows[0] // size, key_value_heads=rows[1] // size, neurons=neurons))
+        if hasattr(mlp, "experts"):
+            experts, _, neurons = mlp.experts.down_proj.shape
+        else:
+            experts, neurons = 0, 0 if isinstance(mlp, Absent) else mlp.up_proj.out_features
+        heads, key_value_heads = (part // size for part in rows)
+        shapes.append(LayerShape(heads=heads, key_value_heads=key_value_heads, neurons=neurons, experts=experts))
     return shapes
 
 
@@ -140,6 +164,12 @@ def _add_sizes(writer: gguf.GGUFWriter, model: PreTrainedModel, layers: list[Lay
     writer.add_head_count_kv([layer.key_value_heads for layer in layers] if differ else layers[0].key_value_heads)
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
         add(head_size(config))
+    if layers[0].experts:
+        writer.add_expert_count(layers[0].experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(layers[0].neurons)
+    if shared := getattr(config, "shared_expert_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(shared)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = _rope(config)
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -161,10 +191,11 @@ def _tensors(model: PreTrainedModel, arch: str, layers: list[LayerShape]) -> Ite
         if arch in INTERLEAVED and layer is not None and ".self_attn." in name:
             heads = {"q_proj": layer.heads, "k_proj": layer.key_value_heads}.get(name.split(".")[-2])
             values = values if heads is None else _neighbouring_pairs(values, heads)
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if gguf_name is None:
-            raise PrunerError(f"--format gguf: llama.cpp's {arch} has no tensor for {name}")
-        yield gguf_name, values
+        for part, part_values in _parts(name, values):
+            gguf_name = names.get_name(part, try_suffixes=(".weight", ".bias"))
+            if gguf_name is None:
+                raise PrunerError(f"--format gguf: llama.cpp's {arch} has no tensor for {part}")
+            yield gguf_name, part_values
     for number, layer in enumerate(layers):
         if layer.heads and not layer.neurons:
             for part, shape in (("gate", (EMPTY_WIDTH, -1)), ("up", (EMPTY_WIDTH, -1)), ("down", (-1, EMPTY_WIDTH))):
@@ -172,6 +203,15 @@ def _tensors(model: PreTrainedModel, arch: str, layers: list[LayerShape]) -> Ite
                 yield f"blk.{number}.ffn_{part}.weight", np.zeros(sizes, np.float32)
     if _rope(model.config)["rope_type"] == "llama3":
         yield "rope_freqs.weight", _llama3_factors(model.config)
+
+
+def _parts(name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the matrices of a tensor: two of the stack that has gate and up projections of experts, else one."""
+    if name.endswith(".experts.gate_up_proj"):
+        for part, half in zip(("gate", "up"), np.split(values, 2, axis=1), strict=True):
+            yield name.replace("gate_up_proj", f"{part}_proj.weight"), half
+    else:
+        yield f"{name}.weight" if ".experts." in name else name, values
 
 
 def _is_norm_of_absent(name: str, layer: LayerShape | None) -> bool:
