@@ -1,7 +1,7 @@
 """Write language models as GGUF files, which llama.cpp reads.
 
-Layers of one width keep the architecture's own name, and mixtures of experts need such layers. Layers that differ are written as ``deci``, llama.cpp's name for
-Llama-like models with widths, heads and blocks by layer (Nemotron-NAS).
+Layers of one width keep the architecture's own name, and mixtures of experts need such layers. Layers that differ are
+written as ``deci``, llama.cpp's name for Llama-like models with widths, heads and blocks by layer (Nemotron-NAS).
 """
 
 from __future__ import annotations
