@@ -26,7 +26,7 @@ from .gguf_tokenizer import add_tokenizer, check_tokenizer
 # of whole heads, no norms of queries and keys.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 ARCHITECTURES |= {"mixtral": "llama", "olmoe": "olmoe", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
-FIXED = {  # fields of configs that llama.cpp has for one value alone
+FIXED: dict[str, dict[str, bool | None]] = {  # fields of configs that llama.cpp has for one value alone
     "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
     "qwen2_moe": {"norm_topk_prob": False},
     "qwen3_moe": {"norm_topk_prob": True},
