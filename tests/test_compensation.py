@@ -11,7 +11,8 @@ from llm_pruner.models.hooks import forward_hooks
 from llm_pruner.models.running import relative_difference
 from llm_pruner.refit.biases import with_biases
 from llm_pruner.refit.budget import Budget
-from llm_pruner.refit.compensate import _refit_layer, targets_behind
+from llm_pruner.refit.compensate import _refit_layer, walk_original
+from llm_pruner.refit.matching import matching_stacks
 from llm_pruner.refit.reconstruct import reconstruct
 from llm_pruner.refit.stream import ResidualStream, added_projections, single_stack
 from llm_pruner.selection.plan import PruningPlan
@@ -69,7 +70,9 @@ def test_the_stream_is_moved_as_running_the_layer_again_would(family):
     with torch.no_grad():
         before = ResidualStream(model.eval(), single_stack(model)[1], batches)
         moved, again = (ResidualStream(pruned.eval(), layers, batches) for _ in range(2))
-        _refit_layer(pruned, moved, 0, targets_behind(before, 0, added[0], range(0)), added[0], only_bias=False)
+        (stack,) = matching_stacks(model, pruned)
+        _, targets = next(walk_original(before, stack, added))
+        _refit_layer(pruned, moved, 0, targets, added[0], only_bias=False)
         again.advance(0, [])
     for ours, theirs in zip(moved.hidden, again.hidden, strict=True):
         assert relative_difference(ours, theirs) < 1e-5

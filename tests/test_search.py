@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.architectures import tiny_model
 from helpers.models import build, tokens
+from safetensors import safe_open
 
 import llm_pruner as lp
 from llm_pruner.evaluation.cost import macs, macs_budget, memory_budget
@@ -80,7 +81,7 @@ def test_equal_seeds_give_equal_plans_and_others_differ(setting):
 
 
 def test_a_search_that_was_killed_goes_on(setting, tmp_path, monkeypatch):
-    whole, cache = search(setting, generations=2), tmp_path / "search.json"
+    whole, cache = search(setting, generations=2), tmp_path / "search.safetensors"
     measured = []
     own = Candidates.distance
 
@@ -93,7 +94,8 @@ def test_a_search_that_was_killed_goes_on(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(Candidates, "distance", measure)
     with pytest.raises(KeyboardInterrupt):
         search(setting, generations=2, cache=cache)
-    assert len(json.loads(cache.read_text())["distances"]) == 14
+    with safe_open(cache, "pt") as file:
+        assert len(json.loads(file.metadata()["record"])) == 14
     resumed = search(setting, generations=2, cache=cache)
     again = len(measured)
     assert resumed.kept.keys() == whole.kept.keys() and resumed.settings == whole.settings

@@ -202,7 +202,7 @@ def search_widths(
             refit=settings.refit.needs_text,
             generations=widths.generations,
             seed=settings.seed,
-            cache=unfinished / "search.json" if unfinished else None,
+            cache=unfinished / "search.safetensors" if unfinished else None,
             **_search_options(widths, goal),
         )
 

@@ -15,7 +15,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
-from ..files import digest, read_json, strict_json, write_text
 from ..graph.units import CouplingGraph, Unit
 from ..importance.scores import Scores
 from ..logs import log
@@ -28,6 +27,7 @@ from ..selection.plan import PruningPlan
 from ..selection.ranking import ALIGNMENTS, alignment, role
 from ..selection.search import ALLOCATION, Genome, SearchSpace, evolve, search_space
 from ..selection.select import SHARDED, WHOLE_MODEL, select
+from ..unfinished import Unfinished
 from .candidates import Candidates
 from .ladder import Ladder, build_ladder
 from .training import hold_out
@@ -119,7 +119,7 @@ def search(
     candidates = Candidates(original or model, model, graph, ladder, compared)
     key: list[Any] = [versions(), model.name_or_path, hash_of(calibration), refit, kept, space.widths(space.start)]
     key += [{name: value.tolist() for name, value in scores.values.items()}]
-    distances = Distances(space, candidates, cache, digest(key))
+    distances = Distances(space, candidates, Unfinished(cache, key))
     evolution = evolve(space, distances, generations=generations, seed=seed)
     plan = space.finish(evolution.best)
     log.info(
@@ -136,22 +136,19 @@ def search(
 
 
 class Distances:
-    """The distances of genomes from the original, each measured once and kept in a file."""
+    """The distances of genomes from the original, each measured once and kept at once: a model has to run for it."""
 
-    def __init__(self, space: SearchSpace, candidates: Candidates, file: Path | None, key: str):
-        self.space, self.candidates, self.file, self.key = space, candidates, file, key
-        self.known: dict[str, float] = {}
-        if file is not None and file.is_file():
-            content = read_json(file)
-            self.known = content["distances"] if content["key"] == key else {}
+    def __init__(self, space: SearchSpace, candidates: Candidates, unfinished: Unfinished):
+        self.space, self.candidates, self.unfinished = space, candidates, unfinished
+        last = unfinished.read()
+        self.known: dict[str, float] = last.record if last else {}
 
     def __call__(self, genome: Genome, share: float) -> float:
         widths = self.space.widths(genome)
         name = f"{share} {','.join(map(str, widths.values()))}"
         if name not in self.known:
             self.known[name] = self.candidates.distance(widths, self.space.plan_at(widths), share)
-            if self.file is not None:
-                write_text(self.file, strict_json({"key": self.key, "distances": self.known}))
+            self.unfinished.write({}, self.known)
         return self.known[name]
 
 

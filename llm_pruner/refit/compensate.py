@@ -25,7 +25,7 @@ other. At the end, the logits are scaled (:mod:`llm_pruner.refit.temperature`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import cast
 
@@ -194,15 +194,12 @@ class _StackRefit:
             after = ResidualStream(self.pruned, stack.ours, batches)
             if before.hidden[0].shape != after.hidden[0].shape:
                 raise PrunerError("compensation compares hidden states, and the pruned model's are narrower")
-            for dropped in range(stack.kept[0]):
-                before.advance(dropped, [])
             if last:
                 restore_layers(last, self.pruned, stack.path, after)
-            for i, added in enumerate(track(self.added, "compensating layers")):
-                targets = targets_behind(before, stack.kept[i], added, range(stack.kept[i] + 1, stack.last[i] + 1))
+            for i, targets in walk_original(before, stack, track(self.added, "compensating layers")):
                 if last and earlier + i < last.record["done"]:
                     continue
-                for refit in _refit_layer(self.pruned, after, i, targets, added, only_bias=self.only_bias):
+                for refit in _refit_layer(self.pruned, after, i, targets, self.added[i], only_bias=self.only_bias):
                     refit.module = f"{stack.path}.{i}.{refit.module}"
                     report.layers.append(refit)
                 moved = [refit.module for refit in report.layers if refit.ridge is not None]
@@ -227,16 +224,25 @@ def _bias(module: nn.Module) -> torch.Tensor | None:
 Targets = dict[str, list[torch.Tensor]]  # by projection and batch; the stream behind the layer is under ""
 
 
-def targets_behind(stream: ResidualStream, layer: int, added: list[Projection], dropped: range) -> Targets:
-    """Advance the original over a layer and those dropped behind it; return the target of every projection.
+def walk_original(
+    stream: ResidualStream, stack: MatchingStack, added: Iterable[list[Projection]]
+) -> Iterator[tuple[int, Targets]]:
+    """Advance the original over its layers; yield each layer of the pruned model with the targets of its projections.
 
-    A sum that is normalised aims at the layer's own: that of a dropped layer is read by a norm with other weights.
+    The last projection before a gap aims at the stream behind the dropped layers. A sum that is normalised aims at the
+    layer's own: that of a dropped layer is read by a norm with other weights.
+
+    Args:
+        added: projections of each layer whose output is added to the stream.
     """
-    targets = stream.advance(layer, added)
-    for gone in dropped:
-        stream.advance(gone, [])
-        targets |= {one.name: list(stream.hidden) for one in added[-1:] if not one.norm}
-    return targets | {"": list(stream.hidden)}
+    for dropped in range(stack.kept[0]):
+        stream.advance(dropped, [])
+    for i, (layer, last, projections) in enumerate(zip(stack.kept, stack.last, added, strict=True)):
+        targets = stream.advance(layer, projections)
+        for dropped in range(layer + 1, last + 1):
+            stream.advance(dropped, [])
+            targets |= {one.name: list(stream.hidden) for one in projections[-1:] if not one.norm}
+        yield i, targets | {"": list(stream.hidden)}
 
 
 def _refit_layer(

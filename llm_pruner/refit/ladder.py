@@ -30,7 +30,8 @@ from ..progress import track
 from ..selection.plan import PruningPlan
 from ..surgery.equivalence import masking_modes
 from ..surgery.slicing import mask
-from .compensate import SAMPLES_PER_PASS, Targets, observe, targets_behind
+from .compensate import SAMPLES_PER_PASS, Targets, observe, walk_original
+from .matching import MatchingStack
 from .regression import RegressionSums, best_ridge
 from .stream import Projection, ResidualStream, added_projections, single_stack
 
@@ -126,7 +127,7 @@ def build_ladder(
     """
     builder = _Builder(shorter, graph, rungs, start)
     (_, original), (path, layers) = single_stack(model), single_stack(shorter)
-    kept = list(range(len(original)) if kept is None else kept)
+    stack = MatchingStack(path, original, layers, list(range(len(original)) if kept is None else kept))
     projections = added_projections(shorter, calibration)
     builder.find_readers([f"{path}.{i}.{one.name}" for i, added in enumerate(projections) for one in added])
     batches = [own_share(batch) for batch in calibration.split(SAMPLES_PER_PASS)]
@@ -134,16 +135,16 @@ def build_ladder(
         before = ResidualStream(model, original, batches)
         if shorter is not model:
             masked.enter_context(evaluating(shorter))
-        for dropped in range(kept[0]):
-            before.advance(dropped, [])
         with builder.masked():
             after = ResidualStream(shorter, layers, batches)
-        for i, added in enumerate(track(projections, "refitting layers at several widths")):
-            targets = targets_behind(before, kept[i], added, range(kept[i] + 1, [*kept, len(original)][i + 1]))
+        added = track(projections, "refitting layers at several widths")
+        for i, targets in walk_original(before, stack, added):
             with builder.masked():
                 moved = None
-                for one in added:
-                    moved = builder.fit(after, i, added, one=one, targets=targets, path=f"{path}.{i}.{one.name}")
+                for one in projections[i]:
+                    moved = builder.fit(
+                        after, i, projections[i], one=one, targets=targets, path=f"{path}.{i}.{one.name}"
+                    )
                 if moved is None:
                     after.advance(i, [])
                 else:  # nothing has changed since the last projection was fitted

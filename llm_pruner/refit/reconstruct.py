@@ -33,10 +33,10 @@ from ..progress import track
 from ..selection.plan import PruningPlan
 from ..unfinished import NOTHING_KEPT, Kept, Unfinished
 from .budget import Budget, Spending
-from .compensate import median_power
+from .compensate import median_power, walk_original
 from .layer_by_layer import keep_layers, restore_layers
 from .matching import MatchingStack, matching_stacks
-from .stream import ResidualStream
+from .stream import Projection, ResidualStream
 from .temperature import scale_logits
 from .training import BETAS, average_gradients, learning_rate, rate_for, tokens_in
 
@@ -160,17 +160,15 @@ class BlockTrainer:
         ):
             before = ResidualStream(self.model, stack.theirs, self.batches)
             after = ResidualStream(self.pruned, stack.ours, self.batches)
-            behind, done = 0, 0
+            done = 0
             if kept is not None:
                 restore_layers(kept, self.pruned, stack.path, after)
                 done = sum(refit.module.startswith(f"{stack.path}.") for refit in refits)
-            for i, last in enumerate(track(stack.last, "reconstructing blocks")):
-                while behind <= last:
-                    before.advance(behind, [])
-                    behind += 1
+            no_projections: list[list[Projection]] = [[] for _ in stack.ours]
+            for i, behind in walk_original(before, stack, track(no_projections, "reconstructing blocks")):
                 if i < done:
                     continue
-                targets = [stack.comparable(h, p) for h, p in zip(before.hidden, after.hidden, strict=True)]
+                targets = [stack.comparable(h, p) for h, p in zip(behind[""], after.hidden, strict=True)]
                 if any(target is None for target in targets):
                     raise PrunerError("the pruned model's hidden states are narrower: give plan, which names channels")
                 refits.append(self._train_block(after, i, targets, budget))  # type: ignore[arg-type]
