@@ -246,6 +246,7 @@ def test_the_command_slices(home, with_tokenizer, tmp_path, capsys):
     assert "no refit:" in told and "stays quantized; --dequantize refits it and writes 16 bits" in told
     assert "quantized weights: neurons keep multiples of 16 indices, since these share scales" in told
     plan = lp.PruningPlan.load(out / "pruning_plan.json", verify=True)
+    assert "refit" not in plan.settings and "refit" not in json.loads((out / "metrics.json").read_text())
     assert {len(choice.kept) for choice in plan.units.values()} == {48}
     pruned, tokenizer = lp.load(str(out), "float32", verify=True)
     assert tokenizer is not None and stored(out)["model.layers.1.mlp.experts.7.up_proj.weight"].dtype.itemsize == 1
@@ -344,8 +345,9 @@ def refused(argv, capsys):
 
 def test_flags_that_quantized_files_cannot_follow(home, with_tokenizer, tmp_path, capsys):
     argv = ["prune", str(with_tokenizer), str(tmp_path / "out"), *PRUNE]
-    error = refused([*argv, "--compensate", "least_squares"], capsys)
-    assert "--compensate least_squares changes weights" in error and "add --dequantize, which writes 16 bits" in error
+    for refit in ("lora", "ridge"):
+        error = refused([*argv, "--refit", refit], capsys)
+        assert "--refit changes weights" in error and "add --dequantize, which writes 16 bits" in error
     assert "--rescale_norms changes weights" in refused([*argv, "--kinds", "hidden", "--rescale_norms"], capsys)
     assert "--dequantize has no effect on" in refused(["prune", "smollm2-135m", *PRUNE, "--dequantize"], capsys)
     plan = str(home / "pruned" / "pruning_plan.json")

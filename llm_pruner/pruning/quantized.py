@@ -16,6 +16,7 @@ from ..errors import PrunerError
 from ..graph.units import CouplingGraph, Unit
 from ..logs import log
 from ..selection.plan import PruningPlan, name_after
+from .refit_settings import RefitSettings
 from .settings import PruneSettings
 
 INSIDE = "its indices share numbers of quantized weights with others"
@@ -33,16 +34,16 @@ def without_refit(settings: PruneSettings) -> PruneSettings:
         PrunerError: the user asked for a refit.
     """
     refit = settings.refit
-    if not stays_quantized(settings) or not (refit.compensation != "none" or refit.rescale_norms):
+    if not stays_quantized(settings) or not (refit.needs_text or refit.rescale_norms):
         return settings
-    asked = {"--rescale_norms": refit.rescale_norms, f"--compensate {refit.compensation}": refit.required}
+    asked = {"--rescale_norms": refit.rescale_norms, "--refit": refit.required}
     if flag := next((flag for flag, given in asked.items() if given), None):
         raise PrunerError(
             f"{flag} changes weights, and {settings.model.name} stays quantized: leave it out, or add --dequantize, "
             "which writes 16 bits"
         )
     log.info("no refit: %s stays quantized; --dequantize refits it and writes 16 bits", settings.model.name)
-    return replace(settings, refit=replace(refit, compensation="none"))
+    return replace(settings, refit=RefitSettings())
 
 
 def check_quantized(settings: PruneSettings) -> None:
