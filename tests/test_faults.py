@@ -274,32 +274,43 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import test_faults
-test_faults.cycles(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+test_faults.cycles(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
 """
+EVERY_COMMAND = (*COMMANDS, *LONG, "evaluate", "inspect", "report")
 
 
-def cycles(home, folder, count):
-    """Prune and apply over and over in one process; prints what it holds after a fifth of them, and in the end."""
-    few = [*map(str, FEW), "--calib_dataset", str(home / "text.txt"), "--eval_datasets", "", "--save_model"]
+def cycles(home, folder, name, count):
+    """Repeat a command in one process; print what the process holds after a fifth of the cycles, and in the end."""
+    os.chdir(folder)
+    Path("recipe.yaml").write_text(RECIPE.format(home=home))
+    commands = {name: case.argv for name, case in cases(home, Path("recipe.yaml")).items()}
+    texts = ["--datasets", home / "text.txt", "--seq_len", 16, "--max_windows", 4, "--samples"]
+    commands["evaluate"] = ["evaluate", home / "base", home / "pruned", *texts, "--tokens", 16, "--new_tokens", 4]
+    commands["inspect"] = ["inspect", home / "base", "--verify"]
+    commands["report"] = ["report", "finished/run", "--figures", "out"]
+    if name == "report":
+        assert main([*map(str, commands["prune"]), "--output_root", "finished"]) == 0
     for i in range(count):
-        argv = ["prune", "--base_model", str(home / "base"), "--pruning_ratio", str(0.2 + 0.1 * (i % 5)), *few]
-        assert main([*argv, "--output_root", str(folder), "--save_ckpt_log_name", "run"]) == 0
-        plan = str(folder / "run" / "pruning_plan.json")
-        assert main(["apply", plan, str(home / "base"), str(folder / "applied")]) == 0
+        ratio = ["--pruning_ratio", 0.2 + 0.1 * (i % 5)] if name == "prune" else []
+        assert main(list(map(str, [*commands[name], *ratio]))) == 0
+        shutil.rmtree("out", ignore_errors=True)
+        for file in ("counts.json", "report.html"):
+            Path(file).unlink(missing_ok=True)
         if i + 1 in (count // 5, count):
             print("held", *held(), flush=True)
 
 
 @pytest.mark.slow
-def test_many_cycles_hold_no_more(home, home_text, tmp_path):
-    """200 cycles of prune and apply in one process: memory grows by no more than a twentieth."""
-    argv = [sys.executable, "-c", CYCLES, str(Path(__file__).parent), str(home), str(tmp_path), "200"]
+@pytest.mark.parametrize("name", EVERY_COMMAND)
+def test_many_cycles_hold_no_more(name, home, home_text, tmp_path):
+    """200 cycles of a command in one process: memory grows by no more than a twentieth."""
+    argv = [sys.executable, "-c", CYCLES, str(Path(__file__).parent), str(home), str(tmp_path), name, "200"]
     said = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert said.returncode == 0, said.stderr[-2000:]
     before, after = ([int(n) for n in x.split()[1:]] for x in said.stdout.splitlines() if x.startswith("held"))
-    assert after[1:] == before[1:]
     growth = after[0] / before[0]
-    print(f"memory after 200 cycles: {growth:.4f} of that after 40")
+    print(f"{name}: memory after 200 cycles: {growth:.4f} of that after 40; files, threads: {before[1:]}, {after[1:]}")
+    assert after[1:] == before[1:]
     assert growth <= 1.05
 
 
