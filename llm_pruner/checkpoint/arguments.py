@@ -20,7 +20,7 @@ class ApplyArguments(Arguments):
     dequantize: bool = flag(False, "write a quantized model in 16 bits (default: slice its quantized files)")
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
     quiet: bool = flag(False, "show no progress and no log, only results, warnings and errors")
-    refit: bool = flag(False, "load the model and repeat the refit of the plan's run (compensation, rescaled norms)")
+    refit: bool = flag(False, "load the model and repeat the plan's changes of weights (--refit, --rescale_norms)")
     calib_dataset: str | None = flag(
         None,
         "calibration set of --refit: a text, as prune takes it, or a folder of images or sounds (default: that of the "

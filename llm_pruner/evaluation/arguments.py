@@ -24,8 +24,8 @@ class MeasuringArguments(Arguments):
     stride: int = flag(0, "tokens between the starts of two windows (0: windows do not overlap)", group="texts")
     bos: bool = flag(
         True,
-        "begin every window with the tokens that the tokenizer puts before a text, such as BOS (false: as in "
-        "LLM-Pruner)",
+        "begin every window with the tokens that the tokenizer puts before a text, such as BOS (default: true; "
+        "false: as in LLM-Pruner)",
         group="texts",
     )
     max_windows: int = flag(0, "use only the first N windows of a text (0: all)", group="texts")
@@ -79,8 +79,7 @@ class EvaluateArguments(MeasuringArguments):
     new_tokens: int = flag(32, "tokens to generate for decode speed and for each sample", group="cost")
     engine: EngineName | None = flag(
         None,
-        "also time the models in this engine, with 1, 8 and 32 sequences at once: vllm (which then runs --tasks too), "
-        "llama.cpp",
+        "also time the models in this engine (vllm then runs --tasks too), with 1, 8 and 32 sequences at once",
         group="cost",
     )
     samples: bool = flag(

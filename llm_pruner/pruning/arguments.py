@@ -333,10 +333,10 @@ class PruneArguments(Arguments):
         check_at_least(self, 1, "search_generations")
         check_at_least(self, 1, "budget_batch", "budget_tokens", "depth_examples", "experts_per_token", *SHAPE)
         check_at_least(self, 2, "max_seq_len", "calib_seq_len")
-        if self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise PrunerError(
-                f"--temperature {self.temperature} --top_p {self.top_p} is out of range: give above 0, and above 0 to 1"
-            )
+        if self.temperature <= 0:
+            raise PrunerError(f"--temperature {self.temperature} is out of range: give a number above 0")
+        if not 0 < self.top_p <= 1:
+            raise PrunerError(f"--top_p {self.top_p} is out of range: give a number above 0, and at most 1")
 
     def layer_numbers(self, name: str) -> list[tuple[str, int]]:
         """Split the entries of a flag such as ``4,7`` or ``encoder.4`` into stack and number.

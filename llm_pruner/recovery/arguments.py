@@ -105,7 +105,7 @@ class RecoverArguments(Arguments):
     bos: bool = flag(
         True,
         "begin every packed or validation window with the tokens that the tokenizer puts before a text, such as BOS "
-        "(false: as in LLM-Pruner)",
+        "(default: true; false: as in LLM-Pruner)",
         group="data",
     )
     train_on_inputs: bool = flag(False, "train on prompts as well as answers", group="data")

@@ -100,9 +100,7 @@ class InspectArguments(Arguments):
     )
     trust_remote_code: bool = flag(False, "run modelling code that comes with the checkpoint")
     task: str | None = flag(None, "load the class of this task, such as text-generation, instead of the declared class")
-    towers: Tower = flag(
-        "language", "parts to show of a model that reads images or sounds and writes text: language, vision, audio, all"
-    )
+    towers: Tower = flag("language", "parts to show of a model that reads images or sounds and writes text")
 
 
 @dataclass(kw_only=True)
