@@ -293,6 +293,8 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[Path | None]:
     Raises:
         PrunerError: the folder around ``path`` cannot be written.
     """
+    if not path.name:
+        raise PrunerError(f"cannot write {path}: name a folder in it")
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -287,7 +287,7 @@ def _add_flag(group: Any, one: Field[Any], kind: ValueType) -> None:
             group.add_argument(*off, dest=one.name, action="store_false", help=argparse.SUPPRESS)
         return
     metavar = {int: "N", float: "X"}.get(kind.convert, "VALUE")
-    extra: dict[str, Any] = {"nargs": "*", "action": "extend"} if kind.several else {}
+    extra: dict[str, Any] = {"nargs": "*" if default else "+", "action": "extend"} if kind.several else {}
     convert = str if kind.is_share else kind.convert  # the arguments read a share themselves
     group.add_argument(*names, dest=one.name, type=convert, metavar=metavar, help=text, **extra)
 

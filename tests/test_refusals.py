@@ -38,7 +38,12 @@ REFUSED = [
     (VOCAB + "--keep 150%", "--keep '150%' is not valid"),
     (VOCAB + "--keep coverage=2", "--keep 'coverage=2' is not valid"),
     ("demo --output out --pruning_ratio 1.5", "--pruning_ratio 1.5 is out of range"),
+    (PRUNE + "--temperature 0", "--temperature 0.0 is out of range: give a number above 0"),
+    (PRUNE + "--top_p 3", "--top_p 3.0 is out of range: give a number above 0, and at most 1"),
+    (PRUNE + "--refit lora --compensate none", "--compensate and --refit exclude each other (each names the refit)"),
+    (PRUNE + "--kinds --pruning_ratio 0.2", "--kinds: expected at least one argument"),
     # layers
+    (PRUNE + "--depth last", "--depth needs one of --num_layers, "),
     (PRUNE + "--layer_wise --layer 9", "--layer: cannot keep 9 layers, the model has 3 layers: give 1 to 2"),
     (PRUNE + "--drop_layers 7", "--drop_layers 7 is out of range: the model has layers 0 to 2"),
     (PRUNE + "--num_layers 7", "--num_layers: cannot keep 7 layers, the model has 3 layers: give 1 to 2"),
@@ -88,7 +93,9 @@ REFUSED = [
     ("apply {home}/pruned/pruning_plan.json {home}/pruned out", "the plan was made for another model"),
     ("report nowhere", "error: there is no folder nowhere"),
     ("report --runs nowhere", "--runs nowhere: there is no folder nowhere"),
+    (PRUNE + "--target_config {tmp}/object.json", "--target_config {tmp}/object.json holds no config"),
     # models
+    ("prune '' --output out --eval_datasets ''", "the model has no name: give an alias"),
     ("inspect ~no-such-user/model", "a path begins with ~ and a user that this machine does not have"),
     ("prune nowhere/at/all --output out --eval_datasets ''", "error: there is no model folder nowhere/at/all"),
     ("prune --model nowhere/at/all --output out", "--model nowhere/at/all: there is no model folder"),
@@ -108,6 +115,8 @@ REFUSED = [
     ("apply {home}/pruned/pruning_plan.json nowhere/at/all out", "error: there is no model folder nowhere/at/all"),
     ("chat {home}/base nowhere/at/all", "error: there is no model folder nowhere/at/all"),
     # outputs
+    (PRUNE + "--output /", "cannot write /: name a folder in it"),
+    (PRUNE + "--push_to_hub a/b/c", "--push_to_hub 'a/b/c' is not valid: give user/name"),
     (PRUNE + "--output {tmp}/file/out", "file"),
     (PRUNE + "--output {tmp}/foreign", "is not ours to replace"),
     (PRUNE + "--score_cache {tmp}/file", "--score_cache {tmp}/file: cannot write"),
@@ -148,6 +157,7 @@ def sealed(home, home_text, tmp_path, monkeypatch):
     (inputs / "file").write_text("a file, where a folder is to be")
     (inputs / "empty.txt").write_text("\n")
     (inputs / "empty.jsonl").write_text("")
+    (inputs / "object.json").write_text("{}")
     (inputs / "other.jsonl").write_text('{"words": "a"}\n')
     (inputs / "bare" / "config.json").write_text((home / "base" / "config.json").read_text())
     (inputs / "foreign" / "thesis.doc").write_text("all my work")

@@ -158,6 +158,18 @@ def _license(base: str) -> str | None:
     return str(license_name) if license_name else None
 
 
+def check_repository(name: str) -> None:
+    """Refuse a name that no repository of the hub can have.
+
+    Raises:
+        PrunerError: as above.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise PrunerError(f"--push_to_hub {name!r} is not valid: give user/name") from error
+
+
 def upload(folder: Path, repository: str, token: str | None = None) -> str:
     """Upload a folder to the hub; return its address.
 

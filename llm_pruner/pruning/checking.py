@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.arguments import ApplyArguments
 from ..checkpoint.blocks import check_dequantize, is_quantized
+from ..checkpoint.card import check_repository
 from ..checkpoint.checking import check_model, needs_tokenizer
 from ..checkpoint.config import meta_model
 from ..checkpoint.locate import locate
@@ -39,6 +40,8 @@ from .towers import LANGUAGE, check_towers, trace_towers
 def check_prune_inputs(arguments: PruneArguments, check: InputCheck) -> None:
     """Refuse what ``llm-pruner prune`` cannot use; its own first step refuses folders that it cannot write."""
     settings = resolve_settings(arguments)
+    if settings.output.push_to_hub:
+        check_repository(settings.output.push_to_hub)
     config = None
     if not check.skips(settings.model.name):
         with check.flag("model", settings.model.name):

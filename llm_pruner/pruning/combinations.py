@@ -37,7 +37,6 @@ EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
         "it times layers on one device; use --target_macs",
     ),
     (("compensate",), ("channel_wise",), "compensation compares hidden states of one size"),
-    (("compensate",), ("refit",), "each names the refit"),
     (("compensate",), ("refit_tokens", "refit_minutes"), "only --refit blocks and distill train"),
     (("save_model", "standalone", "push_to_hub"), ("no_save",), "one needs the checkpoint, the other writes none"),
 )
@@ -47,6 +46,7 @@ REQUIRES: tuple[tuple[str, Sequence[str]], ...] = (
     ("normalize", ("global_pruning", "experts_per_layer", "allocate")),
     ("search_generations", ("allocate",)),
     ("shares", TARGETS),
+    ("depth", ("num_layers", "num_hidden_layers", "num_decoder_layers", "target_config", "shares", "kinds")),
 )
 # The same, where a checkpoint is saved only if a flag asks for it.
 REQUIRES_SAVING = (("standalone", ("save_model", "output")), ("push_to_hub", ("save_model", "output")))

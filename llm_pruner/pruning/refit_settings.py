@@ -48,8 +48,13 @@ def refit_settings(arguments: PruneArguments, value: Mapping[str, Any]) -> Refit
         value: flags by name, filled from the preset.
 
     Raises:
-        PrunerError: hidden channels are pruned and the refit compares them, or a budget has no training.
+        PrunerError: both names of the refit are given, hidden channels are pruned and the refit compares them, or a
+            budget has no training.
     """
+    if (
+        arguments.compensate is not None and arguments.refit is not None
+    ):  # "none" too, which counts as no flag elsewhere
+        raise PrunerError("--compensate and --refit exclude each other (each names the refit): give one")
     refit = value["refit"]
     required = arguments.refit is not None or arguments.compensate is not None
     closed_form = CLOSED_FORM["ridge"] if refit in TRAINED else CLOSED_FORM.get(refit, "none")

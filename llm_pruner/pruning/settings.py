@@ -385,7 +385,7 @@ def _shape(arguments: PruneArguments) -> dict[str, Any]:
     shape: dict[str, Any] = {}
     if arguments.target_config:
         content = read_json(arguments.target_config)
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or not content:
             raise PrunerError(f"--target_config {arguments.target_config} holds no config: give an object of fields")
         shape = {name: value for name, value in content.items() if name not in NO_SHAPE}
     named = {name: getattr(arguments, name) for name in SHAPE}
