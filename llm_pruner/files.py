@@ -230,7 +230,9 @@ def check_file(file: str | Path) -> None:
 
 def _check_parent(target: Path) -> None:
     """Refuse a path below a file or below a folder that cannot be written, which a hidden folder there tries."""
-    parent = next(path for path in target.parents if path.exists())
+    parent = next((path for path in target.parents if path.exists()), None)
+    if parent is None:
+        raise PrunerError(f"cannot write {target}: name a folder in it")
     if not parent.is_dir():
         raise PrunerError(f"cannot write {target}: {parent} is a file")
     try:

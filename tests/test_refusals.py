@@ -101,6 +101,7 @@ REFUSED = [
     ("prune --model nowhere/at/all --output out", "--model nowhere/at/all: there is no model folder"),
     ("prune nowhere.json --output out", "there is no file or folder nowhere.json"),
     ("inspect {home}/base --layer 99", "--layer 99 is out of range: give 0 to 2, or -1 for all"),
+    ("inspect {home}/base/config.json --verify", "config.json is a config alone, without weights to read"),
     ("inspect {home}/base --layer -2", "--layer -2 is out of range"),
     ("prune {tmp}/bare --output out --eval_datasets ''", "holds no safetensors weights"),
     ("evaluate {home}/base nowhere/at/all --datasets {home}/text.txt", "error: there is no model folder"),
@@ -116,6 +117,8 @@ REFUSED = [
     ("chat {home}/base nowhere/at/all", "error: there is no model folder nowhere/at/all"),
     # outputs
     (PRUNE + "--output /", "cannot write /: name a folder in it"),
+    (VOCAB + "--output /", "cannot write /: name a folder in it"),
+    (RECOVER + "--output /", "cannot write /: "),
     (PRUNE + "--push_to_hub a/b/c", "--push_to_hub 'a/b/c' is not valid: give user/name"),
     (PRUNE + "--output {tmp}/file/out", "file"),
     (PRUNE + "--output {tmp}/foreign", "is not ours to replace"),

@@ -52,6 +52,8 @@ def run_inspect(args: InspectArguments) -> None:
     super_experts: dict[str, list[int]] | None = None
     model: Any
     if args.verify or args.super_experts is not None:
+        if Path(args.model).is_file() and Path(args.model).suffix == ".json":
+            raise PrunerError(f"{args.model} is a config alone, without weights to read: give the model's folder")
         model, tokenizer = load(args.model, "float32", "cpu", args.trust_remote_code, task=args.task)
         graph = trace_towers(model, args.towers)
         if args.super_experts is not None:

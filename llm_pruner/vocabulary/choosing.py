@@ -205,7 +205,7 @@ def token_budget(keep: str, size: int) -> tuple[int | None, float | None]:
     ((400, None), (None, 0.999))
 
     Raises:
-        PrunerError: ``keep`` is not valid.
+        PrunerError: ``keep`` is not valid, or above ``size``.
     """
     name, _, value = keep.rpartition("=")
     try:
@@ -217,7 +217,9 @@ def token_budget(keep: str, size: int) -> tuple[int | None, float | None]:
     if not name and 0 < number <= 1:
         return int(number * size), None
     if not name and number.is_integer() and number > 1 and not value.endswith("%"):
-        return min(int(number), size), None
+        if number > size:
+            raise PrunerError(f"--keep {keep} is above the {size} tokens of the model: give fewer")
+        return int(number), None
     raise PrunerError(f"--keep {keep!r} is not valid: give 15000 (tokens), 0.5 or 50% (a share) or coverage=0.9999")
 
 
