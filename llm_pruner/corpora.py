@@ -232,5 +232,7 @@ def _row_text(path: Path, row: object) -> str:
         for column in COLUMNS:
             if isinstance(row.get(column), str):
                 return row[column]
+        if no_text := next((column for column in COLUMNS if column in row), None):
+            raise PrunerError(f"{path}: {no_text} of a row is {str(row[no_text])[:40]!r}, not a text: leave it out")
         raise PrunerError(f"{path} has no column {' or '.join(COLUMNS)}; it has {', '.join(map(str, row))}")
     raise PrunerError(f"{path} must hold texts or rows with a text column")

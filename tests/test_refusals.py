@@ -65,6 +65,7 @@ REFUSED = [
     (PRUNE + "--eval_datasets nothing.txt", "--eval_datasets nothing.txt: no data set"),
     (PRUNE + "--eval_datasets bookcorpus", "bookcorpus has no held-out part"),
     (EVALUATE + "--datasets {tmp}/empty.txt", "empty.txt holds no rows"),
+    (EVALUATE + "--datasets {tmp}/null.jsonl", "null.jsonl: text of a row is 'None', not a text: leave it out"),
     (EVALUATE + "--datasets ptbb", "did you mean ptb?"),
     (RECOVER + "--data_path nothing.jsonl", "--data_path nothing.jsonl"),
     (RECOVER + "--data_path {tmp}/other.jsonl", "has the columns words"),
@@ -161,6 +162,7 @@ def sealed(home, home_text, tmp_path, monkeypatch):
     (inputs / "empty.txt").write_text("\n")
     (inputs / "empty.jsonl").write_text("")
     (inputs / "object.json").write_text("{}")
+    (inputs / "null.jsonl").write_text('{"text": null}\n')
     (inputs / "other.jsonl").write_text('{"words": "a"}\n')
     (inputs / "bare" / "config.json").write_text((home / "base" / "config.json").read_text())
     (inputs / "foreign" / "thesis.doc").write_text("all my work")
