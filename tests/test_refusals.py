@@ -119,7 +119,6 @@ REFUSED = [
     # outputs
     (PRUNE + "--output /", "cannot write /: name a folder in it"),
     (VOCAB + "--output /", "cannot write /: name a folder in it"),
-    (RECOVER + "--output /", "cannot write /: "),
     (PRUNE + "--push_to_hub a/b/c", "--push_to_hub 'a/b/c' is not valid: give user/name"),
     (PRUNE + "--output {tmp}/file/out", "file"),
     (PRUNE + "--output {tmp}/foreign", "is not ours to replace"),

@@ -213,7 +213,7 @@ def page_of(models: Models) -> tuple[Any, Any]:
             try:
                 yield from _answer_all(models, text, _settings_of(*values))
             except PrunerError as error:
-                raise gr.Error(escape(str(error))) from error  # gradio takes it for HTML
+                raise gr.Error(escape(str(error)), print_exception=False) from error  # gradio takes it for HTML
 
         started = gr.on(
             [ask.click, prompt.submit],
