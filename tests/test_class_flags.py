@@ -13,6 +13,7 @@ from transformers import AutoConfig
 import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.files import read_json
+from llm_pruner.media import media_inputs
 from llm_pruner.recipes.results import lower_is_better
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -55,6 +56,27 @@ def test_plans_that_cut_other_towers_are_applied(llava, towers, tmp_path, capsys
     capsys.readouterr()
     assert main(f"apply {plan} {llava} {tmp_path}/refused".split()) == 2
     assert "has no processor" in capsys.readouterr().err and not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("towers, language, vision", (("language", 24, 32), ("vision", 32, 24), ("all", 24, 24)))
+def test_the_projector_follows_hidden_channels(llava, towers, language, vision, tmp_path, capsys):
+    """Its output those of the language, its input those of the vision tower; compared on images."""
+    prune = f"prune {llava} {tmp_path}/pruned --towers {towers} --num_examples 4 --pruning_ratio 0.25 --kinds hidden"
+    assert main([*prune.split(), "--compensate", "none", "--eval_datasets", ""]) == 0
+    assert "equals the masked original" in "".join(capsys.readouterr())
+    pruned, _ = lp.load(str(tmp_path / "pruned"))
+    projector = pruned.model.multi_modal_projector
+    assert (projector.linear_1.in_features, projector.linear_2.out_features) == (vision, language)
+    assert pruned.config.vision_config.hidden_size == vision and pruned.config.text_config.hidden_size == language
+    assert main(f"apply {tmp_path}/pruned/pruning_plan.json {llava} {tmp_path}/applied".split()) == 0
+    assert same_weights(tmp_path / "pruned", tmp_path / "applied") == type(pruned).__name__
+    before, _ = lp.load(str(llava))
+    plan = lp.PruningPlan.load(tmp_path / "pruned" / "pruning_plan.json")
+    images = media_inputs(before, "synthetic", samples=2, seed=5).tensors()
+    assert lp.verify(before, lp.apply(before, plan), plan, images).equivalent
+    with torch.no_grad():
+        projector.linear_2.bias.add_(1)
+    assert not lp.verify(before, pruned, plan, images).equivalent, "images are read"
 
 
 def test_layers_and_neurons_of_one_tower(tokenizer, tmp_path):

@@ -4,14 +4,18 @@ import resource
 
 import pytest
 import torch
+import transformers
+from helpers.media import TEXT, VISION
 from helpers.models import ARCHITECTURES, BASE, build
 from torch import nn
 from transformers import AutoConfig
 
+import llm_pruner as lp
 from llm_pruner.checkpoint.config import meta_model
 from llm_pruner.graph.permutation import check_permutation, verify_units
 from llm_pruner.graph.tracer import TraceError
 from llm_pruner.graph.units import trace
+from llm_pruner.models.per_layer import has_per_layer_widths
 
 
 def test_every_unit_passes_the_permutation_oracle(architecture):
@@ -117,6 +121,63 @@ def test_an_unknown_operator_freezes_what_enters_it():
     hidden = next(u for u in graph.frozen if u.kind == "hidden")
     assert "linalg_qr" in hidden.frozen and "layers.1.mlp" in hidden.frozen
     assert len(graph.of_kind("neurons")) == 3
+
+
+class Writing(nn.Module):
+    """A block that writes its output between its inputs where a mask is set, as images are written between tokens."""
+
+    def __init__(self, inner: nn.Module, mask):
+        super().__init__()
+        self.inner, self.mask = inner, mask
+
+    def forward(self, x):
+        return x.masked_scatter(self.mask(x), self.inner(x).flatten())
+
+
+@pytest.mark.parametrize(
+    "mask, whole",
+    (
+        (lambda x: x.mean(-1, keepdim=True) > 0, True),
+        (lambda x: (x.mean(-1, keepdim=True) > 0).expand_as(x), True),
+        (lambda x: x > 0, False),
+    ),
+)
+def test_rows_that_are_written_as_a_whole_keep_their_axis(mask, whole):
+    model = build("llama")
+    model.model.layers[1].mlp = Writing(model.model.layers[1].mlp, mask)
+    graph = trace(model)
+    assert not graph.unknown_operators and bool(graph.of_kind("hidden")) == whole
+    if whole:
+        assert ("model.layers.1.mlp.inner.down_proj.weight", 0) in graph.of_kind("hidden")[0].dims
+        assert check_permutation(model, graph.of_kind("hidden")[0]).passed
+    else:
+        assert "selected by a mask" in {unit.frozen for unit in graph.frozen if unit.kind == "hidden"}
+
+
+def test_modules_that_do_nothing_are_pruned_as_their_twins():
+    """The last layers of SigLIP, and the MLP of its head outside of layers, which one field of the config describes."""
+    config = AutoConfig.for_model(
+        "llava",
+        text_config=AutoConfig.for_model("llama", **TEXT, num_key_value_heads=2),
+        vision_config=AutoConfig.for_model("siglip_vision_model", **VISION | {"num_hidden_layers": 3}),
+        image_token_index=98,
+        vision_feature_layer=-3,
+        vision_feature_select_strategy="full",
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.arange(32).view(2, 16)
+    ids[:, 2:6] = 98
+    graph = trace(model, inputs={"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)})
+    idle = [unit.name.removeprefix("model.vision_tower.") for unit in graph.of_kind("neurons") if unit.idle]
+    assert idle == ["encoder.layers.1.mlp.neurons", "encoder.layers.2.mlp.neurons", "head.mlp.neurons"]
+    frozen = [unit.name for unit in graph.frozen if unit.frozen == "the output does not depend on it"]
+    assert frozen == ["model.vision_tower.head.attention.heads"], "torch's attention is like no layer's"
+    assert all(report.passed for report in verify_units(model, graph) if report.unit.kind == "neurons")
+    plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.25, kinds=["neurons"])
+    pruned = lp.apply(model, plan)
+    assert lp.verify(model, pruned, plan).equivalent
+    assert not has_per_layer_widths(pruned.config.vision_config) and pruned.config.vision_config.intermediate_size == 36
 
 
 def test_a_model_that_cannot_run_says_where():

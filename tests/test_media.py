@@ -20,7 +20,9 @@ from llm_pruner.evaluation.similarity import outputs
 from llm_pruner.files import read_json
 from llm_pruner.media import Medium, load_processor, media_inputs, process_sound, read_media
 from llm_pruner.models.inputs import ModelInputs, example_inputs, needed_inputs
+from llm_pruner.models.per_layer import has_per_layer_widths
 from llm_pruner.models.running import forward, main_output
+from llm_pruner.surgery.config.stacks import configs_in
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -202,10 +204,13 @@ def test_towers(llava, towers, tmp_path, capsys):
         for model in (before, after)
         for vision in (True, False)
     ]
-    # The projector reads the last layer but one of the vision tower: the last one does nothing, and stays.
-    assert sizes == [[48] * 2, [48] * 2, [36, 48], [48 if towers == "vision" else 36] * 2]
+    # The projector reads the last layer but one of the vision tower; one field of the config is the width of both.
+    assert sizes == [[48] * 2, [48] * 2, [36] * 2, [48 if towers == "vision" else 36] * 2]
     inputs = media_inputs(before, "synthetic", samples=1)
     assert (inputs.tensors()["input_ids"] == before.config.image_token_index).sum() == 4
+    stock, info = type(before).from_pretrained(tmp_path / "pruned", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(has_per_layer_widths(config) for _, config in configs_in(stock.config)), "loads without llm_pruner"
     assert main([*prune.replace("vision", "audio").replace("all", "audio").split(), "--output", "x"]) == 2
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import lcm, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from ..display import Cells, amount, html_table, percent, plot_shares
-from ..models.constructors import refusal
 from ..models.inputs import check_inputs, remember_inputs
 from ..models.layers import LayerLocator
 from ..models.per_layer import Constant, layer_lists
@@ -24,6 +22,7 @@ from .axes import Atom, Dim, labels, leaves, size_of
 from .constants import COMBINED, by_leaf
 from .fingerprint import fingerprint
 from .kinds import FIXED, Occurrence, fixed_heads, kind_of
+from .limits import hidden_multiple, judge_by_twins
 from .places import Part, by_layer, common_path
 from .routing import fewest, groups_of, join_groups
 from .tracer import TraceError, run
@@ -53,6 +52,8 @@ class Unit:
         groups: number of equal groups, of consecutive indices, in each of which as many must stay.
         block: number of consecutive indices that go together, as they share a scale of quantized weights.
         constants: what every call of a layer is given of it, beside weights: ALiBi slopes.
+        idle: True if the output does not depend on it, as on the last layers of a vision tower that is read before
+            its end; it can be pruned where a module of the same class elsewhere, of which it is a copy, can.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Unit:
     block: int = 1
     dims: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, repr=False)
     constants: list[Constant] = field(default_factory=list, repr=False)
+    idle: bool = False
 
     @property
     def parameters(self) -> list[str]:
@@ -289,9 +291,8 @@ def _trace(model: nn.Module) -> CouplingGraph:
     units = [_unit(atom, where, layer_of, occurrences, constants.get(id(atom), [])) for atom, where in occurrences]
     units += _layer_units(model, shapes)
     fixed = fixed_heads(model)
+    judge_by_twins(model, units, tracer.idle)
     for unit in units:
-        if unit.frozen is None and tracer.idle.issuperset(unit.parameters):
-            unit.frozen = "the output does not depend on it"
         if unit.frozen is None and unit.kind in ("heads", "query_heads") and fixed & {*unit.parameters}:
             unit.frozen = FIXED
     stacked = {n for n, s in shapes.items() if len(s) == 3 and not isinstance(_owner(model, n), nn.Conv1d)}
@@ -302,29 +303,13 @@ def _trace(model: nn.Module) -> CouplingGraph:
         if unit.size % 8 == 0 and (inside or (unit.kind == "neurons" and unit.layer in routed)):
             unit.multiple = 8
         if unit.kind == "hidden":
-            unit.multiple = lcm(unit.multiple, _hidden_multiple(model, unit.size))
+            unit.multiple = lcm(unit.multiple, hidden_multiple(model, unit.size))
     _name(units)
     units.sort(key=lambda u: (u.layer is None, u.layer or 0, KINDS.index(u.kind)))
     free = [unit for unit in units if unit.frozen is None]
     frozen = [unit for unit in units if unit.frozen is not None]
     name, on_meta = type(model).__name__, tracer.device.type == "meta"
     return CouplingGraph(free, frozen, tracer.unknown, shapes, on_meta=on_meta, model_class=name)
-
-
-def _hidden_multiple(model: nn.Module, size: int) -> int:
-    """Return the number that the hidden size must be a multiple of: many configs refuse a size that their attention
-    heads do not divide, even where heads have a size of their own."""
-    config: Any = copy.deepcopy(getattr(model, "config", None))
-    try:
-        config.validate()
-        inner = config.get_text_config()
-        heads = inner.num_attention_heads
-        if inner.hidden_size != size or size % heads:
-            return 1
-        inner.hidden_size = size - 1
-    except Exception:  # no config, one that is refused as it is, or whose heads differ by layer, says nothing
-        return 1
-    return heads if refusal(config) else 1
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .per_layer import bind_constructor
+from .per_layer import bind_constructor, parts_of
 
 
 def constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
@@ -47,9 +47,10 @@ def fields_of(config: PreTrainedConfig | None) -> dict[str, Any]:
 
 
 def refusal(config: PreTrainedConfig) -> str:
-    """Return why a config refuses its own values, "" if it does not."""
+    """Return why a config, or one inside it, refuses its own values, "" if it does not."""
     try:
-        config.validate()
+        for part in parts_of(config):
+            part.validate()
     except Exception as error:  # validators raise what they like
         return " ".join(str(error).split())
     return ""

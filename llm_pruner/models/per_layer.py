@@ -68,7 +68,7 @@ def install() -> None:
     @functools.wraps(post_init)
     def with_layers(self: PreTrainedModel) -> None:
         rebuilt = has_per_layer_widths(self.config) and _rebuild_layers(self)
-        if rebuilt or any(map(_refuses, _parts_of(self.config))):
+        if rebuilt or any(map(_refuses, parts_of(self.config))):
             setattr(self.config, REFUSAL_FIELD, REFUSAL)
         if (end_recording := self.__dict__.pop("_end_recording", None)) is not None:
             end_recording()
@@ -103,9 +103,9 @@ def has_per_layer_widths(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "is_heterogeneous", False) or overrides_of(config) or getattr(config, CONSTANTS, None))
 
 
-def _parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+def parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """List a config and those inside it."""
-    return [config, *(p for v in vars(config).values() if isinstance(v, PreTrainedConfig) for p in _parts_of(v))]
+    return [config, *(p for v in vars(config).values() if isinstance(v, PreTrainedConfig) for p in parts_of(v))]
 
 
 def _refuses(config: PreTrainedConfig, field: str = REFUSAL_FIELD) -> bool:
@@ -114,7 +114,7 @@ def _refuses(config: PreTrainedConfig, field: str = REFUSAL_FIELD) -> bool:
 
 def _lift_refusal(config: PreTrainedConfig) -> None:
     """Let a model be built from a config that was read from a file; drop a refusal that has no reason any more."""
-    parts, read = _parts_of(config), IMPLEMENTATION_SLOTS["experts"]  # where transformers keeps what the file says
+    parts, read = parts_of(config), IMPLEMENTATION_SLOTS["experts"]  # where transformers keeps what the file says
     for part in parts:
         if _refuses(part, read):
             part.__dict__[read] = None

@@ -111,8 +111,10 @@ def _make_plan(planning: Planning, model: PreTrainedModel) -> PlannedModel:
 
 def _trace(planning: Planning, model: PreTrainedModel) -> CouplingGraph:
     inputs = planning.ids if isinstance(planning.ids, ModelInputs) else None
-    graph = trace_towers(model, planning.settings.calibration.towers, inputs)
-    return in_blocks(graph, planning.blocks, planning.settings.widths.kinds)
+    widths = planning.settings.widths
+    kinds = (*widths.kinds, *widths.proportions)
+    graph = trace_towers(model, planning.settings.calibration.towers, inputs, kinds)
+    return in_blocks(graph, planning.blocks, widths.kinds)
 
 
 def log_plan(planned: PlannedModel, parameters: int) -> None:

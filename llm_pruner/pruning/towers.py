@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
@@ -33,28 +35,36 @@ def check_towers(model: PreTrainedModel, towers: str) -> None:
     load_processor(model)
 
 
-def trace_towers(model: PreTrainedModel, towers: str, inputs: ModelInputs | None = None) -> CouplingGraph:
+def trace_towers(
+    model: PreTrainedModel, towers: str, inputs: ModelInputs | None = None, kinds: Collection[str] = ()
+) -> CouplingGraph:
     """Trace a model, with images or sounds where others than its language are pruned; freeze the other towers.
+
+    Images or sounds are written to the hidden channels of the language by a projector, so that ``kinds`` with
+    ``hidden`` needs them too.
 
     Args:
         towers: ``language``, ``vision``, ``audio`` or ``all``.
         inputs: images or sounds with their texts (default: noise).
+        kinds: kinds of units that are to be pruned.
 
     Raises:
-        PrunerError: the model has no such tower.
+        PrunerError: the model has no such tower, or its checkpoint no processor.
     """
-    if towers == LANGUAGE:
+    if towers == LANGUAGE and not ("hidden" in kinds and tower_paths(model)):
         return trace(model)
     check_towers(model, towers)
     return freeze_others(trace_media(model, inputs), model, towers)
 
 
 def freeze_others(graph: CouplingGraph, model: PreTrainedModel, towers: str) -> CouplingGraph:
-    """Freeze the units outside the tower that is pruned; return the graph."""
-    if towers in (LANGUAGE, ALL):
-        return graph
-    path = tower_paths(model)[towers]
-    for unit in list(graph.units):
-        if not is_below(path, unit.name):
+    """Freeze the units outside the tower that is pruned; return the graph.
+
+    The projector belongs to the language, but for its input: that is the width of the other tower.
+    """
+    paths = tower_paths(model) if towers != ALL else {}
+    for unit in list(graph.units) if paths else ():
+        reached = {tower for tower, path in paths.items() if any(is_below(path, name) for name in unit.parameters)}
+        if towers not in (reached or {LANGUAGE}):
             graph.freeze(unit, f"--towers {towers} leaves it")
     return graph

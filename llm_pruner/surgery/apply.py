@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
 from ..graph.tracer import TraceError
-from ..graph.units import CouplingGraph, share_graph, trace
+from ..graph.units import CouplingGraph, Unit, share_graph, trace
 from ..media import trace_media
 from ..models.inputs import example_inputs, share_inputs
 from ..models.running import MetaReads, model_inputs, stored_tensors, tracing_mode
 from ..models.skeleton import canonical_names, skeleton
-from ..models.towers import reach_towers
+from ..models.towers import reach_towers, tower_paths
 from ..selection.plan import PruningPlan, name_after
 from .config.shape import target_config
 from .config.solver import solve
@@ -110,24 +110,28 @@ def apply(
 
 
 def _traced_for(model: PreTrainedModel, plan: PruningPlan) -> CouplingGraph:
-    """Trace a model so that it has the units of a plan: on an image or a sound too, where the plan cuts other towers.
+    """Trace a model so that it has the units of a plan: on an image or a sound too, where the plan needs them.
 
     Raises:
         PrunerError: the model has no such unit.
     """
     graph = trace(model)
-    unknown = _unknown_units(plan, graph)
-    if unknown and (plan.settings.get(TOWERS) or reach_towers(model, unknown)):
+    if plan.units.keys() - _names(graph.units) and (plan.settings.get(TOWERS) or _needs_media(model, plan, graph)):
         graph = trace_media(model)
-        unknown = _unknown_units(plan, graph)
-    if unknown:
+    known = _names([*graph.units, *graph.frozen])
+    if unknown := [name for name in plan.units if name not in known]:
         raise PrunerError(f"the plan was made for another model: it has no unit {unknown[0]}")
     return graph
 
 
-def _unknown_units(plan: PruningPlan, graph: CouplingGraph) -> list[str]:
-    known = {unit.name for unit in [*graph.units, *graph.frozen]}
-    return [name for name in plan.units if name not in known]
+def _needs_media(model: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> bool:
+    """Return True if a plan cuts other towers, or what their projector writes to and a trace on text freezes."""
+    projected = plan.units.keys() & _names(unit for unit in graph.frozen if unit.kind == "hidden")
+    return reach_towers(model, plan.kept) or bool(projected and tower_paths(model))
+
+
+def _names(units: Iterable[Unit]) -> set[str]:
+    return {unit.name for unit in units}
 
 
 def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: PruningPlan, graph: CouplingGraph) -> str:

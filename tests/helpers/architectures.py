@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import DummyObject
 
-from llm_pruner.models.tasks import CTC, FEATURES, FILL_MASK, SPEECH, TASKS, TEXT_GENERATION, TEXT_TO_TEXT
+from llm_pruner.models.tasks import CTC, FEATURES, FILL_MASK, IMAGE_TEXT, SPEECH, TASKS, TEXT_GENERATION, TEXT_TO_TEXT
 
 LAYERS, MOST_LAYERS = 2, 4
 LARGEST = 8_000_000  # parameters of a model that counts as tiny
@@ -165,7 +165,14 @@ def model_types() -> list[str]:
 
 OF_TEXT = (FILL_MASK, "text-classification", "token-classification", "question-answering", FEATURES)
 OF_MEDIA = (
-    *("image-classification", "video-classification", "image-segmentation", "depth-estimation", "object-detection"),
+    *(
+        IMAGE_TEXT,
+        "image-classification",
+        "video-classification",
+        "image-segmentation",
+        "depth-estimation",
+        "object-detection",
+    ),
     *("audio-classification", SPEECH, CTC, FEATURES),
 )
 
@@ -176,8 +183,7 @@ def other_types() -> list[str]:
 
 
 def media_types() -> list[str]:
-    """Every model type that reads images or sounds, beside text or without, and the task; none that writes text about
-    them."""
+    """Every model type that reads images or sounds, beside text or without, and the task."""
     return [f"{model_type}:{task}" for task in OF_MEDIA for model_type in sorted(_types_of(task, media=True))]
 
 
@@ -189,7 +195,7 @@ def _types_of(task: str, *, media: bool) -> list[str]:
         if not isinstance(one, type) or isinstance(one, DummyObject):  # it needs a package that is not installed
             continue
         parameters = inspect.signature(one.forward).parameters
-        of_media = one.main_input_name != "input_ids" or "return_loss" in parameters
+        of_media = one.main_input_name != "input_ids" or "return_loss" in parameters or task == IMAGE_TEXT
         encoder = of_media or model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
         if (encoder or task != FEATURES) and of_media == media:
             found.append(model_type)

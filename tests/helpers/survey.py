@@ -99,7 +99,7 @@ def survey(name: str, kinds: Iterable[str] = KINDS) -> Row:
                 report = check_permutation(model, unit)
                 if not report.difference <= LOGIT_TOLERANCE:
                     row.kinds[kind].wrong.append(f"{unit.name} ({report.difference:.1e})")
-                elif not report.effect > LOGIT_TOLERANCE:
+                elif not report.passed:
                     row.kinds[kind].without_effect.append(f"{unit.name} ({report.effect:.1e})")
     row.seconds = time.perf_counter() - start
     for kind, outcome in row.kinds.items():

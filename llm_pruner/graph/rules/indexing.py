@@ -10,6 +10,7 @@ import torch
 
 from ..axes import Dim, freeze, fresh, leaves, size_of, tag, unify
 from ..call import Call, Traced, rule
+from .layout import reshape
 from .pointwise import broadcast
 
 
@@ -89,6 +90,31 @@ def _masked(call: Call, dims: list[Dim], indices: list[Traced | None], writes: b
     else:
         picked = [*rest[0], fresh(call.out.shape[at], reason), *rest[1]]
         call.set(picked if not more else [fresh(n, reason) for n in call.out.shape])
+
+
+@rule("masked_scatter", "masked_scatter_")
+def masked_scatter(call: Call) -> None:
+    """Write the source's rows, one after the other, where a mask is set, as images are written between tokens.
+
+    A row holds the last dims, along which the mask is the same; the others are selected from.
+    """
+    dims, mask, source = call.dims("self"), call.get("mask").tensor, call.get("source")
+    padded = [1] * (len(dims) - mask.ndim)
+    repeats = [n == 1 or not step for n, step in zip([*padded, *mask.shape], [*padded, *mask.stride()], strict=True)]
+    rank = next((i for i, same in enumerate(reversed(repeats)) if not same), len(dims))
+    row = dims[len(dims) - rank :]
+    for dim in dims[: len(dims) - rank]:
+        freeze(dim, "selected by a mask")
+    count, rest = divmod(source.tensor.numel(), size_of(d for dim in row for d in dim))
+    if rest:
+        for dim in row:
+            freeze(dim, "a part of it is written where a mask is set")
+    else:
+        rows, *parts = reshape(source.dims, (count, *map(size_of, row)))
+        freeze(rows, "written where a mask is set")
+        for dim, part in zip(row, parts, strict=True):
+            unify(dim, part)
+    call.set(dims)
 
 
 @rule("gather")

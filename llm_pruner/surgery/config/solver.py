@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import PrunerError
 from ...graph.units import CouplingGraph
-from ...models.constructors import config_of, constructor_arguments, fields_of
+from ...models.constructors import config_of, constructor_arguments, fields_of, refusal
 from ...models.layers import is_below
 from ...models.per_layer import (
     CONSTANTS,
@@ -325,22 +325,8 @@ def _checked(model: PreTrainedModel, config: PreTrainedConfig, targets: Shapes, 
         if wrong:
             name = min(wrong)
             problem = problem or f"{name} would be {shapes.get(name)} instead of {targets.get(name)}"
-        elif invalid := _invalid(tried, model.config):
+        elif (invalid := refusal(tried)) and not refusal(model.config):
             problem = problem or invalid
         else:
             return tried
     raise PrunerError(f"no config of {type(model.config).__name__} has the shapes that the plan leaves: {problem}")
-
-
-def _invalid(config: PreTrainedConfig, original: PreTrainedConfig) -> str:
-    """Return why transformers' validators refuse a config, which could then not be saved; empty if they accept it,
-    or refuse the original too."""
-    try:
-        config.validate()
-    except Exception as error:  # a validator may raise what it likes
-        try:
-            original.validate()
-        except Exception:
-            return ""
-        return " ".join(f"{type(error).__name__}: {error}".split())
-    return ""
