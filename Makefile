@@ -25,7 +25,7 @@ slow: $(READY)
 
 # Asks every architecture that transformers knows; some minutes.
 supported-models: $(READY)
-	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m helpers.survey models classes media
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m helpers.survey models classes media image_texts
 
 # Runs the README's commands and compares their numbers with those beside them; then the times that need no data.
 results-small: $(READY)

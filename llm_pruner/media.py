@@ -1,17 +1,16 @@
 """Images and sounds to calibrate and compare models on, read by the checkpoint's own processor.
 
 A data set is a folder of images or of 16-bit ``.wav`` files. A ``metadata.jsonl`` beside them may give texts or labels,
-a line ``{"file_name": "cat.png", "text": "a cat"}`` a file, as the hub's data sets of images have it. The data set
-``synthetic`` is noise.
+a line ``{"file_name": "cat.png", "text": "a cat"}`` a file, as the hub's data sets of images have it. A data set of the
+hub, ``owner/name``, or a folder that holds one, has columns of images or sounds (:mod:`llm_pruner.media_rows`). The
+data set ``synthetic`` is noise.
 """
 
 from __future__ import annotations
 
 import json
-import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from .choices import SYNTHETIC
 from .corpora import check_text
 from .errors import PrunerError, in_one_line
 from .graph.units import CouplingGraph, trace
+from .media_rows import HELD_OUT, Medium, holds_rows, is_on_hub, read_rows
 from .models.inputs import ModelInputs, example_inputs, needed_inputs, reads_text_only
 from .models.running import model_inputs
 from .models.tasks import predicts_tokens
@@ -30,60 +30,14 @@ from .optional import require
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SOUNDS = (".wav",)
-HELD_OUT = 5  # every fifth file is for measuring
 CAPTION = "Describe the image."
 SYNTHETIC_PIXELS = 224
 WRITTEN_TOKENS = 16  # that a model of speech writes itself where no text is given
 
 
-@dataclass(frozen=True, kw_only=True)
-class Medium:
-    """An image or a sound, and the text and label that belong to it, if any."""
-
-    file: Path
-    text: str | None = None
-    label: str | int | None = None
-
-    def image(self) -> Any:
-        """Return the picture.
-
-        Raises:
-            PrunerError: the file cannot be read.
-        """
-        from PIL import Image
-
-        try:
-            return Image.open(self.file).convert("RGB")
-        except (OSError, ValueError) as error:
-            raise PrunerError(f"cannot read the image {self.file}: {error}") from error
-
-    def sound(self, rate: int) -> np.ndarray:
-        """Return the samples of a mono mix in [-1, 1), float32 ``[samples]``.
-
-        Raises:
-            PrunerError: the file cannot be read, or has another sampling rate.
-        """
-        try:
-            with wave.open(str(self.file)) as sound:
-                parameters = sound.getparams()
-                content = sound.readframes(parameters.nframes)
-        except (OSError, EOFError, wave.Error) as error:
-            raise PrunerError(f"cannot read the sound {self.file}: {error}") from error
-        if parameters.sampwidth != 2 or parameters.framerate != rate:
-            raise PrunerError(
-                f"{self.file} has {8 * parameters.sampwidth} bits at {parameters.framerate} Hz and the model reads 16 "
-                f"bits at {rate} Hz: convert it with ffmpeg -i {self.file.name} -ar {rate} -sample_fmt s16 out.wav"
-            )
-        whole = len(content) // (2 * parameters.nchannels) * 2 * parameters.nchannels  # of a file that was cut short
-        samples = np.frombuffer(content[:whole], dtype="<i2").astype(np.float32) / 2**15
-        if not len(samples):
-            raise PrunerError(f"the sound {self.file} is empty")
-        return samples.reshape(-1, parameters.nchannels).mean(axis=1)
-
-
 def is_media(name: str) -> bool:
     """Return True if a name of a data set means images or sounds, not a text."""
-    return name == SYNTHETIC or Path(name).expanduser().is_dir()
+    return name == SYNTHETIC or Path(name).expanduser().is_dir() or is_on_hub(name)
 
 
 def check_media(name: str) -> None:
@@ -92,7 +46,7 @@ def check_media(name: str) -> None:
     Raises:
         PrunerError: as :func:`read_media`; or images cannot be read, since Pillow is not installed.
     """
-    if name != SYNTHETIC and any(medium.file.suffix.lower() in IMAGES for medium in read_media(name, "train")):
+    if name != SYNTHETIC and not all(medium.is_sound for medium in read_media(name, "train", 1)):
         require("PIL", "report", "images need")
 
 
@@ -106,24 +60,30 @@ def check_dataset(name: str, split: str = "train") -> None:
 
 
 def read_media(name: str, split: str | None, most: int | None = None) -> list[Medium]:
-    """List the files of a folder; every fifth is held out, of two or more one at least.
+    """List the files of a folder, or the rows of a data set; every fifth is held out, of two or more one at least.
 
     Args:
         split: ``train`` (for calibration), ``test`` (held out), or None for all.
 
     Raises:
-        PrunerError: the folder holds no image and no sound, or its ``metadata.jsonl`` cannot be read.
+        PrunerError: the folder holds no image and no sound, its ``metadata.jsonl`` cannot be read, or the data set
+            cannot be fetched or has no column of images or sounds.
     """
     folder = Path(name).expanduser()
-    files = sorted(file for file in folder.iterdir() if _is_medium(file))
-    if not files:
-        raise PrunerError(f"{name} holds no images ({', '.join(IMAGES)}) and no sounds ({', '.join(SOUNDS)})")
-    rows = dict(_metadata(folder / "metadata.jsonl"))
-    every = min(HELD_OUT, len(files))
-    chosen = [file for i, file in enumerate(files) if len(files) == 1 or (i % every == every - 1) == (split == "test")]
-    if split is None:
-        chosen = files
-    return [Medium(file=file, **rows.get(file.name, {})) for file in chosen[:most]]
+    if is_on_hub(name) or holds_rows(folder):
+        whole, media = read_rows(name, split, most)
+        if whole:
+            return media[:most]
+    else:
+        files = sorted(file for file in folder.iterdir() if _is_medium(file))
+        if not files:
+            raise PrunerError(f"{name} holds no images ({', '.join(IMAGES)}) and no sounds ({', '.join(SOUNDS)})")
+        rows = dict(_metadata(folder / "metadata.jsonl"))
+        media = [Medium(file=file, is_sound=file.suffix.lower() in SOUNDS, **rows.get(file.name, {})) for file in files]
+    every = min(HELD_OUT, len(media))
+    held_out = split == "test"
+    chosen = [one for i, one in enumerate(media) if len(media) == 1 or (i % every == every - 1) == held_out]
+    return (media if split is None else chosen)[:most]
 
 
 def _is_medium(file: Path) -> bool:
@@ -220,7 +180,7 @@ def process(model: PreTrainedModel, processor: Any, medium: Medium) -> dict[str,
         PrunerError: the file cannot be read, or is of the other sort than the model's processor reads, or the
             processor's own files are damaged.
     """
-    if medium.file.suffix.lower() in SOUNDS:
+    if medium.is_sound:
         return _process_sound(model, processor, medium)
     if hasattr(processor, "sampling_rate") or not _reads_images(processor):
         raise PrunerError(f"{type(model).__name__} reads sounds, and {medium.file} is an image")

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpora import read_rows
 from ..errors import PrunerError
-from ..media import Medium, check_media, load_processor, process, process_sound, read_media
+from ..media import check_media, load_processor, process, process_sound, read_media
+from ..media_rows import Medium, is_on_hub
 from ..models.blockwise import computing
 from ..models.inputs import Inputs, ModelInputs, reads_text_only
 from ..models.running import evaluating, forward, main_output, model_inputs
@@ -65,7 +66,7 @@ def check_labelled(name: str) -> None:
         PrunerError: the file or folder cannot be read, or holds no rows.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or is_on_hub(name):
         check_media(name)
     elif path.suffix not in (".json", ".jsonl") or not path.is_file() or next(read_rows(path), None) is None:
         raise PrunerError(f"give a .json or .jsonl file with rows such as {FORMS['classes']}")
@@ -231,8 +232,7 @@ def _text_columns(row: Any, form: str) -> tuple[str, ...]:
 
 
 def _media(name: str, field: str, form: str, most: int | None) -> list[Medium]:
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    if not (Path(name).expanduser().is_dir() or is_on_hub(name)):
         raise PrunerError(f"--labelled {name} must be {FORMS[form]}")
     media = read_media(name, None, most)
     without = next(

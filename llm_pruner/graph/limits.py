@@ -68,9 +68,10 @@ def _form(model: nn.Module, unit: Judged) -> Hashable:
 def hidden_multiple(model: nn.Module, size: int) -> int:
     """Return the number that the hidden size must be a multiple of: many configs refuse a size that their attention
     heads do not divide, even where heads have a size of their own."""
-    config = getattr(model, "config", None)
-    parts = parts_of(config) if config is not None else []
-    return lcm(*(_multiple(config, i, size) for i in range(len(parts))))
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return 1
+    return lcm(*(_multiple(config, part, size) for part in range(len(parts_of(config)))))
 
 
 def _multiple(config: PreTrainedConfig, part: int, size: int) -> int:

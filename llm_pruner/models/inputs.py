@@ -18,7 +18,7 @@ IDS = {"input_ids", "decoder_input_ids"}
 IMAGE_SIZE, CHANNELS, SAMPLES_OF_SOUND, MEL_FRAMES = 224, 3, 16_000, 64  # where a config states none
 TOKENS_OF_OTHERS = 512  # about what an image or a few seconds of sound are in a model
 # Where the config of a model that reads images or audio may be.
-INNER_CONFIGS = ("vision_config", "audio_config", "encoder_config", "backbone_config")
+INNER_CONFIGS = ("vision_config", "audio_config", "encoder_config", "backbone_config", "encoder")
 
 
 class ModelInputs:

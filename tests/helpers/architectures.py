@@ -71,6 +71,9 @@ SMALL: dict[str, int] = {
     **_all("position_embedding_size", 16),
 }  # fmt: skip
 
+# Angles of time, height and width, of a head of 8 channels.
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+MROPE_OF_HALF = {"head_dim": 16, "rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 0.5}}
 # Values that a model needs beside the conventional ones, because its defaults contradict each other when small.
 MORE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -152,6 +155,12 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
     "t5": {"decoder_start_token_id": 0},  # as all its checkpoints have
+    **dict.fromkeys(
+        ("qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text", "qwen2_5_omni_text", "glm_ocr_text"), MROPE
+    ),
+    **dict.fromkeys(("glm4v_text", "glm4v_moe_text"), MROPE_OF_HALF),
+    **{kind: {"out_hidden_size": 32} for kind in ("glm4v_vision", "glm4v_moe_vision", "glm_ocr_vision")},
+    "llama4_vision_model": {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
 }
 
 
@@ -183,8 +192,16 @@ def other_types() -> list[str]:
 
 
 def media_types() -> list[str]:
-    """Every model type that reads images or sounds, beside text or without, and the task."""
+    """Every model type that reads images or sounds, beside text or without, and the task; none that writes text about
+    them."""
     return [f"{model_type}:{task}" for task in OF_MEDIA for model_type in sorted(_types_of(task, media=True))]
+
+
+def image_text_types() -> list[str]:
+    """Every model type that reads images and writes text, and the task."""
+    return [
+        f"{model_type}:{IMAGE_TEXT}" for model_type in sorted(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    ]
 
 
 def _types_of(task: str, *, media: bool) -> list[str]:
@@ -195,7 +212,7 @@ def _types_of(task: str, *, media: bool) -> list[str]:
         if not isinstance(one, type) or isinstance(one, DummyObject):  # it needs a package that is not installed
             continue
         parameters = inspect.signature(one.forward).parameters
-        of_media = one.main_input_name != "input_ids" or "return_loss" in parameters or task == IMAGE_TEXT
+        of_media = one.main_input_name != "input_ids" or "return_loss" in parameters
         encoder = of_media or model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
         if (encoder or task != FEATURES) and of_media == media:
             found.append(model_type)

@@ -24,7 +24,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import llm_pruner as lp
-from helpers.architectures import media_types, model_types, other_types, tiny_model
+from helpers.architectures import image_text_types, media_types, model_types, other_types, tiny_model
 from llm_pruner.graph.permutation import LOGIT_TOLERANCE, check_permutation
 from llm_pruner.graph.units import CouplingGraph
 from llm_pruner.models.inputs import example_inputs, reads_text_only, reads_whole_text
@@ -288,8 +288,7 @@ def class_page(rows: list[Row], title: str, reads: str) -> str:
     lines = [
         f"# {title}",
         "",
-        f"transformers {transformers.__version__} registers {len(rows)} classes that read {reads} and are no language "
-        "models.",
+        f"transformers {transformers.__version__} registers {len(rows)} classes that read {reads}.",
         f"{len(built)} of them can be built tiny: neurons can be pruned in {counts['neurons']}, heads in "
         f"{counts['heads']}. They are tested as",
         "[language models](supported-models.md) are. A cell names the kinds that work; it is empty where there is no",
@@ -316,12 +315,33 @@ SURVEYS: dict[str, Any] = {
     "classes": (
         other_types,
         CLASS_KINDS,
-        {"supported-classes.md": partial(class_page, title="Supported classes", reads="text")},
+        {
+            "supported-classes.md": partial(
+                class_page, title="Supported classes", reads="text and are no language models"
+            )
+        },
     ),
     "media": (
         media_types,
         CLASS_KINDS,
-        {"supported-media.md": partial(class_page, title="Classes of images and sounds", reads="images or sounds")},
+        {
+            "supported-media.md": partial(
+                class_page,
+                title="Classes of images and sounds",
+                reads="images or sounds and are no language models",
+            )
+        },
+    ),
+    "image_texts": (
+        image_text_types,
+        CLASS_KINDS,
+        {
+            "supported-image-text.md": partial(
+                class_page,
+                title="Language models that read images",
+                reads="images and write text; their language tower is pruned",
+            )
+        },
     ),
 }
 

@@ -62,11 +62,9 @@ def stacks_of(model: PreTrainedModel) -> list[Stack]:
     for stack in stacks:
         together = [other.path for other in stacks if other.config == stack.config]
         config = configs[stack.config]
-        scopes = [
-            p
-            for p, m in owners.items()
-            if all(is_below(p, path) for path in together) and type(m.config) is type(config)
-        ]
+        around = [p for p, m in owners.items() if is_below(p, stack.path) and type(m.config) is type(config)]
+        # Two towers may be built from one config without a model of that config around both.
+        scopes = [p for p in around if all(is_below(p, path) for path in together)] or around
         stack.scope = max(scopes, key=len)
         stack.standard = len(together) == 1 and stack.length == getattr(config, "num_hidden_layers", None)
     return stacks
