@@ -90,6 +90,7 @@ def test_lines_end_at_120_columns(page):
     [
         ("docs/explanation/choosing.md", "presets.py"),
         ("docs/explanation/scaling.md", "scaling.py"),
+        ("docs/how-to/mixtures-of-experts.md", "experts_refit.py"),
         ("docs/results.md", "quantization.py"),
     ],
 )
