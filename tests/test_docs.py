@@ -92,6 +92,7 @@ def test_lines_end_at_120_columns(page):
         ("docs/explanation/scaling.md", "scaling.py"),
         ("docs/how-to/mixtures-of-experts.md", "experts_refit.py"),
         ("docs/results.md", "quantization.py"),
+        ("docs/results.md", "sizes.py"),
     ],
 )
 def test_tables_are_those_of_the_results(page, script):

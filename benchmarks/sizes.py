@@ -1,0 +1,74 @@
+"""Tables of the sweeps sizes.yaml and depths.yaml: perplexity of SmolLM2-135M at three sizes by eight methods.
+
+    llm-pruner run benchmarks/sizes.yaml && llm-pruner run benchmarks/depths.yaml
+    python benchmarks/sizes.py --runs runs
+    python benchmarks/sizes.py --print
+
+The first line runs in a folder with the texts that the recipes name. The second keeps what the sweeps measured in
+results/sizes.json, and the last prints the tables of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from llm_pruner.evaluation.tabular import markdown
+from llm_pruner.provenance import provenance
+
+RESULTS = Path(__file__).parent / "results" / "sizes.json"
+SIZES = ("0.9", "0.8", "0.7")
+LAYERS = dict(zip(("26", "22", "19"), SIZES, strict=True))  # of 30: the nearest to these sizes
+TEXTS = ("wikitext2_test", "alpaca")
+
+
+def rows_of(runs: Path) -> list[dict[str, Any]]:
+    """Return one row for each model that the sweeps measured."""
+    rows = []
+    for sweep in ("sizes", "depths"):
+        with (runs / sweep / "results.csv").open(encoding="utf-8") as file:
+            for one in csv.DictReader(file):
+                size = one.get("prune.target_params") or LAYERS.get(one.get("prune.num_layers", ""), "1")
+                row = {"method": method_of(one) if size != "1" else "unpruned", "size": size}
+                row |= {"parameters": int(float(one["parameters"])), "seconds": float(one["seconds"] or 0)}
+                rows.append(row | {text: round(float(one[f"perplexity {text}"]), 2) for text in TEXTS})
+    return rows
+
+
+def method_of(row: dict[str, str]) -> str:
+    """Return the name of a method in the table."""
+    if row.get("prune.num_layers"):
+        return "whole layers, `block_influence`"
+    criterion = row["prune.taylor"] if row["prune.pruner_type"] == "taylor" else row["prune.pruner_type"]
+    return f"{row['prune.kinds'].replace(',', ' and ')}, `{criterion}`"
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Return one table for each text, in Markdown."""
+    shown = []
+    for text in TEXTS:
+        cells = [[text, *SIZES]]
+        for method in dict.fromkeys(row["method"] for row in rows if row["size"] != "1"):
+            values = {row["size"]: row[text] for row in rows if row["method"] == method}
+            cells.append([method, *(f"{values[size]:,.0f}" for size in SIZES)])
+        shown.append(markdown(cells))
+    return "\n\n".join(shown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, help="folder of both sweeps")
+    parser.add_argument("--print", action="store_true", help="print the tables of the results")
+    options = parser.parse_args()
+    if options.runs:
+        record = {"rows": rows_of(options.runs), **provenance()}
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    if options.print:
+        print(tables(json.loads(RESULTS.read_text())["rows"]))
+
+
+if __name__ == "__main__":
+    main()
