@@ -43,7 +43,6 @@ REFUSED = [
     (PRUNE + "--refit lora --compensate none", "--compensate and --refit exclude each other (each names the refit)"),
     (PRUNE + "--kinds --pruning_ratio 0.2", "--kinds: expected at least one argument"),
     # layers
-    (PRUNE + "--depth last", "--depth needs one of --num_layers, "),
     (PRUNE + "--layer_wise --layer 9", "--layer: cannot keep 9 layers, the model has 3 layers: give 1 to 2"),
     (PRUNE + "--drop_layers 7", "--drop_layers 7 is out of range: the model has layers 0 to 2"),
     (PRUNE + "--num_layers 7", "--num_layers: cannot keep 7 layers, the model has 3 layers: give 1 to 2"),

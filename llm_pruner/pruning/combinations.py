@@ -46,7 +46,6 @@ REQUIRES: tuple[tuple[str, Sequence[str]], ...] = (
     ("normalize", ("global_pruning", "experts_per_layer", "allocate")),
     ("search_generations", ("allocate",)),
     ("shares", TARGETS),
-    ("depth", ("num_layers", "num_hidden_layers", "num_decoder_layers", "target_config", "shares", "kinds")),
 )
 # The same, where a checkpoint is saved only if a flag asks for it.
 REQUIRES_SAVING = (("standalone", ("save_model", "output")), ("push_to_hub", ("save_model", "output")))
