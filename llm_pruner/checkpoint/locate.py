@@ -59,7 +59,7 @@ def locate(name: str, revision: str | None = None) -> tuple[str, str | None]:
     Raises:
         PrunerError: the path does not exist or is a pickle, or a package that the model needs is not installed.
     """
-    if not name.strip():
+    if not str(name).strip():
         raise PrunerError("the model has no name: give an alias, hub id, folder or .gguf file")
     if name in EMBEDDED:
         package, requirement, file = EMBEDDED[name]
