@@ -106,9 +106,11 @@ def measure(shape: str) -> dict[str, float]:
     return ratios | {"gflops": round(2 * operations / (before + after) / 1e9)}
 
 
-def steps_of(preset: str, shape: str, model: tuple[float, int], rate: float) -> dict[str, float]:
+def steps_of(
+    preset: str, passes: dict[str, dict[str, float]], shape: str, model: tuple[float, int], *, rate: float
+) -> dict[str, float]:
     """Return the seconds of the steps of a preset on a model, by the costs of a shape and operations per second."""
-    costs = json.loads((RESULTS / "scaling.json").read_text())["forward_passes"][shape]
+    costs = passes[shape]
     score, ridge, train = PRESETS[preset]
     parameters, neurons = model
     second = 2 * parameters / rate  # of a token's forward pass
@@ -131,7 +133,7 @@ def tables() -> str:
     second = [["preset", "step", "estimated s", "measured s", "ratio"]]
     for row in presets["rows"]:
         if row["machine"] == MACHINE and row["method"] in PRESETS and row["model"] == "smollm2-135m":
-            estimates = steps_of(row["method"], "0.1b", SMOLLM2, 2e9 * passes["0.1b"]["gflops"])
+            estimates = steps_of(row["method"], passes, "0.1b", SMOLLM2, rate=2e9 * passes["0.1b"]["gflops"])
             for step, seconds in estimates.items():
                 measured = row["seconds"][step]
                 cells = [f"{seconds:.0f}", f"{measured:.0f}", f"{seconds / measured:.2f}"]
@@ -139,7 +141,7 @@ def tables() -> str:
     rate = 6 * gpu["parameters"] * 640 / gpu["plain_step_seconds"]  # forward and backward pass of 10 x 64 tokens
     third = [["preset", *LARGE]]
     for preset in PRESETS:
-        whole = [sum(steps_of(preset, "3b", size, rate).values()) / 60 for size in LARGE.values()]
+        whole = [sum(steps_of(preset, passes, "3b", size, rate=rate).values()) / 60 for size in LARGE.values()]
         third.append([f"`{preset}`", *(f"{minutes:.1f} min" for minutes in whole)])
     return "\n\n".join(markdown(cells) for cells in (first, second, third))
 

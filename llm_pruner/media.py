@@ -22,7 +22,7 @@ from .choices import SYNTHETIC
 from .corpora import check_text
 from .errors import PrunerError, in_one_line
 from .graph.units import CouplingGraph, trace
-from .media_rows import HELD_OUT, Medium, holds_rows, is_on_hub, read_rows
+from .media_rows import HELD_OUT, Medium, holds_rows, is_on_hub, read_media_rows
 from .models.inputs import ModelInputs, example_inputs, needed_inputs, reads_text_only
 from .models.running import model_inputs
 from .models.tasks import predicts_tokens
@@ -37,7 +37,12 @@ WRITTEN_TOKENS = 16  # that a model of speech writes itself where no text is giv
 
 def is_media(name: str) -> bool:
     """Return True if a name of a data set means images or sounds, not a text."""
-    return name == SYNTHETIC or Path(name).expanduser().is_dir() or is_on_hub(name)
+    return name == SYNTHETIC or is_stored(name)
+
+
+def is_stored(name: str) -> bool:
+    """Return True if images or sounds by a name lie in a folder or on the hub, and are not made."""
+    return Path(name).expanduser().is_dir() or is_on_hub(name)
 
 
 def check_media(name: str) -> None:
@@ -71,7 +76,7 @@ def read_media(name: str, split: str | None, most: int | None = None) -> list[Me
     """
     folder = Path(name).expanduser()
     if is_on_hub(name) or holds_rows(folder):
-        whole, media = read_rows(name, split, most)
+        whole, media = read_media_rows(name, split, most)
         if whole:
             return media[:most]
     else:

@@ -92,7 +92,7 @@ def holds_rows(folder: Path) -> bool:
     return any(file.suffix in ROWS for file in folder.rglob("*"))
 
 
-def read_rows(name: str, split: str | None, most: int | None) -> tuple[bool, list[Medium]]:
+def read_media_rows(name: str, split: str | None, most: int | None) -> tuple[bool, list[Medium]]:
     """Read the images or sounds of a data set, with its texts and labels: the first column of each sort.
 
     Returns:

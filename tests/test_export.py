@@ -39,6 +39,18 @@ def widths(file):
     return arch, reader.get_field(f"{arch}.feed_forward_length").contents()
 
 
+def assert_llama_cpp_computes(model, tokenizer, file):
+    """The log-probabilities of the next token in a file are the model's."""
+    prompts = torch.randint(3, len(tokenizer), (5, 20), generator=torch.Generator().manual_seed(1)).tolist()
+    with running("llama.cpp", file) as engine:
+        answers = [engine.next_log_probabilities(prompt) for prompt in prompts]
+    for prompt, found in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        assert max(found, key=found.get) == int(expected.argmax())
+        assert found == pytest.approx({token: float(expected[token]) for token in found}, abs=0.05)
+
+
 @pytest.mark.parametrize("name", ["llama_grouped", "qwen2"])
 def test_llama_cpp_computes_the_same_from_layers_that_differ(tokenizer, saved, tmp_path, capsys, name):
     """Heads, key-value heads and widths of layer 1, the MLP of layer 2 and the attention of layer 3."""
@@ -49,14 +61,7 @@ def test_llama_cpp_computes_the_same_from_layers_that_differ(tokenizer, saved, t
     assert "llama.cpp agrees" in capsys.readouterr().err
     arch, neurons = widths(tmp_path / "out.gguf")
     assert arch == "deci" and neurons == [96, 48, 32, 96]
-    prompts = torch.randint(3, len(tokenizer), (5, 20), generator=torch.Generator().manual_seed(1)).tolist()
-    with running("llama.cpp", tmp_path / "out.gguf") as engine:
-        answers = [engine.next_log_probabilities(prompt) for prompt in prompts]
-    for prompt, found in zip(prompts, answers, strict=True):
-        with torch.no_grad():
-            expected = pruned(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        assert max(found, key=found.get) == int(expected.argmax())
-        assert found == pytest.approx({token: float(expected[token]) for token in found}, abs=0.05)
+    assert_llama_cpp_computes(pruned, tokenizer, tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
@@ -91,14 +96,7 @@ def test_llama_cpp_computes_the_same_from_fewer_experts(tokenizer, tmp_path, nam
     arch, reader = write_gguf(pruned, tokenizer, target, "f32"), GGUFReader(target)
     counts = [reader.get_field(f"{arch}.expert_{key}").contents() for key in ("count", "used_count")]
     assert counts == [6, 3]
-    prompts = torch.randint(3, len(tokenizer), (5, 20), generator=torch.Generator().manual_seed(1)).tolist()
-    with running("llama.cpp", target) as engine:
-        answers = [engine.next_log_probabilities(prompt) for prompt in prompts]
-    for prompt, found in zip(prompts, answers, strict=True):
-        with torch.no_grad():
-            expected = pruned(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        assert max(found, key=found.get) == int(expected.argmax())
-        assert found == pytest.approx({token: float(expected[token]) for token in found}, abs=0.05)
+    assert_llama_cpp_computes(pruned, tokenizer, target)
 
 
 def test_mixtures_that_llama_cpp_does_not_have_are_refused(tokenizer, saved, tmp_path, capsys):

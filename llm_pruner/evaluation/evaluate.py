@@ -116,6 +116,11 @@ class Evaluation:
         return self.parameters - self.parts.get("embeddings", 0)
 
 
+def have_one_tokenizer(evaluations: Iterable[Evaluation]) -> bool:
+    """Return True if models read the same tokens, so that their perplexities per token compare."""
+    return len({one.tokenizer for one in evaluations}) == 1
+
+
 def evaluate_model(
     name: str,
     model: PreTrainedModel,

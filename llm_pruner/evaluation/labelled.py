@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpora import read_rows
 from ..errors import PrunerError
-from ..media import check_media, load_processor, process, process_sound, read_media
-from ..media_rows import Medium, is_on_hub
+from ..media import check_media, is_stored, load_processor, process, process_sound, read_media
+from ..media_rows import Medium
 from ..models.blockwise import computing
 from ..models.inputs import Inputs, ModelInputs, reads_text_only
 from ..models.running import evaluating, forward, main_output, model_inputs
@@ -66,7 +66,7 @@ def check_labelled(name: str) -> None:
         PrunerError: the file or folder cannot be read, or holds no rows.
     """
     path = Path(name).expanduser()
-    if path.is_dir() or is_on_hub(name):
+    if is_stored(name):
         check_media(name)
     elif path.suffix not in (".json", ".jsonl") or not path.is_file() or next(read_rows(path), None) is None:
         raise PrunerError(f"give a .json or .jsonl file with rows such as {FORMS['classes']}")
@@ -232,7 +232,7 @@ def _text_columns(row: Any, form: str) -> tuple[str, ...]:
 
 
 def _media(name: str, field: str, form: str, most: int | None) -> list[Medium]:
-    if not (Path(name).expanduser().is_dir() or is_on_hub(name)):
+    if not is_stored(name):
         raise PrunerError(f"--labelled {name} must be {FORMS[form]}")
     media = read_media(name, None, most)
     without = next(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..serving.engines import NEW_TOKENS, PROMPT_TOKENS, ROUNDS
-from .evaluate import Evaluation
+from .evaluate import Evaluation, have_one_tokenizer
 from .names import row_names, short_names
 from .paired import MEAN, Comparison, compare_questions
 from .speed import warnings_of
@@ -21,7 +21,7 @@ def notes_of(evaluations: list[Evaluation], comparisons: Sequence[Mapping[str, C
         comparisons: of each model with the first one; see :func:`~.paired.compare_questions`.
     """
     notes = []
-    if len({one.tokenizer for one in evaluations}) > 1 and evaluations[0].perplexity:
+    if not have_one_tokenizer(evaluations) and evaluations[0].perplexity:
         notes.append("The models have different tokenizers: compare their perplexities per byte, not per token.")
     notes += _text_notes(evaluations)
     notes += _speed_notes(evaluations)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from ..display import percent
 from ..files import strict_json
 from ..turns import Ratio
-from .evaluate import Evaluation
+from .evaluate import Evaluation, have_one_tokenizer
 from .names import error_name, members_of, metrics_of, row_names, short_names
 from .notes import notes_of
 from .paired import MEAN, Comparison, Interval, compare_questions, mean_accuracy
@@ -180,7 +180,7 @@ class _Columns:
 
     def add_quality(self, per_byte: bool) -> None:
         texts = short_names(self.names(lambda e: e.perplexity))
-        one_tokenizer = len({one.tokenizer for one in self.evaluations}) == 1
+        one_tokenizer = have_one_tokenizer(self.evaluations)
         quantities = {"perplexity": "ppl"} | ({"byte_perplexity": "ppl/byte"} if per_byte else {})
         for quantity, short in quantities.items():
             for text, title in texts.items():
