@@ -23,16 +23,30 @@ from .corpora import check_text
 from .errors import PrunerError, in_one_line
 from .graph.units import CouplingGraph, trace
 from .media_rows import HELD_OUT, Medium, holds_rows, is_on_hub, read_media_rows
-from .models.inputs import ModelInputs, example_inputs, needed_inputs, reads_text_only
+from .models.image_inputs import image_token
+from .models.inputs import (
+    ModelInputs,
+    example_inputs,
+    inputs_with_image,
+    needed_inputs,
+    reads_text_only,
+    token_count,
+)
 from .models.running import model_inputs
 from .models.tasks import predicts_tokens
+from .models.towers import tower_paths
 from .optional import require
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SOUNDS = (".wav",)
 CAPTION = "Describe the image."
 SYNTHETIC_PIXELS = 224
+TOKENS_AROUND = 16  # an image that is guessed from a config
 WRITTEN_TOKENS = 16  # that a model of speech writes itself where no text is given
+
+
+class NoProcessor(PrunerError):
+    """A checkpoint without the files of a processor."""
 
 
 def is_media(name: str) -> bool:
@@ -122,24 +136,54 @@ def media_inputs(
     the tokens that it writes itself.
 
     Args:
-        name: a folder, or ``synthetic`` for random images, spectrograms or waveforms, which need no processor unless
-            the model marks the places of images in its text.
+        name: a folder, or ``synthetic`` for random images, spectrograms or waveforms, which need no processor if the
+            config tells what the model reads.
         samples: largest number of samples.
 
     Raises:
         PrunerError: a file cannot be read, or the checkpoint has no processor.
     """
     seed = seed if split == "train" else ~seed & 0xFFFF
-    if name == SYNTHETIC and not reads_text_only(model):
-        drawn = example_inputs(model, rows=samples, seed=seed)
-        assert isinstance(drawn, ModelInputs)
-        return drawn
-    processor = load_processor(model)
     if name == SYNTHETIC:
-        noise = np.random.default_rng(seed).integers(0, 256, (samples, SYNTHETIC_PIXELS, SYNTHETIC_PIXELS, 3), np.uint8)
-        with _named_refusals("a random image"):
-            return _stacked([_process_image(model, processor, picture, CAPTION) for picture in noise])
+        return _noise(model, samples, seed)
+    processor = load_processor(model)
     return _stacked([process(model, processor, medium) for medium in read_media(name, split, samples)])
+
+
+def _noise(model: PreTrainedModel, samples: int, seed: int) -> ModelInputs:
+    """Return noise; images in a text come from the checkpoint's processor, which knows the text around them."""
+    if not tower_paths(model):
+        return _drawn(model, samples, seed)
+    try:
+        processor = load_processor(model)
+    except NoProcessor:
+        if guessed := inputs_with_image(model, samples, TOKENS_AROUND, torch.Generator().manual_seed(seed)):
+            return guessed
+        if reads_text_only(model):
+            raise
+        return _drawn(model, samples, seed)
+    noise = np.random.default_rng(seed).integers(0, 256, (samples, SYNTHETIC_PIXELS, SYNTHETIC_PIXELS, 3), np.uint8)
+    with _named_refusals("a random image"):
+        return _stacked([_process_image(model, processor, picture, CAPTION) for picture in noise])
+
+
+def _drawn(model: PreTrainedModel, samples: int, seed: int) -> ModelInputs:
+    drawn = example_inputs(model, rows=samples, seed=seed)
+    assert isinstance(drawn, ModelInputs)
+    return drawn
+
+
+def check_can_be_shown(model: PreTrainedModel) -> None:
+    """Refuse a model that reads media beside text, if nothing can be shown to it.
+
+    Raises:
+        PrunerError: its checkpoint has no processor, and its config does not name the token of an image.
+    """
+    try:
+        load_processor(model)
+    except NoProcessor:
+        if image_token(model, token_count(model)) is None:
+            raise
 
 
 def trace_media(model: PreTrainedModel, inputs: ModelInputs | None = None) -> CouplingGraph:
@@ -149,7 +193,8 @@ def trace_media(model: PreTrainedModel, inputs: ModelInputs | None = None) -> Co
         inputs: as :func:`media_inputs` returns them (default: noise).
 
     Raises:
-        PrunerError: the checkpoint has no processor, or the model cannot be traced.
+        PrunerError: the checkpoint has no processor and no image can be guessed from its config, or the model cannot
+            be traced.
     """
     inputs = media_inputs(model, SYNTHETIC, samples=1) if inputs is None else inputs
     return trace(model, inputs[:1].tensors())
@@ -159,7 +204,8 @@ def load_processor(model: PreTrainedModel) -> Any:
     """Load the processor of the checkpoint that a model was loaded from.
 
     Raises:
-        PrunerError: there is none, or it needs a package that is not installed.
+        NoProcessor: there is none.
+        PrunerError: it needs a package that is not installed.
     """
     reads_text = predicts_tokens(model) or "input_ids" in needed_inputs(model)
     name, cause = model.name_or_path or type(model).__name__, None
@@ -173,7 +219,7 @@ def load_processor(model: PreTrainedModel) -> Any:
             return processor
     if isinstance(cause, ImportError):
         raise PrunerError(f"the processor of {name} cannot be loaded: {in_one_line(cause)}") from cause
-    raise PrunerError(
+    raise NoProcessor(
         f"{name} has no processor to read images or sounds with: put the original's preprocessor_config.json there"
     )
 
@@ -227,6 +273,12 @@ def _process_chat(processor: Any, image: Any, text: str) -> Any:
             [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
         )
     marker = getattr(processor, "image_token", "<image>")
+    try:  # some put the image's tokens in front of the text themselves
+        inputs = processor(images=image, text=text, return_tensors="pt")
+        if (inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids(str(marker))).any():
+            return inputs
+    except Exception:  # others refuse an image without its mark, by whatever they raise
+        pass
     return processor(images=image, text=f"{marker}\n{text}", return_tensors="pt")
 
 

@@ -42,7 +42,7 @@ def same_weights(*folders):
 
 @pytest.mark.parametrize("towers", ("vision", "all"))
 def test_plans_that_cut_other_towers_are_applied(llava, towers, tmp_path, capsys):
-    """By command, in Python, and after the layers of a tower went; without a processor with a reason, and no file."""
+    """By command, in Python, and without a processor: the config tells what an image is."""
     prune = f"prune {llava} {tmp_path}/pruned --towers {towers} --num_examples 4 {PRUNE}"
     assert main(prune.split()) == 0
     plan = tmp_path / "pruned" / "pruning_plan.json"
@@ -50,11 +50,23 @@ def test_plans_that_cut_other_towers_are_applied(llava, towers, tmp_path, capsys
     assert main(f"apply {plan} {llava} {tmp_path}/applied".split()) == 0
     model, _ = lp.load(str(llava))
     lp.save(lp.apply(model, lp.PruningPlan.load(plan)), None, tmp_path / "python")
-    same_weights(*(tmp_path / name for name in ("pruned", "applied", "python")))
     for file in (llava / "processor_config.json", llava / "preprocessor_config.json"):
         file.unlink(missing_ok=True)
+    assert main(f"apply {plan} {llava} {tmp_path}/guessed".split()) == 0
+    same_weights(*(tmp_path / name for name in ("pruned", "applied", "python", "guessed")))
+
+
+def test_a_plan_for_towers_that_nothing_can_be_shown_to_is_refused(llava, tmp_path, capsys):
+    """Without a processor, and without a token in the config that marks an image: one line and no file."""
+    assert main(f"prune {llava} {tmp_path}/pruned --towers vision --num_examples 4 {PRUNE}".split()) == 0
+    for file in (llava / "processor_config.json", llava / "preprocessor_config.json"):
+        file.unlink(missing_ok=True)
+    config = json.loads((llava / "config.json").read_text())
+    config.pop("image_token_id", None)
+    config["image_token_index"] = 10**6
+    (llava / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
-    assert main(f"apply {plan} {llava} {tmp_path}/refused".split()) == 2
+    assert main(f"apply {tmp_path}/pruned/pruning_plan.json {llava} {tmp_path}/refused".split()) == 2
     assert "has no processor" in capsys.readouterr().err and not (tmp_path / "refused").exists()
 
 

@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 from ..errors import PrunerError
-from .tasks import OF_WHOLE_TEXTS, task_name
+from .image_inputs import draw_image_in_text
+from .input_sizes import input_shape
+from .tasks import OF_WHOLE_TEXTS, predicts_tokens, task_name
 
 IDS = {"input_ids", "decoder_input_ids"}
-IMAGE_SIZE, CHANNELS, SAMPLES_OF_SOUND, MEL_FRAMES = 224, 3, 16_000, 64  # where a config states none
 TOKENS_OF_OTHERS = 512  # about what an image or a few seconds of sound are in a model
-# Where the config of a model that reads images or audio may be.
-INNER_CONFIGS = ("vision_config", "audio_config", "encoder_config", "backbone_config", "encoder")
 
 
 class ModelInputs:
@@ -177,8 +176,9 @@ def reads_text_only(model: nn.Module) -> bool:
 def needed_inputs(model: nn.Module) -> list[str]:
     """Return the names of the inputs that a model cannot do without.
 
-    The main input; arguments of its ``forward`` without a default; the ids of a decoder; and the other side of a model
-    that compares two kinds of inputs, known by its ``return_loss``.
+    The main input; arguments of its ``forward`` without a default; the ids of a decoder; the text beside an image that
+    is the main input of a model that continues text; and the other side of a model that compares two kinds of inputs,
+    known by its ``return_loss``.
     """
     main = getattr(model, "main_input_name", "input_ids")
     parameters = inspect.signature(model.forward).parameters
@@ -194,6 +194,8 @@ def needed_inputs(model: nn.Module) -> list[str]:
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if encoder_decoder and "decoder_input_ids" in parameters and not reads_whole_text(model):
         names.append("decoder_input_ids")
+    if "pixel_values" in names and "input_ids" in parameters and predicts_tokens(model):
+        names.append("input_ids")
     if "return_loss" in parameters:
         names += [name for name in ("input_ids", "pixel_values", "input_features") if name in parameters][:2]
     return list(dict.fromkeys(names))
@@ -204,7 +206,8 @@ def example_inputs(model: nn.Module, rows: int = 2, tokens: int = 16, seed: int 
 
     Returns:
         Token ids, LongTensor ``[rows, tokens]``, of a model that reads text; else, by name, images ``[rows, channels,
-        height, width]`` or videos, spectrograms or waveforms in [-1, 1), and ids.
+        height, width]`` or videos, spectrograms or waveforms in [-1, 1), and ids. A single row of a model that marks
+        the places of images in its text.
 
     Raises:
         PrunerError: the model needs an input that cannot be guessed.
@@ -216,13 +219,25 @@ def example_inputs(model: nn.Module, rows: int = 2, tokens: int = 16, seed: int 
     if reads_text_only(model):
         ids = _random_ids(model, rows, tokens, generator)
         return (ended(model, ids) if reads_whole_text(model) else ids).to(device)
+    if predicts_tokens(model) and (image := inputs_with_image(model, 1, tokens, generator)):
+        return image.to(device)
     drawn = {}
     for name in needed_inputs(model):
         if name in IDS:
             drawn[name] = ended(model, _random_ids(model, rows, tokens, generator))
             continue
-        drawn[name] = torch.rand((rows, *_shape(model, name)), generator=generator) * 2 - 1
+        drawn[name] = torch.rand((rows, *input_shape(model, name)), generator=generator) * 2 - 1
     return ModelInputs(drawn).to(device)
+
+
+def inputs_with_image(model: nn.Module, rows: int, tokens: int, generator: torch.Generator) -> ModelInputs | None:
+    """Draw so many texts of random tokens, each with a random image in it.
+
+    Returns:
+        None for a model that takes no images in a way that its signature and config tell.
+    """
+    drawn = [draw_image_in_text(model, token_count(model), tokens, generator) for _ in range(rows)]
+    return ModelInputs(*(part for part in drawn if part)) if all(drawn) else None
 
 
 def _random_ids(model: nn.Module, rows: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
@@ -255,43 +270,3 @@ def ended(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     ids = torch.where(ids == end, end - 1 if end else 1, ids)
     ids[:, -1] = end
     return ids
-
-
-def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
-    """Return the shape of one sample of an input, from the fields of the config."""
-    fields = Fields(model.config)
-    if name in ("pixel_values", "pixel_values_videos"):
-        size = fields.get("image_size", "input_size", default=IMAGE_SIZE)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        channels = fields.get("num_channels", "in_channels", "num_input_channels", default=CHANNELS)
-        frames = fields.get("num_frames", default=16 if name == "pixel_values_videos" else None)
-        return (channels, height, width) if frames is None else (frames, channels, height, width)
-    if name == "input_features":
-        if (longest := fields.get("max_source_positions", default=None)) and (bins := fields.get("num_mel_bins")):
-            return (bins, 2 * longest)  # a convolution of stride 2 halves it
-        features = fields.get("input_feat_per_channel", "feature_projection_input_dim", "input_dim", "num_mel_bins")
-        if features is not None:
-            return (MEL_FRAMES, features * fields.get("input_channels", default=1))
-    if name == "input_values":
-        bins, longest = fields.get("num_mel_bins"), fields.get("max_length")
-        return (longest, bins) if "num_mel_bins" in fields and "frequency_stride" in fields else (SAMPLES_OF_SOUND,)
-    raise PrunerError(
-        f"{type(model).__name__} needs {name!r}, which cannot be guessed: give lp.trace(model, inputs=…) what "
-        "its processor returns, and lp.score and lp.verify the same"
-    )
-
-
-class Fields:
-    """Fields of a config or, where it has no such field, of the configs inside it that are of images or audio."""
-
-    def __init__(self, config: Any):
-        inner = (getattr(config, name, None) for name in INNER_CONFIGS)
-        self.configs = [config, *(one for one in inner if one is not None)]
-
-    def __contains__(self, name: str) -> bool:
-        return self.get(name) is not None
-
-    def get(self, *names: str, default: Any = None) -> Any:
-        """Return the first of the named fields that a config states."""
-        values = (getattr(config, name, None) for name in names for config in self.configs)
-        return next((value for value in values if value is not None), default)

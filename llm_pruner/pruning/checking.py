@@ -13,15 +13,14 @@ from ..checkpoint.card import check_repository
 from ..checkpoint.checking import check_model, needs_tokenizer
 from ..checkpoint.config import meta_model
 from ..checkpoint.locate import locate
-from ..choices import SELF
+from ..choices import SELF, SYNTHETIC
 from ..data import calibration_sources, check_calibration_text
 from ..errors import PrunerError
 from ..files import check_file, check_folder
 from ..graph.tracer import TraceError
 from ..importance.layers import BY_LOSS, check_strategy
 from ..inputs import InputCheck
-from ..media import check_dataset, check_media, is_media, load_processor
-from ..models.inputs import example_inputs
+from ..media import check_can_be_shown, check_dataset, check_media, is_media, media_inputs
 from ..models.loss import has_loss
 from ..models.running import stored_tensors
 from ..models.towers import reach_towers
@@ -83,9 +82,9 @@ def check_calibration(dataset: str) -> None:
 
 
 def _check_inputs(config: PreTrainedConfig, settings: PruneSettings) -> None:
-    """Refuse a model of images or sounds whose inputs neither its signature nor its config tells."""
+    """Refuse a model of images or sounds whose inputs nothing tells: its signature, its config or its processor."""
     if not needs_tokenizer(config):
-        example_inputs(meta_model(config, settings.model.trust_remote_code), rows=1)
+        media_inputs(meta_model(config, settings.model.trust_remote_code), SYNTHETIC, samples=1)
 
 
 def _check_towers(config: PreTrainedConfig, settings: PruneSettings) -> None:
@@ -160,7 +159,7 @@ def check_apply_inputs(arguments: ApplyArguments, check: InputCheck) -> None:
 
 
 def _check_plan_fits(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Refuse a plan for another model, and one that cuts towers which the folder has no processor to show."""
+    """Refuse a plan for another model, and one that cuts towers which nothing can be shown to."""
     check_fits({name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}, plan)
     if plan.settings.get(TOWERS) or reach_towers(model, plan.units):
-        load_processor(model)
+        check_can_be_shown(model)

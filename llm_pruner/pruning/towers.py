@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from ..errors import PrunerError
 from ..graph.units import CouplingGraph, trace
-from ..media import load_processor, trace_media
-from ..models.inputs import ModelInputs
+from ..media import check_can_be_shown, trace_media
+from ..models.inputs import ModelInputs, reads_text_only
 from ..models.layers import is_below
 from ..models.towers import tower_paths
 
@@ -17,7 +17,7 @@ LANGUAGE, ALL = "language", "all"
 
 
 def check_towers(model: PreTrainedModel, towers: str) -> None:
-    """Refuse towers that a model does not have, or that its checkpoint has no processor to show anything.
+    """Refuse towers that a model does not have, or that nothing can be shown to.
 
     Raises:
         PrunerError: as above.
@@ -32,7 +32,7 @@ def check_towers(model: PreTrainedModel, towers: str) -> None:
         )
     if towers != ALL and towers not in paths:
         raise PrunerError(f"--towers {towers}: {type(model).__name__} has {' and '.join((LANGUAGE, *paths))}")
-    load_processor(model)
+    check_can_be_shown(model)
 
 
 def trace_towers(
@@ -41,7 +41,7 @@ def trace_towers(
     """Trace a model, with images or sounds where others than its language are pruned; freeze the other towers.
 
     Images or sounds are written to the hidden channels of the language by a projector, so that ``kinds`` with
-    ``hidden`` needs them too.
+    ``hidden`` needs them too, and so does a model that reads no text without them.
 
     Args:
         towers: ``language``, ``vision``, ``audio`` or ``all``.
@@ -49,9 +49,9 @@ def trace_towers(
         kinds: kinds of units that are to be pruned.
 
     Raises:
-        PrunerError: the model has no such tower, or its checkpoint no processor.
+        PrunerError: the model has no such tower, or nothing can be shown to it.
     """
-    if towers == LANGUAGE and not ("hidden" in kinds and tower_paths(model)):
+    if towers == LANGUAGE and not (tower_paths(model) and ("hidden" in kinds or not reads_text_only(model))):
         return trace(model)
     check_towers(model, towers)
     return freeze_others(trace_media(model, inputs), model, towers)

@@ -68,7 +68,13 @@ SMALL: dict[str, int] = {
     **_all("sliding_window attention_window_size local_radius global_block_size block_size", 8),
     **_all("image_size", 28),
     **_all("patch_size", 14),
+    **_all("mm_tokens_per_image", 4),
+    **_all("out_hidden_size", 32),
     **_all("position_embedding_size", 16),
+    **_all("vision_start_token_id vision_end_token_id", 89),
+    **_all("image_token_id image_token_index", 90),
+    **_all("video_token_id video_token_index", 91),
+    **_all("audio_token_id audio_token_index", 92),
 }  # fmt: skip
 
 # Angles of time, height and width, of a head of 8 channels.
@@ -76,7 +82,9 @@ MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_s
 MROPE_OF_HALF = {"head_dim": 16, "rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 0.5}}
 # Values that a model needs beside the conventional ones, because its defaults contradict each other when small.
 MORE: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {4: 4}},
     "bamba": {"attn_layer_indices": [1]},
+    "blip-2": {"image_token_index": 90},
     "blt": {"encoder_hash_byte_group_vocab": 96, "encoder_hash_byte_group_size": [3]},
     "codegen": {"n_head": 8},  # its projections come in four parts, whatever the config says
     "cohere_compass_text": {
@@ -116,10 +124,13 @@ MORE: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "led": {"attention_window": 8},
+    **{kind: {"image_grid_pinpoints": [[28, 56]]} for kind in ("llava_next", "llava_next_video", "llava_onevision")},
     "longcat_flash": {"zero_expert_num": 2, "head_dim": 4},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
+    "paligemma": {"projection_dim": 32},
+    "pixtral": {"image_size": 56},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -139,6 +150,7 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
     "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
@@ -159,8 +171,12 @@ MORE: dict[str, dict[str, Any]] = {
         ("qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text", "qwen2_5_omni_text", "glm_ocr_text"), MROPE
     ),
     **dict.fromkeys(("glm4v_text", "glm4v_moe_text"), MROPE_OF_HALF),
-    **{kind: {"out_hidden_size": 32} for kind in ("glm4v_vision", "glm4v_moe_vision", "glm_ocr_vision")},
-    "llama4_vision_model": {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
+    "llama4_vision_model": {
+        "intermediate_size": 128,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "vision_output_dim": 32,
+    },
 }
 
 

@@ -24,10 +24,18 @@ import transformers
 from transformers import PreTrainedModel
 
 import llm_pruner as lp
-from helpers.architectures import image_text_types, media_types, model_types, other_types, tiny_model
+from helpers.architectures import IMAGE_TEXT, image_text_types, media_types, model_types, other_types, tiny_model
 from llm_pruner.graph.permutation import LOGIT_TOLERANCE, check_permutation
 from llm_pruner.graph.units import CouplingGraph
-from llm_pruner.models.inputs import example_inputs, reads_text_only, reads_whole_text
+from llm_pruner.models.inputs import (
+    ModelInputs,
+    example_inputs,
+    has_remembered_inputs,
+    inputs_with_image,
+    reads_text_only,
+    reads_whole_text,
+    share_inputs,
+)
 from llm_pruner.models.per_layer import has_per_layer_widths
 from llm_pruner.models.running import logits, main_output, relative_difference, without_cache
 from llm_pruner.selection.plan import PruningPlan
@@ -66,6 +74,7 @@ class Row:
     frozen: list[str] = field(default_factory=list)
     refused: str = ""
     unbuilt: str = ""
+    with_image: bool = False
     seconds: float = 0.0  # for trace and permutation test
 
     def works(self, kind: str) -> bool:
@@ -84,7 +93,9 @@ def survey(name: str, kinds: Iterable[str] = KINDS) -> Row:
         model = type(model).from_pretrained(Path(folder) / "model").eval()
     start = time.perf_counter()
     try:
-        graph = lp.trace(model)
+        image = _image_for(model) if name.endswith(IMAGE_TEXT) else None
+        row.with_image = image is not None
+        graph = lp.trace(model, inputs=image)
     except lp.PrunerError as error:
         row.refused = str(error)
         return row
@@ -105,6 +116,10 @@ def survey(name: str, kinds: Iterable[str] = KINDS) -> Row:
     for kind, outcome in row.kinds.items():
         _prune(model, graph, kind, outcome)
     return row
+
+
+def _image_for(model: PreTrainedModel) -> ModelInputs | None:
+    return inputs_with_image(model, rows=1, tokens=16, generator=torch.Generator().manual_seed(0))
 
 
 def _prune(model: PreTrainedModel, graph: CouplingGraph, kind: str, out: Outcome) -> None:
@@ -131,6 +146,7 @@ def _after_reloading(model: PreTrainedModel, pruned: PreTrainedModel, plan: Prun
     with tempfile.TemporaryDirectory() as folder:
         lp.save(pruned, None, Path(folder) / "model")
         loaded = type(pruned).from_pretrained(Path(folder) / "model").eval()
+    share_inputs(loaded, model)
     if (change := relative_difference(_forward(loaded, ids), _forward(pruned, ids))) > 1e-5:
         return f"reloading changes the logits by {change:.1e}"
     if not (model.can_generate() and reads_text_only(model)):
@@ -162,7 +178,7 @@ def masked_copy(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
 
 @torch.no_grad()
 def _forward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    if not reads_text_only(model):
+    if has_remembered_inputs(model) or not reads_text_only(model):
         return logits(model, example_inputs(model, seed=1))
     if reads_whole_text(model):
         return logits(model, ids)
@@ -293,6 +309,7 @@ def class_page(rows: list[Row], title: str, reads: str) -> str:
         f"{counts['heads']}. They are tested as",
         "[language models](supported-models.md) are. A cell names the kinds that work; it is empty where there is no",
         "such class, or none that can be built tiny.",
+        *_about_images(built),
         "",
         "```bash",
         "make supported-models     # writes this page too",
@@ -307,6 +324,16 @@ def class_page(rows: list[Row], title: str, reads: str) -> str:
         *_filterable(["class", "unit", "reason"], _refusals(rows)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _about_images(built: list[Row]) -> list[str]:
+    shown = sum(row.with_image for row in built)
+    if not shown:
+        return []
+    return [
+        f"{shown} of them are shown a random image, so that the units of their vision towers are tested too. The",
+        "others are tested on text, since their config does not tell what their images look like.",
+    ]
 
 
 # What is asked, of which kinds of units, and the pages of the answers.
@@ -339,7 +366,7 @@ SURVEYS: dict[str, Any] = {
             "supported-image-text.md": partial(
                 class_page,
                 title="Language models that read images",
-                reads="images and write text; their language tower is pruned",
+                reads="images and write text",
             )
         },
     ),
