@@ -71,6 +71,18 @@ def test_experts_called_otherwise_are_mended(name, path, left):
     assert error(damaged, expected) < left * before
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4_text"])
+def test_tokens_on_disk_give_the_same_experts(name, monkeypatch):
+    """Hidden states that do not fit in memory, and parts of an expert's tokens at a time."""
+    model = mixture(name)
+    in_memory, on_disk = half(model), half(model)
+    lp.compensate(model, in_memory, IDS)
+    monkeypatch.setattr("llm_pruner.refit.stream.IN_MEMORY", 0)
+    monkeypatch.setattr("llm_pruner.refit.experts.AT_ONCE", 50)
+    lp.compensate(model, on_disk, IDS)
+    assert (logits(on_disk, OTHERS) - logits(in_memory, OTHERS)).abs().max() < 1e-3
+
+
 def test_experts_in_half_precision():
     model = mixture("mixtral").bfloat16()
     pruned, expected = half(model), logits(model, OTHERS)

@@ -9,8 +9,9 @@ stream at these tokens shrinks by it before the next expert of the layer is fitt
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ from ..models.hooks import forward_hooks
 from ..models.processes import gathered, rank
 from .regression import HELD_OUT, RegressionSums, best_ridge
 from .stream import ResidualStream, stack_sizes
+
+AT_ONCE = 1 << 14  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +58,18 @@ class _Routed:
     behind: torch.Tensor
     is_held_out: torch.Tensor
 
-    def sums(self, floor: float, tokens: torch.Tensor, inputs: torch.Tensor) -> tuple[RegressionSums, RegressionSums]:
-        """Return the sums of the fitted and of the held-out ones among ``tokens``."""
-        both = RegressionSums(floor), RegressionSums(floor)
-        for sums, chosen in zip(both, (~self.is_held_out[tokens], self.is_held_out[tokens]), strict=True):
-            sums.add(inputs[chosen], self.target[tokens[chosen]], self.behind[tokens[chosen]])
-        return both
+    def parts_of(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield the tokens that are routed to an expert, their hidden states and gates, some thousands at a time."""
+        hidden, index, gates = self.call
+        rows, slots = (index == expert).nonzero(as_tuple=True)
+        for row, slot in zip(rows.split(AT_ONCE), slots.split(AT_ONCE), strict=True):
+            yield self.token[row], _rows(hidden, row), gates[row, slot, None].float()
+
+    def add(self, fitted: RegressionSums, held_out: RegressionSums, tokens: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Add tokens to the sums of the fitted and of the held-out ones."""
+        for sums, chosen in ((fitted, ~self.is_held_out[tokens]), (held_out, self.is_held_out[tokens])):
+            target, behind = (_rows(states, tokens[chosen]).to(inputs) for states in (self.target, self.behind))
+            sums.add(inputs[chosen], target, behind)
 
 
 def refit_experts(
@@ -78,31 +87,54 @@ def refit_experts(
     module = stream.layers[layer].get_submodule(name)
     routed = _collect(stream, layer, module, targets)
     reader = _DownInputs(model, module, gates_inputs=routed.gates_inputs)
-    every = torch.arange(len(routed.target), device=routed.target.device)
-    _, held_out = routed.sums(floor, every, routed.target[:, :0])
+    _, held_out = whole = RegressionSums(floor), RegressionSums(floor)
+    for tokens in torch.arange(len(routed.target), device=routed.token.device).split(AT_ONCE):
+        routed.add(*whole, tokens, torch.empty(len(tokens), 0, device=stream.device))
     error, ridges = held_out.error, []
-    hidden, index, gates = routed.call
-    for expert in index.unique().tolist():
-        rows, slots = (index == expert).nonzero(as_tuple=True)
-        tokens = routed.token[rows]
-        read = reader.read(expert, hidden[rows])
-        if read is None:  # an expert without weights
-            continue
-        parameter, dim, inputs = read
-        inputs = inputs.float() * gates[rows, slots, None].float()
-        fitted, chosen = routed.sums(floor, tokens, inputs)
-        if not fitted.tokens or not chosen.tokens:
-            continue
-        ridge, gain = best_ridge(fitted, chosen)
-        if gain > 0:
-            change = (fitted + chosen).solve(ridge)
-            weight = module.get_parameter(parameter).data[expert]
-            weight.add_((change if dim == 1 else change.T).to(weight))
-            routed.behind[tokens] += inputs @ change
-            error -= gain
-            ridges.append(ridge)
+    for expert in routed.call[1].unique().tolist():
+        if moved := _refit_expert(module, stream, expert, routed=routed, reader=reader, floor=floor):
+            error -= moved.gain
+            ridges.append(moved.ridge)
     before, after = (value / max(held_out.tokens, 1) for value in (held_out.error, error))
     return ExpertRefit(before=before, after=after, ridge=statistics.median_low(ridges) if ridges else None)
+
+
+def _rows(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return rows of states, which may lie on another device than their indices."""
+    return states[rows.to(states.device)]
+
+
+class _Moved(NamedTuple):
+    """What moving the weight of an expert takes from the held-out error, by which lambda."""
+
+    gain: float
+    ridge: float
+
+
+def _refit_expert(
+    module: nn.Module, stream: ResidualStream, expert: int, *, routed: _Routed, reader: _DownInputs, floor: float
+) -> _Moved | None:
+    """Move the last weight of an expert, and the stream with it; None if nothing is gained, or it has no weight."""
+    fitted, held_out = RegressionSums(floor), RegressionSums(floor)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    name, dim = "", 1
+    for tokens, states, gates in routed.parts_of(expert):
+        if read := reader.read(expert, stream.on_device(states)):
+            name, dim, inputs = read
+            inputs = inputs.float() * gates
+            routed.add(fitted, held_out, tokens, inputs)
+            kept.append((tokens, stream.put(inputs)))
+    if not fitted.tokens or not held_out.tokens:
+        return None
+    ridge, gain = best_ridge(fitted, held_out)
+    if not gain > 0:
+        return None
+    change = (fitted + held_out).solve(ridge)
+    weight = module.get_parameter(name).data[expert]
+    weight.add_((change if dim == 1 else change.T).to(weight))
+    for tokens, inputs in kept:
+        routed.behind[tokens.to(routed.behind.device)] += (stream.on_device(inputs) @ change).to(routed.behind)
+    return _Moved(gain, ridge)
 
 
 def _collect(stream: ResidualStream, layer: int, module: nn.Module, targets: list[torch.Tensor]) -> _Routed:
@@ -126,22 +158,23 @@ def _collect(stream: ResidualStream, layer: int, module: nn.Module, targets: lis
             expert, token = inputs.any(-1).nonzero(as_tuple=True)
             call = inputs[expert, token], expert[:, None], inputs.new_ones(len(expert), 1)
             gates_inputs = True
-        calls.append(call)
+        states, index, gates = call
+        calls.append((stream.put(states.flatten(0, -2)), index, gates))
         tokens.append(token)
 
     with forward_hooks([(module, note)], with_kwargs=True):
         for batch, hidden in enumerate(stream.hidden):
             rows = stream.run(layer, batch, hidden).flatten(0, -2)
             tokens[-1] += sum(len(part) for part in behind)
-            behind.append(rows.float())
+            behind.append(stream.put(rows.float()))
             is_held_out.append(torch.full((len(rows),), batch % HELD_OUT == HELD_OUT - 1, device=rows.device))
-    hidden_states, index, gates = (gathered(torch.cat(parts)) for parts in zip(*calls, strict=True))
+    read, index, gates = zip(*calls, strict=True)
     return _Routed(
-        call=(hidden_states.flatten(0, -2), index, gates),
+        call=(stream.join(list(read)), gathered(torch.cat(index)), gathered(torch.cat(gates))),
         token=gathered(torch.cat(tokens) + rank() * sum(len(part) for part in behind)),
         gates_inputs=gates_inputs,
-        target=gathered(torch.cat([stream.on_device(target).flatten(0, -2) for target in targets]).float()),
-        behind=gathered(torch.cat(behind)),
+        target=stream.join([stream.put(target.flatten(0, -2).float()) for target in targets]),
+        behind=stream.join(behind),
         is_held_out=gathered(torch.cat(is_held_out)),
     )
 

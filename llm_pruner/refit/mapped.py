@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import tempfile
+from collections.abc import Sequence
 
 import torch
 
@@ -17,9 +19,19 @@ def mapped(tensor: torch.Tensor) -> torch.Tensor:
     >>> mapped(torch.arange(3))
     tensor([0, 1, 2])
     """
-    if not tensor.nbytes:
-        return tensor.cpu()
+    return mapped_space(tensor.shape, tensor.dtype).copy_(tensor.detach())
+
+
+def mapped_space(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor of zeros on the CPU whose memory is a temporary file's, as :func:`mapped` describes.
+
+    >>> mapped_space((2, 3), torch.float32).sum()
+    tensor(0.)
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.zeros(*shape, dtype=dtype)
     with tempfile.TemporaryFile() as file:
-        file.truncate(tensor.nbytes)
-        memory = mmap.mmap(file.fileno(), tensor.nbytes)
-    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+        file.truncate(size)
+        memory = mmap.mmap(file.fileno(), size)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)

@@ -18,10 +18,11 @@ from ..models.hooks import Forward, forward_hooks, replaced_forwards
 from ..models.inputs import Inputs, ModelInputs
 from ..models.layers import hidden_in, hidden_out
 from ..models.per_layer import layer_lists
-from ..models.processes import count
+from ..models.processes import count, gathered
 from ..models.running import evaluating, forward
+from ..peak_memory import give_back_memory
 from ..progress import track
-from .mapped import mapped
+from .mapped import mapped, mapped_space
 
 PROBE_TOKENS = 16  # tokens on which projections are probed
 IN_MEMORY = 1 << 30  # bytes of the hidden states of a calibration set that stay in memory
@@ -131,11 +132,23 @@ class ResidualStream:
 
     def put(self, states: torch.Tensor) -> torch.Tensor:
         """Return hidden states of a batch as they are kept: on disk if those of all batches are large."""
-        return mapped(states) if self.is_large else states
+        if not self.is_large:
+            return states
+        kept = mapped(states)
+        give_back_memory()  # or freed states fill the heap between those that are kept
+        return kept
 
     def on_device(self, states: torch.Tensor) -> torch.Tensor:
         """Return hidden states where the model computes, wherever :meth:`put` has left them."""
         return states.to(self.device) if self.is_large else states
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Return what :meth:`put` has left, one after the other along the first dim, of all processes."""
+        if not self.is_large:
+            return gathered(torch.cat(parts))
+        whole = mapped_space((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+        torch.cat(parts, out=whole)
+        return whole if count() == 1 else gathered(self.on_device(whole))
 
     def run(self, layer: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run one layer on ``hidden``, with the other arguments of that batch."""
