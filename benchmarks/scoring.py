@@ -4,7 +4,8 @@
 
 Fresh processes, so that their peaks are their own: one loads, traces, scores, selects and applies once and
 reports its peak memory (two more do so for the second-order variants); another times Taylor scoring and a plain
-forward and backward pass in turn, and reports the medians and the ratio pair by pair.
+forward and backward pass in turn, and reports the medians and the ratio pair by pair; a third times criteria of experts
+and plain forward passes of a random mixture with the embedded model's widths in turn.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import llm_pruner as lp
 from llm_pruner.data import calibration
+from llm_pruner.importance.activation import SAMPLES_PER_PASS
 
 KINDS = ("heads", "neurons")
 SAMPLES, TOKENS, RATIO = 10, 64, 0.34
+LAYERS_OF_EXPERTS = 4
 
 
 def peak_gib() -> float:
@@ -57,6 +63,46 @@ def memory(text: str, taylor: str) -> dict:
     return out
 
 
+def in_turn(score: Callable[[], object], plain: Callable[[], object], pairs: int) -> dict:
+    """Time two calls in turn; return the ratio of their seconds, pair by pair, and the medians."""
+
+    def seconds(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    score(), plain()  # warm up
+    rows = [(seconds(score), seconds(plain)) for _ in range(pairs)]
+    ratios = [a / b for a, b in rows]
+    measures = {"min": min, "median": statistics.median, "max": max}
+    return {
+        "score_seconds": round(statistics.median(a for a, _ in rows), 3),
+        "plain_seconds": round(statistics.median(b for _, b in rows), 3),
+        "ratio": {name: round(measure(ratios), 3) for name, measure in measures.items()},
+        "pairs": pairs,
+    }
+
+
+def experts(text: str, pairs: int) -> dict:
+    dense, tokenizer = lp.load("smollm2-135m")
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    widths = {name: getattr(dense.config, name) for name in names}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**widths, num_hidden_layers=LAYERS_OF_EXPERTS)).eval()
+    ids = calibration(text, tokenizer, SAMPLES, TOKENS)
+    graph = lp.trace(model)
+
+    @torch.no_grad()
+    def plain() -> None:
+        for batch in ids.split(SAMPLES_PER_PASS):
+            model(input_ids=batch, use_cache=False)
+
+    return {
+        criterion: in_turn(partial(lp.score, model, graph, ids, criterion, kinds=["experts"]), plain, pairs)
+        for criterion in ("reap", "frequency", "mone")
+    }
+
+
 def timing(text: str, pairs: int) -> dict:
     model, tokenizer = lp.load("smollm2-135m")
     ids = calibration(text, tokenizer, SAMPLES, TOKENS)
@@ -64,30 +110,14 @@ def timing(text: str, pairs: int) -> dict:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
-    def plain() -> float:
-        start = time.perf_counter()
+    def plain() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        seconds = time.perf_counter() - start
         model.zero_grad(set_to_none=True)
-        return seconds
 
-    def score() -> float:
-        start = time.perf_counter()
-        lp.score(model, graph, ids, kinds=KINDS)
-        return time.perf_counter() - start
+    return in_turn(lambda: lp.score(model, graph, ids, kinds=KINDS), plain, pairs)
 
-    plain(), score()  # warm up
-    rows = [(score(), plain()) for _ in range(pairs)]
-    return {
-        "score_seconds": round(statistics.median(a for a, _ in rows), 3),
-        "plain_step_seconds": round(statistics.median(b for _, b in rows), 3),
-        "ratio": {
-            "min": round(min(a / b for a, b in rows), 3),
-            "median": round(statistics.median(a / b for a, b in rows), 3),
-            "max": round(max(a / b for a, b in rows), 3),
-        },
-        "pairs": pairs,
-    }
+
+TIMED = {"timing": timing, "experts": experts}
 
 
 def main() -> None:
@@ -95,12 +125,12 @@ def main() -> None:
     parser.add_argument("--calibration", default="python-docs")
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--part", choices=("memory", "timing"))
+    parser.add_argument("--part", choices=("memory", *TIMED))
     parser.add_argument("--taylor", default="param_first")
     args = parser.parse_args()
     if args.part:
-        part = memory(args.calibration, args.taylor) if args.part == "memory" else timing(args.calibration, args.pairs)
-        print(json.dumps(part))
+        timed = TIMED.get(args.part)
+        print(json.dumps(timed(args.calibration, args.pairs) if timed else memory(args.calibration, args.taylor)))
         return
     results: dict = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -116,7 +146,7 @@ def main() -> None:
         )
         return json.loads(done.stdout)
 
-    results |= part("memory") | part("timing")
+    results |= part("memory") | part("timing") | {"experts": part("experts")}
     for taylor in ("param_second", "param_mix"):
         results[f"{taylor}_peak_gib"] = part("memory", "--taylor", taylor)["peak_gib"]["score"]
     seconds = results["seconds"]
