@@ -12,13 +12,14 @@ import sys
 
 import pytest
 import torch
-from helpers.architectures import tiny_model
+from helpers.architectures import perturbed, tiny_model
 from helpers.models import build, pruned_by
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import llm_pruner as lp
 from llm_pruner.checkpoint.engines import why_not_vllm
 from llm_pruner.graph.blocks import block_of
+from llm_pruner.models.per_layer import has_per_layer_widths
 from llm_pruner.serving.vllm_plugin import indivisible
 
 NEW_TOKENS = 8
@@ -117,6 +118,21 @@ def test_vllm_serves_models_without_some_blocks(vllm_python, tmp_path, block):
 @pytest.mark.slow
 def test_vllm_serves_layers_with_fewer_experts(vllm_python, tmp_path):
     served_as_expected(vllm_python, tmp_path, *made("mixtral", ("experts",)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+def test_stock_vllm_serves_fewer_experts(vllm_python, tmp_path, name):
+    """As many in every layer: an ordinary checkpoint of its class."""
+    wide = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
+    experts = {"num_local_experts": 4, "num_experts": 4, "intermediate_size": 64, "moe_intermediate_size": 64}
+    few = {"vocab_size": 128, "num_hidden_layers": 3, "num_experts_per_tok": 2, "initializer_range": 0.2}
+    model = perturbed(AutoModelForCausalLM, AutoConfig.for_model(name, **wide, **experts, **few))
+    graph, ids = lp.trace(model), torch.randint(3, 128, (8, 12), generator=torch.Generator().manual_seed(1))
+    plan = lp.select(graph, lp.score(model, graph, ids, "reap", kinds=["experts"]), 0.5, kinds=["experts"])
+    pruned = lp.apply(model, plan)
+    assert not has_per_layer_widths(pruned.config)
+    served_as_expected(vllm_python, tmp_path, pruned, plan)
 
 
 def test_devices_that_cannot_share_a_layer_are_refused():
