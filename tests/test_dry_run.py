@@ -192,7 +192,8 @@ def test_a_sweep_shows_why_points_cannot_run_and_ends_with_2(home, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_a_sweep_is_predicted_point_by_point(tmp_path, capsys):
+def test_a_sweep_is_predicted_point_by_point(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
     model = save_config(tmp_path / "model", "llama", vocab_size=32000, num_hidden_layers=32)
     assert main(["run", "paper/llama7b_20", "--model", str(model), "--dry_run"]) == 0
     assert "3296" in capsys.readouterr().out  # hidden size of the point that prunes channels
