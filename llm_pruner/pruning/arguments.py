@@ -195,9 +195,9 @@ class PruneArguments(Arguments):
 
     calib_dataset: str | None = flag(
         None,
-        "calibration text: self (the model writes it), general, python-docs, bookcorpus, c4, wikitext2, ptb, or a "
-        ".txt, .json or .jsonl file; several with proportions as c4:0.5,chats.jsonl:0.3,self:0.2 (default: self; "
-        "paper: bookcorpus, or self where the hub cannot be reached)",
+        "calibration text: self (the model writes it), general, python-docs, bookcorpus, c4, wikitext2, ptb, a .txt, "
+        ".json or .jsonl file, or several, c4:0.5,self:0.5 (default: self; paper: bookcorpus, or self where the hub "
+        "cannot be reached); images or sounds: a folder, or owner/name on the hub",
         group="calibration",
     )
     calib_tokens: str | None = flag(
