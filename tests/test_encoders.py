@@ -2,6 +2,7 @@
 
 import json
 
+import pandas
 import pytest
 import torch
 import transformers
@@ -190,6 +191,10 @@ def test_labelled_pairs(columns, tmp_path):
     rows = [dict(zip(columns, pair, strict=True)) | {"score": score} for pair, score in zip(pairs, scores, strict=True)]
     file.write_text("\n".join(map(json.dumps, rows)))
     assert measure_labelled(reward, tokenizer, str(file))["spearman"] == pytest.approx(1)
+    given = [3.0, 1.0, 1.0, 2.0]  # equal scores share a rank
+    file.write_text("\n".join(json.dumps(row | {"score": score}) for row, score in zip(rows, given, strict=True)))
+    expected = pandas.Series(scores).corr(pandas.Series(given), method="spearman")
+    assert measure_labelled(reward, tokenizer, str(file))["spearman"] == pytest.approx(expected)
 
 
 def test_only_the_heads_of_the_pooling_head_of_siglip_stay():

@@ -13,7 +13,7 @@ from llm_pruner.cli import main
 from llm_pruner.models.inputs import inputs_with_image
 from llm_pruner.models.running import main_output
 
-# By whole images, lists of them, tiles, patches with their grid, patches with their shape, and a projector that follows.
+# By whole images, lists of them, tiles, patches with a grid, patches with a shape, and a projector that follows.
 WAYS = ("llava", "idefics3", "llava_next", "qwen2_5_vl", "paddleocr_vl", "lfm2_vl", "llama4", "gemma3")
 MARK = 90
 
@@ -46,7 +46,7 @@ def test_no_image_is_drawn_without_the_token_that_marks_it():
 def test_a_model_that_reads_no_text_without_an_image_is_pruned(tmp_path, capsys):
     """InstructBLIP, by its processor; without one, the command says what is missing."""
     original = _save_instructblip(tmp_path / "original")
-    command = "--kinds neurons --pruning_ratio 0.25 --num_examples 4 --refit none".split()
+    command = ["--kinds", "neurons", "--pruning_ratio", "0.25", "--num_examples", "4", "--refit", "none"]
     assert main(["prune", str(original), str(tmp_path / "pruned"), *command]) == 0
     assert "pruned model equals the masked original" in capsys.readouterr().err
     units = lp.PruningPlan.load(tmp_path / "pruned" / "pruning_plan.json").units

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -105,10 +104,16 @@ def measure_labelled(
                 torch.cosine_similarity(run.embedding(row.texts[0]), run.embedding(row.texts[1]), dim=0).item()
                 for row in track(rows, f"pairs of {name}")
             ]
-    table = pandas.DataFrame({"found": found, "given": [float(row.value) for row in rows]})
-    if table["given"].nunique() < 2 or table["found"].nunique() < 2:
+    ranks = torch.stack([_ranks(found), _ranks([float(row.value) for row in rows])])
+    if (ranks == ranks[:, :1]).all(1).any():
         raise PrunerError(f"--labelled {name}: all scores are equal, so there is no order to compare")
-    return {"spearman": float(table.corr(method="spearman").iloc[0, 1])}
+    return {"spearman": ranks.corrcoef()[0, 1].item()}
+
+
+def _ranks(scores: list[float]) -> torch.Tensor:
+    """Return the ranks of scores from 1 up, float64; equal ones share the mean of theirs."""
+    _, at, counts = torch.tensor(scores, dtype=torch.float64).unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2).double()[at]
 
 
 class _Runner:
