@@ -5,6 +5,7 @@ import resource
 import pytest
 import torch
 import transformers
+from helpers.architectures import tiny_model
 from helpers.media import TEXT, VISION
 from helpers.models import ARCHITECTURES, BASE, build
 from torch import nn
@@ -152,6 +153,17 @@ def test_rows_that_are_written_as_a_whole_keep_their_axis(mask, whole):
         assert check_permutation(model, graph.of_kind("hidden")[0]).passed
     else:
         assert "selected by a mask" in {unit.frozen for unit in graph.frozen if unit.kind == "hidden"}
+
+
+def test_a_module_behind_the_layers_keeps_as_many_as_its_twins_in_them():
+    """One field of Qwen4's config is the width of its mixers in the layers and of the last: what stays is equal."""
+    model = tiny_model("qwen4_exp_text")
+    graph = lp.trace(model)
+    mixers = [unit for unit in graph.units if "hyper_connection" in unit.name]
+    assert {unit.layer for unit in mixers} == {0, 1, None}
+    assert len({(unit.kind, unit.size, unit.multiple) for unit in mixers}) == 1
+    plan = lp.select(graph, lp.score(model, graph, criterion="l2"), 0.5, kinds=["neurons"])
+    assert lp.verify(model, lp.apply(model, plan), plan).equivalent
 
 
 def test_modules_that_do_nothing_are_pruned_as_their_twins():

@@ -20,6 +20,7 @@ class Judged(Protocol):
     """Interface of :class:`llm_pruner.graph.units.Unit` to this module."""
 
     kind: str
+    multiple: int
     layer: int | None
     frozen: str | None
     idle: bool
@@ -32,9 +33,9 @@ class Judged(Protocol):
 def judge_by_twins(model: nn.Module, units: Sequence[Judged], idle: set[str]) -> None:
     """Treat units in modules that are built like others as these are, as one field of the config is the width of both.
 
-    Units outside of layers get the kind of their twins in layers. Units that the output does not depend on are frozen
-    unless they have a twin that can be pruned: a branch that short inputs leave out may matter to longer ones, so that
-    nothing else is known of it.
+    Units outside of layers get the kind and the multiple of their twins in layers. Units that the output does not
+    depend on are frozen unless they have a twin that can be pruned: a branch that short inputs leave out may matter to
+    longer ones, so that nothing else is known of it.
 
     Args:
         idle: parameters that the output does not depend on.
@@ -45,11 +46,12 @@ def judge_by_twins(model: nn.Module, units: Sequence[Judged], idle: set[str]) ->
     asked = [unit for unit in free if unit.kind != "layers" and (unit.idle or unit.layer is None)]
     classes = {_class_around(model, unit) for unit in asked}
     known = [unit for unit in free if unit.layer is not None and not unit.idle]
-    kinds = {_form(model, unit): unit.kind for unit in known if _class_around(model, unit) in classes}
+    twins = {_form(model, unit): unit for unit in known if _class_around(model, unit) in classes}
     for unit in asked:
-        unit.kind = kinds.get(_form(model, unit), unit.kind)
+        twin = twins.get(_form(model, unit), unit)
+        unit.kind, unit.multiple = twin.kind, twin.multiple
     for unit in free:
-        if unit.idle and _form(model, unit) not in kinds:
+        if unit.idle and _form(model, unit) not in twins:
             unit.frozen = "the output does not depend on it"
 
 

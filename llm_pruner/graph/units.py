@@ -290,11 +290,6 @@ def _trace(model: nn.Module) -> CouplingGraph:
     layer_of = LayerLocator(list(layer_lists(model)))
     units = [_unit(atom, where, layer_of, occurrences, constants.get(id(atom), [])) for atom, where in occurrences]
     units += _layer_units(model, shapes)
-    fixed = fixed_heads(model)
-    judge_by_twins(model, units, tracer.idle)
-    for unit in units:
-        if unit.frozen is None and unit.kind in ("heads", "query_heads") and fixed & {*unit.parameters}:
-            unit.frozen = FIXED
     stacked = {n for n, s in shapes.items() if len(s) == 3 and not isinstance(_owner(model, n), nn.Conv1d)}
     routed = {u.layer for u in units if u.kind == "neurons" and any(name in stacked for name, _ in u.dims)}
     for unit in units:
@@ -304,6 +299,11 @@ def _trace(model: nn.Module) -> CouplingGraph:
             unit.multiple = 8
         if unit.kind == "hidden":
             unit.multiple = lcm(unit.multiple, hidden_multiple(model, unit.size))
+    judge_by_twins(model, units, tracer.idle)
+    fixed = fixed_heads(model)
+    for unit in units:
+        if unit.frozen is None and unit.kind in ("heads", "query_heads") and fixed & {*unit.parameters}:
+            unit.frozen = FIXED
     _name(units)
     units.sort(key=lambda u: (u.layer is None, u.layer or 0, KINDS.index(u.kind)))
     free = [unit for unit in units if unit.frozen is None]
