@@ -6,6 +6,7 @@ import pandas
 import pytest
 import torch
 import transformers
+from helpers.architectures import tiny_model
 from helpers.media import model_of as media_model
 from helpers.models import pruned_by, tokens
 from torch import nn
@@ -18,7 +19,9 @@ import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
 from llm_pruner.evaluation.labelled import measure_labelled
+from llm_pruner.models.blockwise import standing_in
 from llm_pruner.models.inputs import example_inputs
+from llm_pruner.models.per_layer import layer_lists
 from llm_pruner.models.running import logits, main_output
 from llm_pruner.pruning import loading
 
@@ -195,6 +198,18 @@ def test_labelled_pairs(columns, tmp_path):
     file.write_text("\n".join(json.dumps(row | {"score": score}) for row, score in zip(rows, given, strict=True)))
     expected = pandas.Series(scores).corr(pandas.Series(given), method="spearman")
     assert measure_labelled(reward, tokenizer, str(file))["spearman"] == pytest.approx(expected)
+
+
+def test_lists_of_lists_are_no_layers():
+    """Funnel's layers lie in three blocks, and weights of half precision are converted in all of them."""
+    model = tiny_model("funnel:fill-mask")
+    assert list(layer_lists(model)) == [*(f"funnel.encoder.blocks.{i}" for i in range(3)), "funnel.decoder.layers"]
+    plan, pruned = pruned_by(model, kinds=["neurons", "heads"])
+    assert lp.verify(model, pruned, plan).equivalent
+    seen = []
+    with torch.no_grad(), standing_in(model, lambda name, tensor: (seen.append(name), tensor)[1]):
+        model(torch.arange(10, 26).view(1, 16))
+        model(torch.arange(10, 26).view(1, 16))
 
 
 def test_only_the_heads_of_the_pooling_head_of_siglip_stay():

@@ -20,7 +20,7 @@ MARK = 90
 
 @pytest.mark.parametrize("kind", WAYS)
 def test_an_image_is_drawn_by_the_config(kind):
-    """It changes the logits, and the units of the vision tower are found and pruned as the others are."""
+    """The logits change with it, and the units of the vision tower are found and pruned as the others are."""
     model = tiny_model(f"{kind}:image-text-to-text")
     image = inputs_with_image(model, 1, 16, torch.Generator().manual_seed(0))
     tensors = image.tensors()

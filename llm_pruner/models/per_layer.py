@@ -250,12 +250,13 @@ def global_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the stacks of decoder (or encoder) layers by path: the outermost lists of modules with parameters."""
+    """Return the stacks of layers by path: the outermost lists of modules with parameters that are no lists."""
     stacks: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         nested = any(path.startswith(f"{outer}.") for outer in stacks)
         members = list(module) if isinstance(module, nn.ModuleList) and not nested else []
-        if members and all(list(member.parameters()) for member in members):
+        lists = any(isinstance(member, (nn.ModuleList, nn.ModuleDict)) for member in members)
+        if members and not lists and all(list(member.parameters()) for member in members):
             stacks[path] = module
     return stacks
 

@@ -105,7 +105,7 @@ def _rows(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 class _Moved(NamedTuple):
-    """What moving the weight of an expert takes from the held-out error, by which lambda."""
+    """The held-out error that moving the weight of an expert removes, and its lambda."""
 
     gain: float
     ridge: float

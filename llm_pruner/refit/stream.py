@@ -134,9 +134,8 @@ class ResidualStream:
         """Return hidden states of a batch as they are kept: on disk if those of all batches are large."""
         if not self.is_large:
             return states
-        kept = mapped(states)
-        give_back_memory()  # or freed states fill the heap between those that are kept
-        return kept
+        give_back_memory()  # which freed states have left scattered
+        return mapped(states)
 
     def on_device(self, states: torch.Tensor) -> torch.Tensor:
         """Return hidden states where the model computes, wherever :meth:`put` has left them."""

@@ -191,7 +191,6 @@ def model_types() -> list[str]:
 OF_TEXT = (FILL_MASK, "text-classification", "token-classification", "question-answering", FEATURES)
 OF_MEDIA = (
     *(
-        IMAGE_TEXT,
         "image-classification",
         "video-classification",
         "image-segmentation",
