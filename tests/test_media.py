@@ -211,7 +211,8 @@ def test_towers(llava, towers, tmp_path, capsys):
     stock, info = type(before).from_pretrained(tmp_path / "pruned", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert not any(has_per_layer_widths(config) for _, config in configs_in(stock.config)), "loads without llm_pruner"
-    assert main([*prune.replace("vision", "audio").replace("all", "audio").split(), "--output", "x"]) == 2
+    refused = prune.replace("vision", "audio").replace("all", "audio").split()
+    assert main([*refused, "--output", str(tmp_path / "out")]) == 2
 
 
 def test_accuracy_of_images(pictures, tmp_path, monkeypatch):
@@ -364,14 +365,14 @@ def test_answers_to_images_are_compared_beside_texts(llava, pictures, tmp_path):
     assert found["agreement"] == pytest.approx(after["similarity"][str(pictures)]["agreement"])
 
 
-def test_a_package_that_a_processor_needs_is_named(llava, monkeypatch, capsys):
+def test_a_package_that_a_processor_needs_is_named(llava, tmp_path, monkeypatch, capsys):
     """As torchvision, which processors of videos need: an image processor alone would not read the text."""
 
     def missing(*_, **__):
         raise ImportError("LlavaProcessor requires the Torchvision library")
 
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", missing)
-    assert main(["prune", str(llava), "x", "--towers", "all", "--pruning_ratio", "0.25", "--kinds", "neurons"]) == 2
+    assert main(f"prune {llava} {tmp_path}/out --towers all --pruning_ratio 0.25 --kinds neurons".split()) == 2
     assert "cannot be loaded: ImportError: LlavaProcessor requires the Torchvision library" in capsys.readouterr().err
 
 
