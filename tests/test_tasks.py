@@ -284,10 +284,17 @@ def test_tasks_that_cannot_be_loaded_name_the_remedy(task, message, base, tasks)
         zero_shot(*base, [task], include_path=str(tasks))
 
 
-@pytest.mark.parametrize("flag", ["--apply_chat_template", "--system_instruction=x", "--gen_kwargs=a=1"])
+@pytest.mark.parametrize(
+    "flag", ["--apply_chat_template", "--system_instruction=x", "--gen_kwargs=a=1", "--num_fewshot=2"]
+)
 def test_flags_of_tasks_need_tasks(flag, home, capsys):
     assert main(["evaluate", str(home / "base"), "--datasets=", flag]) == 2
     assert f"{flag.partition('=')[0]} changes tasks only: name some with --tasks" in capsys.readouterr().err
+
+
+def test_a_limit_needs_what_it_shortens(home, capsys):
+    assert main(["evaluate", str(home / "base"), "--datasets=", "--limit=3"]) == 2
+    assert "--limit shortens tasks and labelled examples: name some" in capsys.readouterr().err
 
 
 def test_a_folder_of_tasks_must_exist(base):

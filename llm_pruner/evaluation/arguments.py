@@ -58,7 +58,7 @@ class EvaluateArguments(MeasuringArguments):
         group="tasks",
     )
     include_path: str | None = flag(None, "folder with your own lm-eval task files", group="tasks")
-    limit: int | None = flag(None, "use only the first N documents of each task", group="tasks")
+    limit: int | None = flag(None, "use only the first N questions of each task, or labelled rows", group="tasks")
     num_fewshot: int | None = flag(
         None, "worked examples before each question (default: the set's or the task's own number)", group="tasks"
     )
@@ -104,9 +104,11 @@ class EvaluateArguments(MeasuringArguments):
         check_at_least(self, 0, "batch_size", "max_windows", "stride", "tokens", "num_fewshot")
         check_at_least(self, 1, "batch", "new_tokens", "limit")
         check_at_least(self, 2, "seq_len")
-        for name in ("apply_chat_template", "system_instruction", "gen_kwargs", "confirm_run_unsafe_code"):
+        for name in ("num_fewshot", "apply_chat_template", "system_instruction", "gen_kwargs", "confirm_run_unsafe_code"):
             if getattr(self, name) and not self.tasks:
                 raise PrunerError(f"--{name} changes tasks only: name some with --tasks")
+        if self.limit is not None and not (self.tasks or self.labelled):
+            raise PrunerError("--limit shortens tasks and labelled examples: name some with --tasks or --labelled")
         if self.tasks:
             require("lm_eval", "eval", "tasks need")
         if self.engine is not None:
