@@ -326,3 +326,13 @@ def test_evaluate_is_a_function_too(home):
 def test_a_text_of_one_overlapping_window_is_measured():
     model, ids = build("llama"), tokens(1, 16)
     assert perplexity(model, ids, stride=8).loss == pytest.approx(perplexity(model, ids).loss)
+
+
+def test_tables_of_other_programs_stay(home, home_text, tmp_path, capsys):
+    (tmp_path / "table.csv").write_text("mine")
+    command = f"evaluate {home}/base --datasets {home_text} --seq_len 16 --max_windows 2 --tokens 0 --output {tmp_path}"
+    assert main(command.split()) == 2
+    assert "table.csv is not from evaluate, which would replace it" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["table.csv"]
+    (tmp_path / "table.csv").unlink()
+    assert [main(command.split()), main(command.split())] == [0, 0], "its own tables are replaced"

@@ -104,7 +104,13 @@ class EvaluateArguments(MeasuringArguments):
         check_at_least(self, 0, "batch_size", "max_windows", "stride", "tokens", "num_fewshot")
         check_at_least(self, 1, "batch", "new_tokens", "limit")
         check_at_least(self, 2, "seq_len")
-        for name in ("num_fewshot", "apply_chat_template", "system_instruction", "gen_kwargs", "confirm_run_unsafe_code"):
+        for name in (
+            "num_fewshot",
+            "apply_chat_template",
+            "system_instruction",
+            "gen_kwargs",
+            "confirm_run_unsafe_code",
+        ):
             if getattr(self, name) and not self.tasks:
                 raise PrunerError(f"--{name} changes tasks only: name some with --tasks")
         if self.limit is not None and not (self.tasks or self.labelled):

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from ..checkpoint.checking import check_language_model, check_later_language_model, check_model
 from ..corpora import check_text
+from ..errors import PrunerError
 from ..files import check_file
 from ..inputs import InputCheck
 from ..media import check_dataset
 from .arguments import EvaluateArguments, PerplexityArguments
 from .labelled import check_labelled
+from .names import EVALUATION_FILE, TABLE_FILES
 from .zero_shot import check_task_data, check_tasks
 
 
@@ -38,7 +40,15 @@ def check_evaluation_inputs(arguments: EvaluateArguments, check: InputCheck) -> 
             check_task_data(arguments.tasks, arguments.include_path)
     if arguments.output and not check.skips(arguments.output):
         with check.flag("output", arguments.output):
-            check_file(Path(arguments.output) / "evaluation.json")
+            _check_tables(Path(arguments.output).expanduser())
+
+
+def _check_tables(folder: Path) -> None:
+    """Refuse a folder that cannot be written, or holds tables that another program wrote."""
+    check_file(folder / EVALUATION_FILE)
+    foreign = [name for name in TABLE_FILES if (folder / name).exists()]
+    if foreign and not (folder / EVALUATION_FILE).exists():
+        raise PrunerError(f"{folder / foreign[0]} is not from evaluate, which would replace it: give another folder")
 
 
 def check_perplexity_inputs(arguments: PerplexityArguments, check: InputCheck) -> None:

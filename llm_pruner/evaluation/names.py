@@ -1,4 +1,4 @@
-"""Short names of models, texts and tasks in tables."""
+"""Short names of models, texts and tasks in tables, and the names of the files that hold these."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from .questions import is_accuracy
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
+
+
+EVALUATION_FILE = "evaluation.json"
+TABLE_FILES = ("table.csv", "table.md", "table.tex")
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:

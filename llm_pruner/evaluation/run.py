@@ -20,6 +20,7 @@ from ..serving.engines import in_format, measure_engines
 from .arguments import EvaluateArguments, PerplexityArguments
 from .evaluate import Evaluation, Measurements, evaluate_models, keep_outputs
 from .generation import QUALITY_PROMPTS
+from .names import EVALUATION_FILE, TABLE_FILES
 from .perplexity import perplexity, title_of_text, windows
 from .shared_texts import warn_for_models
 from .similarity import Originals
@@ -27,8 +28,6 @@ from .table import Table, as_json, table
 from .tabular import TERMINAL, terminal_tables
 from .together import fit_together
 from .zero_shot import Prompting, zero_shot_in_vllm
-
-EVALUATION_FILE = "evaluation.json"
 
 
 def measure(args: EvaluateArguments, *, against: str | None = None, task: str | None = None) -> list[Evaluation]:
@@ -169,8 +168,8 @@ def run_perplexity(args: PerplexityArguments) -> None:
 
 def write_evaluations(evaluations: list[Evaluation], combined: Table, folder: Path, arguments: dict[str, Any]) -> None:
     """Write the table in every format, its numbers with the arguments of the run, and lm-eval's own records."""
-    files = {"table.csv": combined.csv(), "table.md": combined.markdown(), "table.tex": combined.latex()}
-    files[EVALUATION_FILE] = as_json(evaluations, {"arguments": arguments, **provenance()})
+    files = {EVALUATION_FILE: as_json(evaluations, {"arguments": arguments, **provenance()})}
+    files |= zip(TABLE_FILES, (combined.csv(), combined.markdown(), combined.latex()), strict=True)
     for i, one in enumerate(evaluations):
         if one.results:
             files[f"lm_eval/{i}_{Path(one.model).name}.json"] = strict_json(one.results)
