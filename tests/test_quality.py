@@ -124,6 +124,8 @@ def test_divergence_is_the_mean_over_tokens_of_the_whole_vocabulary():
     assert measured.error == pytest.approx((each.mean(dim=1).std() / 5**0.5).item(), rel=0.02)
     assert measured.tokens == 5 * 11
     assert distributions.compare(other, {"text": ids}, "other tokenizer") == {}
+    for others in (ids[:3], ids.flip(1)):  # another BOS or normalizer beside the same vocabulary
+        assert distributions.compare(other, {"text": others}, "t") == {}
 
 
 def test_repetition_and_length_of_continuations(home):

@@ -46,7 +46,7 @@ class OriginalDistributions:
     """Distributions of the first model that is measured on each text, with which later models are compared."""
 
     def __init__(self) -> None:
-        self._texts: dict[str, list[torch.Tensor]] = {}
+        self._texts: dict[str, tuple[torch.Tensor, list[torch.Tensor]]] = {}  # windows and their distributions
         self._tokenizer = ""
 
     def compare(
@@ -54,7 +54,7 @@ class OriginalDistributions:
     ) -> dict[str, Divergence]:
         """Return the divergence of a model on each text; keep its distributions, and return none, if it is the first.
 
-        A model with another vocabulary has no divergence.
+        A model with another vocabulary, or whose tokenizer splits a text otherwise, has no divergence.
 
         Args:
             texts: windows ``[windows, seq_len]`` by name; the first of them are compared.
@@ -68,9 +68,9 @@ class OriginalDistributions:
         results: dict[str, Divergence] = {}
         for name, ids in texts.items():
             if first:
-                self._texts[name] = self._distributions(model, ids, name)
-            elif name in self._texts:
-                divergence = _divergence(self._texts[name], self._distributions(model, ids, name))
+                self._texts[name] = ids, self._distributions(model, ids, name)
+            elif name in self._texts and torch.equal(ids, self._texts[name][0]):
+                divergence = _divergence(self._texts[name][1], self._distributions(model, ids, name))
                 results |= {name: divergence} if divergence is not None else {}
         return results
 
