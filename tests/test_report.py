@@ -379,13 +379,15 @@ def test_figures_of_other_runs_are_not_replaced(runs, tmp_path, capsys):
 
 
 def test_bad_input(runs, tmp_path, capsys):
-    damaged = tmp_path / "damaged"
+    damaged, begun = tmp_path / "damaged", tmp_path / "begun"
+    (begun / "evaluations").mkdir(parents=True)
     shutil.copytree(runs[0], damaged)
     (damaged / "metrics.json").write_text("{}")
     for argv, message in (
         ([], "name at least one run"),
         (["/nowhere"], "there is no folder /nowhere"),
         ([str(tmp_path)], "holds no run"),
+        ([str(begun)], "holds no run"),
         ([str(damaged)], "is damaged"),
         ([str(runs[0]), "--output", "/proc/no/page.html"], "cannot write"),
     ):

@@ -99,12 +99,12 @@ class Run:
 
 
 def folders_of(path: str | Path) -> list[Path]:
-    """Return the runs in the output folder of a recipe, stages first; any other folder is a single run."""
+    """Return the runs in the output folder of a recipe, stages first; a folder without any stands for itself."""
     path = Path(path)
     if not (path / "evaluations").is_dir():
         return [path]
     folders = [*sorted(path.glob("[0-9]*-*")), *sorted((path / "evaluations").iterdir())]
-    return [folder for folder in folders if any((folder / name).is_file() for name in _READERS)]
+    return [folder for folder in folders if any((folder / name).is_file() for name in _READERS)] or [path]
 
 
 def read(folder: str | Path) -> Run:
