@@ -32,6 +32,7 @@ from llm_pruner.recovery.training_arguments import training_arguments
         ({"method": "qlora"}, "choose from lora, dora, full, distill"),
         ({"batch_size": 5}, "--batch_size 5 is not valid: give a multiple of --micro_batch_size 2"),
         ({"val_set_size": 60}, "leaves nothing of 60"),
+        ({"val_set_size": 60, "streaming": True, "max_steps": 2}, "leaves nothing of 60"),
         ({"learning_rate": 0.0}, "--learning_rate 0.0 is out of range"),
         ({"teacher": "/nowhere"}, "there is no model folder"),
         ({"resume_from_checkpoint": "/nowhere"}, "is not a checkpoint"),

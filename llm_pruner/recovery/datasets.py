@@ -36,19 +36,27 @@ def training_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, form: 
     if data.streaming:
         stream = datasets.interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
         size = 100 if data.validation_size is None else data.validation_size
-        held_out = datasets.Dataset.from_list(list(stream.take(size))) if size else None
+        first = list(stream.take(size + 1))
+        _check_rest(size, len(first))
+        held_out = datasets.Dataset.from_list(first[:size]) if size else None
         # Shuffled last: held-out examples stay out in every pass over the data.
         return stream.skip(size).shuffle(seed=data.seed, buffer_size=1000), held_out
     examples = datasets.concatenate_datasets(parts)
     in_memory = not examples.cache_files
     size = min(2000, len(examples) // 20) if data.validation_size is None else data.validation_size
-    if size >= len(examples):
-        raise PrunerError(f"--val_set_size {size} leaves nothing of {len(examples)} examples to train on: give less")
+    _check_rest(size, len(examples))
     if not size:
         return examples.shuffle(seed=SPLIT_SEED, keep_in_memory=in_memory), None
     split = examples.train_test_split(test_size=size, shuffle=True, seed=SPLIT_SEED, keep_in_memory=in_memory)
     log.info("%d examples to train on, %d to validate", len(split["train"]), size)
     return split["train"], split["test"]
+
+
+def _check_rest(held_out: int, examples: int) -> None:
+    if not examples:
+        raise PrunerError("no row of the data makes an example: give other data, or another --cutoff_len")
+    if held_out >= examples:
+        raise PrunerError(f"--val_set_size {held_out} leaves nothing of {examples} examples to train on: give less")
 
 
 def reachable_sources(data: DataSettings) -> tuple[str, ...]:
