@@ -9,6 +9,8 @@ from llm_pruner.cli import main, run_command
 from llm_pruner.commands import SCRIPTS
 from llm_pruner.evaluation.arguments import PerplexityArguments
 from llm_pruner.evaluation.run import run_perplexity
+from llm_pruner.vocabulary.arguments import VocabArguments
+from llm_pruner.vocabulary.run import resolve as resolve_vocabulary
 
 METHOD = ["--pruner_type", "l2", "--compensate", "none", "--eval_datasets", "", "--device", "cpu"]
 
@@ -124,6 +126,19 @@ def test_a_record_of_perplexity_is_not_replaced(home, home_text, here):
     with pytest.raises(lp.PrunerError, match=r"one\.json holds something else, which this run would replace"):
         run_perplexity(PerplexityArguments(**measure, max_windows=3))
     assert (here / "one.json").read_bytes() == record
+
+
+def test_a_tilde_that_no_shell_expands_is_the_home_folder(home, home_text, here, monkeypatch):
+    """A shell leaves it in --output=~/table and in a recipe's text."""
+    monkeypatch.setenv("HOME", str(here / "user"))
+    flags = ["--datasets", str(home_text), "--max_windows", "2", "--seq_len", "16", "--tokens", "0"]
+    assert main(["evaluate", str(home / "base"), *flags, "--output=~/table"]) == 0
+    assert (here / "user" / "table" / "evaluation.json").is_file() and not (here / "~").exists()
+    run_perplexity(PerplexityArguments(model=str(home / "base"), dataset=str(home_text), seq_len=16, output="~/p.json"))
+    assert (here / "user" / "p.json").is_file() and not (here / "~").exists()
+    counted = VocabArguments(keep_tokens="~/kept.txt", save_counts="~/counts.json")
+    settings = resolve_vocabulary(counted)
+    assert (settings.listed, settings.counts_file) == (here / "user" / "kept.txt", here / "user" / "counts.json")
 
 
 def test_a_default_recovery_is_not_replaced(home, here, capsys):

@@ -49,11 +49,13 @@ def measure(args: EvaluateArguments, *, against: str | None = None, task: str | 
     def load_model(name: str, task: str | None = args.task) -> Any:
         return load(name, args.dtype, device, args.trust_remote_code, verify=args.verify, task=task)
 
-    together = args.tokens > 0 and len(args.model) > 1
-    if together:
-        together = fit_together(
+    together = (
+        args.tokens > 0
+        and len(args.model) > 1
+        and fit_together(
             args.model, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, task=args.task
         )
+    )
     settings, originals = resolve(args), Originals()
     if against is not None:
         keep_outputs(load_model(against, task or args.task), settings, originals)
@@ -124,8 +126,9 @@ def prompting_of(args: EvaluateArguments) -> Prompting:
 def run_evaluate(args: EvaluateArguments) -> None:
     """Run ``llm-pruner evaluate``: print one table, and write it in every format to ``--output``."""
     args.check()
-    if args.output:
-        folder_for_run(args.output, EVALUATION_FILE, asdict(args), named=True, beside_models=True)
+    folder = Path(args.output).expanduser() if args.output else None
+    if folder is not None:
+        folder_for_run(folder, EVALUATION_FILE, asdict(args), named=True, beside_models=True)
     with logging_to(None):
         evaluations = measure(args)
     combined = table(evaluations)
@@ -134,15 +137,16 @@ def run_evaluate(args: EvaluateArguments) -> None:
         console.print(part)
     for note in combined.notes:
         console.print(note, markup=False)  # it may name a model
-    if args.output:
-        write_evaluations(evaluations, combined, Path(args.output), asdict(args))
+    if folder is not None:
+        write_evaluations(evaluations, combined, folder, asdict(args))
 
 
 def run_perplexity(args: PerplexityArguments) -> None:
     """Run ``evaluate/perplexity.py``: print the perplexity, and write it to ``--output``."""
     args.check()
-    if args.output:
-        file_for_run(args.output, asdict(args))
+    file = Path(args.output).expanduser() if args.output else None
+    if file is not None:
+        file_for_run(file, asdict(args))
     with logging_to(None):
         warn_for_models([args.model], [args.dataset])
     content = text(args.dataset, "test")
@@ -162,8 +166,8 @@ def run_perplexity(args: PerplexityArguments) -> None:
     title = title_of_text(args.dataset, tokenizer, args.bos)
     record = {"model": args.model, "dataset": title, **asdict(result), "arguments": asdict(args)}
     print(f"{args.model} on {title}: perplexity {result.perplexity:.4f} ({result.tokens} tokens)")
-    if args.output:
-        write_text(Path(args.output), strict_json(record))
+    if file is not None:
+        write_text(file, strict_json(record))
 
 
 def write_evaluations(evaluations: list[Evaluation], combined: Table, folder: Path, arguments: dict[str, Any]) -> None:

@@ -37,6 +37,6 @@ def warn_of_shared_texts(sources: Iterable[str], measured_on: Iterable[str], mod
 def warn_for_models(models: Iterable[str], measured_on: Iterable[str]) -> None:
     """Warn as :func:`warn_of_shared_texts` for every model whose folder holds a plan."""
     for model in models:
-        file = Path(model) / PLAN_FILE
+        file = Path(model).expanduser() / PLAN_FILE
         if file.is_file():
             warn_of_shared_texts(sources_of(PruningPlan.load(file)), measured_on, model)

@@ -45,12 +45,13 @@ def check_recovery_inputs(arguments: RecoverArguments, check: InputCheck) -> Non
     if not arguments.no_instruction:
         with check.flag("prompt_template_name", arguments.prompt_template_name):
             prompt_template(arguments.prompt_template_name)
+    folder = Path(arguments.output).expanduser()
     finds_a_free_folder = arguments.output == DEFAULT_OUTPUT and arguments.resume_from_checkpoint is None
     if not check.skips(arguments.output) and not finds_a_free_folder:
-        find_checkpoint(Path(arguments.output), arguments.resume_from_checkpoint)
+        find_checkpoint(folder, arguments.resume_from_checkpoint)
     with check.flag("output", arguments.output):
-        check_output(Path(arguments.output), model)
-        check_file(Path(arguments.output) / LOG_FILE)
+        check_output(folder, model)
+        check_file(folder / LOG_FILE)
     if arguments.teacher_cache:
         with check.flag("teacher_cache", arguments.teacher_cache):
             check_file(Path(arguments.teacher_cache) / "cache")

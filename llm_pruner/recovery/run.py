@@ -280,7 +280,7 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
         )
     if resume in (None, "auto"):
         return newest
-    checkpoint = Path(str(resume))
+    checkpoint = Path(str(resume)).expanduser()
     if not (checkpoint / "trainer_state.json").is_file():
         raise PrunerError(f"--resume_from_checkpoint {checkpoint} is not a checkpoint: give one of {folder}, or auto")
     return checkpoint

@@ -306,7 +306,7 @@ def _teacher_settings(arguments: RecoverArguments, device: str) -> TeacherSettin
         weight=arguments.distill_weight,
         temperature=arguments.distill_temperature,
         hidden=arguments.distill_hidden,
-        cache=Path(arguments.teacher_cache) if arguments.teacher_cache else None,
+        cache=Path(arguments.teacher_cache).expanduser() if arguments.teacher_cache else None,
         top=arguments.teacher_top,
     )
 
@@ -320,11 +320,10 @@ def _self_data_settings(arguments: RecoverArguments, device: str) -> SelfDataSet
 
 def _original(arguments: RecoverArguments, device: str) -> tuple[str | None, str, torch.dtype]:
     """Return name, device and dtype of the original; the name is None for the model that the plan was made for."""
-    chosen = resolve_device(arguments.teacher_device, "--teacher_device")
-    device = device if arguments.teacher_device == "auto" else chosen
-    on_gpu = device.startswith("cuda")
-    name = None if arguments.teacher in (None, "auto") else arguments.teacher
-    return name, device, compute_dtype(arguments.dtype, device) if on_gpu else torch.float32
+    if arguments.teacher_device != "auto":
+        device = resolve_device(arguments.teacher_device, "--teacher_device")
+    name = None if arguments.teacher == "auto" else arguments.teacher
+    return name, device, compute_dtype(arguments.dtype, device) if device.startswith("cuda") else torch.float32
 
 
 def _training_settings(arguments: RecoverArguments) -> TrainingSettings:

@@ -98,10 +98,10 @@ def resolve(args: VocabArguments) -> Retention:
         to_tokenizer=args.to_tokenizer,
         scripts=(*args.scripts, *scripts_of(args.languages)),
         unseen_characters=args.characters == "all",
-        listed=Path(args.keep_tokens) if args.keep_tokens else None,
+        listed=Path(args.keep_tokens).expanduser() if args.keep_tokens else None,
         corpus=tuple(args.corpus),
         max_documents=args.max_documents or None,
-        counts_file=Path(args.save_counts) if args.save_counts else None,
+        counts_file=Path(args.save_counts).expanduser() if args.save_counts else None,
         trust_remote_code=args.trust_remote_code,
     )
 
