@@ -55,6 +55,18 @@ def is_first_process() -> bool:
 
 
 @contextmanager
+def least_level(name: str, level: int) -> Iterator[None]:
+    """Let a logger pass only records of a level and above, within the block."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
 def logging_to(path: Path | None, quiet: bool = False) -> Iterator[None]:
     """Send the log to the terminal and append it to a file; the logger is left as it was.
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunerError, Unavailable, in_one_line
 from ..files import read_json
+from ..logs import least_level
 from ..optional import VLLM_ENVIRONMENT, require, require_engine
 from .harness import language_model
 from .questions import Questions, questions_of
@@ -96,9 +97,10 @@ def zero_shot(
     chosen = check_tasks(tasks, include_path, confirm_run_unsafe_code=prompting.confirm_run_unsafe_code)
     if prompting.apply_chat_template and not getattr(tokenizer, "chat_template", None):
         raise PrunerError(
-            f"--apply_chat_template: the tokenizer of {model.name_or_path or type(model).__name__} has no chat template"
+            f"--apply_chat_template: the tokenizer of {model.name_or_path or type(model).__name__} has no chat "
+            "template: leave it out"
         )
-    with _errors_only("lm_eval"), redirect_stdout(sys.stderr):  # stdout is for results
+    with least_level("lm_eval", logging.ERROR), redirect_stdout(sys.stderr):  # stdout is for results
         groups = _load_tasks(chosen, include_path)
         subject = language_model(model, tokenizer, batch_size)
         try:
@@ -189,7 +191,7 @@ def _run_program(
             errors = [line for line in run.stderr.splitlines() if "Error: " in line] or ["no results"]
             raise PrunerError(f"lm-eval cannot run {arguments} in {backend}: {errors[-1].strip()}")
         results = read_json(file)
-        with _errors_only("lm_eval"):
+        with least_level("lm_eval", logging.ERROR):
             groups = _load_tasks(dict.fromkeys(tasks), flags.get("include_path"))
         samples = {
             task.task_name: [json.loads(line) for line in _sample_lines(file, task.task_name)]
@@ -265,18 +267,6 @@ def _task_manager(include_path: str | None) -> Any:
     return TaskManager(include_path=include_path)
 
 
-@contextmanager
-def _errors_only(name: str) -> Iterator[None]:
-    """Let a logger pass errors only, within the block."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def check_tasks(
     tasks: Iterable[str], include_path: str | None = None, *, confirm_run_unsafe_code: bool = False
 ) -> dict[str, int | None]:
@@ -288,7 +278,7 @@ def check_tasks(
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise PrunerError(f"--include_path {include_path} is not a folder: give one that holds task files")
-    with _errors_only("lm_eval"):
+    with least_level("lm_eval", logging.ERROR):
         manager = _task_manager(include_path)
     chosen: dict[str, int | None] = {}
     for name, examples in expand_tasks(tasks).items():
@@ -320,7 +310,7 @@ def check_task_data(tasks: Iterable[str], include_path: str | None = None) -> No
         if path == "None":  # a task in Python brings its data
             continue
         try:
-            with _errors_only("datasets"):
+            with least_level("datasets", logging.ERROR):
                 datasets.load_dataset_builder(path, config.get("dataset_name"), **(config.get("dataset_kwargs") or {}))
         except Exception as error:  # the loaders of a dozen formats, and the network
             raise Unavailable(

@@ -16,6 +16,7 @@ COUNTS = (
     *("batch_size", "micro_batch_size", "lora_r", "lora_alpha", "teacher_top"),
     *("eval_steps", "save_steps", "save_total_limit", "logging_steps"),
 )
+COUNTS_FROM_0 = ("max_steps", "max_windows", "self_data_rows", "val_set_size", "warmup_steps")
 # Flags that cannot be given together, and why.
 EXCLUSIVE = (
     (("packing",), ("group_by_length",), "packed windows have one length"),
@@ -192,8 +193,7 @@ class RecoverArguments(Arguments):
 
     def _check_ranges(self) -> None:
         check_at_least(self, 1, *COUNTS)
-        check_at_least(self, 0, "max_steps", "max_windows", "self_data_rows", "weight_decay", "distill_hidden")
-        check_at_least(self, 0, "val_set_size", "warmup_steps")
+        check_at_least(self, 0, *COUNTS_FROM_0, "weight_decay", "distill_hidden")
         check_at_least(self, 2, "cutoff_len")
         for small, large in (("micro_batch_size", "batch_size"), ("eval_steps", "save_steps")):
             if getattr(self, large) % getattr(self, small):

@@ -13,9 +13,9 @@ from ..logs import log
 from ..optional import is_installed
 from ..progress import Step
 from ..report.figures import draw_recoveries
-from ..report.runs import Run
+from ..report.runs import CURVES, Run
 
-CURVES = "curves"
+FIGURE = "curves.png"
 
 
 class TrainingProgress(TrainerCallback):
@@ -79,7 +79,7 @@ class CurveWriter(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_text(Path(args.output_dir) / f"{CURVES}.json", strict_json(logged_curves(state.log_history)))
+            write_text(Path(args.output_dir) / CURVES, strict_json(logged_curves(state.log_history)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -104,9 +104,9 @@ def logged_curves(history: list[dict[str, Any]]) -> dict[str, list[tuple[float, 
 def draw_curves(history: list[dict[str, Any]], folder: Path) -> None:
     """Write the report's figure of the losses to ``curves.png``; no file without losses, or without matplotlib."""
     if not is_installed("matplotlib"):
-        log.info('no %s.png: figures need matplotlib: pip install "llm_pruner[report]"', CURVES)
+        log.info('no %s: figures need matplotlib: pip install "llm_pruner[report]"', FIGURE)
         return
     for drawing in draw_recoveries([Run(folder.resolve().name, folder, curves=logged_curves(history))]):
-        temporary = folder / f".{CURVES}.tmp.png"
+        temporary = folder / f".tmp.{FIGURE}"
         drawing.write(temporary, "png", dpi=150)
-        temporary.replace(folder / f"{CURVES}.png")
+        temporary.replace(folder / FIGURE)

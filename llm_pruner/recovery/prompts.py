@@ -31,18 +31,20 @@ QUESTION = {
 TEMPLATES = {"alpaca": ALPACA, "question": QUESTION}
 
 
-def prompt_template(name: str) -> Prompt:
+def prompt_template(name: str | None) -> Prompt:
     """Return the function from instruction and input to a prompt.
 
     >>> prompt_template("question")("Why?", "")
     'Question: Why?\\nAnswer: '
 
     Args:
-        name: from :data:`TEMPLATES`, or a JSON file with the keys of :data:`ALPACA`.
+        name: from :data:`TEMPLATES`, or a JSON file with the keys of :data:`ALPACA`; None for :func:`plain_prompt`.
 
     Raises:
         PrunerError: the template does not exist, or lacks a key or a place for the instruction.
     """
+    if name is None:
+        return plain_prompt
     template = TEMPLATES[name] if name in TEMPLATES else _read_template(name)
     with_input, without = template["prompt_input"], template["prompt_no_input"]
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..choices import EMBEDDED_TEXTS
 from ..corpora import HUB, documents
 from ..errors import PrunerError, Unavailable, in_one_line
-from ..logs import log
+from ..logs import least_level, log
 from ..row_kinds import Record, row_kind
 
 MAX_DOCUMENTS = 200_000  # documents of a hub text that are read without --streaming
@@ -42,9 +42,10 @@ def read_rows(source: str, streaming: bool = False) -> Any:
         texts = list(documents(source, "train", MAX_DOCUMENTS))
         if source in HUB and len(texts) == MAX_DOCUMENTS:
             log.info("%s: the first %d documents; --streaming reads all", source, MAX_DOCUMENTS)
-        return datasets.Dataset.from_dict({"text": texts})
-    with reading(source), _quiet_loader():
-        data = _load(source, path, streaming)
+        data = datasets.Dataset.from_dict({"text": texts})
+    else:
+        with reading(source), _quiet_loader():
+            data = _load(source, path, streaming)
     if not streaming and not len(data):
         raise PrunerError(f"the data set {source} is empty")
     return data
@@ -92,16 +93,9 @@ def _check_first_row(path: Path) -> None:
             raise PrunerError(f"{path}, row 1: the row is null: give an object")
 
 
-@contextmanager
-def _quiet_loader() -> Iterator[None]:
+def _quiet_loader() -> AbstractContextManager[None]:
     """Keep ``datasets`` from logging an error that is raised, too."""
-    logger = logging.getLogger("datasets")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return least_level("datasets", logging.CRITICAL)
 
 
 @contextmanager

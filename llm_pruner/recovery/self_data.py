@@ -40,7 +40,7 @@ from ..row_kinds import (
     read_text,
     row_kind,
 )
-from .prompts import plain_prompt, prompt_template
+from .prompts import prompt_template
 from .rows import read_rows
 from .settings import SelfDataSettings
 from .tokenize import ExampleFormat, question_and_answer
@@ -98,14 +98,12 @@ def rewritten_sources(
 
 def _read(source: str, count: int | None) -> list[Record]:
     rows = read_rows(source)
-    if not len(rows):
-        raise PrunerError(f"the data set {source} is empty")
     return list(rows.select(range(min(count or len(rows), len(rows)))))
 
 
 def _template_text(form: ExampleFormat) -> list[str]:
     """Return what the template makes of two marks, since a template of a file may change."""
-    template = plain_prompt if form.template is None else prompt_template(form.template)
+    template = prompt_template(form.template)
     return [template("I", "C"), template("I", "")]
 
 
@@ -172,7 +170,7 @@ def _prompt(row: Record, kind: RowKind, tokenizer: PreTrainedTokenizerBase, form
             fill=lambda words: {"messages": [*before, {"role": "assistant", "content": decode(words).strip()}]},
             ends=True,
         )
-    template = plain_prompt if form.template is None else prompt_template(form.template)
+    template = prompt_template(form.template)
     question, answer = question_and_answer(row, kind, template, form)
     # Blanks behind a prompt are learnt with the answer: the original writes its own, which training adds again.
     has_blanks = len(answer) > len(read_text(row, *ANSWERS))

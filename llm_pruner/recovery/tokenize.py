@@ -31,7 +31,7 @@ from ..row_kinds import (
     row_kind,
 )
 from .objectives import Example, Vocabulary, denoise
-from .prompts import Prompt, plain_prompt, prompt_template
+from .prompts import Prompt, prompt_template
 from .rows import reading, row_columns
 
 IGNORED = -100  # label of tokens that are not learnt; the losses of torch and transformers skip it
@@ -166,7 +166,7 @@ def _example_maker(
 ) -> Callable[[Record, int], Example]:
     """Return the function from a row and its index to an example; its errors name the source and the row."""
     _check_format(kind, tokenizer, form)
-    template = plain_prompt if form.template is None else prompt_template(form.template)
+    template = prompt_template(form.template)
 
     def make_example(row: Record, index: int) -> Example:
         try:
