@@ -90,11 +90,11 @@ def before_end(ids: torch.Tensor, model: PreTrainedModel, tokenizer: PreTrainedT
     return tokens[: next((i for i, token in enumerate(tokens) if token in last), len(tokens))]
 
 
-def repetition(tokens: Sequence[int], size: int = NGRAM) -> float:
-    """Return the share of the n-grams that occurred before; 0 for a text shorter than one.
+def repetition(tokens: Sequence[int]) -> float:
+    """Return the share of the 4-grams that occurred before; 0 for a text shorter than one.
 
     >>> repetition([1, 2, 3, 4, 5, 6, 7, 8]), repetition([1, 2] * 4)
     (0.0, 0.6)
     """
-    grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+    grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -11,8 +11,6 @@ from .names import row_names, short_names
 from .paired import MEAN, Comparison, compare_questions
 from .speed import warnings_of
 
-PERCENT = 100
-
 
 def notes_of(evaluations: list[Evaluation], comparisons: Sequence[Mapping[str, Comparison]]) -> list[str]:
     """Return the notes of a table.
@@ -108,9 +106,9 @@ def explain_difference(model: str, other: str, comparison: Mapping[str, Comparis
 
 def _verdict(comparison: Comparison) -> str:
     d = comparison.difference
-    low, high = (f"{PERCENT * bound:+.1f}" for bound in (d.low, d.high))
+    low, high = (f"{100 * bound:+.1f}" for bound in (d.low, d.high))
     real = "real" if comparison.is_real else "may be chance"
-    return f"{PERCENT * d.value:+.1f} points [{low}, {high}], {real}"
+    return f"{100 * d.value:+.1f} points [{low}, {high}], {real}"
 
 
 def _speed_notes(evaluations: list[Evaluation]) -> list[str]:

@@ -175,9 +175,7 @@ def predicted_tokens(ids: torch.Tensor, stride: int, *, encoder_decoder: bool = 
     return torch.cat([targets[0], targets[1:, -stride:].flatten()])
 
 
-def byte_perplexity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, seq_len: int = 128, *, text_name: str = ""
-) -> float:
+def byte_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, seq_len: int = 128) -> float:
     """Measure the perplexity per byte of a text, every token predicted once except the first.
 
     Windows overlap by one token, so that models of different tokenizers are measured on all of the text; those of an
@@ -188,8 +186,7 @@ def byte_perplexity(
     """
     stride = seq_len if model.config.is_encoder_decoder else seq_len - 1
     ids = windows(tokenizer, text, seq_len, stride=stride)
-    found = perplexity(model, ids, 8, stride=stride, tokenizer=tokenizer, text_name=text_name or "the text")
-    return cast(float, found.byte_perplexity)
+    return cast(float, perplexity(model, ids, 8, stride=stride, tokenizer=tokenizer).byte_perplexity)
 
 
 def _with_fitting_batch_size(measure: Callable[[int], tuple[float, int]]) -> tuple[float, int]:

@@ -19,7 +19,18 @@ from .notes import notes_of
 from .paired import MEAN, Comparison, Interval, compare_questions, mean_accuracy
 from .questions import is_accuracy
 from .speed import Speed
-from .tabular import LATEX, MARKDOWN, TERMINAL, Marks, latex, markdown, short_bytes, short_number, short_score
+from .tabular import (
+    LATEX,
+    MARKDOWN,
+    TERMINAL,
+    Marks,
+    latex,
+    markdown,
+    short_bytes,
+    short_number,
+    short_percent,
+    short_score,
+)
 
 Values = list[float | None]
 Rate = tuple[float | None, float | None, Ratio | None]  # tokens per second, spread, ratio to the first model's
@@ -124,10 +135,6 @@ class Table:
         return latex(self.cells(LATEX)) + "".join(f"% {note}\n" for note in self.notes)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
 class _Columns:
     """Columns of a table of evaluations; a column without any value is left out."""
 
@@ -221,7 +228,7 @@ class _Columns:
         self.add(
             f"{title}_{metric}",
             f"{title}{first} {metric}{' %' if accuracy else ''}",
-            _percent if accuracy else short_score,
+            short_percent if accuracy else short_score,
             lambda e: e.tasks.get(task, {}).get(metric),
             error_of=lambda e: e.tasks.get(task, {}).get(error_name(metric)),
             lower_is_better=False if accuracy or metric == "spearman" else True if metric == "wer" else None,
@@ -237,7 +244,7 @@ class _Columns:
             self.add(
                 "mean_accuracy",
                 "mean acc %",
-                _percent,
+                short_percent,
                 lambda e: mean_accuracy(e.questions)[0] if e.questions else None,
                 error_of=lambda e: mean_accuracy(e.questions)[1] if e.questions else None,
                 lower_is_better=False,
@@ -262,7 +269,7 @@ class _Columns:
             self.add(
                 f"{task}_{key}",
                 head,
-                _percent,
+                short_percent,
                 lambda e, f=interval_of: one.value if (one := f(e)) else None,  # type: ignore[misc]
                 interval_of=interval_of,
                 lower_is_better=better,
@@ -278,16 +285,16 @@ class _Columns:
         self.add(
             f"{task}_same_answers",
             "same answers %",
-            _percent,
+            short_percent,
             lambda e: one.agreement if (one := of(e)) else None,
             lower_is_better=False,
             only_csv=only_csv,
         )
 
     def add_generation(self) -> None:
-        self.add("repetition", "repeats %", _percent, lambda e: e.generation.repetition if e.generation else None)
+        self.add("repetition", "repeats %", short_percent, lambda e: e.generation.repetition if e.generation else None)
         self.add("generated_tokens", "length", short_score, lambda e: e.generation.tokens if e.generation else None)
-        self.add("ended", "", _percent, lambda e: e.generation.ended if e.generation else None, only_csv=True)
+        self.add("ended", "", short_percent, lambda e: e.generation.ended if e.generation else None, only_csv=True)
 
     def add_speed(self) -> None:
         self.add_rate("prefill", "read", lambda s: (s.prefill, s.prefill_spread, s.prefill_ratio))

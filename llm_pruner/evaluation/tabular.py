@@ -14,6 +14,7 @@ LATEX: Marks = (r"\textbf{", "}")
 TERMINAL: Marks = ("[bold]", "[/bold]")
 SPECIAL = str.maketrans({c: f"\\{c}" for c in "_%&#$"} | {"±": r"$\pm$", "~": r"\textasciitilde{}"})
 LONGEST_NAME = 32  # characters of the first column in a terminal
+LONGEST_LABEL = 40  # characters of a label in a figure
 BORDER = 3  # columns of a terminal that a column of a table takes beside its text
 
 
@@ -58,6 +59,25 @@ def short_score(value: float) -> str:
     return f"{value:,.{2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0}f}"
 
 
+def short_percent(share: float) -> str:
+    """Format a share in percent with one decimal, without the sign.
+
+    >>> short_percent(0.78819)
+    '78.8'
+    """
+    return f"{100 * share:.1f}"
+
+
+def shorten(text: str, longest: int = LONGEST_LABEL) -> str:
+    """Replace the middle of a long text by an ellipsis.
+
+    >>> shorten("a" * 20 + "b" * 20, 32)
+    'aaaaaaaaaaaaaaa…bbbbbbbbbbbbbbbb'
+    """
+    half = (longest - 1) // 2
+    return text if len(text) <= longest else f"{text[:half]}…{text[half + 1 - longest :]}"
+
+
 def markdown(cells: list[list[str]]) -> str:
     """Format cells as a Markdown table, numbers to the right; the first row is its head."""
     lines = [cells[0], ["---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]]
@@ -91,7 +111,7 @@ def terminal_tables(cells: list[list[str]], width: int, labels: int = 1) -> list
         labels: leading columns that name the row, and so begin every table.
     """
     columns = [list(column) for column in zip(*cells, strict=True)]
-    names = [[_shorten(cell) for cell in column] for column in columns[:labels]]
+    names = [[shorten(cell, LONGEST_NAME) for cell in column] for column in columns[:labels]]
     groups: list[list[list[str]]] = []
     room = 0
     for column in columns[labels:]:
@@ -118,13 +138,3 @@ def _text_width(column: list[str]) -> int:
     """Return the width of a column whose head wraps between words and whose cells do not."""
     head, *body = column
     return max(len(text) for text in (*(head.split() or [""]), *(Text.from_markup(cell).plain for cell in body)))
-
-
-def _shorten(name: str) -> str:
-    """Replace the middle of a long name by an ellipsis.
-
-    >>> _shorten("a" * 20 + "b" * 20)
-    'aaaaaaaaaaaaaaa…bbbbbbbbbbbbbbbb'
-    """
-    half = (LONGEST_NAME - 1) // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[half + 1 - LONGEST_NAME :]}"

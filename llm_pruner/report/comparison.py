@@ -9,8 +9,8 @@ from typing import Any
 
 from ..evaluation.notes import explain_difference
 from ..evaluation.paired import MEAN, Comparison, Interval, compare_questions, mean_accuracy
-from ..evaluation.tabular import short_score
-from .drawing import COLOURS, GREY, Drawing, add_legend, bar_axes, freeze_layout, shorten
+from ..evaluation.tabular import short_percent, short_score, shorten
+from .drawing import COLOURS, GREY, Drawing, add_legend, bar_axes, freeze_layout
 from .models import ORIGINAL
 from .runs import MeasuredModel
 
@@ -92,14 +92,10 @@ def _steps(models: Sequence[MeasuredModel]) -> list[tuple[MeasuredModel, Measure
     return [(one, other) for other in others for one in others if one.model == other.parent]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
 def _with_interval(interval: Interval | None) -> str:
     if interval is None:
         return ""
-    return f"{_percent(interval.value)} [{_percent(interval.low)}, {_percent(interval.high)}]"
+    return f"{short_percent(interval.value)} [{short_percent(interval.low)}, {short_percent(interval.high)}]"
 
 
 # Columns of a comparison.
@@ -107,7 +103,7 @@ KEPT: dict[str, Callable[[Comparison], str]] = {
     "kept %": lambda one: _with_interval(one.retention),
     "difference, points": lambda one: _with_interval(one.difference),
     "real": lambda one: "yes" if one.is_real else "no",
-    "same answers %": lambda one: _percent(one.agreement),
+    "same answers %": lambda one: short_percent(one.agreement),
 }
 
 
@@ -124,10 +120,10 @@ def _table(
         columns[f"KL {text}, nats/token"] = [_with_error(one and one[:2], "{:.3f}".format) for one in divergences]
     accuracies = [mean_accuracy(model.questions) if model.questions else None for model in models]
     several = any(len(model.questions) > 1 for model in models)
-    columns["mean accuracy %" if several else "accuracy %"] = [_with_error(one, _percent) for one in accuracies]
+    columns["mean accuracy %" if several else "accuracy %"] = [_with_error(one, short_percent) for one in accuracies]
     for head, show in KEPT.items():
         columns[head] = [show(next(iter(one.values()))) if one else "" for one in comparisons]
-    columns["repeats %"] = [_percent(m.generation["repetition"]) if m.generation else "" for m in models]
+    columns["repeats %"] = [short_percent(m.generation["repetition"]) if m.generation else "" for m in models]
     columns["length, tokens"] = [short_score(m.generation["tokens"]) if m.generation else "" for m in models]
     columns = {head: cells for head, cells in columns.items() if any(cells)}
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
@@ -145,8 +141,8 @@ def _task_rows(model: MeasuredModel, comparison: Mapping[str, Comparison]) -> li
             model.name,
             task,
             f"{one.questions:,}",
-            _percent(one.original),
-            f"{_percent(one.accuracy)} ± {_percent(one.error)}",
+            short_percent(one.original),
+            f"{short_percent(one.accuracy)} ± {short_percent(one.error)}",
             *(show(one) for show in KEPT.values()),
         ]
         for task, one in comparison.items()

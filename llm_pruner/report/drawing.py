@@ -38,7 +38,6 @@ STYLE = {
     "pdf.fonttype": 42,  # text stays text
     "text.parse_math": False,  # a name with dollars is a name
 }
-LONGEST = 40  # characters of a label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,12 +173,6 @@ def freeze_layout(figure: Figure) -> None:
     """Lay a figure out once: repeating it for every image takes most of the time of a page with many runs."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-
-
-def shorten(text: str, longest: int = LONGEST) -> str:
-    """Replace the middle of a long label by an ellipsis."""
-    half = (longest - 1) // 2
-    return text if len(text) <= longest else f"{text[:half]}…{text[half + 1 - longest :]}"
 
 
 def slug(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from ..evaluation.tabular import shorten
 from ..selection.plan import PruningPlan
 from ..selection.search import ALLOCATION
 from .drawing import (
@@ -23,7 +24,6 @@ from .drawing import (
     add_legend,
     freeze_layout,
     new_axes,
-    shorten,
     slug,
 )
 from .runs import Run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..evaluation.tabular import short_bytes, short_number, short_score
+from ..evaluation.tabular import short_bytes, short_number, short_percent, short_score
 from .runs import MeasuredModel
 
 Cell = tuple[str, float | str]  # text to show, value to sort by
@@ -44,5 +44,5 @@ def _accuracy(model: MeasuredModel) -> Cell:
     """Return the accuracy in percent with its standard error."""
     if model.accuracy is None:
         return "", float("inf")
-    error = "" if model.accuracy_error is None else f" ± {100 * model.accuracy_error:.1f}"
-    return f"{100 * model.accuracy:.1f}{error}", model.accuracy
+    error = "" if model.accuracy_error is None else f" ± {short_percent(model.accuracy_error)}"
+    return short_percent(model.accuracy) + error, model.accuracy

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ..errors import PrunerError
-from ..evaluation.tabular import short_score
+from ..evaluation.tabular import short_score, shorten
 from ..files import read_json
 from .drawing import (
     Drawing,
@@ -19,7 +19,6 @@ from .drawing import (
     add_legend,
     draw_level,
     new_axes,
-    shorten,
     slug,
     styles_of,
 )

@@ -10,7 +10,7 @@ from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
-from ..evaluation.tabular import short_score
+from ..evaluation.tabular import short_score, shorten
 from .drawing import (
     ORIGINAL_STYLE,
     Drawing,
@@ -18,7 +18,6 @@ from .drawing import (
     add_legend,
     draw_level,
     new_axes,
-    shorten,
     slug,
     styles_of,
 )

@@ -144,7 +144,7 @@ def _judge(engine: str, computed: dict[int, float], expected: torch.Tensor, tole
     """Log how far an engine's log-probabilities are from ours.
 
     Args:
-        found: those of the engine's most probable next tokens.
+        computed: those of the engine's most probable next tokens.
         expected: ours of all tokens.
         tolerance: most that they may differ; None if quantization sets no bound.
 

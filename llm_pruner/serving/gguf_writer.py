@@ -76,7 +76,7 @@ def check_writable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
                 "it with --format hf"
             )
     if (kind := _rope(config)["rope_type"]) not in ("default", "linear", "llama3"):
-        raise PrunerError(f"--format gguf: rotary scaling {kind!r} has no counterpart here")
+        raise PrunerError(f"--format gguf cannot write rotary scaling {kind!r}: export it with --format hf")
     check_tokenizer(tokenizer)
 
 

@@ -115,7 +115,7 @@ class DemoArguments(Arguments):
     steps: int = flag(8, "training steps of the recovery")
 
     def check(self) -> None:
-        """Refuse a ratio that leaves nothing to compare.
+        """Refuse a ratio that leaves nothing to compare, and a recovery without steps.
 
         Raises:
             PrunerError: the ratio is not between 0 and 1, or there are no training steps.

@@ -84,8 +84,8 @@ def _permitted(settings: Retention, words: Subwords, tokenizer: PreTrainedTokeni
             raise no_tokenizer(f"--to_tokenizer {settings.to_tokenizer}")
         permitted = ids_of_tokenizer(words, Subwords(other))
     if settings.scripts:
-        in_those = in_scripts(words, tokenizer, settings.scripts)
-        permitted = in_those if permitted is None else permitted & in_those
+        written = in_scripts(words, tokenizer, settings.scripts)
+        permitted = written if permitted is None else permitted & written
     return permitted
 
 
