@@ -15,7 +15,7 @@ from typing import Any
 
 from .commands import COMMANDS, SCRIPTS, Command
 from .errors import PrunerError, in_one_line, is_panic
-from .flags import parse_flags
+from .flags import canonical_flags, parse_flags
 from .inputs import InputCheck
 from .progress import showing
 from .version import __version__
@@ -25,6 +25,13 @@ USAGE = """usage: llm-pruner COMMAND [flags]
 {commands}
 
 llm-pruner COMMAND --help lists the flags of a command."""
+# Ways to need less memory, for commands that have the flag; the first that fits is named.
+LESS_MEMORY = {
+    "stream": "add --stream, which needs one block of the model at a time, or lower --num_examples or --calib_seq_len",
+    "micro_batch_size": "lower --micro_batch_size or --cutoff_len, or add --gradient_checkpointing",
+    "seq_len": "give --dtype bfloat16, or lower --batch_size or --seq_len",
+    "dtype": "give --dtype bfloat16",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +77,7 @@ def run_command(command: Command, argv: Sequence[str], program: str) -> int:
     except PrunerError as error:
         return _fail(_without_unwritten_flag(command, argv, str(error)))
     except MemoryError as error:
-        return _fail(_explain_out_of_memory(str(error)))
+        return _fail(_explain_out_of_memory(command, str(error)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -84,7 +91,7 @@ def run_command(command: Command, argv: Sequence[str], program: str) -> int:
         if not re.search("out of memory|can(no|')t allocate memory", str(error).lower()):
             traceback.print_exc()
             return 1
-        return _fail(_explain_out_of_memory(str(error)))
+        return _fail(_explain_out_of_memory(command, str(error)))
     except BaseException as error:
         if not is_panic(error):
             raise
@@ -129,12 +136,11 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _explain_out_of_memory(message: str) -> str:
-    """Say how much memory was asked for, where the allocator tells, and what lowers it."""
+def _explain_out_of_memory(command: Command, message: str) -> str:
+    """Say how much memory was asked for, where the allocator tells, and which flags of the command lower it."""
     match = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", message)
     amount = f" by {match[2] or f'{int(match[1]) / 2**30:.2f} GiB'}" if match else ""
     where = " on the GPU" if "CUDA" in message else ""
-    return (
-        f"out of memory{where}{amount}: add --stream, which needs one block of the model at a time, or lower "
-        "--num_examples or --calib_seq_len"
-    )
+    flags = canonical_flags(command.arguments_class)
+    advice = next((text for flag, text in LESS_MEMORY.items() if flag in flags), "use a machine that has more")
+    return f"out of memory{where}{amount}: {advice}"

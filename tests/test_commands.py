@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import llm_pruner as lp
-from llm_pruner.cli import main, run_command
-from llm_pruner.commands import SCRIPTS
+from llm_pruner.cli import _explain_out_of_memory, main, run_command
+from llm_pruner.commands import COMMANDS, SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -323,3 +323,11 @@ def test_out_of_memory_says_how_much_and_what_to_do(monkeypatch, capsys, error, 
     assert run_command(replace(SCRIPTS["hf_prune.py"]), [], "hf_prune.py") == 2
     line = capsys.readouterr().err.strip()
     assert line.startswith("error: out of memory") and asked in line and "--stream" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("recover", "lower --micro_batch_size"), ("evaluate", "--dtype bfloat16"), ("apply", "more")]
+)
+def test_out_of_memory_names_flags_of_the_command(name, advice):
+    message = _explain_out_of_memory(COMMANDS[name], "")
+    assert advice in message and "--stream" not in message
