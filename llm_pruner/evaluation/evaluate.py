@@ -242,7 +242,11 @@ def _measure_similarities(
 def keep_outputs(
     loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase | None], settings: Measurements, originals: Originals
 ) -> None:
-    """Keep the outputs of a model, loaded with its tokenizer, on the data sets of an evaluation."""
+    """Keep the outputs of a model, loaded with its tokenizer, on the data sets of an evaluation.
+
+    Raises:
+        PrunerError: the model reads text and has no tokenizer, or an output is not finite.
+    """
     model, tokenizer = loaded
     if tokenizer is None and reads_text_only(model):
         raise no_tokenizer(str(model.name_or_path))
@@ -285,6 +289,9 @@ def evaluate_models(
         together: keep all models loaded to time them in turns, so that their speeds compare however busy the machine
             is; False times each by itself, and gives no ratios of speeds.
         originals: outputs to compare those of all models with (default: those of the first).
+
+    Raises:
+        PrunerError: as :func:`evaluate_model`.
     """
     evaluations, models, names = [], [], list(names)
     originals = originals or Originals()

@@ -240,9 +240,7 @@ def _media(name: str, field: str, form: str, most: int | None) -> list[Medium]:
     if not is_stored(name):
         raise PrunerError(f"--labelled {name} must be {FORMS[form]}")
     media = read_media(name, None, most)
-    without = next(
-        (medium.file for medium in media if not getattr(medium, field) and getattr(medium, field) != 0), None
-    )
+    without = next((medium.file for medium in media if getattr(medium, field) in (None, "")), None)
     if without is not None:
         raise PrunerError(f"--labelled {name}: metadata.jsonl has no {field} of {without.name}; give {FORMS[form]}")
     return media

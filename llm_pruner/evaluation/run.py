@@ -124,7 +124,11 @@ def prompting_of(args: EvaluateArguments) -> Prompting:
 
 
 def run_evaluate(args: EvaluateArguments) -> None:
-    """Run ``llm-pruner evaluate``: print one table, and write it in every format to ``--output``."""
+    """Run ``llm-pruner evaluate``: print one table, and write it in every format to ``--output``.
+
+    Raises:
+        PrunerError: as :func:`measure`, or ``--output`` holds another run.
+    """
     args.check()
     folder = Path(args.output).expanduser() if args.output else None
     if folder is not None:
@@ -142,7 +146,11 @@ def run_evaluate(args: EvaluateArguments) -> None:
 
 
 def run_perplexity(args: PerplexityArguments) -> None:
-    """Run ``evaluate/perplexity.py``: print the perplexity, and write it to ``--output``."""
+    """Run ``evaluate/perplexity.py``: print the perplexity, and write it to ``--output``.
+
+    Raises:
+        PrunerError: an argument is not valid, the model or text is not available, or ``--output`` holds something else.
+    """
     args.check()
     file = Path(args.output).expanduser() if args.output else None
     if file is not None:
