@@ -16,7 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..errors import PrunerError
-from ..selection.plan import PruningPlan, name_after
+from ..selection.plan import PruningPlan
 
 Shape = tuple[int, ...]
 Span = tuple[int, int]  # a dim of a stored tensor, and where it begins in the dim of the model's tensor
@@ -24,6 +24,11 @@ Span = tuple[int, int]  # a dim of a stored tensor, and where it begins in the d
 
 class OtherForm(PrunerError):
     """A checkpoint holds its tensors in a form that cannot be placed within the model's tensors."""
+
+
+def whole(shape: Shape) -> tuple[Span, ...]:
+    """Return the dims of the :class:`Box` of a stored tensor that is the model's tensor, dim by dim."""
+    return tuple((dim, 0) for dim in range(len(shape)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,7 @@ class Box:
     @property
     def is_whole(self) -> bool:
         """Return True if the stored tensor is the model's tensor, dim by dim."""
-        return self.dims == tuple((dim, 0) for dim in range(len(self.shape)))
+        return self.dims == whole(self.shape)
 
     @property
     def numbers(self) -> list[int]:
@@ -119,7 +124,7 @@ def boxes_of(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> dict[str, B
         if parameter not in own:
             continue
         if number is None:
-            boxes[name] = Box(parameter=parameter, shape=shape, dims=tuple((dim, 0) for dim in range(len(shape))))
+            boxes[name] = Box(parameter=parameter, shape=shape, dims=whole(shape))
         else:
             gathered.setdefault((parameter, number), {}).setdefault(pattern, []).append(name)
     for (parameter, number), sources in gathered.items():
@@ -170,10 +175,7 @@ def _place(
         names = sorted(sources.get(pattern, []), key=numbers_in)
         if names:
             sizes[pattern] = list(shapes[names[0]])
-            pieces[pattern] = [
-                _Piece(name=name, shape=shapes[name], dims=tuple((dim, 0) for dim in range(len(shapes[name]))))
-                for name in names
-            ]
+            pieces[pattern] = [_Piece(name=name, shape=shapes[name], dims=whole(shapes[name])) for name in names]
     for operation in converter.operations:
         kind = type(operation).__name__
         if kind == "MergeModulelist":
@@ -237,15 +239,3 @@ def with_numbers(name: str, numbers: Iterable[int]) -> str:
     """
     others = iter(numbers)
     return re.sub(r"(?<![^.])\d+(?![^.])", lambda _: str(next(others)), name)
-
-
-def stored_name_after(name: str, box: Box, plan: PruningPlan, canonical: str) -> str | None:
-    """Return the name of a stored tensor after a plan; None if the plan removes the tensor.
-
-    Args:
-        canonical: name under which the plan knows the tensor of the model.
-    """
-    after = name_after(box.parameter, plan)
-    if after is None or box.kept(plan, canonical) is None:
-        return None
-    return with_numbers(name, numbers_in(after) + box.numbers_after(plan, canonical))

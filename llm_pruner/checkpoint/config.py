@@ -19,9 +19,7 @@ from .gguf_reader import parsed_once
 from .locate import explain, locate
 
 
-def load_config(
-    name: str, trust_remote_code: bool = False, revision: str | None = None, *, task: str | None = None
-) -> PreTrainedConfig:
+def load_config(name: str, trust_remote_code: bool = False, *, task: str | None = None) -> PreTrainedConfig:
     """Load the config alone, of any model that :func:`llm_pruner.load` takes, or from a ``config.json`` file.
 
     Args:
@@ -30,7 +28,7 @@ def load_config(
     Raises:
         PrunerError: the model does not exist, its config cannot be read, or it has no class for the task.
     """
-    config = _read_config(name, trust_remote_code, revision)
+    config = _read_config(name, trust_remote_code)
     ask_for(task, config)
     return config
 
@@ -45,13 +43,13 @@ def checked_config(name: str, path: str, **options: Any) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(path, **options)
 
 
-def _read_config(name: str, trust_remote_code: bool, revision: str | None) -> PreTrainedConfig:
+def _read_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
     path, gguf = locate(name)
     try:
         if gguf:
             status = (Path(path) / gguf).stat()
             return deepcopy(_gguf_config(path, gguf, status.st_size, status.st_mtime_ns))
-        config = checked_config(name, path, trust_remote_code=trust_remote_code, revision=revision or "main")
+        config = checked_config(name, path, trust_remote_code=trust_remote_code)
         config.__dict__.pop("quantization_config", None)  # of the files, not of the model that is made of them
         return config
     except PrunerError:

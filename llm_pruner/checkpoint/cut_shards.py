@@ -167,13 +167,3 @@ def write_cuts(checkpoint: CutCheckpoint, folder: Path) -> dict[str, str]:
     if list(contents) != [SINGLE]:
         write_index(folder, contents, size)
     return hashes
-
-
-def check_blocks(checkpoint: CutCheckpoint) -> None:
-    """Refuse a plan that would split what a quantized weight stores as one number, without reading a weight.
-
-    Raises:
-        InsideBlock: as above.
-    """
-    for _ in checkpoint.cuts():
-        pass

@@ -162,7 +162,11 @@ def load_model(
     task: str | None = None,
     offload_folder: str | Path | None = None,
 ) -> PreTrainedModel:
-    """Load the model alone, as :func:`load` does; no adapters."""
+    """Load the model alone, as :func:`load` does; no adapters.
+
+    Raises:
+        PrunerError: as :func:`load`.
+    """
     dtype = torch_dtype(dtype)
     check_device(device, "device")
     if device_map not in (None, "auto"):

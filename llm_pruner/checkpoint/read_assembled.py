@@ -55,7 +55,12 @@ def read_assembled(
     chosen = dtype if isinstance(dtype, torch.dtype) else dtype_of(config)
     if isinstance(shards, QuantizedShards):
         config.__dict__.pop("quantization_config", None)
-        log.info("%s is quantized (%s): its weights are dequantized to %s", name, shards.method, str(chosen)[6:])
+        log.info(
+            "%s is quantized (%s): its weights are dequantized to %s",
+            name,
+            shards.method,
+            str(chosen).removeprefix("torch."),
+        )
     model = meta_model(config, trust_remote_code)
     state: dict[str, Any] = {stored: _Lazy(shards, stored, chosen) for stored in shards.shapes()}
     if place is not in_memory:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from ..files import read_json
 from ..models import per_layer
 from ..models.tasks import task_of_config
 
@@ -25,7 +26,7 @@ def write_modelling(model: PreTrainedModel, folder: Path) -> None:
     source = inspect.getsource(per_layer).replace("import torch\n", "import torch\nimport transformers\n", 1)
     (folder / FILE).write_text(source + TAIL.format(name=name), encoding="utf-8")
     file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     config["auto_map"] = {task_of_config(model.config).auto_class: f"{Path(FILE).stem}.{name}"}
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -12,7 +12,7 @@ from ..errors import PrunerError
 from ..models.running import stored_tensors
 from ..models.skeleton import canonical_names, names_of
 from ..surgery.apply import Place, in_memory
-from .boxes import Box, OtherForm, boxes_of
+from .boxes import Box, OtherForm, boxes_of, whole
 from .config import load_config, meta_model, untie
 from .locate import locate
 from .quantized.registry import open_shards
@@ -89,7 +89,7 @@ def stored_boxes(model: PreTrainedModel, shards: Shards) -> dict[str, Box]:
     for stored, shape in shapes.items():
         for name in (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}.")):
             if name in own:
-                boxes[stored] = Box(parameter=name, shape=shape, dims=tuple((dim, 0) for dim in range(len(shape))))
+                boxes[stored] = Box(parameter=name, shape=shape, dims=whole(shape))
                 break
     if _missing(model, boxes):
         rest = {name: shape for name, shape in shapes.items() if name not in boxes}

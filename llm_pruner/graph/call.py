@@ -57,10 +57,9 @@ class Call:
     def dims(self, name: str) -> list[Dim]:
         return self.get(name).dims
 
-    def dim(self, name: str = "dim", of: str = "self") -> int:
-        """Return argument ``name`` as a non-negative index into the dims of argument ``of``."""
-        value = self.args[name]
-        return value % max(len(self.dims(of)), 1)
+    def dim(self) -> int:
+        """Return argument ``dim`` as a non-negative index into the dims of argument ``self``."""
+        return self.args["dim"] % max(len(self.dims("self")), 1)
 
     @property
     def role(self) -> str:

@@ -185,7 +185,7 @@ class Tracer(TorchDispatchMode):
 
 
 class Rewritten(TorchFunctionMode):
-    """Reads ``x[[-2]]`` as the slice that it is, and one-hot vectors as what is written at indices.
+    """A mode that reads ``x[[-2]]`` as the slice that it is, and one-hot vectors as what is written at indices.
 
     A list of consecutive positions written in the code becomes an index tensor before any operator runs, and on
     the meta device its values are gone by then. ``one_hot`` compares the indices with a range, as numbers.
@@ -272,14 +272,15 @@ def _prepare(model: nn.Module, tracer: Tracer) -> Iterator[None]:
 
 
 def run(model: nn.Module) -> tuple[Tracer, dict[str, list[Dim]]]:
-    """Trace ``model``; returns the tracer and the dims of every source tensor by name.
+    """Trace a model; return the tracer and the dims of every tensor that a checkpoint holds, by name.
 
     The dims are in the order in which the model first uses their tensors: queries before keys, whatever the
     order in which the layer lists them. Two samples are run (default: of 16 tokens), on the meta device. Models that
     read values on their way (which tokens does this expert get?) cannot do so there; they are run once more on their
     weights.
 
-    Raises :class:`TraceError` when neither works.
+    Raises:
+        TraceError: neither works; the message names the module and the cause.
     """
     try:
         return _trace_on(model, torch.device("meta"))

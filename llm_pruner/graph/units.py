@@ -17,7 +17,7 @@ from ..display import Cells, amount, html_table, percent, plot_shares
 from ..models.inputs import check_inputs, remember_inputs
 from ..models.layers import LayerLocator
 from ..models.per_layer import Constant, layer_lists
-from ..models.running import stored_tensors
+from ..models.skeleton import shapes_of
 from .axes import Atom, Dim, labels, leaves, size_of
 from .constants import COMBINED, by_leaf
 from .fingerprint import fingerprint
@@ -51,6 +51,8 @@ class Unit:
             rows of 16 bytes, and in the shared experts beside them; a hidden size that attention heads must divide).
         groups: number of equal groups, of consecutive indices, in each of which as many must stay.
         block: number of consecutive indices that go together, as they share a scale of quantized weights.
+        dims: index of the unit at every position of the parameter dims that it runs through, ``{(parameter name, dim):
+            LongTensor [size of the dim]}``, -1 at positions of no index.
         constants: what every call of a layer is given of it, beside weights: ALiBi slopes.
         idle: True if the output does not depend on it, as on the last layers of a vision tower that is read before
             its end; it can be pruned where a module of the same class elsewhere, of which it is a copy, can.
@@ -164,9 +166,14 @@ class CouplingGraph:
     def copy(self) -> CouplingGraph:
         """Return a copy whose units can be frozen without changing this graph."""
         units, frozen = ([replace(unit) for unit in units] for units in (self.units, self.frozen))
-        graph = CouplingGraph(units, frozen, self.unknown_operators, self.shapes, on_meta=self.on_meta)
-        graph.model_class = self.model_class
-        return graph
+        return CouplingGraph(
+            units,
+            frozen,
+            self.unknown_operators,
+            self.shapes,
+            on_meta=self.on_meta,
+            model_class=self.model_class,
+        )
 
     def of_kind(self, *kinds: str) -> list[Unit]:
         """Return the prunable units of these kinds, in the graph's order."""
@@ -284,7 +291,7 @@ def _trace(model: nn.Module) -> CouplingGraph:
         if 0 in parameter.shape and type(_owner(model, name)).__module__.startswith("torch."):
             raise TraceError(f"{name} is {list(parameter.shape)}: a model with an empty weight cannot be pruned")
     tracer, dims = run(model)
-    shapes = {name: tuple(t.shape) for name, t in stored_tensors(model).items()}
+    shapes = shapes_of(model)
     constants = by_leaf(tracer.constants)
     occurrences = join_groups(_occurrences(dims))
     layer_of = LayerLocator(list(layer_lists(model)))

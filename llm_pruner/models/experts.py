@@ -122,7 +122,7 @@ def _of_top_k(path: str, forward: Callable[..., Any], experts: int, visit: Visit
         token = torch.arange(tokens, device=index.device).repeat_interleave(k) + start
         entries = {"token": token, "expert": chosen[:, 0], "gate": gate[:, 0], "output": output}
         if int(chosen.max()) >= experts:  # experts without weights follow those that have some
-            entries = {name: part[chosen[:, 0] < experts] for name, part in entries.items()}
+            entries = {name: values[chosen[:, 0] < experts] for name, values in entries.items()}
         visit(path, Routing(tokens=tokens, **entries))
         sums.append((output * gate).view(tokens, k, -1).sum(1))
     return torch.cat(sums).to(hidden.dtype).view_as(hidden)

@@ -48,14 +48,14 @@ def input_shape(model: nn.Module, name: str) -> tuple[int, ...]:
         channels, height, width = image_shape(fields)
         return (channels, height, width) if frames is None else (frames, channels, height, width)
     if name == "input_features":
-        if (longest := fields.get("max_source_positions", default=None)) and (bins := fields.get("num_mel_bins")):
+        if (longest := fields.get("max_source_positions")) and (bins := fields.get("num_mel_bins")):
             return (bins, 2 * longest)  # a convolution of stride 2 halves it
         features = fields.get("input_feat_per_channel", "feature_projection_input_dim", "input_dim", "num_mel_bins")
         if features is not None:
             return (MEL_FRAMES, features * fields.get("input_channels", default=1))
     if name == "input_values":
         bins, longest = fields.get("num_mel_bins"), fields.get("max_length")
-        return (longest, bins) if "num_mel_bins" in fields and "frequency_stride" in fields else (SAMPLES_OF_SOUND,)
+        return (longest, bins) if bins is not None and "frequency_stride" in fields else (SAMPLES_OF_SOUND,)
     raise PrunerError(
         f"{type(model).__name__} needs {name!r}, which cannot be guessed: give lp.trace(model, inputs=…) what "
         "its processor returns, and lp.score and lp.verify the same"

@@ -160,7 +160,7 @@ def input_embedding(model: nn.Module) -> nn.Embedding | None:
 def token_count(model: nn.Module) -> int:
     """Return the number of tokens that a model knows, 0 for one that reads none."""
     embedding = input_embedding(model)
-    return 0 if embedding is None else embedding.num_embeddings
+    return 0 if embedding is None else embedding.weight.shape[0]
 
 
 def _is_of_tokens(module: nn.Embedding, model: nn.Module) -> bool:

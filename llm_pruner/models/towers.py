@@ -23,6 +23,6 @@ def tower_paths(model: PreTrainedModel) -> dict[str, str]:
 
 
 def reach_towers(model: PreTrainedModel, names: Iterable[str]) -> bool:
-    """Return True if any of the names of units lies in a tower beside the language."""
+    """Return True if any of the names, of units or parameters, lies in a tower beside the language."""
     paths = tower_paths(model).values()
     return any(is_below(path, name) for name in names for path in paths)

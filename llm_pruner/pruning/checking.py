@@ -22,7 +22,7 @@ from ..importance.layers import BY_LOSS, check_strategy
 from ..inputs import InputCheck
 from ..media import check_can_be_shown, check_dataset, check_media, is_media, media_inputs
 from ..models.loss import has_loss
-from ..models.running import stored_tensors
+from ..models.skeleton import shapes_of
 from ..models.towers import reach_towers
 from ..selection.plan import PruningPlan
 from ..surgery.apply import TOWERS, task_of_plan
@@ -160,6 +160,6 @@ def check_apply_inputs(arguments: ApplyArguments, check: InputCheck) -> None:
 
 def _check_plan_fits(model: PreTrainedModel, plan: PruningPlan) -> None:
     """Refuse a plan for another model, and one that cuts towers which nothing can be shown to."""
-    check_fits({name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}, plan)
+    check_fits(shapes_of(model), plan)
     if plan.settings.get(TOWERS) or reach_towers(model, plan.units):
         check_can_be_shown(model)

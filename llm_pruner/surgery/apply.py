@@ -14,13 +14,13 @@ from ..graph.units import CouplingGraph, Unit, share_graph, trace
 from ..media import trace_media
 from ..models.inputs import example_inputs, share_inputs
 from ..models.running import MetaReads, model_inputs, stored_tensors, tracing_mode
-from ..models.skeleton import canonical_names, skeleton
+from ..models.skeleton import canonical_names, shapes_of, skeleton
 from ..models.towers import reach_towers, tower_paths
 from ..selection.plan import PruningPlan, name_after
 from .config.shape import target_config
 from .config.solver import solve
 from .config.token_ids import renumber
-from .equivalence import MASKABLE, _compare, masking_modes
+from .equivalence import MASKABLE, compare_logits, masking_modes
 from .per_token import with_plan_routing, without_balancing_loss
 from .rebuild import build_from_state
 from .same_axes import find_wrong_axis
@@ -78,7 +78,7 @@ def apply(
         >>> lp.apply(model, plan).model.layers[0].mlp.down_proj.weight.shape
         torch.Size([16, 24])
     """
-    check_fits({name: tuple(t.shape) for name, t in stored_tensors(model).items()}, plan)
+    check_fits(shapes_of(model), plan)
     model = with_plan_routing(model, plan)
     if config is None and isinstance(shape := plan.settings.get("shape"), dict):
         config = target_config(model, shape)
@@ -154,7 +154,8 @@ def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: Pruning
         return ""
     half = model.dtype in (torch.float16, torch.bfloat16)
     ids = example_inputs(pruned, rows=2, tokens=16)
-    report = _compare(model, pruned, plan, ids, model.dtype, 0.05 if half else 0.01, masking_modes(graph, plan))
+    modes, tolerance = masking_modes(graph, plan), 0.05 if half else 0.01
+    report = compare_logits(model, pruned, plan, ids, dtype=model.dtype, tolerance=tolerance, modes=modes)
     if report.equivalent:
         return ""
     return f"it computes something from the hidden size that must not change (logits are off by {report.relative:.1e})"
@@ -162,7 +163,6 @@ def _wrong_factor(model: PreTrainedModel, pruned: PreTrainedModel, plan: Pruning
 
 def _broken_cache(rebuilt: PreTrainedModel, original: PreTrainedModel) -> str:
     """Return the error of a rebuilt model when it fills its cache, if the original can fill its own; else ""."""
-
     inputs = example_inputs(rebuilt)  # of the two, this one knows the inputs that the original was traced with
 
     def problem(model: PreTrainedModel) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..graph.routers import router_slices
@@ -30,6 +29,8 @@ from ..models.running import (
     stored_tensors,
     tracing_mode,
 )
+from ..models.skeleton import shapes_of
+from ..models.torch_internals import TorchDispatchMode
 from ..selection.plan import PruningPlan
 from .per_token import with_plan_routing
 from .slicing import check_fits, mask
@@ -103,12 +104,12 @@ def verify(
         >>> lp.verify(model, lp.apply(model, plan), plan).equivalent
         True
     """
-    check_fits({name: tuple(t.shape) for name, t in stored_tensors(model).items()}, plan)
+    check_fits(shapes_of(model), plan)
     model = with_plan_routing(model, plan)
     ids = example_inputs(pruned, rows=2, tokens=16, seed=seed) if tokens is None else as_inputs(tokens)
     needs_modes = any(choice.kind in ("hidden", "experts") for choice in plan.units.values())
     modes = masking_modes(trace(model), plan) if needs_modes else Modes()
-    compare = partial(_compare, model, pruned, plan, ids, tolerance=tolerance, modes=modes)
+    compare = partial(compare_logits, model, pruned, plan, ids, tolerance=tolerance, modes=modes)
     report = _compare_finely(model, compare)
     if not report.equivalent and plan.layers:  # a norm behind a layer's sums does not pass on what is masked
         with _skipped_layers(model, plan):
@@ -116,12 +117,12 @@ def verify(
     return report
 
 
-def _compare_finely(model: PreTrainedModel, compare: Callable[[torch.dtype], EquivalenceReport]) -> EquivalenceReport:
+def _compare_finely(model: PreTrainedModel, compare: Callable[..., EquivalenceReport]) -> EquivalenceReport:
     """Compare in the model's precision and, where that differs, in float64."""
-    report = compare(native_compute(model).dtype)
+    report = compare(dtype=native_compute(model).dtype)
     if not report.equivalent and model.dtype is not torch.float64:
         with suppress(RuntimeError):  # some models insist on float32 somewhere
-            report = compare(torch.float64)
+            report = compare(dtype=torch.float64)
     return report
 
 
@@ -133,21 +134,28 @@ def _skipped_layers(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]
         hidden = hidden_in(args, kwargs)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    layers = {path: enumerate(layer_lists(model)[path]) for path in plan.layers}
-    gone = [layer for path, kept in plan.layers.items() for i, layer in layers[path] if i not in set(kept.tolist())]
+    stacks = layer_lists(model)
+    gone = [layer for path, kept in plan.layers.items() for i, layer in enumerate(stacks[path]) if i not in kept]
     with forward_hooks([(layer, skip) for layer in gone], with_kwargs=True):
         yield
 
 
-def _compare(
+def compare_logits(
     model: PreTrainedModel,
     pruned: PreTrainedModel,
     plan: PruningPlan,
     ids: Inputs,
+    *,
     dtype: torch.dtype,
     tolerance: float,
     modes: Modes,
 ) -> EquivalenceReport:
+    """Compare the logits of the pruned model with those of the masked original, both computed in ``dtype``.
+
+    Args:
+        ids: inputs of the pruned model.
+        modes: modes that the masked original needs, from :func:`masking_modes`.
+    """
     held, stored = stored_tensors(model), model.dtype
     tables = {n: b for n, b in pruned.named_buffers() if n not in held}  # computed anew, in a precision of their own
 
@@ -162,8 +170,8 @@ def _compare(
         for mode in modes.norms:
             stack.enter_context(mode)
         inputs = ids if tokens is None else _original_ids(ids, tokens)
-        expected = _changed_logits(model, inputs, dtype, change, routers=modes.routers)
-    actual = _changed_logits(pruned, ids, dtype, lambda _, tensor: tensor)
+        expected = changed_logits(model, inputs, dtype, change, routers=modes.routers)
+    actual = changed_logits(pruned, ids, dtype, lambda _, tensor: tensor)
     if tokens is not None and expected.shape[-1] > actual.shape[-1]:
         expected = expected[..., tokens]
     difference = (actual - expected).abs().max().item()
@@ -188,7 +196,7 @@ def _rounded_off(table: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) 
 
 
 @torch.no_grad()
-def _changed_logits(
+def changed_logits(
     model: PreTrainedModel,
     ids: Inputs,
     dtype: torch.dtype,
@@ -215,7 +223,7 @@ NORMS = {"native_layer_norm": 1, "_fused_rms_norm": 1}  # where normalized_shape
 
 
 class KeptNorms(TorchDispatchMode):
-    """Averages and norms over the last dim leave out the ``removed`` positions, where these are all the same.
+    """A mode in which averages and norms over the last dim leave out ``removed`` positions that are all the same.
 
     The dim may hold the hidden axis several times over, as that of several residual streams does.
     """

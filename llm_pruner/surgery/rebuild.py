@@ -17,17 +17,17 @@ def build_from_state(
     # Weights are not allocated twice; tables that no checkpoint holds are computed.
     on_meta = model.device.type == "meta"
     with torch.device("meta") if on_meta else init_empty_weights(include_buffers=False), no_init_weights():
-        pruned = type(model)._from_config(
+        built = type(model)._from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
-    pruned.load_state_dict(state, strict=True, assign=True)
-    pruned.tie_weights()
+    built.load_state_dict(state, strict=True, assign=True)
+    built.tie_weights()
     if model.can_generate():
-        pruned.generation_config = copy.deepcopy(model.generation_config)
-    for path, module in pruned.named_modules():  # buffers that no checkpoint holds stay as constructed
+        built.generation_config = copy.deepcopy(model.generation_config)
+    for path, module in built.named_modules():  # buffers that no checkpoint holds stay as constructed
         for key, buffer in module.named_buffers(recurse=False):
-            setattr(module, key, buffer.to(_device_at(pruned, path)))
-    return pruned.train(model.training)
+            setattr(module, key, buffer.to(_device_at(built, path)))
+    return built.train(model.training)
 
 
 def _device_at(model: PreTrainedModel, path: str) -> torch.device:

@@ -24,7 +24,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import PrunerError
@@ -132,7 +132,7 @@ class Subwords:
     def _plain(self, character: str) -> str:
         """Return a character as it stands in a text, without the marks of its place in a word."""
         model = self.document["model"]
-        prefix, suffix = (model.get(f"{name}") or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+        prefix, suffix = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
         return character.removeprefix(prefix).removesuffix(suffix) or character
 
     def _byte_level(self) -> bool:
@@ -352,7 +352,7 @@ def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: list[int], folder: s
         _cut_sentencepiece(model, words, kept_tokens)
 
 
-def keeps_words(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> bool:
+def keeps_words(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> bool:
     """Return True if :class:`AutoTokenizer` restores ``ignore_merges`` beside such a config.
 
     Some model types insist on a class that builds its own tokenizer from vocabulary and merges.

@@ -25,7 +25,7 @@ from ..models.per_layer import (
 )
 from ..models.running import relative_difference
 from ..models.skeleton import canonical_names, skeleton
-from .equivalence import _changed_logits
+from .equivalence import changed_logits
 from .rebuild import build_from_state
 
 PADDING_TOLERANCE = 1e-5  # of the largest logit; sums of more numbers, the added ones zero, are taken in another order
@@ -55,7 +55,7 @@ def to_uniform(model: PreTrainedModel) -> PreTrainedModel:
     padded = build_from_state(config, state, model)
     ids = example_inputs(model, rows=2, tokens=16)
     dtype = native_compute(model).dtype
-    actual, expected = (_changed_logits(m, ids, dtype, lambda _, t: t) for m in (padded, model))
+    actual, expected = (changed_logits(m, ids, dtype, lambda _, t: t) for m in (padded, model))
     off = relative_difference(actual, expected)
     if off > PADDING_TOLERANCE:
         raise PrunerError(

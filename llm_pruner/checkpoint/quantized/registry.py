@@ -14,7 +14,7 @@ from ...files import read_json
 from ..shards import INDEX, SINGLE, Shards
 from .awq import awq_weights
 from .compressed import compressed_weights
-from .fp8 import fp8_weights
+from .fp8 import FLOATS, fp8_weights
 from .gptq import gptq_weights
 from .mxfp4 import mxfp4_weights
 from .weights import Part, Weight, dequantize
@@ -32,7 +32,6 @@ QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_con
 QUANTIZATION_TENSORS = re.compile(
     r"\.((weight|input|output|k|v)_scale(_inv|_2)?|qweight|qzeros|g_idx|weight_packed|SCB|absmax|quant_map)$"
 )
-NARROW_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Numbers that stay as they are where nothing is cut: scales of keys and values in the cache.
 OF_CACHE = re.compile(r"\.[qkv]_(scale|zero_point)$")
 
@@ -60,7 +59,7 @@ class QuantizedShards(Shards):
         for name, place in self.tensors.items():
             if name in self.parts or OF_CACHE.search(name):
                 continue
-            if place.dtype in NARROW_FLOATS or QUANTIZATION_TENSORS.search(name):
+            if place.dtype in FLOATS or QUANTIZATION_TENSORS.search(name):
                 raise PrunerError(
                     f"{name} in {place.file} is {str(place.dtype).removeprefix('torch.')} and has no scale that "
                     f"{self.method} describes: the checkpoint is incomplete"
@@ -139,7 +138,7 @@ def open_shards(name: str, folder: Path) -> Shards | None:
     if not signs:
         shards = Shards(folder)
         tensors = shards.tensors.items()
-        signs = [n for n, place in tensors if QUANTIZATION_TENSORS.search(n) or place.dtype in NARROW_FLOATS]
+        signs = [n for n, place in tensors if QUANTIZATION_TENSORS.search(n) or place.dtype in FLOATS]
         if not signs:
             return shards
     raise PrunerError(

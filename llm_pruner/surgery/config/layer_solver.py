@@ -25,7 +25,7 @@ from ...models.layers import is_below
 from ...models.per_layer import Overrides, global_config, rebuild
 from ...models.skeleton import Shapes, shapes_of
 
-Recipe = dict[str, Any]  # {"values": overrides, "shapes": {parameter: shape}}
+Recipe = dict[str, Any]  # an entry of submodule_overrides: "values", "shapes" and, of some, "attributes" or "absent"
 # Numbers that are no width or count of a unit; one that happens to equal a width must not follow it.
 NO_WIDTH = re.compile("vocab|token|per_tok|position|window|context|length|top_?k|layer(s|$)|buckets|seed|iters|epoch")
 # Where as many heads as a head has channels are cut, shapes do not tell the count from the width; names do.
@@ -65,7 +65,7 @@ class Cut:
 
 
 class LayerSolver:
-    """Solves one layer after the other; equal problems are solved once, further solutions only on demand."""
+    """A solver of one layer after the other: equal problems are solved once, further solutions only on demand."""
 
     def __init__(self) -> None:
         self.found: dict[Any, tuple[list[Solution], Iterator[Solution]]] = {}

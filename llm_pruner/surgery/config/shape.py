@@ -302,8 +302,8 @@ def _fields(model: PreTrainedModel, config: PreTrainedConfig, name: str, value: 
 
 def _by_trying(model: PreTrainedModel, config: PreTrainedConfig, name: str, value: int) -> list[str]:
     """Return the fields that change the units of a flag's kind, and nothing else."""
-    graph = trace(skeleton(type(model), model.config))
-    plain = shapes_of(skeleton(type(model), model.config))
+    twin = skeleton(type(model), model.config)
+    graph, plain = trace(twin), shapes_of(twin)
     cut_dims = {key for unit in graph.of_kind(SHAPE[name]) for key in unit.dims}
     names = []
     for field, now in fields_of(model.config).items():

@@ -105,12 +105,10 @@ def without_layers(
         if stack is None:
             raise PrunerError(f"layers cannot be dropped from {path}: no config of the model is theirs")
         part, order = parts[stack.config], kept.tolist()
+        overrides = layer_overrides_of(part)
+        layers = {new: dict(overrides[old]) for new, old in enumerate(order) if overrides.get(old)}
         if part.is_heterogeneous:
-            overrides = part._heterogeneity_spec.per_layer_overrides
-            layers = {new: dict(overrides[old]) for new, old in enumerate(order) if overrides.get(old)}
             part.per_layer_config = None
-        else:
-            layers = {}
         for name, value in list(vars(part).items()):
             if isinstance(value, list) and not name.startswith("_"):
                 setattr(part, name, _entries(value, stack.length, order))
