@@ -7,7 +7,7 @@ value changes that k in the operators that run, and nothing else.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..models.constructors import fields_of, refusal
 from ..models.inputs import example_inputs, share_inputs
 from ..models.per_layer import set_field
 from ..models.running import ROUTER_LOSS, MetaReads, forward, tracing_mode
-from ..models.skeleton import shapes_of, skeleton
+from ..models.skeleton import Shapes, shapes_of, skeleton
 from ..selection.plan import PruningPlan
 from .rebuild import build_from_state
 
@@ -42,7 +42,7 @@ class _TopK(MetaReads):
 
 
 @torch.no_grad()
-def _choices(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[list[Choice], Any]:
+def _choices(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[list[Choice], Shapes]:
     """Return every top-k of a model built from a config, in order, and the shapes of its tensors."""
     built = skeleton(type(model), config)
     share_inputs(built, model)
@@ -58,9 +58,18 @@ def with_experts_per_token(model: PreTrainedModel, k: int) -> PreTrainedModel:
         PrunerError: the model has no routers, ``k`` is more than they choose now, or no field of the config says how
             many they choose.
     """
-    now, config = _change(model, k)
+    flag, name = f"--experts_per_token {k}", type(model).__name__
+    choices, of_experts, shapes = _routing(model, flag)
+    now, of = choices[of_experts[0]]
+    if not 1 <= k <= now:
+        raise PrunerError(f"{flag} is out of range: {name} sends a token to {now} experts; give 1 to {now}")
     if k == now:
         return model
+    expected = [(k, of) if i in of_experts else choice for i, choice in enumerate(choices)]
+    config = next((c for c in _changed_configs(model.config, now, k) if _fits(model, c, expected, shapes)), None)
+    if config is None:
+        config_class = type(model.config).__name__
+        raise PrunerError(f"{flag}: no field of {config_class} changes how many experts a token is sent to")
     routed = build_from_state(config, model.state_dict(), model)
     share_inputs(routed, model)
     return routed
@@ -80,9 +89,10 @@ def experts_per_token(model: PreTrainedModel) -> int:
     """Return how many experts a token is sent to.
 
     Raises:
-        PrunerError: as :func:`with_experts_per_token`.
+        PrunerError: the model has no routers, or routers that choose different numbers.
     """
-    return _change(model, 1)[0]
+    choices, of_experts, _ = _routing(model, "--experts_per_token")
+    return choices[of_experts[0]][0]
 
 
 def without_balancing_loss(config: PreTrainedConfig, plan: PruningPlan, graph: CouplingGraph) -> PreTrainedConfig:
@@ -101,30 +111,35 @@ def without_balancing_loss(config: PreTrainedConfig, plan: PruningPlan, graph: C
     return config
 
 
-def _change(model: PreTrainedModel, k: int) -> tuple[int, PreTrainedConfig]:
-    """Return how many experts a token is sent to, and the config with which it is sent to ``k``."""
-    config: PreTrainedConfig = model.config
-    flag, name = f"--experts_per_token {k}", type(model).__name__
-    units = [unit for unit in trace(model).units if unit.kind == "experts"]
+def _routing(model: PreTrainedModel, flag: str) -> tuple[list[Choice], list[int], Shapes]:
+    """Return every top-k of a model, the positions of those that choose experts, and the shapes of its tensors.
+
+    Args:
+        flag: flag and value, for messages.
+
+    Raises:
+        PrunerError: no router chooses experts, or routers choose different numbers.
+    """
+    name = type(model).__name__
+    units = trace(model).of_kind("experts")
     if not units:
         raise PrunerError(f"{flag}: {name} has no experts that a router chooses: leave the flag out")
-    before, shapes = _choices(model, model.config)
-    present = _of_experts(before, units)
-    if len({before[i] for i in present}) != 1:
-        how = "takes other numbers of them in other layers" if present else "takes the largest score alone"
+    choices, shapes = _choices(model, model.config)
+    of_experts = _of_experts(choices, units)
+    if len({choices[i] for i in of_experts}) != 1:
+        how = "takes other numbers of them in other layers" if of_experts else "takes the largest score alone"
         raise PrunerError(f"{flag}: the router of {name} {how}, which no config changes: leave the flag out")
-    now, of = before[present[0]]
-    if not 1 <= k <= now:
-        raise PrunerError(f"{flag} is out of range: {name} sends a token to {now} experts; give 1 to {now}")
-    if k == now:
-        return now, config
-    expected = [(k, of) if i in present else choice for i, choice in enumerate(before)]
-    for field in [field for field, value in fields_of(config).items() if type(value) is int and value == now]:
-        changed = copy.deepcopy(config)
-        set_field(changed, field, k)
-        if not refusal(changed) and _fits(model, changed, expected, shapes):
-            return now, changed
-    raise PrunerError(f"{flag}: no field of {type(config).__name__} changes how many experts a token is sent to")
+    return choices, of_experts, shapes
+
+
+def _changed_configs(config: PreTrainedConfig, now: int, k: int) -> Iterator[PreTrainedConfig]:
+    """Yield the valid configs in which one field of value ``now`` is ``k``."""
+    for field, value in fields_of(config).items():
+        if type(value) is int and value == now:
+            changed = copy.deepcopy(config)
+            set_field(changed, field, k)
+            if not refusal(changed):
+                yield changed
 
 
 def _of_experts(choices: list[Choice], units: list[Unit]) -> list[int]:
@@ -138,7 +153,7 @@ def _of_experts(choices: list[Choice], units: list[Unit]) -> list[int]:
     return found[per_layer - 1 :: per_layer] if per_layer and len(found) % len(units) == 0 else []
 
 
-def _fits(model: PreTrainedModel, config: PreTrainedConfig, expected: Collection[Choice], shapes: Any) -> bool:
+def _fits(model: PreTrainedModel, config: PreTrainedConfig, expected: list[Choice], shapes: Shapes) -> bool:
     """Return True if a model of a config makes the expected choices and has the same shapes."""
     try:
         return _choices(model, config) == (expected, shapes)
