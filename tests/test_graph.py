@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from helpers.architectures import tiny_model
-from helpers.media import TEXT, VISION
+from helpers.media import TEXT, VISION, model_of
 from helpers.models import ARCHITECTURES, BASE, build
 from torch import nn
 from transformers import AutoConfig
@@ -197,6 +197,19 @@ def test_a_model_that_cannot_run_says_where():
     model.model.layers[1].mlp.down_proj = nn.Linear(7, 32)
     with pytest.raises(TraceError, match=r"layers\.1\.mlp\.down_proj"):
         trace(model)
+
+
+def test_inputs_that_a_model_cannot_read_are_forgotten():
+    model = model_of("ViTForImageClassification")
+    with pytest.raises(TraceError, match="doesn't match model"):
+        lp.trace(model, inputs={"pixel_values": torch.rand(2, 3, 30, 30)})
+    assert lp.trace(model).of_kind("heads", "neurons")
+
+
+def test_inference_mode_hides_no_units():
+    with torch.inference_mode():
+        units = lp.trace(build("llama")).units
+    assert [unit.name for unit in units] == [unit.name for unit in lp.trace(build("llama")).units]
 
 
 def test_a_70b_shape_traces_without_weights():

@@ -196,6 +196,10 @@ def test_parity_with_llm_pruner(case, pruned_by_llm_pruner):
         (torch.zeros(2, 8), "LongTensor"),
         (torch.zeros(2, 1, dtype=torch.long), "LongTensor"),
         (torch.full((2, 8), 96), "another tokenizer"),
+        (torch.tensor([[5, -100, 3]]), "token id -100"),
+        ({"input_ids": torch.zeros(0, 8, dtype=torch.long)}, r"input_ids must be .* not torch.int64 \[0, 8\]"),
+        ({"input_ids": torch.arange(8)}, r"input_ids must be .* not torch.int64 \[8\]"),
+        ({"input_ids": torch.rand(2, 8)}, r"input_ids must be .* not torch.float32"),
         (torch.zeros(2, 65, dtype=torch.long), "at most 64"),
     ],
 )

@@ -19,7 +19,7 @@ from llm_pruner.evaluation.labelled import form_of, measure_labelled
 from llm_pruner.evaluation.similarity import outputs
 from llm_pruner.files import read_json
 from llm_pruner.media import Medium, load_processor, media_inputs, process_sound, read_media
-from llm_pruner.models.inputs import ModelInputs, example_inputs, needed_inputs
+from llm_pruner.models.inputs import ModelInputs, example_inputs, hash_of, needed_inputs
 from llm_pruner.models.per_layer import has_per_layer_widths
 from llm_pruner.models.running import forward, main_output
 from llm_pruner.surgery.config.stacks import configs_in
@@ -98,6 +98,17 @@ def test_inputs_that_cannot_be_guessed_are_asked_for_and_taken():
 def test_a_mapping_of_other_things_is_refused():
     with pytest.raises(PrunerError, match="must be tensors by name"):
         ModelInputs({"pixel_values": [1, 2]})
+
+
+def test_inputs_with_a_tensor_without_rows_are_one_sample():
+    inputs = ModelInputs({"pixel_values": torch.zeros(3, 4), "scale": torch.tensor(1.0)})
+    assert len(inputs) == 1 and inputs[:1].tensors().keys() == {"pixel_values", "scale"} and len(inputs[1:]) == 0
+
+
+def test_the_hash_of_inputs_in_bfloat16_follows_their_values():
+    inputs = [ModelInputs({"pixel_values": torch.full((2, 3), value, dtype=torch.bfloat16)}) for value in (0, 1, 1)]
+    hashes = [hash_of(one) for one in inputs]
+    assert hashes[0] != hashes[1] == hashes[2]
 
 
 @pytest.fixture

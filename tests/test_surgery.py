@@ -196,6 +196,20 @@ def test_a_plan_for_another_model_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1, 2]], "tokens must be a LongTensor .* not list"),
+        (torch.zeros(0, 4, dtype=torch.long), r"tokens must be .* not torch.int64 \[0, 4\]"),
+        (torch.tensor([[1, 96]]), "tokens has token id 96, the model a vocabulary of 96"),
+    ],
+)
+def test_tokens_that_a_model_cannot_read_are_refused(ids, message):
+    plan, pruned = pruned_by(build("llama"))
+    with pytest.raises(lp.PrunerError, match=message):
+        lp.verify(build("llama"), pruned, plan, ids)
+
+
+@pytest.mark.parametrize(
     ("architecture", "buffer", "factor"), [("llama", "inv_freq", 3), ("gemma3_text", "embed_scale", 5)]
 )
 def test_the_oracle_compares_tables_that_no_checkpoint_holds(architecture, buffer, factor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import lcm, prod
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from ..display import Cells, amount, html_table, percent, plot_shares
-from ..models.inputs import check_inputs, remember_inputs
+from ..models.inputs import check_inputs, remembering
 from ..models.layers import LayerLocator
 from ..models.per_layer import Constant, layer_lists
 from ..models.skeleton import shapes_of
@@ -268,10 +269,9 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
     """
     structure = fingerprint(model)
     traced_structure, graph = _traced.get(model, (None, None))
-    if inputs is not None:
-        remember_inputs(model, check_inputs(model, inputs))
     if graph is None or traced_structure != structure or inputs is not None:
-        graph = _trace(model)
+        with nullcontext() if inputs is None else remembering(model, check_inputs(model, inputs)):
+            graph = _trace(model)
         if graph.on_meta or inputs is not None:  # a graph found on weights may depend on their values
             _traced[model] = structure, graph
     return graph.copy()
@@ -286,6 +286,7 @@ def share_graph(model: nn.Module, like: nn.Module) -> None:
 _traced: WeakKeyDictionary[nn.Module, tuple[Hashable, CouplingGraph]] = WeakKeyDictionary()
 
 
+@torch.inference_mode(False)  # in inference mode, operators that torch composes of others reach the tracer whole
 def _trace(model: nn.Module) -> CouplingGraph:
     for name, parameter in model.named_parameters():
         if 0 in parameter.shape and type(_owner(model, name)).__module__.startswith("torch."):

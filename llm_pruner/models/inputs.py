@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -43,7 +44,7 @@ class ModelInputs:
         return sum(_rows(part) for part in self.parts)
 
     def __getitem__(self, rows: slice) -> ModelInputs:
-        if len(self.parts) == 1 and len({len(value) for value in self.parts[0].values() if value.ndim}) == 1:
+        if len(self.parts) == 1 and _rows(self.parts[0]) > 1:
             return ModelInputs({name: value[rows] for name, value in self.parts[0].items()})
         return ModelInputs(*[part.parts[0] for part in self.split(1)][rows])
 
@@ -93,9 +94,18 @@ def tokens_per_sample(inputs: Inputs) -> int:
 _remembered: WeakKeyDictionary[nn.Module, ModelInputs] = WeakKeyDictionary()
 
 
-def remember_inputs(model: nn.Module, inputs: ModelInputs) -> None:
-    """Let :func:`example_inputs` return these inputs for a model as long as it lives."""
+@contextmanager
+def remembering(model: nn.Module, inputs: ModelInputs) -> Iterator[None]:
+    """Let :func:`example_inputs` return these inputs for a model as long as it lives, unless the block fails."""
+    before = _remembered.get(model)
     _remembered[model] = inputs
+    try:
+        yield
+    except BaseException:
+        del _remembered[model]
+        if before is not None:
+            _remembered[model] = before
+        raise
 
 
 def share_inputs(model: nn.Module, like: nn.Module) -> None:
@@ -114,7 +124,8 @@ def hash_of(inputs: Inputs) -> str:
     total = hashlib.sha256()
     for part in [{"": inputs}] if isinstance(inputs, torch.Tensor) else inputs.parts:
         for name, value in sorted(part.items()):
-            total.update(name.encode() + value.cpu().numpy().tobytes())
+            values = value.cpu().contiguous().flatten().view(torch.uint8)  # numpy has no bfloat16
+            total.update(name.encode() + values.numpy().tobytes())
     return total.hexdigest()
 
 

@@ -209,9 +209,7 @@ def check_calibration(model: PreTrainedModel, calibration: Any) -> Inputs:
     calibration = as_inputs(calibration)
     if isinstance(calibration, ModelInputs):
         check_inputs(model, calibration)
-        for part in calibration.parts:
-            for name in IDS & part.keys():
-                _check_ids(model, part[name], name)
+        check_ids(model, calibration, "calibration")
         return calibration
     needs = "a LongTensor [samples, tokens]" if reads_text_only(model) else "inputs by name, as its processor returns"
     if calibration is None:
@@ -227,19 +225,35 @@ def check_calibration(model: PreTrainedModel, calibration: Any) -> Inputs:
         )
     if model.config.is_encoder_decoder and calibration.shape[1] < 3:
         raise PrunerError("an encoder-decoder predicts one half of a sample from the other: give 3 tokens or more")
-    _check_ids(model, calibration, "calibration")
+    check_ids(model, calibration, "calibration")
     return calibration
 
 
-def _check_ids(model: PreTrainedModel, ids: torch.Tensor, name: str) -> None:
-    """Refuse token ids ``[samples, tokens]`` that the model has no embedding of, or no positions for."""
+def check_ids(model: PreTrainedModel, inputs: Inputs, name: str) -> None:
+    """Refuse token ids that are none, that the model has no embedding of, or no positions for.
+
+    Args:
+        name: name of the argument, for messages; ids among inputs by name have names of their own.
+
+    Raises:
+        PrunerError: ids are not ``[samples, tokens]`` of whole numbers, out of the vocabulary, or too many.
+    """
+    if isinstance(inputs, ModelInputs):
+        for part in inputs.parts:
+            for own_name in sorted(IDS & part.keys()):
+                check_ids(model, part[own_name], own_name)
+        return
+    if inputs.ndim < 2 or inputs.is_floating_point() or not inputs.numel():
+        shape = f"{inputs.dtype} {list(inputs.shape)}"
+        raise PrunerError(f"{name} must be a LongTensor [samples >= 1, tokens >= 1] of token ids, not {shape}")
     embedding = input_embedding(model)
     size = 2**63 if embedding is None else cast(torch.Tensor, embedding.weight).shape[0]
-    if int(ids.max()) >= size or int(ids.min()) < 0:
+    lowest, highest = int(inputs.min()), int(inputs.max())
+    if lowest < 0 or highest >= size:
         raise PrunerError(
-            f"{name} has token id {int(ids.max())}, the model a vocabulary of {size}: it was made with another "
-            "tokenizer"
+            f"{name} has token id {lowest if lowest < 0 else highest}, the model a vocabulary of {size}: it was made "
+            "with another tokenizer"
         )
     longest = context_length(model)
-    if longest is not None and ids.shape[1] > longest:
-        raise PrunerError(f"{name} samples have {ids.shape[1]} tokens, the model reads at most {longest}")
+    if longest is not None and inputs.shape[-1] > longest:
+        raise PrunerError(f"{name} samples have {inputs.shape[-1]} tokens, the model reads at most {longest}")

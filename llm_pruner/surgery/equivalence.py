@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import PrunerError
 from ..graph.routers import router_slices
 from ..graph.units import CouplingGraph, trace
 from ..models.blockwise import native_compute, standing_in
@@ -21,6 +22,7 @@ from ..models.inputs import IDS, Inputs, ModelInputs, as_inputs, example_inputs
 from ..models.layers import hidden_in
 from ..models.per_layer import layer_lists
 from ..models.running import (
+    check_ids,
     equal_draws,
     forward,
     implementations,
@@ -91,7 +93,7 @@ def verify(
         The differences, and ``equivalent``: True if they are within the tolerance.
 
     Raises:
-        PrunerError: the plan is for another model.
+        PrunerError: the plan is for another model, or the pruned model cannot read ``tokens``.
 
     Example:
         >>> import llm_pruner as lp
@@ -107,6 +109,10 @@ def verify(
     check_fits(shapes_of(model), plan)
     model = with_plan_routing(model, plan)
     ids = example_inputs(pruned, rows=2, tokens=16, seed=seed) if tokens is None else as_inputs(tokens)
+    if not isinstance(ids, (torch.Tensor, ModelInputs)):
+        raise PrunerError(f"tokens must be a LongTensor [rows, tokens] or inputs by name, not {type(ids).__name__}")
+    if tokens is not None:
+        check_ids(pruned, ids, "tokens")
     needs_modes = any(choice.kind in ("hidden", "experts") for choice in plan.units.values())
     modes = masking_modes(trace(model), plan) if needs_modes else Modes()
     compare = partial(compare_logits, model, pruned, plan, ids, tolerance=tolerance, modes=modes)
