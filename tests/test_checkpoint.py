@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from helpers.models import build, tokens
 from transformers import AutoTokenizer
 
 import llm_pruner as lp
+from llm_pruner.checkpoint.bounds import weight_file_bytes
 from llm_pruner.checkpoint.config import load_config
-from llm_pruner.checkpoint.locate import locate
+from llm_pruner.checkpoint.locate import identity, locate
 from llm_pruner.files import complete_folder
 from llm_pruner.surgery.tokenizer import Subwords, cut_tokenizer, save_tokenizer
 
@@ -116,6 +118,18 @@ def test_models_that_cannot_be_loaded_are_refused(tmp_path):
     ):
         with pytest.raises(lp.PrunerError, match=message):
             lp.load(str(tmp_path / "mute"), **option)
+
+
+def test_paths_that_do_not_exist_are_refused_as_names_are():
+    with pytest.raises(lp.PrunerError, match="no model folder no/where/at_all"):
+        lp.load(Path("no/where/at_all"))
+
+
+def test_the_name_of_a_gguf_file_is_no_pattern(tmp_path):
+    file = tmp_path / "model[Q4_1].gguf"
+    file.write_bytes(bytes(100))
+    assert weight_file_bytes(*locate(str(file)), "main") == 100
+    assert [size for _, size, _ in identity(str(file))[1]] == [100]
 
 
 def test_weights_in_pickles_are_never_read(tmp_path):

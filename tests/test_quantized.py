@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from llm_pruner.checkpoint import locate as locating
 from llm_pruner.checkpoint.apply_files import apply_to_files
 from llm_pruner.checkpoint.integrity import check
 from llm_pruner.checkpoint.locate import locate
+from llm_pruner.checkpoint.quantized.awq import awq_weights
 from llm_pruner.checkpoint.quantized.config import quantization_after
 from llm_pruner.checkpoint.quantized.weights import InsideBlock, Part, Weight, part_positions
 from llm_pruner.checkpoint.stored import weights_in
@@ -398,6 +400,18 @@ def test_damaged_files_are_refused(how, changes, message, folders, tmp_path):
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(lp.PrunerError, match=message):
         lp.load(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"bits": 8}, "with 8 bits and the version gemm is not read"),
+        ({"w_bit": 4, "version": "GEMV"}, "with 4 bits and the version gemv is not read"),
+    ],
+)
+def test_other_forms_of_awq_are_named(config, message):
+    with pytest.raises(lp.PrunerError, match=message):
+        next(awq_weights(SimpleNamespace(folder="model", tensors={}), config))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from torch.nn.modules.module import (
 )
 
 from ..errors import PrunerError
+from .locate import weight_files
 
 MOST_COUNT = 100_000  # of layers, experts or labels
 COUNTED = re.compile(r"(^|_)(layers?|blocks?|depths?|experts|labels)$")
@@ -102,4 +103,4 @@ def weight_file_bytes(path: str, gguf: str | None, revision: str) -> int | None:
         if not isinstance(cached, str):
             return None
         folder = Path(cached).parent
-    return sum(file.stat().st_size for file in folder.glob(gguf or "*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(folder, gguf))

@@ -45,8 +45,13 @@ def is_adapter(folder: str | Path) -> bool:
 def identity(name: str) -> list[Any]:
     """Return what tells models of one name apart, for caches: the name, and files with sizes and times of a folder."""
     path, gguf = locate(name)
-    files = sorted(Path(path).glob(gguf or "*.safetensors")) if Path(path).is_dir() else []
+    files = weight_files(Path(path), gguf) if Path(path).is_dir() else []
     return [name, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+
+
+def weight_files(folder: Path, gguf: str | None) -> list[Path]:
+    """Return the weight files of a folder: its safetensors files, or the GGUF file that :func:`locate` names."""
+    return [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
 
 
 def locate(name: str, revision: str | None = None) -> tuple[str, str | None]:
@@ -59,7 +64,8 @@ def locate(name: str, revision: str | None = None) -> tuple[str, str | None]:
     Raises:
         PrunerError: the path does not exist or is a pickle, or a package that the model needs is not installed.
     """
-    if not str(name).strip():
+    name = str(name)  # a path is a name too
+    if not name.strip():
         raise PrunerError("the model has no name: give an alias, hub id, folder or .gguf file")
     if name in EMBEDDED:
         package, requirement, file = EMBEDDED[name]

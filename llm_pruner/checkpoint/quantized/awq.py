@@ -24,8 +24,11 @@ def awq_weights(shards: Shards, quantization: Mapping[str, Any]) -> Iterator[Wei
         PrunerError: the version is not read, a tensor is missing, or its shape is not what the config says.
     """
     version = str(quantization.get("version", "gemm")).lower()
-    if quantization.get("bits", quantization.get("w_bit", BITS)) != BITS or version != "gemm":
-        raise PrunerError(f"{shards.folder}: AWQ is read in 4 bits and the version gemm, not {version}")
+    bits = quantization.get("bits", quantization.get("w_bit", BITS))
+    if bits != BITS or version != "gemm":
+        raise PrunerError(
+            f"{shards.folder}: AWQ with {bits} bits and the version {version} is not read: 4 and gemm are"
+        )
     for stored in shards.tensors:
         if not stored.endswith(SUFFIX):
             continue
