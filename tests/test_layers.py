@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.media import model_of
 from helpers.models import build, made, tokens
 from helpers.shapes import FAMILIES, planned
 
@@ -127,6 +128,14 @@ def test_checkpoints_that_name_gone_blocks_in_one_place_only_load_as_before(tmp_
     file.write_text(json.dumps(config))
     loaded, _ = lp.load(str(tmp_path / "old"))
     assert torch.equal(loaded(tokens()).logits, pruned(tokens()).logits)
+
+
+def test_blocks_of_a_model_that_reads_images(tmp_path):
+    model = model_of("ViTForImageClassification")
+    found = planned(model, drop_attention="1", drop_mlp="0")
+    assert lp.verify(model, found.pruned, found.plan).equivalent
+    lp.save(found.pruned, None, tmp_path / "pruned", plan=found.plan)
+    assert lp.verify(model, lp.load(str(tmp_path / "pruned"))[0], found.plan).equivalent
 
 
 def test_names_of_gone_blocks_follow_their_layers():

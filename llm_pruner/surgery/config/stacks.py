@@ -18,6 +18,7 @@ from ...graph.blocks import block_of
 from ...graph.units import CouplingGraph
 from ...models.constructors import fields_of
 from ...models.hooks import forward_hooks
+from ...models.inputs import example_inputs, share_inputs
 from ...models.layers import is_below
 from ...models.per_layer import CONSTANTS, SKIP, SUBMODULES, layer_lists, layer_overrides_of, overrides_of, set_field
 from ...models.running import MetaReads, forward, tracing_mode
@@ -172,9 +173,9 @@ def _outputs(model: PreTrainedModel, path: str) -> int:
         lengths.append(len(output) if isinstance(output, tuple) else 0)
 
     twin = skeleton(type(model), model.config)
-    ids = torch.ones(1, 4, dtype=torch.long, device="meta")
+    share_inputs(twin, model)
     with tracing_mode(twin), MetaReads(), forward_hooks([(twin.get_submodule(path), count)]):
-        forward(twin, ids)
+        forward(twin, example_inputs(twin))
     return lengths[0]
 
 
