@@ -39,8 +39,9 @@ def check_device(device: str | torch.device, name: str) -> None:
     if parsed.type == "meta":
         raise PrunerError(f"{name} {device!r} holds no weights: give cpu, cuda, cuda:N or mps")
     if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
-        available = f"{torch.cuda.device_count()} of them" if torch.cuda.is_available() else "no CUDA device"
-        raise PrunerError(f"{name} {device}: there is {available} here; give {name} cpu")
+        count = torch.cuda.device_count()
+        available = f"the last CUDA device here is cuda:{count - 1}" if count else "there is no CUDA device here"
+        raise PrunerError(f"{name} {device}: {available}; give {name} cpu")
     if parsed.type == "mps" and not torch.backends.mps.is_available():
         raise PrunerError(f"{name} {device}: there is no MPS device here; give {name} cpu")
 
