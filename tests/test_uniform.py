@@ -247,8 +247,9 @@ def test_uniform_refuses_flags_that_make_layers_differ(home, capsys):
     assert "have different widths: give the model that it was pruned from" in capsys.readouterr().err
 
 
-def test_padding_that_undoes_pruning_is_refused(home, tmp_path, capsys):
-    assert main(["to-uniform", str(home / "pruned"), str(tmp_path / "plain")]) == 2
+def test_padding_that_undoes_pruning_is_refused(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(home))
+    assert main(["to-uniform", "~/pruned", str(tmp_path / "plain")]) == 2
     found = capsys.readouterr().err
     assert "padding would add back 3,072 of the 3,072 removed parameters: prune with --uniform" in found
     assert not (tmp_path / "plain").exists()

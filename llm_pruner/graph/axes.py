@@ -94,6 +94,7 @@ def leaves(dim: Iterable[Atom]) -> list[Atom]:
 
 
 def size_of(dim: Iterable[Atom]) -> int:
+    """Return the number of indices of a dim."""
     return prod(atom.size for atom in dim)
 
 
@@ -104,11 +105,13 @@ def freeze(dim: Iterable[Atom], reason: str) -> None:
 
 
 def flag(dim: Iterable[Atom], name: str) -> None:
+    """Note on every leaf below ``dim`` a reason why removing its indices differs from zeroing them."""
     for leaf in leaves(dim):
         leaf.flags.add(name)
 
 
 def tag(dim: Iterable[Atom], name: str) -> None:
+    """Note on every leaf below ``dim`` an operator that saw it."""
     for leaf in leaves(dim):
         leaf.tags.add(name)
 

@@ -75,7 +75,7 @@ def _export_hf(arguments: ExportArguments) -> Path:
         flags = {name: getattr(arguments, name) for name in ("model", "output", "allow_padding", "trust_remote_code")}
         return write_uniform(UniformArguments(**flags))
     folder = Path(arguments.output).expanduser()
-    plan = Path(arguments.model) / PLAN_FILE
+    plan = Path(arguments.model).expanduser() / PLAN_FILE
     with logging_to(None):
         model, tokenizer = load(arguments.model, trust_remote_code=arguments.trust_remote_code)
         if not has_per_layer_widths(model.config):

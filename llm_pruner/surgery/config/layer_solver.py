@@ -90,6 +90,7 @@ class LayerSolver:
         )
 
     def progressed(self, attempt: int) -> bool:
+        """Return True if the last attempt gave any layer another solution."""
         return any(len(known) > attempt for known, _ in self.found.values())
 
 

@@ -50,6 +50,7 @@ class Stack:
 
 
 def stacks_of(model: PreTrainedModel) -> list[Stack]:
+    """Return the stacks of a model's layers; those that no config of the model is the config of are left out."""
     configs = dict(configs_in(model.config))
     owners = {path: m for path, m in model.named_modules() if isinstance(m, PreTrainedModel)}
     stacks = []
