@@ -45,6 +45,8 @@ def test_files_of_every_format_are_read(tmp_path, suffix):
     [
         ("a.jsonl", b'null\n{"text": "a"}\n', "row 1: the row is null: give an object"),
         ("a.json", b' [ null, {"text": "a"}]', "row 1: the row is null: give an object"),
+        ("a.json", b'[Infinity, {"text": "a"}]', "row 1: the row is Infinity: give an object"),
+        ("a.json", b'[1e999, {"text": "a"}]', "row 1: the row is 1e999: give an object"),
         ("a.jsonl", b'3\n{"text": "a"}\n', "cannot read the data set"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "cannot read the data set .*surrogate"),
         ("a.jsonl", b'{"text": "a"\n', "cannot read the data set"),

@@ -87,10 +87,13 @@ def check_rows(source: str, streaming: bool = False) -> None:
 
 
 def _check_first_row(path: Path) -> None:
-    """Refuse a JSON file whose first row is null, on which pyarrow 26 crashes the process."""
+    """Refuse a JSON file whose first row is null, on which pyarrow 26 crashes the process.
+
+    ``datasets`` makes numbers null that are not finite.
+    """
     with path.open("rb") as file:
-        if re.match(rb"\s*\[?\s*null\b", file.read(1024)):
-            raise PrunerError(f"{path}, row 1: the row is null: give an object")
+        if first := re.match(rb"\s*\[?\s*(null\b|NaN\b|-?Infinity\b|-?\d[\d.]*[eE]\+?\d{3})", file.read(1024)):
+            raise PrunerError(f"{path}, row 1: the row is {first[1].decode()}: give an object")
 
 
 def _quiet_loader() -> AbstractContextManager[None]:
