@@ -152,25 +152,22 @@ def media_inputs(
 
 def _noise(model: PreTrainedModel, samples: int, seed: int) -> ModelInputs:
     """Return noise; images in a text come from the checkpoint's processor, which knows the text around them."""
-    if not tower_paths(model):
-        return _drawn(model, samples, seed)
+    in_text = reads_text_only(model) or tower_paths(model)
     try:
-        processor = load_processor(model)
+        processor = load_processor(model) if in_text else None
     except NoProcessor:
         if guessed := inputs_with_image(model, samples, TOKENS_AROUND, torch.Generator().manual_seed(seed)):
             return guessed
         if reads_text_only(model):
             raise
-        return _drawn(model, samples, seed)
+        processor = None
+    if processor is None:
+        drawn = example_inputs(model, rows=samples, seed=seed)
+        assert isinstance(drawn, ModelInputs)
+        return drawn
     noise = np.random.default_rng(seed).integers(0, 256, (samples, SYNTHETIC_PIXELS, SYNTHETIC_PIXELS, 3), np.uint8)
     with _named_refusals("a random image"):
         return _stacked([_process_image(model, processor, picture, CAPTION) for picture in noise])
-
-
-def _drawn(model: PreTrainedModel, samples: int, seed: int) -> ModelInputs:
-    drawn = example_inputs(model, rows=samples, seed=seed)
-    assert isinstance(drawn, ModelInputs)
-    return drawn
 
 
 def check_can_be_shown(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from ..checkpoint.config import load_config
 from ..checkpoint.locate import base_of, is_adapter
 from ..commands import COMMANDS
 from ..evaluation.evaluate import Evaluation
-from ..evaluation.names import error_name, members_of, metrics_of, short_names
+from ..evaluation.names import EVALUATION_FILE, error_name, members_of, metrics_of, short_names
 from ..evaluation.run import measure
 from ..evaluation.table import as_json
 from ..files import digest, folder_lock, read_json, strict_json, write_text
@@ -253,7 +253,7 @@ def _measure(
     task: str | None = None,
 ) -> dict[str, Any]:
     key = digest([model_key, recipe.evaluate or {}])
-    file = Path(recipe.output) / EVALUATIONS / key / "evaluation.json"
+    file = Path(recipe.output) / EVALUATIONS / key / EVALUATION_FILE
     with folder_lock(Path(recipe.output), key):
         try:
             return dict(read_json(file)["row"])

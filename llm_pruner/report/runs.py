@@ -12,14 +12,14 @@ from typing import Any
 from ..checkpoint.locate import PLAN_FILE
 from ..errors import PrunerError
 from ..evaluation.generation import PROMPTS
-from ..evaluation.names import error_name, short_names
+from ..evaluation.names import EVALUATION_FILE, error_name, short_names
 from ..evaluation.questions import Questions, headline
 from ..files import read_json
 from ..importance.scores import SCORES_FILE, Scores
 from ..selection.plan import PruningPlan
 
 PRUNED, RECOVERED, VOCABULARY = "metrics.json", "recovery.json", "vocabulary.json"
-EVALUATED, CURVES = "evaluation.json", "curves.json"
+CURVES = "curves.json"
 PROVENANCE = ("command", "seed", "versions", "machine")
 MODEL_FLAGS = ("model", "base_model", "prune_model")  # spellings in the records of this and of older versions
 STAGE_FOLDER = re.compile(r"\d+-(?P<name>.+)-[0-9a-f]{8}")  # of a stage of a recipe
@@ -235,7 +235,7 @@ _READERS = {
     PRUNED: _read_pruning,
     RECOVERED: _read_recovery,
     VOCABULARY: _read_vocabulary,
-    EVALUATED: _read_evaluation,
+    EVALUATION_FILE: _read_evaluation,
 }
 
 
