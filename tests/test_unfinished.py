@@ -1,10 +1,11 @@
 """A run that was stopped goes on with what it had done, and ends with the same weights."""
 
-from functools import partial
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers.models import build, made, pruned_by, tokens
+from transformers import BertConfig, BertModel
 
 import llm_pruner as lp
 from llm_pruner import data
@@ -85,24 +86,36 @@ def test_a_step_goes_on_where_it_was_stopped(name, tmp_path, monkeypatch):
     assert rest and calls() == call + rest  # what was done is not done again, apart from the call that was stopped
 
 
-@pytest.mark.parametrize("variant", ("param_first", "param_second", "param_mix"))
-def test_scores_of_a_large_calibration_set_go_on_where_they_were_stopped(variant, tmp_path, monkeypatch):
-    model, ids = build("llama"), tokens(96, 64)
-    graph = lp.trace(model)
-    monkeypatch.setattr(gradients, "LEAST_TAPES", 0)
-    score = partial(lp.score, model, graph, ids, taylor=variant)  # of all kinds, embeddings among them
-    with monkeypatch.context() as patch:
-        whole = stop_at(patch, gradients._Sweep, "_forward_part", 0)
-        expected, whole = score().values, whole()
-    with monkeypatch.context() as patch:
-        stop_at(patch, gradients._Sweep, "_forward_part", 3)
-        with pytest.raises(Stopped):
-            score(cache=tmp_path / "scores")
-    assert [path.name for path in tmp_path.iterdir()] == ["scores.part"]
-    with monkeypatch.context() as patch:
-        rest = stop_at(patch, gradients._Sweep, "_forward_part", 0)
-        found = score(cache=tmp_path / "scores").values
-    assert rest() == whole - 2
+T5 = {"d_model": 24, "num_heads": 4, "d_kv": 4, "d_ff": 16, "num_layers": 3, "num_decoder_layers": 3}
+BERT = {"vocab_size": 96, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24, "num_hidden_layers": 5}
+MODELS = {
+    "llama": lambda: build("llama", num_hidden_layers=5),
+    "t5": lambda: made("t5", seq2seq=True, **T5),  # the layers of its decoder all read what the encoder ends with
+    "bert": lambda: BertModel(BertConfig(**BERT)).eval(),  # scored by random projections
+}
+
+
+@pytest.mark.parametrize(("least", "stops"), ((0, (2, 7)), (gradients.LEAST_TAPES, (2, 3))), ids=("parts", "one part"))
+@pytest.mark.parametrize("variant", ("vectorize", "param_first", "param_second", "param_mix"))
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_go_on_where_they_were_stopped(name, variant, least, stops, tmp_path, monkeypatch):
+    model = MODELS[name]()
+    graph, ids = lp.trace(model), tokens(96, 64)
+    monkeypatch.setattr(gradients, "LEAST_TAPES", least)
+
+    def score(stop, cache):  # of all kinds, embeddings among them
+        with monkeypatch.context() as patch:
+            blocks = stop_at(patch, gradients._Sweep, "_backward_block", stop)
+            with pytest.raises(Stopped) if stop else nullcontext():
+                values = lp.score(model, graph, ids, taylor=variant, cache=cache).values
+            return blocks(), None if stop else values
+
+    whole, expected = score(0, None)
+    for stop in stops:
+        score(stop, tmp_path / "scores")
+        assert [path.name for path in tmp_path.iterdir()] == ["scores.part"]
+    rest, found = score(0, tmp_path / "scores")
+    assert rest == whole - sum(stops) + len(stops)
     assert all(torch.equal(found[unit], values) for unit, values in expected.items())
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import PrunerError
 from ..models.blockwise import Compute, StandIns, native_compute
@@ -29,13 +27,17 @@ from ..models.inputs import Inputs, reads_text_only, tokens_per_sample
 from ..models.processes import averaged, mean_of, own_share, rank
 from ..models.running import evaluating, main_output, model_inputs, target_ids, without_cache
 from ..models.tasks import predicts_tokens
+from ..models.torch_internals import tree_leaves, tree_map
 from ..progress import Step, track
-from ..unfinished import NOTHING_KEPT, Unfinished
+from ..unfinished import NOTHING_KEPT, Kept, Unfinished
 from .linear_gradients import LinearGradients, MomentSums, VisitMoments, add_sample
+from .tape import Call, Tape, begin_graph, bytes_of, leaf, output_gradients, restore_output_gradients
 from .token_loss import NextTokenLoss
 
 Visit = Callable[[str, torch.Tensor, torch.Tensor], None]
+Results = dict[str, torch.Tensor]
 TOKENS_PER_PASS = 1024  # in a forward pass
+RESULT = "result "  # begins the names of results among what is kept
 LEAST_TAPES = 2 << 30  # bytes of tapes that there is always room for
 
 
@@ -124,6 +126,7 @@ def visit_gradients(
     *,
     compute: Compute | None = None,
     unfinished: Unfinished = NOTHING_KEPT,
+    results: Results | None = None,
 ) -> float:
     """Visit gradients of the mean token loss: ``visit(name, weight, gradient)`` in fp32 for every named parameter.
 
@@ -131,7 +134,8 @@ def visit_gradients(
         names: names of parameters.
         ids: LongTensor ``[samples, tokens]``, or other inputs.
         compute: where and how to compute; by default where the model is.
-        unfinished: keeps the sums of the parts that are done, and has those of a run that was stopped.
+        unfinished: keeps what is done, block by block, and has what a run that was stopped had done.
+        results: what ``visit`` has put there is kept too, and put there again.
 
     Returns the loss. The model's own parameters, flags, gradients and mode are not touched.
 
@@ -141,7 +145,8 @@ def visit_gradients(
     compute, ids = compute or native_compute(model), own_share(ids)
     batches = _batches(ids, compute)
     shares = [len(batch) / len(ids) for batch in batches]
-    losses = _Sweep(model, set(names), compute, _Gradients(visit)).run(batches, shares, unfinished=unfinished)
+    sweep = _Sweep(model, set(names), compute, _Gradients(visit))
+    losses = sweep.run(batches, shares, unfinished=unfinished, results=results)
     return mean_of(sum(loss * share for loss, share in zip(losses, shares, strict=True)))
 
 
@@ -154,6 +159,7 @@ def visit_moments(
     with_mean: bool = False,
     compute: Compute | None = None,
     unfinished: Unfinished = NOTHING_KEPT,
+    results: Results | None = None,
 ) -> None:
     """Visit moments of the gradients of each sample's own mean loss: ``visit(name, weight, moments)`` in fp32.
 
@@ -163,7 +169,7 @@ def visit_moments(
 
     Args:
         names, ids, compute: as in :func:`visit_gradients`.
-        unfinished: as there, for gradients that come from passes of several samples.
+        unfinished, results: as there, for gradients that come from passes of several samples.
         with_mean: visit the mean of the gradients as well as that of their squares.
 
     Raises:
@@ -179,7 +185,7 @@ def visit_moments(
         batches = _batches(ids, compute)
         shares = [float(len(batch)) for batch in batches]  # each sample counts as if it were alone
         sweep = _Sweep(model, linears.candidates, compute, receiver(linears=linears))
-        sweep.run(batches, shares, unfinished=unfinished)
+        sweep.run(batches, shares, unfinished=unfinished, results=results)
         inside -= linears.received()
     single = list(ids.to(compute.device).split(1))
     if inside:
@@ -192,42 +198,6 @@ def visit_moments(
 
 def _batches(ids: Inputs, compute: Compute) -> list[Any]:
     return list(ids.to(compute.device).split(max(1, TOKENS_PER_PASS // tokens_per_sample(ids))))
-
-
-@dataclass
-class _Call:
-    """Arguments of a block, and its outputs as leaves of the autograd graph behind it."""
-
-    path: str
-    args: Any
-    kwargs: Any
-    outputs: list[Any]
-
-    def backward(self, forward: Callable[..., Any]) -> None:
-        """Run the block again and pass the gradients of its outputs on to its weights and inputs."""
-        has_gradient = [isinstance(leaf, torch.Tensor) and leaf.grad is not None for leaf in self.outputs]
-        if not any(has_gradient):
-            return
-        inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-        def detach(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor) or not value.requires_grad:
-                return value
-            inputs.append((value, value.detach().requires_grad_()))
-            return inputs[-1][1]
-
-        args, kwargs = tree_map(detach, (self.args, self.kwargs))
-        with torch.enable_grad():
-            outputs = tree_leaves(forward(*args, **kwargs))
-        triples = zip(outputs, self.outputs, has_gradient, strict=True)
-        pairs = [(output, leaf.grad) for output, leaf, has in triples if has and output.requires_grad]
-        if pairs:
-            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
-        onward = [(value, leaf.grad) for value, leaf in inputs if leaf.grad is not None]
-        if onward:
-            # What lies between blocks may lead to several of them, as from an encoder to all layers of a decoder.
-            values, gradients = [value for value, _ in onward], [gradient for _, gradient in onward]
-            torch.autograd.backward(values, gradients, retain_graph=True)
 
 
 class _Sweep:
@@ -251,44 +221,68 @@ class _Sweep:
             return converted.requires_grad_(True) if name in names and self.linears is None else converted
 
         self.stand_ins = StandIns(model, stand_in)
-        self.tapes: list[list[_Call]] = []
+        self.tapes: list[Tape] = []
         self.paths: list[str] = []
         self.most = max(LEAST_TAPES, 4 * sum(p.numel() for name, p in model.named_parameters() if name in names))
         self.drawn = rank() << 20  # each process draws others
         self.forwards: dict[str, Callable[..., Any]] = {}
 
     def run(
-        self, batches: list[Any], shares: list[float], *, last: bool = True, unfinished: Unfinished = NOTHING_KEPT
+        self,
+        batches: list[Any],
+        shares: list[float],
+        *,
+        last: bool = True,
+        unfinished: Unfinished = NOTHING_KEPT,
+        results: Results | None = None,
     ) -> list[float]:
         """Return the mean loss of every batch; gradients are those of the losses times their shares.
 
         Args:
             last: False if gradients of more batches will follow in another run.
-            unfinished: keeps what earlier parts of the batches have given.
+            unfinished: keeps what is done, in the middle of a part of the batches too.
+            results: of the visits, kept with it.
         """
+        results = {} if results is None else results
         pairs, losses = list(zip(batches, shares, strict=True)), list[float]()
         hooks = nullcontext() if self.linears is None else self.linears.hooked()
         with evaluating(self.model), self.stand_ins.placed() as rest, hooks:
             outside = {name: tensor for name, tensor in rest.items() if name in self.names}
-            if kept := unfinished.read():
-                losses += kept.record
-                self._restore(kept.tensors, outside)
+            kept = unfinished.read()
+            if kept:
+                losses += kept.record["losses"]
+                self.drawn += sum(map(self._draws, batches[: len(losses)]))
             while len(losses) < len(pairs):
-                losses += self._forward_part(pairs[len(losses) :])
-                self._backward(everywhere=bool(outside), last=last and len(losses) == len(pairs))
-                if len(losses) < len(pairs) and unfinished.due:
-                    gradients = {name: tensor.grad for name, tensor in outside.items() if tensor.grad is not None}
-                    unfinished.write(self.receiver.state() | gradients, losses)
+                part = self._forward_part(pairs[len(losses) :])
+                done = self._restore(kept, outside, results) if kept else 0
+                kept = None
+                ends = last and len(losses) + len(part) == len(pairs)
+                for blocks in self._backward(done, everywhere=bool(outside), last=ends):
+                    if unfinished.due:
+                        unfinished.write(self._state(outside, results), {"losses": losses, "blocks": blocks})
+                losses += part
             self.receiver.after_batch(outside)
             if last:
                 self.receiver.after_block(outside, last=True)
         return losses
 
-    def _restore(self, state: dict[str, torch.Tensor], outside: dict[str, torch.Tensor]) -> None:
-        """Go on from the state of earlier parts, and the gradients of tensors outside the blocks."""
-        for name in outside.keys() & state.keys():
-            outside[name].grad = state.pop(name).to(outside[name])
+    def _state(self, outside: dict[str, torch.Tensor], results: Results) -> dict[str, torch.Tensor]:
+        """Return all that the backward pass has given so far, in this part of the batches and earlier ones."""
+        gradients = {name: tensor.grad for name, tensor in outside.items() if tensor.grad is not None}
+        found = {f"{RESULT}{name}": tensor for name, tensor in results.items()}
+        return self.receiver.state() | gradients | found | output_gradients(self.tapes)
+
+    def _restore(self, kept: Kept, outside: dict[str, torch.Tensor], results: Results) -> int:
+        """Go on from a state, after the forward pass of the same part; return the number of blocks that are done."""
+        state = kept.tensors
+        for name, tensor in outside.items():
+            tensor.grad = state.pop(name).to(tensor) if name in state else None
+        results |= {name.removeprefix(RESULT): state.pop(name) for name in list(state) if name.startswith(RESULT)}
+        for tape in self.tapes:
+            del tape[len(tape) - kept.record["blocks"] :]
+        restore_output_gradients(self.tapes, state)
         self.receiver.restore({name: tensor.to(self.device) for name, tensor in state.items()})
+        return kept.record["blocks"]
 
     def _forward_part(self, pairs: list[tuple[Inputs, float]]) -> list[float]:
         """Run batches, all or as many as there is room for their tapes; return their losses."""
@@ -296,9 +290,16 @@ class _Sweep:
         with self.stand_ins.forwards(self._record), torch.enable_grad():
             for pair in track(pairs, "scoring, forward passes"):
                 losses.append(self._forward(*pair))
-                if (len(losses) + 1) * _bytes(self.tapes[-1]) > self.most:
+                if (len(losses) + 1) * bytes_of(self.tapes[-1]) > self.most:
                     break
+        self.paths = self.paths or [call.path for call in self.tapes[0]]
+        if any([call.path for call in tape] != self.paths for tape in self.tapes):
+            raise PrunerError("the model runs other blocks for other samples: Taylor does not know how to add up")
         return losses
+
+    def _draws(self, ids: Inputs) -> int:
+        """Return how many random projections a batch draws."""
+        return 1 if self.linears is None else len(ids)
 
     def _forward(self, ids: Inputs, share: float) -> float:
         """Run one batch; leave a tape of its blocks and the gradients of what follows the last of them."""
@@ -312,7 +313,7 @@ class _Sweep:
         if predicts_tokens(self.model) and reads_text_only(self.model):
             loss, _ = NextTokenLoss.apply(output.clone() if output._is_view() else output, target_ids(inputs))
         else:
-            rows = output.split(len(output) if self.linears is None else 1)
+            rows = output.chunk(self._draws(ids))
             loss = torch.stack([_random_projection(row, seed=self.drawn + i) for i, row in enumerate(rows, 1)]).mean()
             self.drawn += len(rows)
         if not torch.isfinite(loss):
@@ -326,29 +327,31 @@ class _Sweep:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if self.linears is not None:
-                _begin_graph(args, kwargs)
+                begin_graph(args, kwargs)
             with self.stand_ins.placed(path), torch.no_grad():
                 output = forward(*args, **kwargs)
-            output = tree_map(_leaf, output)
-            self.tapes[-1].append(_Call(path, args, kwargs, tree_leaves(output)))
+            output = tree_map(leaf, output)
+            self.tapes[-1].append(Call(path, args, kwargs, tree_leaves(output)))
             return output
 
         return run
 
-    def _backward(self, *, everywhere: bool, last: bool) -> None:
+    def _backward(self, done: int, *, everywhere: bool, last: bool) -> Iterator[int]:
         """Go through the blocks from last to first: through all, or as long as an earlier one has named parameters.
 
+        Yields how many are done after each, and forgets the tapes at the end.
+
         Args:
+            done: so many of the last blocks are, and are no longer on the tapes.
             last: no more batches follow.
         """
-        self.paths = paths = self.paths or [call.path for call in self.tapes[0]]
-        if any([call.path for call in tape] != paths for tape in self.tapes):
-            raise PrunerError("the model runs other blocks for other samples: Taylor does not know how to add up")
-        first = next((i for i, path in enumerate(paths) if everywhere or self.names & self.stand_ins.names(path)), None)
-        visited = [] if first is None else paths[first:]
+        named = (i for i, path in enumerate(self.paths) if everywhere or self.names & self.stand_ins.names(path))
+        visited = self.paths[next(named, len(self.paths)) :][::-1]
         with Step("scoring, backward passes of layers", len(visited) * len(self.tapes)) as step:
-            for path in reversed(visited):
+            step.advance(done * len(self.tapes))
+            for i, path in enumerate(visited[done:], done + 1):
                 self._backward_block(path, step, last=last)
+                yield i
         self.tapes = []
 
     def _backward_block(self, path: str, step: Step, *, last: bool) -> None:
@@ -359,24 +362,6 @@ class _Sweep:
                 self.receiver.after_batch(named)
                 step.advance()
             self.receiver.after_block(named, last=last)
-
-
-def _bytes(tape: list[_Call]) -> int:
-    """Return the memory of the tensors on a tape."""
-    tensors = (v for v in tree_leaves([(c.args, c.kwargs, c.outputs) for c in tape]) if isinstance(v, torch.Tensor))
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
-
-def _begin_graph(*arguments: Any) -> None:
-    """Let the first floating-point argument of a block require gradients, so that all its layers receive some."""
-    floating = (v for v in tree_leaves(arguments) if isinstance(v, torch.Tensor) and v.is_floating_point())
-    if (first := next(floating, None)) is not None and not first.requires_grad:
-        first.requires_grad_()
-
-
-def _leaf(value: Any) -> Any:
-    differentiable = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.detach().requires_grad_() if differentiable else value
 
 
 def _random_projection(output: torch.Tensor, seed: int) -> torch.Tensor:

@@ -14,6 +14,8 @@ per channel before the next block's turn, so they never live all at once. Parame
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -44,12 +46,12 @@ def taylor(
         calibration: LongTensor ``[samples, tokens]``.
         variant: one of :data:`VARIANTS`.
         compute: where and how to compute; by default where the model is.
-        unfinished: keeps the gradients of the parts of a large calibration set that are done.
+        unfinished: keeps what is done, block by block, for a run that goes on after a stop.
 
     Raises:
         PrunerError: a gradient is not finite; the message names the parameter.
     """
-    salience: dict[tuple[str, int], torch.Tensor] = {}
+    results: dict[str, torch.Tensor] = {}  # by parameter and dim
 
     def add(name: str, value: torch.Tensor, signed: bool = False) -> None:
         for dim in dims[name]:
@@ -58,8 +60,8 @@ def taylor(
                 raise PrunerError(
                     f"the gradient of {name} is not finite; load the model with --dtype float32 or bfloat16"
                 )
-            key = name, dim
-            salience[key] = salience.get(key, 0) + (channels.abs() if signed else channels)
+            key = f"{name} {dim}"
+            results[key] = results.get(key, 0) + (channels.abs() if signed else channels)
 
     def first(name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         value = weight * gradient
@@ -71,9 +73,10 @@ def taylor(
             curvature = (weight * moments.mean).sub_(curvature, alpha=0.5).abs_()
         add(name, curvature)
 
+    options: Any = {"compute": compute, "unfinished": unfinished, "results": results}
     if variant in ("param_second", "param_mix"):
-        with_mean = variant == "param_mix"
-        visit_moments(model, dims, calibration, second, with_mean=with_mean, compute=compute, unfinished=unfinished)
+        visit_moments(model, dims, calibration, second, with_mean=variant == "param_mix", **options)
     else:
-        visit_gradients(model, dims, calibration, first, compute=compute, unfinished=unfinished)
-    return salience
+        visit_gradients(model, dims, calibration, first, **options)
+    pairs = ((key.rpartition(" "), channels) for key, channels in results.items())
+    return {(name, int(dim)): channels for (name, _, dim), channels in pairs}
