@@ -37,6 +37,8 @@ def flag(default: Any, help: str, *, group: str = "options", aliases: Sequence[s
 class Arguments:
     """Base of the flags of a command: splits lists at commas and refuses values outside a ``Literal``.
 
+    A value that begins with ``~/`` begins with the home folder, for a shell does not expand ``--output=~/smaller``.
+
     Raises:
         PrunerError: a value is not one of its choices.
     """
@@ -70,6 +72,7 @@ class Arguments:
                 setattr(self, one.name, _share_of_flag(one.name, value))
             if kind.several and not isinstance(value, (list, tuple, type(None))):
                 setattr(self, one.name, split_list(str(value)))
+            setattr(self, one.name, at_home(getattr(self, one.name)))
             for item in getattr(self, one.name) or () if kind.several else (value,):
                 if kind.choices and item is not None and item not in kind.choices:
                     raise PrunerError(f"--{one.name} {item!r} is not valid: choose from {', '.join(kind.choices)}")
@@ -143,6 +146,13 @@ def split_list(text: str | None) -> list[str]:
     ['wikitext2', 'ptb']
     """
     return [entry.strip() for entry in (text or "").split(",") if entry.strip()]
+
+
+def at_home(value: Any) -> Any:
+    """Return a value of a flag, or a list of values, with the home folder for ``~`` at its beginning."""
+    if isinstance(value, list):
+        return [at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def check_at_least(arguments: Any, least: int, *names: str) -> None:

@@ -1,14 +1,16 @@
 """Output folders: checkpoints are kept by default, and no run replaces another."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 import llm_pruner as lp
 from llm_pruner.cli import main, run_command
 from llm_pruner.commands import SCRIPTS
-from llm_pruner.evaluation.arguments import PerplexityArguments
+from llm_pruner.evaluation.arguments import EvaluateArguments, PerplexityArguments
 from llm_pruner.evaluation.run import run_perplexity
+from llm_pruner.recipes.recipe import read as read_recipe
 from llm_pruner.vocabulary.arguments import VocabArguments
 from llm_pruner.vocabulary.run import resolve as resolve_vocabulary
 
@@ -139,6 +141,15 @@ def test_a_tilde_that_no_shell_expands_is_the_home_folder(home, home_text, here,
     counted = VocabArguments(keep_tokens="~/kept.txt", save_counts="~/counts.json")
     settings = resolve_vocabulary(counted)
     assert (settings.listed, settings.counts_file) == (here / "user" / "kept.txt", here / "user" / "counts.json")
+
+
+def test_every_flag_and_a_recipe_know_the_home_folder(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    flags = EvaluateArguments(model=["~/one", "gpt2"], include_path="~/tasks", output=Path("~/table"))
+    assert flags.model == [f"{here}/one", "gpt2"]
+    assert (flags.include_path, flags.output) == (f"{here}/tasks", f"{here}/table")
+    (here / "recipe.yaml").write_text("model: ~/one\noutput: ~/runs\nstages: [prune: {target_params: 0.8}]\n")
+    assert read_recipe("~/recipe.yaml").output == f"{here}/runs"
 
 
 def test_a_default_recovery_is_not_replaced(home, here, capsys):

@@ -27,7 +27,7 @@ from llm_pruner.checkpoint.quantized.weights import InsideBlock, Part, Weight, p
 from llm_pruner.checkpoint.stored import weights_in
 from llm_pruner.cli import main
 from llm_pruner.graph.units import Unit
-from llm_pruner.pruning.quantized import block_of, in_blocks
+from llm_pruner.pruning.quantized import block_size, in_blocks
 from llm_pruner.pruning.refit_record import RefitRecord
 from llm_pruner.pruning.settings import CalibrationSettings
 
@@ -468,7 +468,7 @@ def test_a_last_block_may_be_shorter():
 def test_blocks_of_a_unit():
     def size(label, *spans, indices=64):
         unit = Unit("mlp.neurons", "neurons", 0, indices, dims={("w", 0): label})
-        return block_of(unit, {"w": {0: set(spans)}})
+        return block_size(unit, {"w": {0: set(spans)}})
 
     neurons = torch.arange(64)
     assert size(neurons, (0, 64, 16)) == 16

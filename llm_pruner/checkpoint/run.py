@@ -50,11 +50,11 @@ def write_uniform(arguments: UniformArguments) -> Path:
             (without --allow_padding), or the folder cannot be written.
     """
     arguments.check()
-    folder = Path(arguments.output).expanduser()
+    folder = Path(arguments.output)
     if same_folder(folder, arguments.model):
         raise PrunerError(f"{arguments.output} is the model that is read: give another --output")
     folder = folder_for_run(folder, UNIFORM_FILE, asdict(arguments), named=True)
-    file = Path(arguments.model).expanduser() / PLAN_FILE
+    file = Path(arguments.model) / PLAN_FILE
     plan = PruningPlan.load(file) if file.is_file() else None
     with complete_folder(folder, owned_if="config.json") as temporary, logging_to(None):
         model, tokenizer = load(arguments.model, trust_remote_code=arguments.trust_remote_code)

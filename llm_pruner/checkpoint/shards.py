@@ -21,7 +21,7 @@ from ..files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Safetensors' names of the dtypes that transformers stores.
-DTYPES = {
+STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -36,7 +36,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 TensorType = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -159,10 +159,10 @@ def tensors_in(file: Path) -> dict[str, Stored]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in STORED_DTYPES:
             raise PrunerError(f"{name} in {file} has the type {entry['dtype']}, which cannot be sliced")
         start, end = (8 + length + offset for offset in entry["data_offsets"])
-        tensors[name] = Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
+        tensors[name] = Stored(file, STORED_DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
     return tensors
 
 

@@ -40,7 +40,7 @@ def check_evaluation_inputs(arguments: EvaluateArguments, check: InputCheck) -> 
             check_task_data(arguments.tasks, arguments.include_path)
     if arguments.output and not check.skips(arguments.output):
         with check.flag("output", arguments.output):
-            _check_tables(Path(arguments.output).expanduser())
+            _check_tables(Path(arguments.output))
 
 
 def _check_tables(folder: Path) -> None:

@@ -130,7 +130,7 @@ def run_evaluate(args: EvaluateArguments) -> None:
         PrunerError: as :func:`measure`, or ``--output`` holds another run.
     """
     args.check()
-    folder = Path(args.output).expanduser() if args.output else None
+    folder = Path(args.output) if args.output else None
     if folder is not None:
         folder_for_run(folder, EVALUATION_FILE, asdict(args), named=True, beside_models=True)
     with logging_to(None):
@@ -152,7 +152,7 @@ def run_perplexity(args: PerplexityArguments) -> None:
         PrunerError: an argument is not valid, the model or text is not available, or ``--output`` holds something else.
     """
     args.check()
-    file = Path(args.output).expanduser() if args.output else None
+    file = Path(args.output) if args.output else None
     if file is not None:
         file_for_run(file, asdict(args))
     with logging_to(None):

@@ -44,7 +44,7 @@ def apply_plan(arguments: ApplyArguments) -> Path:
     plan = PruningPlan.load(arguments.plan, arguments.verify)
     task = arguments.task or task_of_plan(plan)
     plan.settings |= {TASK: task} if task else {}
-    target = Path(arguments.output).expanduser()
+    target = Path(arguments.output)
     if not same_folder(target, arguments.model):  # refused below, with that reason
         target = folder_for_run(target, APPLY_FILE, asdict(arguments), named=True)
     record = strict_json({"arguments": asdict(arguments), **provenance()})

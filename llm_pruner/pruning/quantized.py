@@ -105,7 +105,7 @@ def in_blocks(graph: CouplingGraph, blocks: Blocks, kinds: tuple[str, ...] = ())
         return graph
     graph = graph.copy()
     for unit in list(graph.units):
-        size = block_of(unit, blocks)
+        size = block_size(unit, blocks)
         if size is None:
             graph.freeze(unit, INSIDE)
         elif size > 1:
@@ -129,11 +129,11 @@ def log_blocks(graph: CouplingGraph, kinds: tuple[str, ...]) -> None:
             )
 
 
-def block_of(unit: Unit, blocks: Blocks) -> int | None:
+def block_size(unit: Unit, blocks: Blocks) -> int | None:
     """Return how many consecutive indices of a unit must go together, None if such blocks differ or are all of it.
 
     >>> neurons = Unit("mlp.neurons", "neurons", 0, 8, dims={("down.weight", 1): torch.arange(8)})
-    >>> block_of(neurons, {"down.weight": {1: {(0, 8, 4)}}}), block_of(neurons, {})
+    >>> block_size(neurons, {"down.weight": {1: {(0, 8, 4)}}}), block_size(neurons, {})
     (4, 1)
     """
     joined = torch.zeros(unit.size, dtype=torch.long)  # how many blocks hold both an index and the next

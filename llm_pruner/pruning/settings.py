@@ -314,7 +314,7 @@ def _evaluation_settings(arguments: PruneArguments, bos: bool) -> EvaluationSett
 
 def _output_settings(arguments: PruneArguments) -> OutputSettings:
     return OutputSettings(
-        folder=Path(arguments.output or Path(arguments.output_root) / arguments.save_ckpt_log_name).expanduser(),
+        folder=Path(arguments.output or Path(arguments.output_root) / arguments.save_ckpt_log_name),
         named=arguments.output is not None,
         save=arguments.saves_checkpoint,
         standalone=arguments.standalone,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..flags import at_home
 from .schema import (
     Executor,
     RecipeFile,
@@ -76,7 +77,7 @@ def read(name: str | Path) -> Recipe:
     content = validate(RecipeFile, document, source)
     recipe = Recipe(
         model=content.model,
-        output=content.output,
+        output=at_home(content.output),
         stages=_read_stages(content.stages, source),
         evaluate=_read_evaluation(document, source),
         sweep=content.sweep,

@@ -63,7 +63,7 @@ def find_recipe(name: str | Path) -> Path:
     >>> find_recipe("recipes/smollm2_demo.yaml") == find_recipe("smollm2_demo")
     True
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists() and not path.is_dir():
         return path
     library = {file.relative_to(LIBRARY).with_suffix("").as_posix(): file for file in LIBRARY.rglob("*.yaml")}

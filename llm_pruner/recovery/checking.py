@@ -45,7 +45,7 @@ def check_recovery_inputs(arguments: RecoverArguments, check: InputCheck) -> Non
     if not arguments.no_instruction:
         with check.flag("prompt_template_name", arguments.prompt_template_name):
             prompt_template(arguments.prompt_template_name)
-    folder = Path(arguments.output).expanduser()
+    folder = Path(arguments.output)
     finds_a_free_folder = arguments.output == DEFAULT_OUTPUT and arguments.resume_from_checkpoint is None
     if not check.skips(arguments.output) and not finds_a_free_folder:
         find_checkpoint(folder, arguments.resume_from_checkpoint)

@@ -203,7 +203,7 @@ def resolve_settings(arguments: RecoverArguments) -> RecoverySettings:
         self_data=_self_data_settings(arguments, device),
         training=_training_settings(arguments),
         output=OutputSettings(
-            folder=Path(arguments.output).expanduser(),
+            folder=Path(arguments.output),
             merge=arguments.merge,
             resume=arguments.resume_from_checkpoint,
             eval_steps=arguments.eval_steps,
@@ -306,7 +306,7 @@ def _teacher_settings(arguments: RecoverArguments, device: str) -> TeacherSettin
         weight=arguments.distill_weight,
         temperature=arguments.distill_temperature,
         hidden=arguments.distill_hidden,
-        cache=Path(arguments.teacher_cache).expanduser() if arguments.teacher_cache else None,
+        cache=Path(arguments.teacher_cache) if arguments.teacher_cache else None,
         top=arguments.teacher_top,
     )
 

@@ -33,7 +33,7 @@ def write_report(args: ReportArguments) -> Path:
     args.check()
     mark = digest([args.runs, args.title])
     path = place_for_run(
-        Path(args.output).expanduser(),
+        Path(args.output),
         lambda file: _other_content(file, mark),
         flag="output",
         named=args.output != DEFAULT_OUTPUT,
@@ -79,7 +79,7 @@ def write_report(args: ReportArguments) -> Path:
 
 
 def _place_for_figures(folder: str, mark: str) -> Path:
-    place = Path(folder).expanduser()
+    place = Path(folder)
     return place_for_run(place, lambda place: other_figures(place, mark), flag="figures", named=True)
 
 

@@ -61,7 +61,7 @@ def check_export_inputs(arguments: ExportArguments, check: InputCheck) -> None:
 
 
 def _check_gguf_file(arguments: ExportArguments) -> None:
-    file = Path(arguments.output).expanduser()
+    file = Path(arguments.output)
     if file.suffix != ".gguf":
         raise PrunerError(f"{file} is not the name of a GGUF file: give one that ends in .gguf")
     if file.exists():
@@ -74,8 +74,8 @@ def _export_hf(arguments: ExportArguments) -> Path:
     if not arguments.standalone:
         flags = {name: getattr(arguments, name) for name in ("model", "output", "allow_padding", "trust_remote_code")}
         return write_uniform(UniformArguments(**flags))
-    folder = Path(arguments.output).expanduser()
-    plan = Path(arguments.model).expanduser() / PLAN_FILE
+    folder = Path(arguments.output)
+    plan = Path(arguments.model) / PLAN_FILE
     with logging_to(None):
         model, tokenizer = load(arguments.model, trust_remote_code=arguments.trust_remote_code)
         if not has_per_layer_widths(model.config):
@@ -89,7 +89,7 @@ def _export_hf(arguments: ExportArguments) -> Path:
 
 def _export_gguf(arguments: ExportArguments) -> Path:
     _check_gguf_file(arguments)
-    kind, target = arguments.type or "f16", Path(arguments.output).expanduser()
+    kind, target = arguments.type or "f16", Path(arguments.output)
     model, tokenizer = load(arguments.model, trust_remote_code=arguments.trust_remote_code)
     if kind not in TYPES:
         find_quantizer()
@@ -106,7 +106,7 @@ def _export_gguf(arguments: ExportArguments) -> Path:
 
 
 def _export_nemotron_nas(arguments: ExportArguments) -> Path:
-    target = Path(arguments.output).expanduser()
+    target = Path(arguments.output)
     model, tokenizer = load(arguments.model, trust_remote_code=arguments.trust_remote_code)
     with complete_folder(target, owned_if="config.json", reads=arguments.model) as folder:
         write_nemotron_nas(model, tokenizer, folder)

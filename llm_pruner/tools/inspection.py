@@ -46,7 +46,7 @@ def run_inspect(args: InspectArguments) -> None:
     if is_plan(Path(args.model)):
         _inspect_plan(args)
         return
-    plan_file = Path(args.model).expanduser() / PLAN_FILE
+    plan_file = Path(args.model) / PLAN_FILE
     plan = PruningPlan.load(plan_file, verify=args.verify) if plan_file.is_file() else None
     reports: list[PermutationReport] = []
     super_experts: dict[str, list[int]] | None = None

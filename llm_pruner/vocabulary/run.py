@@ -49,11 +49,9 @@ def prune_vocabulary(args: VocabArguments) -> Path:
     for source in settings.corpus:  # so that a missing text is found before the model is loaded
         next(iterate_documents(source, 1), None)
     device = resolve_device(args.device, "--device")
-    target = folder_for_run(
-        Path(args.output).expanduser(), METRICS_FILE, asdict(args), named=args.output != DEFAULT_OUTPUT
-    )
+    target = folder_for_run(Path(args.output), METRICS_FILE, asdict(args), named=args.output != DEFAULT_OUTPUT)
     with complete_folder(target, owned_if="config.json", reads=args.model) as folder, logging_to(folder / LOG_FILE):
-        if target != Path(args.output).expanduser():
+        if target != Path(args.output):
             log.info("writing to %s: %s holds another run", target, args.output)
         model, tokenizer = load_with_tokenizer(args.model, args.dtype, device, args.trust_remote_code)
         if not reads_text_only(model):
@@ -98,10 +96,10 @@ def resolve(args: VocabArguments) -> Retention:
         to_tokenizer=args.to_tokenizer,
         scripts=(*args.scripts, *scripts_of(args.languages)),
         unseen_characters=args.characters == "all",
-        listed=Path(args.keep_tokens).expanduser() if args.keep_tokens else None,
+        listed=Path(args.keep_tokens) if args.keep_tokens else None,
         corpus=tuple(args.corpus),
         max_documents=args.max_documents or None,
-        counts_file=Path(args.save_counts).expanduser() if args.save_counts else None,
+        counts_file=Path(args.save_counts) if args.save_counts else None,
         trust_remote_code=args.trust_remote_code,
     )
 
@@ -158,9 +156,10 @@ def _cut(
 
 
 def _log_comparison(comparison: Comparison) -> None:
-    for name, value in asdict(comparison).items():
+    values = asdict(comparison)
+    before, after = values.pop("byte_perplexity_before"), values.pop("byte_perplexity_after")
+    for name, value in values.items():
         if value is not None:
             log.info("%s: %s", name, round(value, 4) if isinstance(value, float) else value)
-    per_byte = comparison.byte_perplexity_before, comparison.byte_perplexity_after
-    if None not in per_byte:
-        log.info("perplexity per byte: %.4f -> %.4f", *per_byte)
+    if before is not None:
+        log.info("perplexity per byte: %.4f -> %.4f", before, after)
