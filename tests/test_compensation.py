@@ -9,12 +9,14 @@ from transformers import AutoModelForCausalLM
 import llm_pruner as lp
 from llm_pruner.models.hooks import forward_hooks
 from llm_pruner.models.running import relative_difference
+from llm_pruner.refit.added import added_projections, single_stack
 from llm_pruner.refit.biases import with_biases
 from llm_pruner.refit.budget import Budget
 from llm_pruner.refit.compensate import _refit_layer, walk_original
 from llm_pruner.refit.matching import matching_stacks
 from llm_pruner.refit.reconstruct import reconstruct
-from llm_pruner.refit.stream import ResidualStream, added_projections, single_stack
+from llm_pruner.refit.regression import RegressionSums
+from llm_pruner.refit.stream import ResidualStream
 from llm_pruner.selection.plan import PruningPlan
 
 ADDED = [("self_attn.o_proj", False), ("mlp.down_proj", False)]
@@ -58,6 +60,47 @@ def test_layers_that_normalize_outputs_before_they_add_them(family):
     report = lp.compensate(model, pruned, tokens(128, 16))
     assert len(report.layers) == 2 * len(added)
     assert torch.nn.functional.mse_loss(logits(pruned, unseen), logits(model, unseen)) < 0.9 * before
+
+
+@pytest.mark.parametrize("family", ("gemma2", "gemma3_text", "olmo2", "glm4"))
+def test_what_a_norm_adds_is_linear_in_the_scaled_inputs(family):
+    """With the norm's divisor as it is: the gain times the weight times the inputs, divided as the output is."""
+    model, ids = tiny_model(family), tokens(8, 16)
+    _, layers = single_stack(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter) if parameter.ndim == 1 else 0)
+        stream = ResidualStream(model.eval(), layers, [ids])
+        for i, added in enumerate(added_projections(model, ids)):
+            normed = {}
+
+            def keep(name, normed=normed):
+                return lambda _, __, output: None if name in normed else normed.update({name: output})
+
+            with forward_hooks([(layers[i].get_submodule(one.norm), keep(one.name)) for one in added]):
+                reads, _ = stream.run_noting(i, 0, added)
+            for one in added:
+                module = layers[i].get_submodule(one.name)
+                weight = module.weight if module.bias is None else torch.cat([module.weight, module.bias[:, None]], 1)
+                found = stream.gain(i, one) * (reads[one.name] @ weight.T)
+                torch.testing.assert_close(found, normed[one.name], rtol=1e-4, atol=1e-5)
+            stream.advance(i, [])
+
+
+def test_a_regression_sees_what_a_gain_leaves_of_its_weight():
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(200, 6, generator=draw), torch.randn(6, 4, generator=draw)
+    gain = torch.tensor([2.0, 0.5, -1.0, 1e-9])  # the last channel's error does not depend on the weight
+    error = (x @ weight) * gain
+    sums = RegressionSums(1.0, gain)
+    sums.add(x, error, torch.zeros_like(error))
+    change = sums.solve(1e-6)
+    torch.testing.assert_close(change[:, :3], weight[:, :3], rtol=1e-3, atol=1e-3)
+    assert (change[:, 3] == 0).all()
+    assert sums.gain(change) == pytest.approx(sums.error, rel=1e-4)
+    some = torch.tensor([0, 2])
+    assert sums.restricted(torch.arange(6), weight).error == pytest.approx(0, abs=1e-2 * sums.error)
+    assert sums.restricted(some, 0 * weight[some]).error == pytest.approx(sums.error)
 
 
 @pytest.mark.parametrize("family", ("llama_grouped", "gpt2", "gpt_neox", "mixtral"))

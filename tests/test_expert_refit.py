@@ -9,7 +9,8 @@ from test_experts import mixture
 
 import llm_pruner as lp
 from llm_pruner.models.running import logits
-from llm_pruner.refit.stream import ResidualStream, added_experts, single_stack
+from llm_pruner.refit.added import added_experts, single_stack
+from llm_pruner.refit.stream import ResidualStream
 from llm_pruner.surgery.per_token import with_experts_per_token
 
 IDS = torch.randint(3, 60, (64, 16), generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from ..models.per_layer import layer_lists, set_field
 from ..models.running import check_calibration
 from ..models.skeleton import skeleton
 from ..surgery.rebuild import build_from_state
-from .stream import added_projections
+from .added import added_projections
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -17,7 +17,8 @@ In a mixture whose experts' output is added to the stream, the down projections 
 (:mod:`llm_pruner.refit.experts`).
 
 Layers of BERT's kind normalise the stream behind each sum. There h_t and p_t are the sums in front of the norms. Layers
-of Gemma 2's kind normalise what a projection writes before they add it. There h_t and p_t are the projection's outputs.
+of Gemma 2's kind normalise what a projection writes before they add it: g W x / r, with g the weight of the norm and r
+the root of the mean square of W x. There the change of the stream is g D x / r, with r as it is.
 
 Of several stacks of layers, such as an encoder and a decoder, those that lost something are refitted one after the
 other. At the end, the logits are scaled (:mod:`llm_pruner.refit.temperature`).
@@ -42,11 +43,12 @@ from ..models.processes import gathered, own_share
 from ..models.running import check_calibration, evaluating, implementations
 from ..progress import track
 from ..unfinished import NOTHING_KEPT, Kept, Unfinished
+from .added import added_experts, added_projections
 from .experts import refit_experts
 from .layer_by_layer import keep_layers, restore_layers
 from .matching import MatchingStack, cut_stacks
 from .regression import HELD_OUT, RegressionSums, best_ridge
-from .stream import Projection, ResidualStream, added_experts, added_projections
+from .stream import Projection, ResidualStream
 from .temperature import scale_logits
 
 TEMPERATURE_SAMPLES = 16
@@ -241,7 +243,7 @@ def walk_original(
         targets = stream.advance(layer, projections)
         for dropped in range(layer + 1, last + 1):
             stream.advance(dropped, [])
-            targets |= {one.name: list(stream.hidden) for one in projections[-1:] if not one.norm}
+            targets |= {one.name: list(stream.hidden) for one in projections[-1:] if not one.norm_reads_sum}
         yield i, targets | {"": list(stream.hidden)}
 
 
@@ -331,18 +333,18 @@ def observe(
         keep: keep the stream behind the layer if the projection is added last, and there is room for it.
         without: weight ``[inputs, hidden]`` whose output is taken away from the stream first.
     """
-    floor = median_power(targets[one.name if one.norm else ""])
-    observed = Observed(fitted=RegressionSums(floor), held_out=RegressionSums(floor))
-    has_bias = _bias(stream.layers[layer].get_submodule(one.name)) is not None
+    floor, gain = median_power(targets[one.name if one.norm_reads_sum else ""]), stream.gain(layer, one)
+    observed = Observed(fitted=RegressionSums(floor, gain), held_out=RegressionSums(floor, gain))
+    channels = slice(None)
+    if only_bias:
+        channels = slice(0) if _bias(stream.layers[layer].get_submodule(one.name)) is None else slice(-1, None)
     keep = keep and one is added[-1] and not one.norm and not stream.is_large
     for i, target in enumerate(targets[one.name]):
         reads, behind = stream.run_noting(layer, i, added)
-        read, hidden = reads[one.name][..., :0] if only_bias else reads[one.name], behind[one.name]
-        if has_bias:
-            read = torch.cat([read, torch.ones_like(reads[one.name][..., :1])], -1)
+        read, hidden = reads[one.name][..., channels], behind[one.name]
         if without is not None:
             with exact_arithmetic(read.device):
-                hidden = hidden.float() - (read.float() @ without.float()).view(hidden.shape)
+                hidden = hidden.float() - (read.float() @ observed.fitted.compared(without.float())).view(hidden.shape)
         (observed.held_out if i % HELD_OUT == HELD_OUT - 1 else observed.fitted).add(
             read, stream.on_device(target), hidden
         )

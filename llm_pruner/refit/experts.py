@@ -23,8 +23,9 @@ from ..models.blockwise import native_compute
 from ..models.experts import TopKCall, gated_inputs, one_each, top_k_call
 from ..models.hooks import forward_hooks
 from ..models.processes import gathered, rank
+from .added import stack_sizes
 from .regression import HELD_OUT, RegressionSums, best_ridge
-from .stream import ResidualStream, stack_sizes
+from .stream import ResidualStream
 
 AT_ONCE = 1 << 14  # tokens
 

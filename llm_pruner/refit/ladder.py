@@ -30,10 +30,11 @@ from ..progress import track
 from ..selection.plan import PruningPlan
 from ..surgery.equivalence import masking_modes
 from ..surgery.slicing import mask
+from .added import added_projections, single_stack
 from .compensate import SAMPLES_PER_PASS, Targets, observe, walk_original
 from .matching import MatchingStack
 from .regression import RegressionSums, best_ridge
-from .stream import Projection, ResidualStream, added_projections, single_stack
+from .stream import Projection, ResidualStream
 
 Widths = Mapping[str, int]  # kept count by unit
 

@@ -10,6 +10,7 @@ from ..models.arithmetic import exact_arithmetic
 from ..models.processes import averaged, mean_of
 
 RIDGES = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+LEAST_GAIN = 1e-3  # of the mean: channels that a norm multiplies by less stay as they are
 HELD_OUT = 4  # every 4th batch chooses lambda
 
 
@@ -17,11 +18,12 @@ class RegressionSums:
     """Sums over tokens that a weighted ridge regression needs.
 
     With inputs X, errors E and diagonal token weights V: X' V X, X' V E and sum V E^2. A token weighs 1 / |h|^2 by its
-    target h, but none more than one whose |h|^2 is ``floor``.
+    target h, but none more than one whose |h|^2 is ``floor``. What the weight gives is multiplied by ``gain``
+    ``[hidden]`` before it is compared, if there is one.
     """
 
-    def __init__(self, floor: float) -> None:
-        self.floor = max(floor, 1e-12)
+    def __init__(self, floor: float, gain: torch.Tensor | None = None) -> None:
+        self.floor, self.factors = max(floor, 1e-12), gain
         self.tokens = 0.0
         self.error = 0.0
         self.inputs: Any = 0
@@ -51,7 +53,7 @@ class RegressionSums:
             averaged(self.cross)
 
     def __add__(self, other: RegressionSums) -> RegressionSums:
-        total = RegressionSums(self.floor)
+        total = RegressionSums(self.floor, self.factors)
         for name in ("tokens", "error", "inputs", "cross"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
@@ -63,8 +65,8 @@ class RegressionSums:
             channels: LongTensor of indices of input channels.
             weight: ``[len(channels), hidden]``; the errors of these sums are those without it.
         """
-        part = RegressionSums(self.floor)
-        cross = self.cross[channels]
+        part = RegressionSums(self.floor, self.factors)
+        weight, cross = self.compared(weight), self.cross[channels]
         part.tokens, part.inputs = self.tokens, self.inputs[channels][:, channels]
         part.cross = cross - part.inputs @ weight
         part.error = self.error - ((cross + part.cross) * weight).sum().item()
@@ -76,14 +78,21 @@ class RegressionSums:
         prior = power.clamp_min(power.mean().item() * 1e-3 + 1e-20)
         penalized = self.inputs + torch.diag(ridge * prior)
         factor, failed = torch.linalg.cholesky_ex(penalized)
-        if failed.any():  # not positive definite, as rounded
-            return torch.linalg.solve(penalized, self.cross)
-        return torch.cholesky_solve(self.cross, factor)
+        rounded = bool(failed.any())  # not positive definite
+        change = torch.linalg.solve(penalized, self.cross) if rounded else torch.cholesky_solve(self.cross, factor)
+        if self.factors is None:
+            return change
+        size = self.factors.abs()
+        return torch.where(size > LEAST_GAIN * size.mean(), change / self.factors, 0)
 
     def gain(self, change: torch.Tensor) -> float:
         """Return the squared error that a change of the weight removes."""
+        change = self.compared(change)
         with exact_arithmetic(change.device):
             return (2 * (change * self.cross).sum() - (change * (self.inputs @ change)).sum()).item()
+
+    def compared(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight if self.factors is None else weight * self.factors
 
 
 def best_ridge(fitted: RegressionSums, held_out: RegressionSums) -> tuple[float, float]:
