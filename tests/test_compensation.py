@@ -87,6 +87,20 @@ def test_what_a_norm_adds_is_linear_in_the_scaled_inputs(family):
             stream.advance(i, [])
 
 
+@pytest.mark.parametrize("family", ("gemma3_text", "olmo2"))
+def test_a_projection_behind_which_a_norm_stands_makes_up_for_a_dropped_layer(family):
+    model = tiny_model(family)
+    graph = lp.trace(model)
+    (layers,) = graph.of_kind("layers")
+    plan = PruningPlan()
+    plan.keep(layers, torch.arange(layers.size - 1), graph.shapes)
+    pruned, unseen = lp.apply(model, plan), tokens(16, 16, seed=9)
+    before = torch.nn.functional.mse_loss(logits(pruned, unseen), logits(model, unseen))
+    (last,) = lp.compensate(model, pruned, tokens(128, 16), kept=range(layers.size - 1)).layers[-1:]
+    assert last.module.endswith("down_proj") and last.after < 0.9 * last.before
+    assert torch.nn.functional.mse_loss(logits(pruned, unseen), logits(model, unseen)) < 0.9 * before
+
+
 def test_a_regression_sees_what_a_gain_leaves_of_its_weight():
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(200, 6, generator=draw), torch.randn(6, 4, generator=draw)
