@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.architectures import tiny_model
+from helpers.architectures import perturbed, tiny_config, tiny_model
 from helpers.models import build, pruned_by, tokens
 from transformers import AutoModelForCausalLM
 
@@ -117,9 +117,35 @@ def test_a_regression_sees_what_a_gain_leaves_of_its_weight():
     assert sums.restricted(some, 0 * weight[some]).error == pytest.approx(sums.error)
 
 
-@pytest.mark.parametrize("family", ("llama_grouped", "gpt2", "gpt_neox", "mixtral"))
+def granite():
+    """Its layers multiply what they add to the stream."""
+    config = tiny_config("granite")
+    config.residual_multiplier = 0.22
+    return perturbed(AutoModelForCausalLM, config)
+
+
+def test_layers_that_multiply_what_they_add():
+    model = granite()
+    pruned, unseen = halved(model), tokens(16, 16, seed=9)
+    for added in added_projections(pruned, tokens(1, 16)):
+        assert [one.name for one in added] == [name for name, _ in ADDED]
+        assert [one.factor for one in added] == pytest.approx([0.22, 0.22], rel=1e-3)
+    before = torch.nn.functional.mse_loss(logits(pruned, unseen), logits(model, unseen))
+    lp.compensate(model, pruned, tokens(128, 16))
+    assert torch.nn.functional.mse_loss(logits(pruned, unseen), logits(model, unseen)) < 0.95 * before
+
+
+def test_layers_that_do_not_run_one_by_one_are_refused():
+    """GPT-1's return lists; Reformer's read two streams."""
+    assert all(len(added) == 2 for added in added_projections(tiny_model("openai-gpt"), tokens(1, 16)))
+    model = tiny_model("reformer")
+    with pytest.raises(lp.PrunerError, match="cannot be compensated: its layers do not run one by one: TypeError"):
+        lp.compensate(model, halved(model), tokens(64, 16))
+
+
+@pytest.mark.parametrize("family", ("llama_grouped", "gpt2", "gpt_neox", "mixtral", "granite"))
 def test_the_stream_is_moved_as_running_the_layer_again_would(family):
-    model = build(family) if family != "mixtral" else tiny_model(family)
+    model = granite() if family == "granite" else tiny_model(family) if family == "mixtral" else build(family)
     pruned, batches = halved(model), list(tokens(64, 16).split(8))
     lp.compensate(model, pruned, torch.cat(batches), "least_squares")
     _, layers = single_stack(pruned)

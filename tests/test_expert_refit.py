@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from helpers.architectures import perturbed, tiny_config
 from helpers.models import build
 from test_experts import mixture
+from transformers import AutoModelForCausalLM
 
 import llm_pruner as lp
 from llm_pruner.models.running import logits
@@ -102,10 +104,26 @@ def test_biases_leave_experts_alone():
 
 
 @pytest.mark.parametrize(
-    ("name", "found"), [("mixtral", ["mlp.experts"]), ("llama", []), ("llama4_text", ["feed_forward.experts"])]
+    ("name", "found"), [("mixtral", {"mlp.experts": 1}), ("llama", {}), ("llama4_text", {"feed_forward.experts": 1})]
 )
 def test_experts_whose_output_is_added(name, found):
     model = mixture(name) if name != "llama" else build("llama")
     layers = single_stack(model)[1]
     with torch.no_grad():
         assert added_experts(ResidualStream(model, layers, [IDS[:8]]), 0) == found
+
+
+def test_experts_whose_output_is_multiplied_before_it_is_added():
+    config = tiny_config("granitemoe")
+    config.residual_multiplier = 0.22
+    model = perturbed(AutoModelForCausalLM, config)
+    pruned = half(model)
+    with torch.no_grad():
+        stream = ResidualStream(pruned, single_stack(pruned)[1], [IDS[:8]])
+        assert added_experts(stream, 0) == pytest.approx({"block_sparse_moe.experts": 0.22}, rel=1e-3)
+    report = lp.compensate(model, pruned, IDS)
+    refits = [refit for refit in report.layers if refit.module.endswith("experts")]
+    assert refits and all(refit.after < refit.before for refit in refits)
+    again = lp.compensate(model, lp.apply(pruned, lp.PruningPlan()), IDS)
+    (first,) = [refit for refit in again.layers if refit.module == refits[0].module]
+    assert first.before < 1.01 * refits[0].after  # the experts were moved as the refit says

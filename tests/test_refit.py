@@ -14,6 +14,7 @@ from test_encoders import build as classifier
 
 import llm_pruner as lp
 from llm_pruner.cli import main
+from llm_pruner.models import arithmetic
 from llm_pruner.models.inputs import ModelInputs
 from llm_pruner.models.loss import total_loss
 from llm_pruner.models.running import forward, main_output
@@ -333,3 +334,12 @@ def test_a_training_that_does_not_fit_in_memory_is_refused_or_left_out(home, hom
     assert re.search("no training: training .* parameters needs", capsys.readouterr().err)
     assert main([*argv, str(tmp_path / "asked"), "--refit", "distill"]) == 2
     assert not (tmp_path / "asked" / "model.safetensors").exists()
+
+
+def test_a_model_that_does_not_run_in_bfloat16_is_named(monkeypatch):
+    """DBRX's code adds products of matrices to tensors of float32."""
+    monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda device: True)
+    model = tiny_model("dbrx")
+    plan, pruned = pruned_by(model, kinds=("neurons",))
+    with pytest.raises(lp.PrunerError, match=r"does not run with products in bfloat16 .* give --dtype float32"):
+        lp.refit(model, pruned, tokens(64, 16), "lora", plan=plan, tokens=512)

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from ..errors import PrunerError, in_one_line
 from .torch_internals import multiplies_bfloat16
 
 
-def narrow_arithmetic(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context that multiplies matrices in bfloat16 where the device is faster at that.
+@contextmanager
+def narrow_arithmetic(device: torch.device) -> Iterator[None]:
+    """Multiply matrices in bfloat16 where the device is faster at that.
 
     Weights, sums and the residual stream stay in float32.
+
+    Raises:
+        PrunerError: the code of the model writes such products into float32 tensors, as DBRX's does.
     """
     if not multiplies_bfloat16(device):
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # a cache would outlive changes of weights
+        yield
+        return
+    try:
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):  # its cache would outlive weights
+            yield
+    except RuntimeError as error:
+        if "BFloat16" not in str(error):
+            raise
+        raise PrunerError(
+            f"this model does not run with products in bfloat16 ({in_one_line(error)}): give --dtype float32"
+        ) from error
 
 
 def exact_arithmetic(device: torch.device) -> AbstractContextManager[None]:

@@ -28,7 +28,7 @@ def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 def hidden_out(output: Any) -> torch.Tensor:
     """Return the hidden states in a layer's output."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def is_below(path: str, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..progress import track
 from .stream import Projection, ResidualStream
 
 PROBE_TOKENS = 16  # tokens on which projections are probed
+NEARLY = 0.01  # factors this near to 0 or 1 are taken for it
 
 
 def single_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -78,10 +80,11 @@ def _added_in_layer(stream: ResidualStream, layer: int) -> list[Projection]:
 
     while True:
         with forward_hooks([(block.get_submodule(one.added), silence) for one in found]):
-            last = _last_added(stream, layer, [one for one in candidates if one not in found])
+            last = _last_added(stream, layer, candidates)
         if last is None:
             return found
         found.insert(0, last)
+        candidates = [one for one in candidates if one.name != last.name]
 
 
 def _normalized_alone(stream: ResidualStream, layer: int) -> list[Projection]:
@@ -106,7 +109,7 @@ def _normalized_alone(stream: ResidualStream, layer: int) -> list[Projection]:
 
 
 def _last_added(stream: ResidualStream, layer: int, candidates: list[Projection]) -> Projection | None:
-    """Return the last of a layer's candidates whose moved output moves the layer's output alike."""
+    """Return the last of a layer's candidates whose moved output moves the layer's output alike, up to a factor."""
     hidden = stream.hidden[0]
     plain = stream.run(layer, 0, hidden)
     moved = _movement(plain)
@@ -120,22 +123,24 @@ def _last_added(stream: ResidualStream, layer: int, candidates: list[Projection]
 
         with forward_hooks([(module, move)]):
             change = stream.run(layer, 0, hidden) - plain
-        if fits == [True] and _is_moved_by(change, moved):
-            return one
+        if fits == [True] and (factor := _factor(change, moved)):
+            return replace(one, factor=factor)
     return None
 
 
-def added_experts(stream: ResidualStream, layer: int) -> list[str]:
-    """Return the modules of a layer that own stacks of experts and whose output is added to the stream unchanged.
+def added_experts(stream: ResidualStream, layer: int) -> dict[str, float]:
+    """Return the modules of a layer that own stacks of experts and whose output is added to the stream.
+
+    Each has the factor by which it is multiplied before.
 
     Experts whose inputs are scaled are left out in several processes, each of which has another number of inputs.
     """
     block, hidden = stream.layers[layer], stream.hidden[0]
     stacks = {name: sizes[0] for name, module in block.named_modules() if (sizes := stack_sizes(module))}
     if not stacks:
-        return []
+        return {}
     plain = stream.run(layer, 0, hidden)
-    moved, found = _movement(plain), []
+    moved, found = _movement(plain), dict[str, float]()
     for name, experts in stacks.items():
         fits: list[bool] = []
 
@@ -154,8 +159,8 @@ def added_experts(stream: ResidualStream, layer: int) -> list[str]:
 
         with forward_hooks([(block.get_submodule(name), move)], with_kwargs=True):
             change = stream.run(layer, 0, hidden) - plain
-        if fits == [True] and _is_moved_by(change, moved):
-            found.append(name)
+        if fits == [True] and (factor := _factor(change, moved)):
+            found[name] = factor
     return found
 
 
@@ -172,7 +177,7 @@ def _normalized_in_layer(stream: ResidualStream, layer: int) -> list[Projection]
     block, movement = stream.layers[layer], _movement(stream.hidden[0])
     norms = _norms(block)
     plain = stream.norm_inputs(layer, norms)
-    found: dict[str, str] = {}
+    found: dict[str, Projection] = {}
     for name, module in _linear_modules(block):
         outputs: list[torch.Tensor] = []
 
@@ -187,14 +192,15 @@ def _normalized_in_layer(stream: ResidualStream, layer: int) -> list[Projection]
         if len(outputs) != 1 or outputs[0].numel() != movement.numel():
             continue
         for norm, read in plain.items():
-            alike = read.shape == movement.shape and _is_moved_by(moved[norm] - read, movement)
-            if alike and not torch.allclose(read, outputs[0].view(read.shape)):
-                found.setdefault(norm, name)
-    return [Projection(found[norm], norm, norm_reads_sum=True) for norm in plain if norm in found]
+            factor = _factor(moved[norm] - read, movement) if read.shape == movement.shape else None
+            if factor and not torch.allclose(read, factor * outputs[0].view(read.shape)):
+                found.setdefault(norm, Projection(name, norm, norm_reads_sum=True, factor=factor))
+    return [found[norm] for norm in plain if norm in found]
 
 
 def _norms(block: nn.Module) -> list[str]:
-    return [name for name, module in block.named_modules() if type(module).__name__.endswith("Norm")]
+    modules = [(name, module) for name, module in block.named_modules() if type(module).__name__.endswith("Norm")]
+    return [name for name, module in modules if not list(module.children())]
 
 
 def _linear_modules(block: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -207,5 +213,11 @@ def _movement(hidden: torch.Tensor) -> torch.Tensor:
     return 0.1 * hidden.abs().mean() * noise.to(hidden)
 
 
-def _is_moved_by(change: torch.Tensor, movement: torch.Tensor) -> bool:
-    return torch.allclose(change.float(), movement.float(), atol=0.02 * movement.abs().max().item())
+def _factor(change: torch.Tensor, movement: torch.Tensor) -> float | None:
+    """Return the factor of a movement that has led to a change; None if no factor explains it."""
+    change, movement = change.float(), movement.float()
+    factor = ((change * movement).sum() / movement.square().sum()).item()
+    factor = 1.0 if abs(factor - 1) < NEARLY else factor
+    scaled = factor * movement
+    fits = torch.allclose(change, scaled, atol=0.02 * scaled.abs().max().item())
+    return factor if fits and abs(factor) > NEARLY else None

@@ -312,7 +312,8 @@ class Observed:
             with exact_arithmetic(change.device):
                 for i, read in enumerate(self.reads):
                     stream = self.streams[i]
-                    self.streams[i] = stream + (read.float() @ change.float()).view(stream.shape).to(stream)
+                    moved = read.float() @ self.fitted.compared(change.float())
+                    self.streams[i] = stream + moved.view(stream.shape).to(stream)
         return self.streams or None
 
 
@@ -362,9 +363,9 @@ def _refit_experts(
     """Refit the down projections of the experts of a layer, whose output is added to the stream."""
     refits = []
     with implementations(pruned, experts="eager"):  # that shows what each of them reads
-        for name in added_experts(stream, layer):
+        for name, factor in added_experts(stream, layer).items():
             floor = median_power(targets)
-            done = refit_experts(pruned, stream, layer, name, targets=targets, floor=floor)
+            done = refit_experts(pruned, stream, layer, name, factor=factor, targets=targets, floor=floor)
             refits.append(Refit(name, done.before, done.after, done.ridge))
     return refits
 

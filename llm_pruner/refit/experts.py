@@ -44,7 +44,7 @@ class _Routed:
     """Tokens of all batches: what experts read, and the stream behind the layer.
 
     Attributes:
-        call: rows of hidden states, the experts that read them, and their gates.
+        call: rows of hidden states, the experts that read them, and their gates, with all factors on the way.
         token: index of each row's token, LongTensor ``[rows]``.
         gates_inputs: True where the model scales the rows themselves, and all gates are 1.
         target: the original's stream ``[tokens, hidden]``.
@@ -74,7 +74,14 @@ class _Routed:
 
 
 def refit_experts(
-    model: PreTrainedModel, stream: ResidualStream, layer: int, name: str, *, targets: list[torch.Tensor], floor: float
+    model: PreTrainedModel,
+    stream: ResidualStream,
+    layer: int,
+    name: str,
+    *,
+    factor: float,
+    targets: list[torch.Tensor],
+    floor: float,
 ) -> ExpertRefit:
     """Move the down projections of the experts of a layer, in place.
 
@@ -82,11 +89,12 @@ def refit_experts(
         model: pruned model.
         stream: its residual stream, in front of the layer.
         name: path of the module of experts in the layer.
+        factor: by which its output is multiplied before it is added to the stream.
         targets: the original's stream behind the layer, by batch.
         floor: squared norm of hidden states, as of :class:`RegressionSums`.
     """
     module = stream.layers[layer].get_submodule(name)
-    routed = _collect(stream, layer, module, targets)
+    routed = _collect(stream, layer, module, targets, factor=factor)
     reader = _DownInputs(model, module, gates_inputs=routed.gates_inputs)
     _, held_out = whole = RegressionSums(floor), RegressionSums(floor)
     for tokens in torch.arange(len(routed.target), device=routed.token.device).split(AT_ONCE):
@@ -138,7 +146,9 @@ def _refit_expert(
     return _Moved(gain, ridge)
 
 
-def _collect(stream: ResidualStream, layer: int, module: nn.Module, targets: list[torch.Tensor]) -> _Routed:
+def _collect(
+    stream: ResidualStream, layer: int, module: nn.Module, targets: list[torch.Tensor], *, factor: float
+) -> _Routed:
     """Run a layer on every batch; return what its experts are called with and the stream behind it, by token.
 
     Each of several processes gets the tokens of all: experts are fitted one after the other.
@@ -171,7 +181,7 @@ def _collect(stream: ResidualStream, layer: int, module: nn.Module, targets: lis
             is_held_out.append(torch.full((len(rows),), batch % HELD_OUT == HELD_OUT - 1, device=rows.device))
     read, index, gates = zip(*calls, strict=True)
     return _Routed(
-        call=(stream.join(list(read)), gathered(torch.cat(index)), gathered(torch.cat(gates))),
+        call=(stream.join(list(read)), gathered(torch.cat(index)), factor * gathered(torch.cat(gates))),
         token=gathered(torch.cat(tokens) + rank() * sum(len(part) for part in behind)),
         gates_inputs=gates_inputs,
         target=stream.join([stream.put(target.flatten(0, -2).float()) for target in targets]),

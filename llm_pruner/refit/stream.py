@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import PrunerError
+from ..errors import PrunerError, in_one_line
 from ..models.blockwise import native_compute
 from ..models.hooks import Forward, forward_hooks, replaced_forwards
 from ..models.inputs import Inputs
@@ -32,11 +32,13 @@ class Projection:
         name: path in the layer.
         norm: path of a norm between the projection and the stream; "" where its output is added as it is.
         norm_reads_sum: the norm reads the sum with the stream, as in BERT; else the output alone, as in Gemma 2.
+        factor: by which the output is multiplied before it is added, as in Granite.
     """
 
     name: str
     norm: str = ""
     norm_reads_sum: bool = False
+    factor: float = 1.0
 
     @property
     def added(self) -> str:
@@ -73,8 +75,15 @@ class ResidualStream:
         for ids in track(batches, "recording the residual stream"):
             self._record(model, ids.to(device), calls=len(plain), runs=not all(plain))
         hidden = self.hidden[-1]
-        for i in range(len(layers)):
-            hidden = self.run(i, len(batches) - 1, hidden)
+        try:
+            for i in range(len(layers)):
+                hidden = self.run(i, len(batches) - 1, hidden)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a layer of somebody else's model can fail in any way
+            raise PrunerError(
+                f"this model cannot be compensated: its layers do not run one by one: {in_one_line(error)}"
+            ) from error
         if not torch.allclose(hidden.float(), last.float(), rtol=1e-3, atol=1e-4 * last.abs().max().item()):
             raise PrunerError("this model cannot be compensated: its layers pass on more than one stream")
 
@@ -180,25 +189,26 @@ class ResidualStream:
         for one in reversed(projections):  # what comes later is added as it is, and can be taken away again
             if not one.norm_reads_sum:
                 behind[one.name] = stream
-                stream = stream - adds[one.added].view(stream.shape)
+                stream = stream - one.factor * adds[one.added].view(stream.shape)
             if getattr(block.get_submodule(one.name), "bias", None) is not None:
                 reads[one.name] = torch.cat([reads[one.name], torch.ones_like(reads[one.name][..., :1])], -1)
-            if (gain := self.gain(layer, one)) is not None:
-                scaled = adds[one.added].float().norm(dim=-1) / (adds[one.name].float() * gain).norm(dim=-1)
-                reads[one.name] = reads[one.name] * scaled.nan_to_num(posinf=0)[..., None].to(reads[one.name])
+            if one.added != one.name:
+                normalized = abs(one.factor) * adds[one.added].float().norm(dim=-1)
+                share = normalized / (adds[one.name].float() * self.gain(layer, one)).norm(dim=-1)
+                reads[one.name] = reads[one.name] * share.nan_to_num(posinf=0)[..., None].to(reads[one.name])
         return reads, behind
 
-    def gain(self, layer: int, one: Projection) -> torch.Tensor | None:
-        """Return the factors ``[hidden]`` by which the norm behind a projection's output multiplies; None without one.
+    def gain(self, layer: int, one: Projection) -> torch.Tensor:
+        """Return the factors ``[hidden]`` of a projection's output on its way to the stream.
 
-        They are what the norm makes of +1 and -1 in turn, which have the mean 0 and the mean square 1.
+        Those of a norm's weight are what the norm makes of +1 and -1 in turn, of mean 0 and mean square 1.
         """
-        if not one.norm or one.norm_reads_sum:
-            return None
         signs = torch.ones(self.hidden[0].shape[-1], device=self.device)
+        if one.added == one.name:
+            return one.factor * signs
         signs[1::2] = -1
         norm = self.layers[layer].get_submodule(one.norm)
-        return (norm(signs).float() - norm(0 * signs).float()) * signs
+        return one.factor * (norm(signs).float() - norm(0 * signs).float()) * signs
 
     def norm_inputs(self, layer: int, norms: list[str]) -> dict[str, torch.Tensor]:
         """Run a layer on its first batch; return what each of its norms reads, in the order in which they run."""
@@ -222,6 +232,6 @@ def _keep_first(kept: dict[str, torch.Tensor], name: str) -> Any:
     """Return a hook before a forward that keeps its first argument under a name."""
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        kept[name] = args[0]
+        kept.update({name: args[0]} if args else {})
 
     return hook
