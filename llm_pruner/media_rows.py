@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import wave
 from dataclasses import dataclass, field
@@ -95,6 +96,8 @@ def holds_rows(folder: Path) -> bool:
 def read_media_rows(name: str, split: str | None, most: int | None) -> tuple[bool, list[Medium]]:
     """Read the images or sounds of a data set, with its texts and labels: the first column of each sort.
 
+    Rows without an image or a sound are left out.
+
     Returns:
         True and the rows of a split of the data set's own for measuring or training; or False and all rows, of which
         some are to be held out, as many as :func:`llm_pruner.media.read_media` needs for ``most``.
@@ -121,9 +124,11 @@ def read_media_rows(name: str, split: str | None, most: int | None) -> tuple[boo
         raise Unavailable(
             f"the data set {name} could not be fetched ({in_one_line(error, 160)}); give a local file or folder instead"
         ) from error
-    media = [_medium(f"{name}, row {i}", row, columns, features) for i, row in enumerate(rows)]
-    if not media:
-        raise PrunerError(f"{name} holds no rows")
+    value = operator.itemgetter(columns["medium"])
+    filled = [(i, row) for i, row in enumerate(rows) if value(row) and (value(row)["bytes"] or value(row)["path"])]
+    if not filled:
+        raise PrunerError(f"{name} holds no rows with an image or a sound")
+    media = [_medium(f"{name}, row {i}", row, columns, features) for i, row in filled]
     return own is not None, media
 
 

@@ -82,6 +82,14 @@ def test_scores_per_unit_are_taken_as_they_are(llama, registry):
     assert plan.units["model.layers.0.mlp.neurons"].kept.tolist() == list(range(24, 48))
 
 
+def test_scores_that_units_share_can_be_saved(llama, tmp_path):
+    row = torch.arange(96).double()[::2]
+    scores = lp.score(*llama, criterion=lambda request: {unit.name: row for unit in request.units}, kinds=["neurons"])
+    scores.save(tmp_path / "scores")
+    saved = lp.Scores.load(tmp_path / "scores").values
+    assert len(saved) > 1 and all(torch.equal(values, row) for values in saved.values())
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [

@@ -249,6 +249,26 @@ def test_a_run_sends_tokens_to_fewer_experts(folder):
     assert all(torch.equal(a, b) for a, b in zip(applied.parameters(), stock.parameters(), strict=True))
 
 
+def test_a_repeated_refit_reads_text_of_as_many_experts_per_token(folder, tmp_path):
+    flags = {"calib_dataset": "self", "num_examples": 32, "calib_seq_len": 16, "eval_datasets": "", "self_examples": 0}
+    flags |= {"kinds": "neurons", "pruner_type": "l2", "refit": "ridge", "experts_per_token": 1}
+    run = lp.prune(str(folder), output=str(tmp_path / "run"), **flags)
+    plan, again = str(tmp_path / "run" / "pruning_plan.json"), tmp_path / "again"
+    assert main(["apply", plan, str(folder), str(again), "--refit"]) == 0
+    repeated = AutoModelForCausalLM.from_pretrained(again)
+    assert all(torch.equal(a, b) for a, b in zip(repeated.parameters(), run.model.parameters(), strict=True))
+
+
+def test_cached_scores_are_those_of_as_many_experts_per_token(folder, tmp_path):
+    flags = QUICK | {"kinds": "neurons", "pruning_ratio": 0.5, "pruner_type": "wanda", "experts_per_token": 1}
+    cache = str(tmp_path / "scores")
+    two, cached = (
+        lp.prune(str(folder), **flags | {"experts_per_token": count}, score_cache=cache).plan for count in (None, 1)
+    )
+    plan = lp.prune(str(folder), **flags).plan
+    assert cached.key == plan.key != two.key
+
+
 def test_choices_that_are_joined_point_into_one_axis():
     model = tiny_model("phimoe")  # takes the largest score, and then the largest of the others
     unit = lp.trace(model).of_kind("experts")[0]

@@ -174,6 +174,7 @@ def test_a_block_that_is_gone_comes_back_as_zeros():
         ({"drop_attention": "0"}, "reads the length of the cache from it"),
         ({"drop_mlp": "7"}, "out of range"),
         ({"shares": "layers=1,neurons=1"}, "--shares needs one of --target_params, --target_macs"),
+        ({"kinds": "layers", "target_macs": "0.8"}, "under --target_params, not --target_macs: give that"),
         ({"shares": "layers", "target_params": "0.5"}, "is not valid: give proportions"),
         ({"shares": "vocabulary=1", "target_params": "0.5"}, "tokens are pruned by llm-pruner vocab"),
         ({"shares": "measured:heds", "target_params": "0.5"}, "choose from heads"),

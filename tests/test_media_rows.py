@@ -66,6 +66,17 @@ def test_sounds_of_a_data_set(tmp_path):
         second.sound(16_000)
 
 
+def test_rows_without_a_sound_are_left_out(tmp_path):
+    sounds = [{"bytes": wav(16_000), "path": None}, None, {"bytes": None, "path": None}]
+    for folder, chosen in (("sounds", slice(3)), ("none", slice(1, 3))):
+        rows = datasets.Dataset.from_dict({"audio": sounds, "text": [*"bac"]}).select(range(3)[chosen])
+        rows.cast_column("audio", datasets.Audio(decode=False)).to_parquet(tmp_path / folder / "train.parquet")
+    (sound,) = read_media(str(tmp_path / "sounds"), None)
+    assert sound.text == "b" and len(sound.sound(16_000)) == 400
+    with pytest.raises(PrunerError, match="holds no rows with an image or a sound"):
+        read_media(str(tmp_path / "none"), None)
+
+
 def test_names_of_the_hub(monkeypatch):
     assert is_on_hub("owner/name") and is_media("owner/name.v2") and not is_media("c4")
     assert not is_media("texts/missing.jsonl") and not is_media("/owner/name")

@@ -16,9 +16,11 @@ from llm_pruner.logs import log
 from llm_pruner.peak_memory import give_back_memory
 from llm_pruner.pruning import run as run_module
 from llm_pruner.pruning.arguments import HfPruneArguments, PruneArguments
+from llm_pruner.pruning.calibration import calibration_set
 from llm_pruner.pruning.evaluation import warn_of_lost_quality
+from llm_pruner.pruning.mending import training_text
 from llm_pruner.pruning.planning import PlannedModel, log_plan
-from llm_pruner.pruning.settings import resolve_settings
+from llm_pruner.pruning.settings import CalibrationSettings, resolve_settings
 
 QUICK = {"pruner_type": "l2", "compensate": "none", "eval_datasets": "", "hardware_align": False}
 
@@ -140,6 +142,20 @@ def test_experts_are_a_kind(home, tmp_path):
 def test_kinds_that_cannot_be_cut_are_refused(home, flags, message):
     with pytest.raises(lp.PrunerError, match=message):
         lp.prune(str(home / "base"), **QUICK, **flags)
+
+
+def test_further_samples_of_several_texts_repeat_none(tokenizer, tmp_path):
+    """The shorter text ends first, so that more samples are mixed otherwise than those at hand."""
+    for name, count in (("short", 10), ("long", 60)):
+        lines = [f"{name} {i} {' '.join(str(i * j) for j in range(20))}" for i in range(count)]
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(lines))
+    dataset = f"{tmp_path}/short.txt,{tmp_path}/long.txt"
+    settings = CalibrationSettings(dataset=dataset, samples=16, tokens=16, fewer_samples=True)
+    model = build("llama")
+    ids = calibration_set(settings, tokenizer, model)
+    text = training_text(settings, tokenizer, model, samples=60, seed=0, text=ids)
+    assert torch.equal(text[:16], ids) and len(text) > 40
+    assert len(text.unique(dim=0)) == len(text)
 
 
 def test_a_call_refuses_its_inputs_before_the_model_is_read(home, monkeypatch):

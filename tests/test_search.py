@@ -220,6 +220,8 @@ def test_what_cannot_be_searched_is_refused(setting):
         lp.search(model, graph, scores, ids, kinds=["neurons"])
     with pytest.raises(lp.PrunerError, match="not for hidden"):
         search(setting, kinds=["hidden"])
+    with pytest.raises(lp.PrunerError, match="not for hidden"):
+        search(setting, kinds="hidden")
     with pytest.raises(lp.PrunerError, match="at least 44 calibration samples"):
         lp.search(model, graph, scores, ids[:40], kinds=["neurons"], target_params=0.8)
     graph = graph.copy()

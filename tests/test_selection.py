@@ -133,6 +133,10 @@ def test_scores_of_another_model_are_refused(setting):
         ({"round_to": 0}, "1 or more"),
         ({"layers": [3]}, "layers 0 to 2"),
         ({"layers": 1}, r"such as \[1\]"),
+        ({"layers": {"neurons": 1}}, r"such as \[1\]"),
+        ({"kinds": ()}, "no kind of unit is named: choose from heads"),
+        ({"kinds": [], "target_params": 0.8}, "no kind of unit is named"),
+        ({"ratio": {}, "target_params": 0.8}, "no kind of unit is named"),
         ({"kinds": ["experts"]}, "nothing to prune"),
     ],
 )

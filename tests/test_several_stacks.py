@@ -10,7 +10,9 @@ import llm_pruner as lp
 from llm_pruner.media import media_inputs
 from llm_pruner.models.inputs import example_inputs
 from llm_pruner.models.running import logits
+from llm_pruner.pruning.mending import compensate_plan
 from llm_pruner.refit import compensate
+from llm_pruner.refit.biases import with_biases
 from llm_pruner.unfinished import Unfinished
 
 
@@ -74,6 +76,25 @@ def test_dropped_layers_of_one_stack():
     assert error(model, pruned, unseen) <= before
     with pytest.raises(lp.PrunerError, match="give kept"):
         lp.compensate(model, pruned, ids)
+
+
+def test_dropped_layers_of_both_stacks():
+    """Each stack aims at its own gaps, in a run too."""
+    model, ids, _ = example("bart:seq2seq")
+    graph, plan = lp.trace(model), lp.PruningPlan()
+    kept = {}
+    for unit, layer in zip(graph.of_kind("layers"), (0, 1), strict=True):
+        plan.keep(unit, torch.tensor([layer]), graph.shapes)
+        kept[unit.name.removesuffix(".layers")] = [layer]
+    expected, other, by_plan, by_run = (lp.apply(model, plan) for _ in range(4))
+    report = lp.compensate(model, expected, ids, kept=kept)
+    assert lp.compensate(model, other, ids, kept=[0]) != report
+    assert lp.refit(model, by_plan, ids, plan=plan).compensation == report
+    assert compensate_plan(model, by_run, plan, ids, method="least_squares")[1] == report
+    with pytest.raises(lp.PrunerError, match="give kept"):
+        lp.compensate(model, expected, ids, kept=[-1])
+    with pytest.raises(lp.PrunerError, match="one stack of layers is needed, and this one has 2"):
+        with_biases(by_run, ids)
 
 
 def test_a_tower_that_text_does_not_reach(llava):

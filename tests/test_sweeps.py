@@ -200,6 +200,7 @@ def test_a_run_that_fails_stops_no_other(sweep, capsys, monkeypatch):
         (("[0.25, 0.5]", "[]"), ":14: "),
         (("[taylor, random]", "[taylor, best]"), ":5: criterion 'best' is not valid"),
         (("seeds: [0, 1]", "seeds: [0, 0]"), ":15: seeds"),
+        (("[0.25, 0.5]", "[0.25, 0.5]\n    model: [a, 7]"), ":15: model 7 is not valid: give the name of a model"),
         (("seeds: [0, 1]", "executor: cloud"), ":15: kind 'cloud' is not valid: input should be 'local'"),
         (("seeds: [0, 1]", "executor: {kind: local, job: 2}"), ":15: unknown key 'job'; did you mean 'jobs'"),
         (("  grid:", "  zip:\n    prune.taylor: [vectorize]\n    prune.num_examples: [1, 2]\n  grid:"), "one length"),
@@ -408,6 +409,14 @@ def test_workers_get_their_share_of_the_cores_and_leave_this_process_alone(monke
     printed = "import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'] != '3')"
     assert RequeuedCommand([sys.executable, "-c", printed], 3)() == 0
     assert "OMP_NUM_THREADS" not in os.environ
+
+
+@pytest.mark.parametrize("visible, expected", [("", ["0,1", "2,3"]), ("4,GPU-5a,6,7", ["4,GPU-5a", "6,7"])])
+def test_workers_share_the_gpus_that_this_process_may_use(visible, expected, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    environments = [_environment_of(slot, 2, Executor(jobs=2, gpus=2)) for slot in range(2)]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == expected
 
 
 @pytest.mark.slow

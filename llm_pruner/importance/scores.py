@@ -72,7 +72,8 @@ class Scores:
 
     def save(self, path: str | Path) -> None:
         """Write the scores as safetensors, the settings in its header."""
-        values = {name: value.contiguous() for name, value in self.values.items()}
+        # Units may share a tensor, which safetensors refuse.
+        values = {n: value.clone(memory_format=torch.contiguous_format) for n, value in self.values.items()}
         write_bytes(Path(path), to_bytes(values, {"settings": json.dumps(self.settings)}))
 
     @classmethod

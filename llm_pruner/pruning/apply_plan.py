@@ -29,6 +29,7 @@ from ..refit.methods import train
 from ..refit.norms import rescale_norms
 from ..selection.plan import PruningPlan
 from ..surgery.apply import TASK, apply, task_of_plan
+from ..surgery.per_token import EXPERTS_PER_TOKEN, with_experts_per_token
 from .calibration import calibration_set, leading_count
 from .mending import compensate_plan, training_text
 from .refit_record import RefitRecord
@@ -85,7 +86,9 @@ def _apply_and_refit(plan: PruningPlan, arguments: ApplyArguments, target: Path,
             raise no_tokenizer(arguments.model)
         if left_out := unread_tensors(model):
             plan.settings[UNREAD] = left_out
-        calibration = calibration_set(refit.calibration, tokenizer, model, refit.seed)
+        experts = plan.settings.get(EXPERTS_PER_TOKEN)  # the run's calibration text may be written by so many
+        writer = model if experts is None else with_experts_per_token(model, experts)
+        calibration = calibration_set(refit.calibration, tokenizer, writer, refit.seed)
         pruned = repeat_refit(model, apply(model, plan), plan, calibration, refit=refit, tokenizer=tokenizer)
         write_checkpoint(pruned, tokenizer, folder, plan, standalone=arguments.standalone)
         write_card(pruned.config, folder, plan, target.name)

@@ -85,10 +85,10 @@ class Planning:
     @cached_property
     def key(self) -> list[Any]:
         """Values of JSON on which the result of every step depends: model, arithmetic, calibration set, versions."""
-        model, ids = self.settings.model, self.ids
+        model, ids, experts = self.settings.model, self.ids, self.settings.experts
         return [
             *(versions(), identity(model.name), model.task, model.dtype, model.narrow, model.device, model.offload),
-            *(None if ids is None else hash_of(ids), self.settings.calibration.towers),
+            *(None if ids is None else hash_of(ids), self.settings.calibration.towers, experts.per_token),
         ]
 
     def unfinished(

@@ -173,8 +173,11 @@ def training_text(
     if not isinstance(text, torch.Tensor) or samples <= len(text) or _written_share(calibration):
         return text
     more = replace(calibration, samples=drawn + samples - len(text), fewer_samples=True)
-    further = calibration_set(more, tokenizer, model, seed)[drawn:]
-    return torch.cat([text, further]) if isinstance(further, torch.Tensor) and len(further) else text
+    every, known = calibration_set(more, tokenizer, model, seed), {*map(tuple, text.tolist())}
+    assert isinstance(every, torch.Tensor)
+    # Of several texts, more samples are mixed otherwise, so that those at hand need not be the first.
+    is_further = torch.tensor([tuple(sample) not in known for sample in every.tolist()])
+    return torch.cat([text, every[is_further]])
 
 
 def compensate_plan(
@@ -193,7 +196,7 @@ def compensate_plan(
     """
     if method == "bias":
         pruned = with_biases(pruned, ids)
-    kept = next((kept.tolist() for kept in plan.layers.values()), None)
+    kept = {path: layers.tolist() for path, layers in plan.layers.items()}
     return pruned, compensate(model, pruned, ids, method, kept=kept, unfinished=unfinished)
 
 

@@ -201,7 +201,8 @@ def _proportional_layers(
     """Return how many layers stay when layers and widths are removed in proportions, and the scores of layers."""
     settings, budget_settings = planning.settings, planning.settings.budget
     if budget_settings is None or budget_settings.kind != "target_params":
-        raise PrunerError("--shares with layers needs --target_params: give that instead of another target")
+        target = f", not --{budget_settings.kind}" if budget_settings else ""
+        raise PrunerError(f"layers go in proportion to other kinds under --target_params{target}: give that")
     shares = dict(settings.widths.proportions)
     kinds = tuple(kind for kind in shares if kind != "layers")
     layer_scores = _score_layers(planning, model, graph)

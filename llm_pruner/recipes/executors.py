@@ -92,12 +92,15 @@ def run_local_workers(work: Work, settings: Executor) -> None:
 def _environment_of(slot: int, jobs: int, settings: Executor) -> dict[str, str]:
     """Return the environment of one of several workers: its GPUs, and its share of the cores."""
     present = torch.cuda.device_count()
+    # This process may see some GPUs of the machine only, under other numbers than the machine's.
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    names = visible or [str(i) for i in range(present)]
     gpus = min(1, present) if settings.gpus is None else settings.gpus
     if settings.gpus is not None and gpus * jobs > present:
         raise PrunerError(f"{jobs} jobs with {gpus} GPUs each need {gpus * jobs}, and there are {present}: lower jobs")
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
     if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str((slot * gpus + i) % present) for i in range(gpus))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[(slot * gpus + i) % present] for i in range(gpus))
     return environment
 
 

@@ -112,6 +112,8 @@ def _read_stages(entries: list[dict[Any, Any]], source: Source) -> tuple[Stage, 
 def _check_sweep(recipe: Recipe, sweep: Sweep) -> None:
     for location, key, value in _varied_values(sweep):
         if key == MODEL:
+            if not isinstance(value, str) or not value:
+                raise recipe.source.fault(location, f"model {value!r} is not valid: give the name of a model, as text")
             continue
         name, _, argument = key.partition(".")
         stage = recipe.stage(name)

@@ -33,7 +33,7 @@ def single_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """
     stacks = list(layer_lists(model).items())
     if len(stacks) != 1:
-        raise PrunerError(f"a search over widths needs one stack of layers, not {len(stacks)}")
+        raise PrunerError(f"a model with one stack of layers is needed, and this one has {len(stacks)}")
     return stacks[0]
 
 

@@ -162,7 +162,8 @@ def searched_units(graph: CouplingGraph, options: Mapping[str, Any]) -> list[Uni
         PrunerError: a kind runs through the whole model, zeros do not stand for the removal of a unit, or there is one
             width alone.
     """
-    kinds = tuple(options.get("kinds", ("heads", "neurons")))
+    kinds = options.get("kinds", ("heads", "neurons"))
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if whole := [kind for kind in kinds if kind in WHOLE_MODEL]:
         raise PrunerError(f"a search is for widths of layers, not for {whole[0]}: choose other kinds")
     layers = layers_by_kind(options.get("layers"), kinds) or {}

@@ -26,7 +26,7 @@ other. At the end, the logits are scaled (:mod:`llm_pruner.refit.temperature`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import cast
 
@@ -46,7 +46,7 @@ from ..unfinished import NOTHING_KEPT, Kept, Unfinished
 from .added import added_experts, added_projections
 from .experts import refit_experts
 from .layer_by_layer import keep_layers, restore_layers
-from .matching import MatchingStack, cut_stacks
+from .matching import KeptLayers, MatchingStack, cut_stacks
 from .regression import HELD_OUT, RegressionSums, best_ridge
 from .stream import Projection, ResidualStream
 from .temperature import scale_logits
@@ -94,7 +94,7 @@ def compensate(
     calibration: Inputs,
     method: str = "least_squares",
     *,
-    kept: Sequence[int] | None = None,
+    kept: KeptLayers | None = None,
     unfinished: Unfinished = NOTHING_KEPT,
 ) -> CompensationReport:
     """Refit the projections of ``pruned`` in place, so that the outputs of its layers approach those of ``model``.
@@ -106,8 +106,8 @@ def compensate(
         method: ``least_squares`` moves weights and biases, ``bias`` only biases
             (:func:`llm_pruner.refit.biases.with_biases` gives a model some).
         kept: indices of the original's layers that the pruned model keeps, in order (default: all), of a stack that
-            lost layers. The last projection before a gap makes up for the dropped layers: its target is the stream
-            behind them.
+            lost layers; by the path of the stack where several did. The last projection before a gap makes up for the
+            dropped layers: its target is the stream behind them.
         unfinished: keeps the layers that are done, and has those of a run that was stopped.
 
     Returns:

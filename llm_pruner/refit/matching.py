@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from ..errors import PrunerError
 from ..models.per_layer import layer_lists
 from ..selection.plan import PruningPlan
+
+KeptLayers = Sequence[int] | Mapping[str, Sequence[int]]  # indices of layers, or these by the path of their stack
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,12 @@ def matching_stacks(
     return stacks
 
 
-def cut_stacks(model: PreTrainedModel, pruned: PreTrainedModel, kept: Sequence[int] | None) -> list[MatchingStack]:
+def cut_stacks(model: PreTrainedModel, pruned: PreTrainedModel, kept: KeptLayers | None) -> list[MatchingStack]:
     """Return the stacks of layers that lost something; of a model with one stack that one.
 
     Args:
-        kept: indices of the original's layers that stay, in order (default: all), of stacks that lost layers.
+        kept: indices of the original's layers that stay, in order (default: all), of stacks that lost layers; by the
+            path of the stack where several did.
 
     Raises:
         PrunerError: the models have other stacks, or ``kept`` does not fit.
@@ -89,8 +92,9 @@ def cut_stacks(model: PreTrainedModel, pruned: PreTrainedModel, kept: Sequence[i
     stacks = []
     for path, layers in ours.items():
         count = len(theirs[path])
-        indices = list(range(count)) if kept is None or (len(ours) > 1 and len(layers) == count) else list(kept)
-        if len(indices) != len(layers) or indices != sorted(set(indices)) or indices[-1] >= count:
+        stays = kept.get(path) if isinstance(kept, Mapping) else kept
+        indices = list(range(count)) if stays is None or (len(ours) > 1 and len(layers) == count) else list(stays)
+        if len(indices) != len(layers) or indices != sorted(set(indices)) or not {*indices} <= {*range(count)}:
             raise PrunerError(
                 "the pruned model has other layers than the original: give kept, the indices of its layers"
             )

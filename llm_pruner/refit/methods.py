@@ -110,7 +110,7 @@ def refit(
     if method not in (*CLOSED_FORM, *TRAINED):
         raise PrunerError(f"refit {method!r} is not valid: choose from {', '.join((*CLOSED_FORM, *TRAINED))}")
     calibration = check_calibration(pruned if plan is not None and plan.tokens else model, calibration)
-    kept = next((kept.tolist() for kept in plan.layers.values()), None) if plan else None
+    kept = {path: layers.tolist() for path, layers in plan.layers.items()} if plan else None
     if method in CLOSED_FORM:
         return RefitReport(compensation=compensate(model, pruned, calibration, CLOSED_FORM[method], kept=kept))
     budget = Budget(tokens=DEFAULT_TOKENS if minutes is tokens is None else tokens, minutes=minutes)

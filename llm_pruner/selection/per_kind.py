@@ -39,8 +39,9 @@ def layers_by_kind(layers: LayerChoice, kinds: tuple[str, ...]) -> dict[str, set
     """Return the requested layers by kind; None for no restriction."""
     if layers is None:
         return None
-    if not isinstance(layers, (Mapping, Iterable)):
-        raise PrunerError(f"layers {layers!r} is not valid: give several, such as [{layers!r}] or range(4, 28)")
+    for chosen in layers.values() if isinstance(layers, Mapping) else [layers]:
+        if not isinstance(chosen, Iterable):
+            raise PrunerError(f"layers {chosen!r} is not valid: give several, such as [{chosen!r}] or range(4, 28)")
     if not isinstance(layers, Mapping):
         every = set(layers)
         return {kind: every for kind in kinds}

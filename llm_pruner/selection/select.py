@@ -104,6 +104,8 @@ def select(
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if isinstance(ratio, Mapping):
         kinds = tuple(ratio)
+    if not kinds and not (counts and target_params is budget is None):
+        raise PrunerError(f"no kind of unit is named: choose from {', '.join(KINDS)}")
     elif counts is not None and target_params is None and budget is None:
         kinds = tuple({unit.kind: None for unit in graph.units if unit.name in counts or unit.kind in counts})
     policy = Policy(
