@@ -137,11 +137,25 @@ def test_experts_are_a_kind(home, tmp_path):
         ({"kinds": "heads", "block_wise": True}, "--block_wise and --kinds exclude each other"),
         ({"kinds": "heads", "shares": "heads=1", "target_params": 0.5}, "--kinds and --shares exclude each other"),
         ({"kinds": "toes"}, "--kinds 'toes' is not valid: choose from heads"),
+        ({"shares": "heads=1", "target_params": 0.5, "block_mlp_layer_start": 1}, "--shares and --block_mlp_layer_st"),
     ],
 )
 def test_kinds_that_cannot_be_cut_are_refused(home, flags, message):
     with pytest.raises(lp.PrunerError, match=message):
         lp.prune(str(home / "base"), **QUICK, **flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"hidden_size": 16, "pruning_ratio": 0.3}, "--hidden_size and --pruning_ratio exclude each other"),
+        ({"hidden_size": 16, "block_mlp_layer_end": 2}, "--hidden_size and --block_mlp_layer_end exclude each other"),
+        ({"intermediate_size": 16, "round_to": 8}, "--intermediate_size and --round_to exclude each other"),
+    ],
+)
+def test_flags_without_effect_beside_a_shape_are_refused(flags, message):
+    with pytest.raises(lp.PrunerError, match=message):
+        resolve_settings(PruneArguments(**flags))
 
 
 def test_further_samples_of_several_texts_repeat_none(tokenizer, tmp_path):

@@ -18,7 +18,12 @@ EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
     (("kinds",), ("shares",), "each names the units to prune"),
     (TARGETS, (*TARGETS, "pruning_ratio"), "each sets the size of the result"),
     (TARGETS, ("layer_wise", "iterative_steps"), "a target is solved in one step"),
-    (SHAPES, (*TARGETS, "channel_wise", "kinds", "iterative_steps"), "a target shape determines all widths"),
+    (
+        SHAPES,
+        (*TARGETS, "pruning_ratio", "channel_wise", "kinds", "iterative_steps", "round_to", "floor", *RANGES),
+        "a target shape determines all widths",
+    ),
+    (("shares",), RANGES, "proportions are those of all layers"),
     (("target_config",), ("experts_per_token",), "each sets the experts per token"),
     (
         ("uniform",),
