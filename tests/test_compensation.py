@@ -143,6 +143,15 @@ def test_layers_that_do_not_run_one_by_one_are_refused():
         lp.compensate(model, halved(model), tokens(64, 16))
 
 
+@pytest.mark.parametrize(
+    "name", ("mistral:question-answering", "falcon:question-answering", "gemma3:text-classification")
+)
+def test_layers_of_a_class_that_always_caches_run_without_a_cache(name):
+    model = tiny_model(name)
+    report = lp.compensate(model, halved(model), tokens(64, 16))
+    assert report.layers and all(refit.after <= refit.before for refit in report.layers)
+
+
 @pytest.mark.parametrize("family", ("llama_grouped", "gpt2", "gpt_neox", "mixtral", "granite"))
 def test_the_stream_is_moved_as_running_the_layer_again_would(family):
     model = granite() if family == "granite" else tiny_model(family) if family == "mixtral" else build(family)

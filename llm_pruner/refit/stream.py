@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..errors import PrunerError, in_one_line
 from ..models.blockwise import native_compute
@@ -115,7 +115,8 @@ class ResidualStream:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             first.append(hidden_in(args, kwargs))
             del first[1:]
-            noted.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            others = {k: _no_cache(v) for k, v in kwargs.items() if k != "hidden_states"}
+            noted.append((tuple(map(_no_cache, args[1:])), others))
 
         def replace(_: int, own: Forward) -> Forward:
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -226,6 +227,11 @@ class ResidualStream:
             for name, kept in streams.items():
                 kept.append(self.hidden[batch] if behind[name] is behind[""] else self.put(behind[name]))
         return streams
+
+
+def _no_cache(value: Any) -> Any:
+    """Return an argument of a layer, None for a cache, which would grow whenever the layer runs."""
+    return None if isinstance(value, Cache) else value
 
 
 def _keep_first(kept: dict[str, torch.Tensor], name: str) -> Any:
