@@ -87,6 +87,13 @@ def test_what_a_norm_adds_is_linear_in_the_scaled_inputs(family):
             stream.advance(i, [])
 
 
+def test_norms_of_16_bits_are_read_while_their_layer_runs():
+    model = tiny_model("gemma3_text").to(torch.bfloat16)
+    report = lp.compensate(model, halved(model), tokens(64, 16))
+    assert all(refit.after <= refit.before for refit in report.layers)
+    assert report.layers[-1].after < 0.95 * report.layers[-1].before
+
+
 @pytest.mark.parametrize("family", ("gemma3_text", "olmo2"))
 def test_a_projection_behind_which_a_norm_stands_makes_up_for_a_dropped_layer(family):
     model = tiny_model(family)

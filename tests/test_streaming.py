@@ -145,7 +145,9 @@ def test_calibration_sets_of_any_size_are_scored_part_by_part(name, variant, mon
     expected = lp.score(model, graph, ids, taylor=variant)
     backward, parts = _Sweep._backward, []
     monkeypatch.setattr(gradients, "LEAST_TAPES", 0)
-    monkeypatch.setattr(_Sweep, "_backward", lambda self, **kw: parts.append(len(self.tapes)) or backward(self, **kw))
+    monkeypatch.setattr(
+        _Sweep, "_backward", lambda self, n, **kw: parts.append(len(self.tapes)) or backward(self, n, **kw)
+    )
     found = lp.score(model, graph, ids, taylor=variant)
     assert len(parts) > 1 and sum(parts) % 6 == 0, "6 batches of 1,024 tokens, or 96 of a sample"
     for unit, values in expected.values.items():

@@ -175,6 +175,14 @@ class ResidualStream:
         adds: dict[str, torch.Tensor] = {}
         block = self.layers[layer]
         sums: dict[str, torch.Tensor] = {}
+        shares: dict[str, torch.Tensor] = {}  # that a norm leaves of what it reads, its weight aside
+
+        def share(name: str) -> Any:
+            def hook(norm: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+                read = (args[0].float() * _weight_of(norm, output)).norm(dim=-1, keepdim=True)
+                shares[name] = (output.float().norm(dim=-1, keepdim=True) / read).nan_to_num(posinf=0)
+
+            return hook
 
         def note(name: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -184,7 +192,9 @@ class ResidualStream:
 
         normalized = [(block.get_submodule(one.norm), _keep_first(sums, one.name)) for one in projections if one.norm]
         modules = dict.fromkeys(name for one in projections for name in (one.name, one.added))
-        with forward_hooks([(block.get_submodule(name), note(name)) for name in modules], before=normalized):
+        hooks = [(block.get_submodule(name), note(name)) for name in modules]
+        hooks += [(block.get_submodule(one.norm), share(one.norm)) for one in projections if one.added == one.norm]
+        with forward_hooks(hooks, before=normalized):
             stream = self.run(layer, batch, self.hidden[batch])
         behind = {"": stream} | sums
         for one in reversed(projections):  # what comes later is added as it is, and can be taken away again
@@ -194,22 +204,21 @@ class ResidualStream:
             if getattr(block.get_submodule(one.name), "bias", None) is not None:
                 reads[one.name] = torch.cat([reads[one.name], torch.ones_like(reads[one.name][..., :1])], -1)
             if one.added != one.name:
-                normalized = abs(one.factor) * adds[one.added].float().norm(dim=-1)
-                share = normalized / (adds[one.name].float() * self.gain(layer, one)).norm(dim=-1)
-                reads[one.name] = reads[one.name] * share.nan_to_num(posinf=0)[..., None].to(reads[one.name])
+                reads[one.name] = reads[one.name] * shares[one.added].to(reads[one.name])
         return reads, behind
 
     def gain(self, layer: int, one: Projection) -> torch.Tensor:
-        """Return the factors ``[hidden]`` of a projection's output on its way to the stream.
-
-        Those of a norm's weight are what the norm makes of +1 and -1 in turn, of mean 0 and mean square 1.
-        """
-        signs = torch.ones(self.hidden[0].shape[-1], device=self.device)
+        """Return the factors ``[hidden]`` of a projection's output on its way to the stream."""
         if one.added == one.name:
-            return one.factor * signs
-        signs[1::2] = -1
-        norm = self.layers[layer].get_submodule(one.norm)
-        return one.factor * (norm(signs).float() - norm(0 * signs).float()) * signs
+            return torch.full(self.hidden[0].shape[-1:], one.factor, device=self.device)
+        weights: list[torch.Tensor] = []
+
+        def note(norm: nn.Module, _: Any, output: torch.Tensor) -> None:
+            weights[:] = [_weight_of(norm, output)]
+
+        with forward_hooks([(self.layers[layer].get_submodule(one.norm), note)]):
+            self.run(layer, 0, self.hidden[0])
+        return one.factor * weights[0].to(self.device)
 
     def norm_inputs(self, layer: int, norms: list[str]) -> dict[str, torch.Tensor]:
         """Run a layer on its first batch; return what each of its norms reads, in the order in which they run."""
@@ -227,6 +236,16 @@ class ResidualStream:
             for name, kept in streams.items():
                 kept.append(self.hidden[batch] if behind[name] is behind[""] else self.put(behind[name]))
         return streams
+
+
+def _weight_of(norm: nn.Module, output: torch.Tensor) -> torch.Tensor:
+    """Return what a norm multiplies by, from within the run of its layer, where its weight is at hand.
+
+    It is what the norm makes of +1 and -1 in turn, of mean 0 and mean square 1.
+    """
+    signs = torch.ones_like(output[..., :1, :].flatten(0, -2)[0])
+    signs[1::2] = -1
+    return ((norm.forward(signs) - norm.forward(0 * signs)) * signs).float()
 
 
 def _no_cache(value: Any) -> Any:
