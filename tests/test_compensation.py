@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import llm_pruner as lp
 from llm_pruner.models.hooks import forward_hooks
+from llm_pruner.models.inputs import example_inputs
 from llm_pruner.models.running import relative_difference
 from llm_pruner.refit.added import added_projections, single_stack
 from llm_pruner.refit.biases import with_biases
@@ -140,6 +141,21 @@ def test_layers_that_multiply_what_they_add():
     before = torch.nn.functional.mse_loss(logits(pruned, unseen), logits(model, unseen))
     lp.compensate(model, pruned, tokens(128, 16))
     assert torch.nn.functional.mse_loss(logits(pruned, unseen), logits(model, unseen)) < 0.95 * before
+
+
+def test_each_projection_is_refitted_once():
+    """Conformer's layers add half of their first MLP, which the next two norms read."""
+    model = tiny_model("wav2vec2-conformer:audio-classification")
+    for added in added_projections(model, example_inputs(model), model.wav2vec2_conformer.encoder.layers):
+        assert [one.name for one in added] == ["ffn1.output_dense", "self_attn.linear_out", "ffn2.output_dense"]
+        assert [one.factor for one in added] == pytest.approx([0.5, 1, 0.5])
+
+
+def test_layers_may_widen_the_stream():
+    """A stage of Swin ends with twice the channels."""
+    model = tiny_model("swin:image-classification")
+    report = lp.compensate(model, halved(model), example_inputs(model, rows=64))
+    assert report.layers and all(refit.after <= refit.before for refit in report.layers)
 
 
 def test_layers_that_do_not_run_one_by_one_are_refused():

@@ -194,8 +194,9 @@ def _normalized_in_layer(stream: ResidualStream, layer: int) -> list[Projection]
         for norm, read in plain.items():
             factor = _factor(moved[norm] - read, movement) if read.shape == movement.shape else None
             if factor and not torch.allclose(read, factor * outputs[0].view(read.shape)):
-                found.setdefault(norm, Projection(name, norm, norm_reads_sum=True, factor=factor))
-    return [found[norm] for norm in plain if norm in found]
+                found[norm] = Projection(name, norm, norm_reads_sum=True, factor=factor)  # the last before the norm
+    in_order = [found[norm] for norm in plain if norm in found]
+    return list({one.name: one for one in reversed(in_order)}.values())[::-1]  # each in front of its first norm
 
 
 def _norms(block: nn.Module) -> list[str]:

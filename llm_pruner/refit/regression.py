@@ -18,8 +18,8 @@ class RegressionSums:
     """Sums over tokens that a weighted ridge regression needs.
 
     With inputs X, errors E and diagonal token weights V: X' V X, X' V E and sum V E^2. A token weighs 1 / |h|^2 by its
-    target h, but none more than one whose |h|^2 is ``floor``. What the weight gives is multiplied by ``gain``
-    ``[hidden]`` before it is compared, if there is one.
+    target h, but none more than one whose |h|^2 is ``floor``. What the weight gives is multiplied by ``gain``, of shape
+    ``[hidden]`` or ``[1]``, before it is compared, if there is one.
     """
 
     def __init__(self, floor: float, gain: torch.Tensor | None = None) -> None:

@@ -208,9 +208,9 @@ class ResidualStream:
         return reads, behind
 
     def gain(self, layer: int, one: Projection) -> torch.Tensor:
-        """Return the factors ``[hidden]`` of a projection's output on its way to the stream."""
+        """Return the factors of a projection's output on its way to the stream: ``[1]``, or ``[outputs]`` of a norm."""
         if one.added == one.name:
-            return torch.full(self.hidden[0].shape[-1:], one.factor, device=self.device)
+            return torch.tensor([one.factor], device=self.device)
         weights: list[torch.Tensor] = []
 
         def note(norm: nn.Module, _: Any, output: torch.Tensor) -> None:
