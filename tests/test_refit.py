@@ -336,6 +336,18 @@ def test_a_training_that_does_not_fit_in_memory_is_refused_or_left_out(home, hom
     assert not (tmp_path / "asked" / "model.safetensors").exists()
 
 
+def test_targets_that_the_head_does_not_predict_are_left_out():
+    """Mllama's embedding has rows for images, which its head lacks."""
+    model, ids = build("llama"), tokens(4, 16)
+    outside = ids.clone()
+    outside[:, -1] = model.config.vocab_size
+    embed = model.get_input_embeddings()
+    embed.weight = torch.nn.Parameter(torch.cat([embed.weight, embed.weight[:1]]))
+    with torch.no_grad():
+        others, found = (next_token_loss(model, one).item() for one in (ids[:, :-1], outside))
+    assert found == pytest.approx(others, rel=1e-5)
+
+
 def test_a_model_that_does_not_run_in_bfloat16_is_named(monkeypatch):
     """DBRX's code adds products of matrices to tensors of float32."""
     monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda device: True)

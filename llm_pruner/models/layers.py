@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+HIDDEN = ("hidden_states", "hidden_state")  # names of the argument
+
 
 class LayerLocator:
     """A map from parameter names to their layers: ``(path of the layer list, index)``, None outside of layers."""
@@ -23,7 +25,7 @@ class LayerLocator:
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """Return the hidden states among a layer's arguments."""
-    return args[0] if args else kwargs["hidden_states"]
+    return args[0] if args else next(kwargs[name] for name in HIDDEN if name in kwargs)
 
 
 def hidden_out(output: Any) -> torch.Tensor:

@@ -37,6 +37,7 @@ from .distill import Distillation
 from .training import TrainingReport, check_memory, frozen, in_float32, train_together
 
 RANK = 64
+IGNORED = -100  # as a target of the cross entropy
 RATE = 1e-3  # up to 512 hidden channels
 EPOCHS = 1.34  # tokens that are read more often are learnt by heart; docs/how-to/refit.md has the measurement
 
@@ -45,7 +46,9 @@ def next_token_loss(model: PreTrainedModel, ids: Inputs) -> torch.Tensor:
     """Return the mean cross entropy of the tokens of a batch that a model predicts."""
     inputs = model_inputs(model, ids)
     logits = model(**inputs, **without_cache(model)).logits[:, :-1]
-    return cross_entropy(logits.flatten(0, 1).float(), target_ids(inputs)[:, 1:].flatten())
+    targets = target_ids(inputs)[:, 1:].flatten()
+    known = targets.where(targets < logits.shape[-1], IGNORED)  # Mllama's head has no image token
+    return cross_entropy(logits.flatten(0, 1).float(), known)
 
 
 def lora(

@@ -14,7 +14,7 @@ from ..errors import PrunerError, in_one_line
 from ..models.blockwise import native_compute
 from ..models.hooks import Forward, forward_hooks, replaced_forwards
 from ..models.inputs import Inputs
-from ..models.layers import hidden_in, hidden_out
+from ..models.layers import HIDDEN, hidden_in, hidden_out
 from ..models.processes import count, gathered
 from ..models.running import forward
 from ..peak_memory import give_back_memory
@@ -115,7 +115,7 @@ class ResidualStream:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             first.append(hidden_in(args, kwargs))
             del first[1:]
-            others = {k: _no_cache(v) for k, v in kwargs.items() if k != "hidden_states"}
+            others = {k: _no_cache(v) for k, v in kwargs.items() if k not in HIDDEN}
             noted.append((tuple(map(_no_cache, args[1:])), others))
 
         def replace(_: int, own: Forward) -> Forward:
