@@ -22,12 +22,11 @@ def test_a_refit_ends_well_or_is_refused(name):
         model = tiny_model(name)
         graph = lp.trace(model)
         plan = lp.select(graph, lp.score(model, graph, criterion="l2", kinds=("neurons",)), 0.5, kinds=("neurons",))
-        inputs = example_inputs(model, rows=32)
+        pruned, inputs = lp.apply(model, plan), example_inputs(model, rows=32)
     except Exception as error:  # it is not built small, is refused, or has no neurons
         assert name not in QUICK, error
         pytest.skip(f"{type(error).__name__}: {error}")
     inputs = inputs if len(inputs) == 32 else ModelInputs(*inputs.parts * 32)
-    pruned = lp.apply(model, plan)
     try:
         report = lp.refit(model, pruned, inputs, "lora", plan=plan, tokens=128)
     except lp.PrunerError as error:
