@@ -83,7 +83,7 @@ def test_what_a_norm_adds_is_linear_in_the_scaled_inputs(family):
             for one in added:
                 module = layers[i].get_submodule(one.name)
                 weight = module.weight if module.bias is None else torch.cat([module.weight, module.bias[:, None]], 1)
-                found = stream.gain(i, one) * (reads[one.name] @ weight.T)
+                found = stream.factors(i, one) * (reads[one.name] @ weight.T)
                 torch.testing.assert_close(found, normed[one.name], rtol=1e-4, atol=1e-5)
             stream.advance(i, [])
 

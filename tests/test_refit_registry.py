@@ -12,8 +12,8 @@ QUICK = (
     *("albert:text-classification", "mistral:question-answering"),
     *("swin:image-classification", "wav2vec2-conformer:audio-classification"),
 )
-EVERY = [t if t in QUICK else pytest.param(t, marks=pytest.mark.slow) for t in (*model_types(), *other_types())]
-EVERY += [t if t in QUICK else pytest.param(t, marks=pytest.mark.slow) for t in media_types()]
+NAMES = (*model_types(), *other_types(), *media_types())
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
 @pytest.mark.parametrize("name", EVERY)

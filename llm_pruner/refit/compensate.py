@@ -334,8 +334,8 @@ def observe(
         keep: keep the stream behind the layer if the projection is added last, and there is room for it.
         without: weight ``[inputs, hidden]`` whose output is taken away from the stream first.
     """
-    floor, gain = median_power(targets[one.name if one.norm_reads_sum else ""]), stream.gain(layer, one)
-    observed = Observed(fitted=RegressionSums(floor, gain), held_out=RegressionSums(floor, gain))
+    floor, factors = median_power(targets[one.name if one.norm_reads_sum else ""]), stream.factors(layer, one)
+    observed = Observed(fitted=RegressionSums(floor, factors), held_out=RegressionSums(floor, factors))
     channels = slice(None)
     if only_bias:
         channels = slice(0) if _bias(stream.layers[layer].get_submodule(one.name)) is None else slice(-1, None)

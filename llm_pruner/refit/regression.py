@@ -10,7 +10,7 @@ from ..models.arithmetic import exact_arithmetic
 from ..models.processes import averaged, mean_of
 
 RIDGES = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-LEAST_GAIN = 1e-3  # of the mean: channels that a norm multiplies by less stay as they are
+LEAST_FACTOR = 1e-3  # of the mean: channels that a norm multiplies by less stay as they are
 HELD_OUT = 4  # every 4th batch chooses lambda
 
 
@@ -18,12 +18,12 @@ class RegressionSums:
     """Sums over tokens that a weighted ridge regression needs.
 
     With inputs X, errors E and diagonal token weights V: X' V X, X' V E and sum V E^2. A token weighs 1 / |h|^2 by its
-    target h, but none more than one whose |h|^2 is ``floor``. What the weight gives is multiplied by ``gain``, of shape
-    ``[hidden]`` or ``[1]``, before it is compared, if there is one.
+    target h, but none more than one whose |h|^2 is ``floor``. What the weight gives is multiplied by ``factors``,
+    of shape ``[hidden]`` or ``[1]``, before it is compared, if there are any.
     """
 
-    def __init__(self, floor: float, gain: torch.Tensor | None = None) -> None:
-        self.floor, self.factors = max(floor, 1e-12), gain
+    def __init__(self, floor: float, factors: torch.Tensor | None = None) -> None:
+        self.floor, self.factors = max(floor, 1e-12), factors
         self.tokens = 0.0
         self.error = 0.0
         self.inputs: Any = 0
@@ -83,7 +83,7 @@ class RegressionSums:
         if self.factors is None:
             return change
         size = self.factors.abs()
-        return torch.where(size > LEAST_GAIN * size.mean(), change / self.factors, 0)
+        return torch.where(size > LEAST_FACTOR * size.mean(), change / self.factors, 0)
 
     def gain(self, change: torch.Tensor) -> float:
         """Return the squared error that a change of the weight removes."""

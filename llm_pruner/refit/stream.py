@@ -207,7 +207,7 @@ class ResidualStream:
                 reads[one.name] = reads[one.name] * shares[one.added].to(reads[one.name])
         return reads, behind
 
-    def gain(self, layer: int, one: Projection) -> torch.Tensor:
+    def factors(self, layer: int, one: Projection) -> torch.Tensor:
         """Return the factors of a projection's output on its way to the stream: ``[1]``, or ``[outputs]`` of a norm."""
         if one.added == one.name:
             return torch.tensor([one.factor], device=self.device)
@@ -257,6 +257,7 @@ def _keep_first(kept: dict[str, torch.Tensor], name: str) -> Any:
     """Return a hook before a forward that keeps its first argument under a name."""
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        kept.update({name: args[0]} if args else {})
+        if args:
+            kept[name] = args[0]
 
     return hook
