@@ -166,7 +166,7 @@ def test_arguments(tmp_path_factory, data, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plan", "recipe", "index", "counts"])
+@pytest.mark.parametrize("kind", ["plan", "recipe", "index", "counts", "tensors", "rows"])
 def test_bytes(kind):
     """Guided by coverage, a minute of each."""
     pytest.importorskip("atheris", reason="atheris is not installed (pip install atheris)")
