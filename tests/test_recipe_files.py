@@ -93,6 +93,18 @@ def test_numbers_may_be_written_as_people_do(recipe):
     assert vocab.keep == "400" and len(vocab.corpus) == 1
 
 
+@pytest.mark.parametrize(
+    ("tail", "message"),
+    [
+        ("sweep: {grid: {prune.seed: [1, 2, 1]}}", ":3: run 1: seed 1 and run 3 have the same values: leave out one"),
+        ("sweep:\n  zip: {prune.seed: [1, 1], prune.floor: [2, 2]}", ":3: run 1: seed 1, floor 2 and run 2 have"),
+        ("seeds: [7, 7]", ":3: seeds [7, 7] is not valid: give every seed once"),
+    ],
+)
+def test_runs_of_a_sweep_differ(home, tmp_path, tail, message, capsys):
+    assert message in refusal(write_recipe(tmp_path, home, PRUNE, tail + "\n"), capsys)
+
+
 @pytest.mark.parametrize("spelling", ["model", "models"])
 def test_models_to_compare_may_be_given_in_every_spelling(home, home_text, tmp_path, spelling):
     stage = f"  - evaluate: {{{spelling}: [{home}/base], {TEXT.format(home=home)}}}\n"

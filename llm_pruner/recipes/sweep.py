@@ -70,12 +70,18 @@ def points_of(recipe: Recipe) -> list[SweepPoint]:
     """Return all points, in the order of the file; the last key of a grid varies faster, seeds fastest.
 
     Raises:
-        PrunerError: lists of ``zip`` differ in length.
+        PrunerError: lists of ``zip`` differ in length, or two points have the same values.
     """
     combinations = _combinations(recipe) if recipe.sweep else [{}]
     if recipe.seeds:
         combinations = [values | {SEED: seed} for values in combinations for seed in recipe.seeds]
-    return [SweepPoint(i, values, with_values(recipe, values)) for i, values in enumerate(combinations, 1)]
+    points = [SweepPoint(i, values, with_values(recipe, values)) for i, values in enumerate(combinations, 1)]
+    first: dict[str, SweepPoint] = {}
+    for point in points:
+        if (same := first.setdefault(point.name, point)) is not point:
+            message = f"{same.title} and run {point.number} have the same values: leave out one"
+            raise recipe.source.fault(("sweep",), message)
+    return points
 
 
 def check_point(point: SweepPoint, unavailable: list[str] | None = None) -> None:
