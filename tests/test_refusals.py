@@ -29,7 +29,7 @@ REFUSED = [
     (PRUNE + "--target_latency 30", "--target_latency '30' is not valid"),
     (PRUNE + "--target_params 9T", "--target_params 9T is 9,000,000,000,000", "give less"),
     (PRUNE + "--target_macs 9T --budget_tokens 16", "--target_macs 9T", "give less"),
-    (PRUNE + "--target_params 0.01", "cannot be reached"),
+    (PRUNE + "--target_params 0.01", "stay; prune more kinds (--kinds heads,neurons) or remove layers"),
     (PRUNE + "--target_params 0.8 --pruning_ratio 0.2", "--target_params and --pruning_ratio exclude each other"),
     (PRUNE + "--pruning_ratio 150%", "--pruning_ratio 1.5 is out of range: give a share between 0 and 1 (0.2 or 20%)"),
     (PRUNE + "--shares layers=1", "--shares needs one of --target_params, --target_macs, --target_memory or"),

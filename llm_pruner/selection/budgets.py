@@ -140,7 +140,8 @@ def solve(
     if less is None or cost(less) > limit:
         raise PrunerError(
             f"{budget.name} {budget.target} ({limit:,.0f}) cannot be reached: with everything prunable "
-            f"removed, {cost(less):,.0f} {budget.noun} stay; prune more kinds or layers"
+            f"removed, {cost(less):,.0f} {budget.noun} stay; prune more kinds (--kinds heads,neurons) or remove layers "
+            "first (--num_layers)"
         )
     for _ in range(STEPS):
         middle = (low + high) / 2
