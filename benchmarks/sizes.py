@@ -1,6 +1,6 @@
-"""Tables and figure of sizes.yaml, half.yaml and depths.yaml: perplexity of SmolLM2-135M at five sizes by nine methods.
+"""Tables and figure of sizes.yaml and three further recipes: perplexity of SmolLM2-135M at five sizes by ten methods.
 
-    for recipe in sizes half depths; do llm-pruner run benchmarks/$recipe.yaml; done
+    for recipe in sizes half depths shallower; do llm-pruner run benchmarks/$recipe.yaml; done
     python benchmarks/sizes.py --runs runs --figure docs/figures/sizes.svg
     python benchmarks/sizes.py --print
 
@@ -32,7 +32,7 @@ LOST = 1500  # perplexities that it leaves out
 def rows_of(runs: Path) -> list[dict[str, Any]]:
     """Return one row for each model that the sweeps measured."""
     rows = []
-    for sweep in ("sizes", "half", "depths"):
+    for sweep in ("sizes", "half", "depths", "shallower"):
         with (runs / sweep / "results.csv").open(encoding="utf-8") as file:
             for one in csv.DictReader(file):
                 size = one.get("prune.target_params") or LAYERS.get(one.get("prune.num_layers", ""), "1")
@@ -45,10 +45,11 @@ def rows_of(runs: Path) -> list[dict[str, Any]]:
 
 def method_of(row: dict[str, str]) -> str:
     """Return the name of a method in the table."""
-    if row.get("prune.num_layers"):
-        return "whole layers, `block_influence`"
-    if row["prune.preset"] != "paper":
-        return f"preset `{row['prune.preset']}`"
+    fewer = "whole layers, `block_influence`" if row.get("prune.num_layers") else ""
+    if row.get("prune.preset", "paper") != "paper":
+        return f"preset `{row['prune.preset']}`" + (f", after {fewer}" if fewer else "")
+    if fewer:
+        return fewer
     criterion = row["prune.taylor"] if row["prune.pruner_type"] == "taylor" else row["prune.pruner_type"]
     return f"{row['prune.kinds'].replace(',', ' and ')}, `{criterion}`"
 
@@ -86,7 +87,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, help="folder of both sweeps")
+    parser.add_argument("--runs", type=Path, help="folder of the sweeps")
     parser.add_argument("--figure", type=Path, help="image of the results to write; its ending says the format")
     parser.add_argument("--print", action="store_true", help="print the tables of the results")
     options = parser.parse_args()

@@ -10,6 +10,9 @@ from helpers.models import build, made, tokens
 from helpers.shapes import FAMILIES, planned
 
 import llm_pruner as lp
+from llm_pruner.importance.score import score_blocks
+from llm_pruner.models.hooks import forward_hooks
+from llm_pruner.models.layers import hidden_out
 from llm_pruner.models.running import relative_difference
 from llm_pruner.pruning.whole_layers import describe_dropped
 from llm_pruner.selection.plan import PruningPlan
@@ -157,6 +160,95 @@ def test_a_block_that_is_gone_comes_back_as_zeros():
     found = planned(model, drop_attention="1", drop_mlp="2")
     ids = tokens()
     assert relative_difference(to_uniform(found.pruned)(ids).logits, found.pruned(ids).logits) < 1e-6
+
+
+@pytest.mark.parametrize("depth", ["last", "spaced_middle", "block_influence", "cosine", "loss", "loss_change"])
+@pytest.mark.parametrize("family", ("llama_grouped", "gpt2", "gemma3_text", "mixtral"))
+def test_blocks_are_chosen_by_every_criterion(family, depth):
+    model = build(family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": 5})
+    found = planned(model, tokens(4, 16), depth=depth, num_attention="3", num_mlp="4")
+    layers = [int(path.split(".")[2]) for path in found.plan.blocks]
+    assert len(layers) == 3 and 0 not in layers[:2] and lp.verify(model, found.pruned, found.plan).equivalent
+    if depth == "last":
+        assert layers == [3, 4, 4]
+
+
+@pytest.mark.parametrize(("block", "name"), [("attention", "self_attn"), ("mlp", "mlp")])
+def test_scores_of_blocks_are_those_of_the_model_without_them(block, name):
+    """Against models that lack a block: their loss, and the direction of what leaves the layer."""
+    model, ids = build("llama", num_hidden_layers=4, seed=3), tokens(6, 16)
+    layers = [1, 2, 3]
+    blocks = {"model.layers.layers": [None, *(f"model.layers.{i}.{name}" for i in layers)]}
+
+    def scores(criterion):
+        values = score_blocks(
+            model, lp.trace(model), ids, criterion, blocks=blocks, most={"model.layers.layers": 2}, device="cpu"
+        )["model.layers.layers"]
+        assert values[0] == torch.inf
+        return values[1:].tolist()
+
+    @torch.no_grad()
+    def run(left, layer=0):
+        seen = []
+        with forward_hooks(
+            [(left.model.layers[layer], lambda _, __, output: seen.append(hidden_out(output).double()))]
+        ):
+            loss = left(input_ids=ids, labels=ids).loss.item()
+        return loss, seen[0]
+
+    without = [run(planned(model, **{f"drop_{block}": str(i)}).pruned, i) for i in layers]
+    whole = [run(model, i) for i in layers]
+    losses = [loss - run(model)[0] for loss, _ in without]
+    turned = [
+        1 - torch.cosine_similarity(a, b, dim=-1).mean().item() for (_, a), (_, b) in zip(without, whole, strict=True)
+    ]
+    assert scores("loss_change") == pytest.approx(losses, abs=1e-5)
+    assert scores("block_influence") == pytest.approx(turned, abs=1e-6)
+    order = [layers[i] for i in torch.tensor(scores("loss")).argsort().tolist()]
+    assert order[0] == layers[losses.index(min(losses))]
+    pairs = {i: run(planned(model, **{f"drop_{block}": f"{order[0]},{i}"}).pruned)[0] for i in order[1:]}
+    assert order[1] == min(pairs, key=pairs.get)
+
+
+def test_blocks_of_what_an_encoder_decoder_has(tmp_path):
+    """T5's attention passes the position bias of the first layer on, also where it is removed."""
+    model = made("t5", seq2seq=True, **FAMILIES["t5"])
+    found = planned(model, tokens(4, 16), num_attention="encoder.2", num_mlp="2,2")
+    gone = [path.split(".")[0] for path in found.plan.blocks]
+    assert gone.count("decoder") == 1 and set(gone) == {"encoder", "decoder"}
+    assert lp.verify(model, found.pruned, found.plan).equivalent
+    lp.save(found.pruned, None, tmp_path / "out", plan=found.plan)
+    again, _ = lp.load(str(tmp_path / "out"))
+    ids = {"input_ids": tokens(), "decoder_input_ids": tokens()}
+    assert torch.equal(again(**ids).logits, found.pruned(**ids).logits)
+
+
+def test_blocks_and_layers_go_together():
+    """Blocks are counted among the layers that stay, the first of which keeps its attention."""
+    model = build("llama_grouped", num_hidden_layers=5)
+    found = planned(model, tokens(4, 16), drop_layers="0", num_attention="1", num_mlp="3")
+    assert found.plan.blocks[:3] == [f"model.layers.{i}.self_attn" for i in (2, 3, 4)] and len(found.plan.blocks) == 4
+    assert lp.verify(model, found.pruned, found.plan).equivalent
+    with pytest.raises(lp.PrunerError, match="reads the length of the cache from it"):
+        planned(model, drop_layers="0", drop_attention="1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_attention": "3"}, "cannot keep 3, 3 layers of the model have attention: give 1 to 2"),
+        ({"num_attention": "0"}, "give 1 to 2"),
+        ({"num_mlp": "x"}, "is not valid: give numbers"),
+        ({"num_mlp": "2,2"}, "--num_mlp names 2 stacks"),
+        ({"num_attention": "2", "drop_attention": "1"}, "each names the attention to remove"),
+        ({"num_mlp": "2", "drop_mlp": "1"}, "each names the MLPs to remove"),
+        ({"num_mlp": "2", "uniform": True, "target_params": "0.8"}, "one makes all layers alike"),
+        ({"num_mlp": "2", "depth": "contiguous"}, "chooses whole layers that follow each other: give another"),
+    ],
+)
+def test_bad_numbers_of_blocks(flags, message):
+    with pytest.raises(lp.PrunerError, match=message):
+        planned(build("llama"), tokens(4, 16), **flags)
 
 
 @pytest.mark.parametrize(

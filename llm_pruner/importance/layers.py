@@ -1,4 +1,4 @@
-"""Criteria for whole layers, by forward passes or by position.
+"""Criteria for whole layers, or for the attention or MLP of each layer, by forward passes or by position.
 
 block_influence   1 - mean_t cos(h_t, h'_t), with h the hidden state of token t in front of a layer and h' that behind
                   (ShortGPT, arXiv 2403.03853, equation 1)
@@ -13,12 +13,16 @@ spaced_middle     n layers around the middle, as far apart as the stack allows (
 
 A model that does not predict the next token has no loss, and is scored by the others.
 A layer that holds a tensor that no other layer has (T5's first holds the position bias of all) stays.
+
+For a block, such as the attention of a layer, "without the layer" means that the block adds nothing to the layer, and
+``block_influence`` takes h behind the layer without the block (He et al., arXiv 2406.15786, section 3.1, compare the
+states around the block). ``contiguous`` is for whole layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import floor, pi
@@ -48,6 +52,7 @@ class LayerStack:
 
     Attributes:
         layers: layers of one stack of the model.
+        blocks: block that is scored in each layer, None where a layer has none that can go; empty: whole layers.
         fixed: indices of layers that must stay.
         batches: calibration set, split for forward passes; empty for strategies by position.
         most: largest number of layers that will go.
@@ -55,6 +60,7 @@ class LayerStack:
 
     model: nn.Module
     layers: list[nn.Module]
+    blocks: list[nn.Module | None]
     fixed: set[int]
     batches: tuple[torch.Tensor, ...]
     compute: Compute
@@ -63,6 +69,17 @@ class LayerStack:
     @property
     def free(self) -> list[int]:
         return [i for i in range(len(self.layers)) if i not in self.fixed]
+
+    def check_order(self, run: list[int]) -> None:
+        """Refuse a model whose layers did not run once each, in order."""
+        if run != list(range(len(self.layers))):
+            raise PrunerError("the layers of this model do not run once each, in order: they cannot be compared")
+
+    def silenced(self, index: int) -> AbstractContextManager[None]:
+        """Let the block of a layer add nothing."""
+        block = self.blocks[index]
+        assert block is not None  # fixed otherwise
+        return replaced_forwards([block], _adding_nothing)
 
     def scores(self, by_layer: dict[int, float]) -> torch.Tensor:
         """Return ``[layers]``, infinite for layers without a score."""
@@ -102,8 +119,7 @@ class CachedPass:
 
         with forward_hooks([(layer, cache) for layer in stack.layers], with_kwargs=True):
             self.loss, self.tokens = self._run()
-        if len(self.extras) != len(stack.layers):
-            raise PrunerError("the layers of this model do not run once each, in order: they cannot be compared")
+        stack.check_order(list(range(len(self.extras))))
 
     def _run(self) -> tuple[float, int]:
         """Run the batch; return its summed loss over predicted tokens, 0 for a model that predicts none."""
@@ -132,7 +148,10 @@ class CachedPass:
             hidden = hidden_in(args, kwargs) if index >= start else self.states[start]
             if index >= start:
                 states.append(hidden)
-            if index < start or index in removed:
+            if index in removed and self.stack.blocks:
+                with self.stack.silenced(index):
+                    output = forward(*args, **kwargs)
+            elif index < start or index in removed:
                 output = hidden if self.extras[index] is None else (hidden, *self.extras[index])
             else:
                 output = forward(*args, **kwargs)
@@ -157,11 +176,42 @@ class CachedPass:
 def _block_influence(stack: LayerStack) -> torch.Tensor:
     similarity, tokens = torch.zeros(len(stack.layers), dtype=torch.float64), 0
     for ids in track(stack.batches, "scoring layers"):
-        states = [state.double() for state in CachedPass(stack, ids).states]
-        tokens += states[0][..., 0].numel()
-        for i, (before, after) in enumerate(pairwise(states)):
-            similarity[i] += cosine_similarity(before, after, dim=-1).sum().cpu()
+        pairs = _without_and_with(stack, ids)
+        tokens += pairs[0][0][..., 0].numel()
+        for i, (without, output) in enumerate(pairs):
+            similarity[i] += cosine_similarity(without.double(), output.double(), dim=-1).sum().cpu()
     return stack.scores({i: (1 - similarity[i] / tokens).item() for i in stack.free})
+
+
+def _without_and_with(stack: LayerStack, ids: Inputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return what leaves each layer without what is scored there, and what leaves it, in one pass of the model."""
+    if not stack.blocks:
+        return list(pairwise(CachedPass(stack, ids).states))
+    pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def compare(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        index = stack.layers.index(layer)
+        without = hidden_out(output)
+        if index not in stack.fixed:
+            with stack.silenced(index):
+                without = hidden_out(layer.forward(*args, **kwargs))
+        pairs[index] = (without, hidden_out(output))
+
+    with forward_hooks([(layer, compare) for layer in stack.layers], with_kwargs=True):
+        forward(stack.model, ids)
+    stack.check_order(list(pairs))
+    return list(pairs.values())
+
+
+def _adding_nothing(_: int, forward: Forward) -> Forward:
+    """Return a forward of a block whose hidden states are zeros."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        nothing = torch.zeros_like(hidden_out(output))
+        return (nothing, *output[1:]) if isinstance(output, tuple) else nothing
+
+    return run
 
 
 def _cosine(stack: LayerStack) -> torch.Tensor:
@@ -295,6 +345,7 @@ def score_layers(
     *,
     compute: Compute,
     most: int | None = None,
+    blocks: Sequence[nn.Module | None] = (),
 ) -> torch.Tensor:
     """Score each layer of a stack by a strategy: float64 ``[layers]``, infinite for layers that must stay.
 
@@ -304,18 +355,22 @@ def score_layers(
         unit: stack of layers, a unit of kind ``layers``.
         calibration: LongTensor ``[samples, tokens]``; None for a strategy of :data:`BY_POSITION`.
         most: largest number of layers that will go (default: any number); ``loss`` measures no further.
+        blocks: block of each layer to score instead, None where a layer has none that can go.
 
     Raises:
-        PrunerError: the strategy compares losses, and the model has none.
+        PrunerError: the strategy compares losses, and the model has none, or it is for whole layers.
     """
     check_strategy(model, strategy)
+    if blocks and strategy == "contiguous":
+        raise PrunerError(f"--depth {strategy} chooses whole layers that follow each other: give another for blocks")
     layers = list(layer_lists(model)[unit.name.removesuffix(".layers")])
     batches: Any = ()
     if strategy not in BY_POSITION:
         assert calibration is not None  # checked by the caller
         batches = calibration.to(compute.device).split(max(1, TOKENS_PER_PASS // tokens_per_sample(calibration)))
     most = len(layers) - 1 if most is None else most
-    stack = LayerStack(model, layers, irreplaceable_layers(layers), batches, compute, most)
+    fixed = {i for i, block in enumerate(blocks) if block is None} if blocks else irreplaceable_layers(layers)
+    stack = LayerStack(model, layers, list(blocks), fixed, batches, compute, most)
     if strategy in BY_POSITION:
         return STRATEGIES[strategy](stack)
     with evaluating(model), computing(model, compute):

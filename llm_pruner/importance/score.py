@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -161,6 +161,51 @@ def _part(cache: Path) -> Path:
     return cache.with_name(f"{cache.name}.part")
 
 
+def score_blocks(
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    calibration: Any,
+    strategy: str,
+    *,
+    blocks: Mapping[str, Sequence[str | None]],
+    most: Mapping[str, int],
+    device: str | torch.device,
+) -> dict[str, torch.Tensor]:
+    """Score one block of each layer, such as its attention, by a criterion for layers.
+
+    Args:
+        calibration: as for :func:`score`.
+        strategy: one of :data:`~llm_pruner.importance.layers.STRATEGIES`.
+        blocks: by unit of kind ``layers``, the path of the block in each of its layers, None where none can go.
+        most: number of blocks that will go, by unit.
+        device: device to compute on.
+
+    Returns:
+        By unit, float64 ``[layers]``, infinite for layers whose block stays.
+
+    Raises:
+        PrunerError: the calibration set cannot be read, or the criterion is not for blocks of this model.
+    """
+    compute = native_compute(model).on(torch.device(device))
+    calibration = _layer_inputs(model, strategy, calibration)
+    scores = {}
+    for name, number in most.items():
+        modules = [None if path is None else model.get_submodule(path) for path in blocks[name]]
+        values = score_layers(
+            model, graph.unit(name), strategy, calibration, compute=compute, most=number, blocks=modules
+        )
+        scores[name] = values if values.ndim == 1 else values[number - 1]
+    return scores
+
+
+def _layer_inputs(model: PreTrainedModel, strategy: str, calibration: Any) -> Any:
+    """Return checked inputs for a criterion for layers, or as they are if it reads none."""
+    if strategy in BY_POSITION:
+        return calibration
+    _check_weights(model, strategy)
+    return check_calibration(model, calibration)
+
+
 def _score_layers(
     model: PreTrainedModel,
     graph: CouplingGraph,
@@ -173,9 +218,7 @@ def _score_layers(
 ) -> dict[str, torch.Tensor]:
     if kinds not in (None, ("layers",)):
         raise PrunerError(f"{strategy} scores layers only: give kinds=['layers'], or another criterion")
-    if strategy not in BY_POSITION:
-        _check_weights(model, strategy)
-        calibration = check_calibration(model, calibration)
+    calibration = _layer_inputs(model, strategy, calibration)
     stacks = graph.of_kind("layers")
     return {u.name: score_layers(model, u, strategy, calibration, compute=compute, most=most) for u in stacks}
 

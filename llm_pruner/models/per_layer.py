@@ -312,12 +312,11 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
 
 def _override_block(model: PreTrainedModel, path: str, recipe: dict[str, Any]) -> None:
     """Replace one block as its entry in ``submodule_overrides`` says."""
-    block = _submodule(model, path)
-    if block is None:
+    if (block := _submodule(model, path)) is None:
         return
     if "absent" in recipe:
         if list(block.parameters()):  # otherwise transformers has left it out already
-            model.set_submodule(path, Absent(recipe["absent"]))
+            model.set_submodule(path, Absent(recipe["absent"], recipe.get("passes", ())))
         return
     if recipe["values"] or recipe["shapes"]:
         block = rebuild(block, recipe["values"])
@@ -330,15 +329,16 @@ def _override_block(model: PreTrainedModel, path: str, recipe: dict[str, Any]) -
 
 
 class Absent(nn.Module):
-    """The stand-in of a removed block: it adds nothing to the residual stream. ``outputs`` of 0 means no tuple."""
+    """The stand-in of a removed block: it adds nothing to the residual stream, and passes on arguments that the block
+    returns (``passes``, a name for each output). ``outputs`` of 0 means no tuple."""
 
-    def __init__(self, outputs: int):
+    def __init__(self, outputs: int, passes: Iterable[str | None] = ()):
         super().__init__()
-        self.outputs = outputs
+        self.outputs, self.passes = outputs, list(passes) or [None] * outputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         nothing = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
-        return (nothing, *[None] * (self.outputs - 1)) if self.outputs else nothing
+        return (nothing, *(kwargs.get(name or "") for name in self.passes[1:])) if self.outputs else nothing
 
 
 def _resize(block: nn.Module, name: str, shape: tuple[int, ...]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 from ..choices import (
     DEFAULT_MODEL,
@@ -23,8 +22,18 @@ from ..choices import (
     Tower,
 )
 from ..errors import PrunerError
-from ..flags import Arguments, Share, check_at_least, check_combinations, default_of, flag, split_list
-from .combinations import EXCLUSIVE, MODES, RANGES, REQUIRES, REQUIRES_SAVING, TARGETS, check_allocation
+from ..flags import Arguments, Share, check_at_least, check_combinations, default_of, flag
+from .combinations import (
+    EXCLUSIVE,
+    LAYER_LISTS,
+    MODES,
+    RANGES,
+    REQUIRES,
+    REQUIRES_SAVING,
+    TARGETS,
+    check_allocation,
+    read_shares,
+)
 
 
 @dataclass(kw_only=True)
@@ -140,10 +149,16 @@ class PruneArguments(Arguments):
     num_layers: list[str] = flag(
         [], "number of layers to keep, chosen by --depth: 22, or 12,6 for an encoder-decoder", group="layers"
     )
-    depth: LayerCriterion | None = flag(None, "criterion that chooses layers (default: loss)", group="layers")
+    depth: LayerCriterion | None = flag(
+        None, "criterion that chooses layers, and layers to lose attention or MLP (default: loss)", group="layers"
+    )
     depth_examples: int = flag(16, "calibration samples that --depth is measured on", group="layers")
     drop_attention: list[str] = flag([], "layers whose attention is removed: 20,21", group="layers")
     drop_mlp: list[str] = flag([], "layers whose MLP is removed: 3", group="layers")
+    num_attention: list[str] = flag(
+        [], "number of layers that keep their attention, chosen by --depth: 24, or decoder.4", group="layers"
+    )
+    num_mlp: list[str] = flag([], "number of layers that keep their MLP, chosen by --depth", group="layers")
 
     target_config: str | None = flag(
         None, "JSON file with the config of the pruned model, or some of its fields", group="shape"
@@ -292,7 +307,7 @@ class PruneArguments(Arguments):
         check_combinations(self, EXCLUSIVE, REQUIRES)
         self._check_ranges()
         check_allocation(self)
-        for name in ("drop_layers", "num_layers", "drop_attention", "drop_mlp"):
+        for name in LAYER_LISTS:
             self.layer_numbers(name)
         self._check_experts()
         name = self.save_ckpt_log_name
@@ -302,7 +317,7 @@ class PruneArguments(Arguments):
             raise PrunerError("--kinds vocabulary: tokens are pruned by llm-pruner vocab")
 
     def _check_experts(self) -> None:
-        if "experts" not in (*self.kinds, *self.proportions()):
+        if "experts" not in (*self.kinds, *read_shares(self.shares)):
             for name in ("experts_per_layer", "protect_super_experts"):
                 if getattr(self, name) is not None:
                     raise PrunerError(f"--{name} is about the experts that go: add --kinds experts")
@@ -352,25 +367,6 @@ class PruneArguments(Arguments):
             numbers.append((stack, int(number)))
         return numbers
 
-    def proportions(self) -> dict[str, float]:
-        """Return the proportions of ``--shares`` by kind; 0 for kinds whose proportion is to be measured.
-
-        Raises:
-            PrunerError: an entry is not a proportion, or its kind of unit is not known.
-        """
-        mode, _, listed = (self.shares or "").partition(":")
-        if mode == "measured":
-            shares = dict.fromkeys(split_list(listed) or ["layers", "neurons"], 0.0)
-        else:
-            shares = dict(map(_proportion, split_list(self.shares)))
-        kinds = [kind for kind in Kind.__args__ if kind != "vocabulary"]  # type: ignore[attr-defined]
-        for kind in shares:
-            if kind == "vocabulary":
-                raise PrunerError("--shares vocabulary: tokens are pruned by llm-pruner vocab")
-            if kind not in kinds:
-                raise PrunerError(f"--shares {kind!r} is not valid: choose from {', '.join(kinds)}")
-        return shares
-
 
 @dataclass(kw_only=True)
 class HfPruneArguments(PruneArguments):
@@ -387,14 +383,3 @@ class HfPruneArguments(PruneArguments):
         """Refuse what cannot work, as the base class does, and flags that need a checkpoint where none is saved."""
         super().check()
         check_combinations(self, (), REQUIRES_SAVING)
-
-
-def _proportion(entry: str) -> tuple[str, float]:
-    kind, _, value = entry.partition("=")
-    try:
-        number: Any = float(value)
-    except ValueError:
-        number = -1.0
-    if not 0 < number < float("inf"):
-        raise PrunerError(f"--shares {entry!r} is not valid: give proportions such as layers=2,neurons=1, or measured")
-    return kind.strip(), number

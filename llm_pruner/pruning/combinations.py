@@ -1,17 +1,20 @@
-"""Combinations of flags of ``prune`` that cannot work."""
+"""Combinations of flags of ``prune`` that cannot work, and the flag that combines kinds of units."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ..choices import SHAPE, UNGROUPED
+from ..choices import SHAPE, UNGROUPED, Kind
 from ..errors import PrunerError
+from ..flags import split_list
 
 TARGETS = ("target_params", "target_macs", "target_memory", "target_latency")
 SHAPES = ("target_config", *SHAPE)
 MODES = ("block_wise", "channel_wise", "layer_wise", "kinds")
 RANGES = tuple(f"block_{block}_layer_{end}" for block in ("attention", "mlp") for end in ("start", "end"))
+BLOCKS = ("drop_attention", "drop_mlp", "num_attention", "num_mlp")  # of layers
+LAYER_LISTS = ("drop_layers", "num_layers", *BLOCKS)
 # Flags that cannot be given together, and why.
 EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
     (MODES, MODES, "each names the units to prune"),
@@ -27,9 +30,11 @@ EXCLUSIVE: tuple[tuple[Sequence[str], Sequence[str], str], ...] = (
     (("target_config",), ("experts_per_token",), "each sets the experts per token"),
     (
         ("uniform",),
-        (*RANGES, "global_pruning", "drop_attention", "drop_mlp", "layer_wise"),
+        (*RANGES, "global_pruning", *BLOCKS, "layer_wise"),
         "one makes all layers alike, the other makes layers differ",
     ),
+    (("num_attention",), ("drop_attention",), "each names the attention to remove"),
+    (("num_mlp",), ("drop_mlp",), "each names the MLPs to remove"),
     *((("layer_wise", "drop_layers", "num_layers", "num_hidden_layers"),) * 2 + ("each names the layers to remove",),),
     (("depth",), ("layer_wise", "drop_layers"), "one chooses layers, the other names them"),
     (("layer_wise",), ("global_pruning", "iterative_steps"), "layers are dropped by position"),
@@ -62,7 +67,7 @@ NOT_SEARCHED = (
 )
 # Flags that --grouping_strategy none does without: it changes widths of layers once, by a ratio.
 NOT_UNGROUPED = (
-    *("channel_wise", "layer_wise", "drop_layers", "num_layers", "drop_attention", "drop_mlp"),
+    *("channel_wise", "layer_wise", *LAYER_LISTS),
     *("iterative_steps", "global_pruning", "allocate", "shares", *TARGETS, *SHAPES),
 )
 
@@ -113,3 +118,37 @@ def check_ungrouped(arguments: Any, refit: str) -> None:
         raise PrunerError(f"{alone}: leave out --kinds {', '.join(sorted(others))}")
     if refit != "none":
         raise PrunerError(f"{alone}, and --refit {refit} reads units: add --refit none, or --preset paper")
+
+
+def read_shares(text: str | None) -> dict[str, float]:
+    """Read proportions of kinds of units; 0 for kinds whose proportion is to be measured.
+
+    Raises:
+        PrunerError: an entry is not a proportion, or its kind of unit is not known.
+
+    >>> read_shares("layers=2,neurons=1"), read_shares("measured:heads,neurons")
+    ({'layers': 2.0, 'neurons': 1.0}, {'heads': 0.0, 'neurons': 0.0})
+    """
+    kinds = [kind for kind in Kind.__args__ if kind != "vocabulary"]  # type: ignore[attr-defined]
+    mode, _, listed = (text or "").partition(":")
+    if mode == "measured":
+        shares = dict.fromkeys(split_list(listed) or ["layers", "neurons"], 0.0)
+    else:
+        shares = dict(map(_share, split_list(text)))
+    for kind in shares:
+        if kind == "vocabulary":
+            raise PrunerError("--shares vocabulary: tokens are pruned by llm-pruner vocab")
+        if kind not in kinds:
+            raise PrunerError(f"--shares {kind!r} is not valid: choose from {', '.join(kinds)}")
+    return shares
+
+
+def _share(entry: str) -> tuple[str, float]:
+    kind, _, value = entry.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise PrunerError(f"--shares {entry!r} is not valid: give proportions such as layers=2,neurons=1, or measured")
+    return kind.strip(), number

@@ -57,7 +57,8 @@ def needs_calibration(settings: PruneSettings) -> bool:
     layers, widths = settings.layers, settings.widths
     by_shape = any("layer" in name for name in settings.shape)
     chooses_layers = bool(layers.keep or by_shape or widths.proportions or "layers" in widths.kinds)
-    by_forward = chooses_layers and not layers.drop and layers.criterion not in BY_POSITION
+    chooses_blocks = bool(layers.keep_attention or layers.keep_mlp)
+    by_forward = (chooses_blocks or (chooses_layers and not layers.drop)) and layers.criterion not in BY_POSITION
     criterion = settings.scoring.criterion
     protects = "experts" in (*widths.kinds, *widths.proportions) and settings.experts.protects(criterion)
     by_criterion = settings.prunes_widths and (protects or criterion_needs_calibration(criterion))

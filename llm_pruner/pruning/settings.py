@@ -17,7 +17,7 @@ from ..refit.compensate import MIN_SAMPLES
 from ..selection.budgets import COUNTS, UNITS, read_target
 from ..selection.per_kind import PerKind
 from .arguments import PruneArguments
-from .combinations import TARGETS, check_ungrouped
+from .combinations import TARGETS, check_ungrouped, read_shares
 from .expert_settings import ExpertSettings, expert_settings, scopes
 from .presets import PRESETS
 from .refit_settings import RefitSettings, refit_settings
@@ -91,7 +91,9 @@ class LayerSettings:
         keep: layer counts to keep, as (stack, count).
         drop_attention: layers whose attention goes, as (stack, index).
         drop_mlp: layers whose MLP goes.
-        criterion: that chooses layers.
+        keep_attention: numbers of layers that keep their attention, as (stack, count).
+        keep_mlp: numbers of layers that keep their MLP.
+        criterion: that chooses layers, and those that lose a block.
         replaceable: use another criterion for a model without the loss that this one compares.
         samples: calibration samples for it.
     """
@@ -101,13 +103,16 @@ class LayerSettings:
     keep: tuple[tuple[str, int], ...] = ()
     drop_attention: tuple[tuple[str, int], ...] = ()
     drop_mlp: tuple[tuple[str, int], ...] = ()
+    keep_attention: tuple[tuple[str, int], ...] = ()
+    keep_mlp: tuple[tuple[str, int], ...] = ()
     criterion: str = "loss"
     replaceable: bool = False
     samples: int = 16
 
     @property
     def any(self) -> bool:
-        return bool(self.first or self.drop or self.keep or self.drop_attention or self.drop_mlp)
+        named = self.first or self.drop or self.drop_attention or self.drop_mlp
+        return bool(named or self.keep or self.keep_attention or self.keep_mlp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +337,8 @@ def _layer_settings(arguments: PruneArguments) -> LayerSettings:
         keep=tuple(arguments.layer_numbers("num_layers")),
         drop_attention=tuple(arguments.layer_numbers("drop_attention")),
         drop_mlp=tuple(arguments.layer_numbers("drop_mlp")),
+        keep_attention=tuple(arguments.layer_numbers("num_attention")),
+        keep_mlp=tuple(arguments.layer_numbers("num_mlp")),
         criterion="last" if first else arguments.depth or "loss",
         replaceable=arguments.depth is None,
         samples=arguments.depth_examples,
@@ -348,7 +355,7 @@ def _width_settings(arguments: PruneArguments, align: bool) -> WidthSettings:
         kinds = ("hidden",)
     elif not kinds and (arguments.block_wise or attention != (None, None)):
         kinds = ("heads", "neurons")
-    proportions: Mapping[str, float] = arguments.proportions()
+    proportions: Mapping[str, float] = read_shares(arguments.shares)
     if "layers" in kinds and any(map(arguments.is_given, TARGETS)):
         proportions = dict.fromkeys(kinds, 1.0)
     scope, normalize = scopes(arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..graph.blocks import block_of
 from ..graph.tracer import TraceError
 from ..graph.units import CouplingGraph, Unit
 from ..importance.layers import BY_LOSS, BY_POSITION
-from ..importance.score import score
+from ..importance.score import score, score_blocks
 from ..importance.scores import Scores
 from ..logs import log
 from ..models.blockwise import computing
@@ -34,6 +34,8 @@ from .settings import LayerSettings, PruneSettings
 
 PROBE = 0.05  # share of the parameters that each kind loses to measure what that costs
 SAMPLES_PER_PASS = 16
+BLOCKS = {"attention": "heads", "mlp": "neurons"}  # blocks of a layer, by the units that they hold
+TITLES = {"attention": "attention", "mlp": "an MLP"}
 WITHOUT_LOSS = "cosine"  # chooses layers of models that predict no tokens
 
 
@@ -44,27 +46,82 @@ def plan_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph
         PrunerError: a layer does not exist, or too few would stay.
     """
     settings, layers = planning.settings, planning.settings.layers
-    blocks = [
-        _block_path(model, graph, flag, layer, where=where, kind=kind)
-        for flag, kind in (("drop_attention", "heads"), ("drop_mlp", "neurons"))
-        for where, layer in getattr(layers, flag)
-    ]
     if layers.drop:
         counts, scores = _named_layers(graph, layers.drop)
     elif "layers" in settings.widths.proportions:
         counts, scores = _proportional_layers(planning, model, graph)
     else:
         counts, scores = _counted_layers(planning, model, graph)
-    plan = select(graph, scores, counts=counts) if counts else None
-    for path in blocks:
-        plan = plan or PruningPlan()
-        plan.drop_block(path, graph.shapes)
-    return plan
+    plan = select(graph, scores, counts=counts) if counts else PruningPlan()
+    for block in BLOCKS:
+        named = [
+            _block_path(model, graph, plan, block, layer, where=where)
+            for where, layer in getattr(layers, f"drop_{block}")
+        ]
+        for path in [*named, *_counted_blocks(planning, model, graph, plan, block)]:
+            plan.drop_block(path, graph.shapes)
+    return plan if plan.units or plan.blocks else None
 
 
-def _block_path(model: PreTrainedModel, graph: CouplingGraph, flag: str, layer: int, *, where: str, kind: str) -> str:
+def _counted_blocks(
+    planning: Planning, model: PreTrainedModel, graph: CouplingGraph, plan: PruningPlan, block: str
+) -> list[str]:
+    """Return the paths of the attention or MLP blocks that go by number, of the layers that a plan leaves.
+
+    Raises:
+        PrunerError: a number is not one that can stay.
+    """
+    flag = f"num_{block}"
+    blocks = {unit.name: _blocks_of(model, graph, unit, plan, kind=BLOCKS[block]) for unit in graph.of_kind("layers")}
+    most = {}
+    for name, count in _counts_by_stack(getattr(planning.settings.layers, f"keep_{block}"), flag, graph).items():
+        present = len(blocks[name])
+        gone = {i: path for i, path in blocks[name].items() if path is not None}
+        if not present - len(gone) <= count < present:
+            title = _stack_title(graph, name)
+            fewest = f"give {present - len(gone)} to {present - 1}" if gone else "none of it can go"
+            raise PrunerError(
+                f"--{flag}: cannot keep {count}, {present} layers of {title} have {TITLES[block]}: {fewest}"
+            )
+        most[name] = present - count
+    if not most:
+        return []
+    by_layer = {u.name: [blocks[u.name].get(i) for i in range(u.size)] for u in graph.of_kind("layers")}
+    scores = _score_blocks(planning, model, graph, by_layer, most)
+    lowest = {name: values.argsort(stable=True)[: most[name]].tolist() for name, values in scores.items()}
+    return [path for name, layers in lowest.items() for i in sorted(layers) if (path := by_layer[name][i])]
+
+
+def _blocks_of(
+    model: PreTrainedModel, graph: CouplingGraph, unit: Unit, plan: PruningPlan, *, kind: str
+) -> dict[int, str | None]:
+    """Return the block with units of a kind of each layer that stays and has one: its path, None if it cannot go."""
+    stack = unit.name.removesuffix(".layers")
+    stays = _layers_left(plan, stack, unit.size)
+    names = [name for u in [*graph.units, *graph.frozen] if u.kind == kind for name in u.parameters]
+    paths: dict[int, str | None] = {}
+    for layer in stays:
+        if any(name.startswith(f"{stack}.{layer}.") for name in names):
+            try:
+                paths[layer] = block_of(model, graph, stack, layer, kind=kind, first=stays[0])
+            except TraceError:
+                paths[layer] = None
+    return paths
+
+
+def _layers_left(plan: PruningPlan, stack: str, size: int) -> list[int]:
+    return plan.layers[stack].tolist() if stack in plan.layers else list(range(size))
+
+
+def _block_path(
+    model: PreTrainedModel, graph: CouplingGraph, plan: PruningPlan, block: str, layer: int, *, where: str
+) -> str:
+    """Return the path of the block of a layer that ``--drop_attention`` or ``--drop_mlp`` names."""
+    flag = f"drop_{block}"
+    stack = _stack_path(graph, where, flag)
+    first = _layers_left(plan, stack, 1)[0]
     try:
-        return block_of(model, graph, _stack_path(graph, where, flag), layer, kind=kind)
+        return block_of(model, graph, stack, layer, kind=BLOCKS[block], first=first)
     except TraceError as error:
         raise PrunerError(f"--{flag} {layer}: {error}") from error
 
@@ -110,12 +167,7 @@ def _layer_counts(
             raise PrunerError(f"--layer_wise is for one stack of layers, the model has {len(units)}: use --num_layers")
         return dict.fromkeys(units, layers.first)
     if layers.keep:
-        if len(layers.keep) > len(units):
-            raise PrunerError(f"--num_layers names {len(layers.keep)} stacks of layers, the model has {len(units)}")
-        return {
-            _stack_path(graph, where, "num_layers") + ".layers" if where else list(units)[i]: count
-            for i, (where, count) in enumerate(layers.keep)
-        }
+        return _counts_by_stack(layers.keep, "num_layers", graph)
     if settings.shape:
         config = target_config(model, settings.shape)
         with _naming_nearest(model, settings.shape):
@@ -125,16 +177,45 @@ def _layer_counts(
     return {}
 
 
+def _counts_by_stack(keep: Sequence[tuple[str, int]], flag: str, graph: CouplingGraph) -> dict[str, int]:
+    """Return the numbers of a flag by unit: those without a name are of the first stacks."""
+    units = [unit.name for unit in graph.of_kind("layers")]
+    if len(keep) > len(units):
+        raise PrunerError(f"--{flag} names {len(keep)} stacks of layers, the model has {len(units)}")
+    return {
+        _stack_path(graph, where, flag) + ".layers" if where else units[i]: count
+        for i, (where, count) in enumerate(keep)
+    }
+
+
 def _only_fewer(units: Mapping[str, Unit], counts: Mapping[str, int]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count < units[name].size}
 
 
 def _score_layers(planning: Planning, model: PreTrainedModel, graph: CouplingGraph, most: int | None = None) -> Scores:
-    layers, ids, device = planning.settings.layers, planning.ids, planning.settings.model.device
-    criterion = _layer_criterion(layers, model)
-    samples = None if ids is None or criterion in BY_POSITION else ids[: layers.samples]
+    criterion, samples = _criterion_and_samples(planning, model)
+    device = planning.settings.model.device
     with planning.clock("depth"):
         return score(model, graph, samples, criterion, kinds=["layers"], device=device, most=most)
+
+
+def _score_blocks(
+    planning: Planning,
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    blocks: Mapping[str, Sequence[str | None]],
+    most: Mapping[str, int],
+) -> dict[str, torch.Tensor]:
+    criterion, samples = _criterion_and_samples(planning, model)
+    device = planning.settings.model.device
+    with planning.clock("depth"):
+        return score_blocks(model, graph, samples, criterion, blocks=blocks, most=most, device=device)
+
+
+def _criterion_and_samples(planning: Planning, model: PreTrainedModel) -> tuple[str, Inputs | None]:
+    layers, ids = planning.settings.layers, planning.ids
+    criterion = _layer_criterion(layers, model)
+    return criterion, None if ids is None or criterion in BY_POSITION else ids[: layers.samples]
 
 
 def _layer_criterion(layers: LayerSettings, model: PreTrainedModel) -> str:

@@ -20,7 +20,8 @@ SHAPES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_va
 OTHER_FLAGS = {
     *("model", "base_model", "pruner_type", "taylor", "preset", "pruning_ratio", "seed", "calib_seed", "output"),
     *("output_root", "save_ckpt_log_name", "save_model", "device", "eval_device", "quiet", "score_cache"),
-    *("num_layers", "drop_layers", "depth", "drop_attention", "drop_mlp", "target_config", *TARGETS, *SHAPES),
+    *("num_layers", "drop_layers", "depth", "drop_attention", "drop_mlp", "num_attention", "num_mlp", "target_config"),
+    *(*TARGETS, *SHAPES),
 }
 
 # Refits of the presets, with those of earlier versions.

@@ -145,7 +145,7 @@ def without_blocks(model: PreTrainedModel, config: PreTrainedConfig, plan: Pruni
         if stack is None:
             raise PrunerError(f"{path} lies in no layer: only blocks of layers can be removed")
         layer, _, inner = new[len(stack.path) + 1 : -1].partition(".")
-        entry = {"values": {}, "shapes": {}, "absent": _outputs(model, path)}
+        entry = {"values": {}, "shapes": {}, **_outputs(model, path)}
         part = parts[stack.config]
         setattr(part, SUBMODULES, overrides_of(part) | {stack.inside(int(layer), inner): entry})
         if stack.standard and (name := _name_in_transformers(model, graph, stack, path)):
@@ -166,18 +166,21 @@ def _name_in_transformers(model: PreTrainedModel, graph: CouplingGraph, stack: S
 
 
 @torch.no_grad()
-def _outputs(model: PreTrainedModel, path: str) -> int:
-    """Return how many values a block returns, 0 where it returns no tuple."""
-    lengths: list[int] = []
+def _outputs(model: PreTrainedModel, path: str) -> dict[str, Any]:
+    """Return how many values a block returns (``absent``, 0: no tuple), and which of its arguments, such
+    as the ``position_bias`` of T5, are among them (``passes``)."""
+    entry: dict[str, Any] = {}
 
-    def count(_: nn.Module, __: Any, output: Any) -> None:
-        lengths.append(len(output) if isinstance(output, tuple) else 0)
+    def note(_: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> None:
+        values = output if isinstance(output, tuple) else ()
+        names = [next((n for n, v in kwargs.items() if v is not None and v is value), None) for value in values]
+        entry.update({"absent": len(values)} | ({"passes": names} if any(names) else {}))
 
     twin = skeleton(type(model), model.config)
     share_inputs(twin, model)
-    with tracing_mode(twin), MetaReads(), forward_hooks([(twin.get_submodule(path), count)]):
+    with tracing_mode(twin), MetaReads(), forward_hooks([(twin.get_submodule(path), note)], with_kwargs=True):
         forward(twin, example_inputs(twin))
-    return lengths[0]
+    return entry
 
 
 def _entries(values: list[Any], length: int, order: list[int]) -> list[Any]:
