@@ -294,8 +294,11 @@ def self_written(
         longer = _continue_prompts(model, torch.tensor([prompts[i] for i in places]), longest - length, seed)
         for i, row in zip(places, longer.tolist(), strict=True):
             prompts[i] = prompts[i] + row
-    rows = torch.tensor(prompts)
-    return torch.cat([rows, _continue_prompts(model, rows, tokens, seed)], dim=1)[:, dropped : dropped + tokens]
+    rows, room = torch.tensor(prompts), context_length(model)
+    needed = dropped + tokens - longest
+    # More tokens are written where there is room: a seed gives several batches the same samples as ever.
+    new = tokens if room is None or longest + tokens <= room else needed
+    return torch.cat([rows, _continue_prompts(model, rows, new, seed)], dim=1)[:, dropped : dropped + tokens]
 
 
 def _continue_prompts(model: PreTrainedModel, prompts: torch.Tensor, tokens: int, seed: int) -> torch.Tensor:

@@ -174,6 +174,13 @@ def test_a_model_writes_a_calibration_set(tokenizer):
         self_written(tiny_model("t5:seq2seq"), tokenizer, 4, 8)
 
 
+def test_a_model_writes_as_much_as_its_context_holds(tokenizer):
+    model = build("gpt2", vocab_size=len(tokenizer), n_positions=32)
+    rows = self_written(model, tokenizer, 4, 32)
+    assert rows.shape == (4, 32)
+    assert torch.equal(rows[:, :20], self_written(model, tokenizer, 4, 20))
+
+
 def settings(**changes):
     return CalibrationSettings(**{"dataset": "c4", "samples": 4, "tokens": 8, "replaceable": True} | changes)
 

@@ -198,6 +198,10 @@ def test_labelled_pairs(columns, tmp_path):
     file.write_text("\n".join(json.dumps(row | {"score": score}) for row, score in zip(rows, given, strict=True)))
     expected = pandas.Series(scores).corr(pandas.Series(given), method="spearman")
     assert measure_labelled(reward, tokenizer, str(file))["spearman"] == pytest.approx(expected)
+    with torch.no_grad():
+        reward.classifier.weight.fill_(float("nan"))
+    with pytest.raises(PrunerError, match="--labelled: the outputs of BertForSequenceClassification are not finite"):
+        measure_labelled(reward, tokenizer, str(file))
 
 
 def test_lists_of_lists_are_no_layers():

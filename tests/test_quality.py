@@ -7,15 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.architectures import perturbed
 from helpers.models import build, tokens
 from test_evaluation import made_up
 from test_report import Texts
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.evaluation.divergence import Divergence, OriginalDistributions
 from llm_pruner.evaluation.generation import QUALITY_PROMPTS, GenerationQuality, continue_prompts, repetition
 from llm_pruner.evaluation.paired import MEAN, compare_questions
+from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.evaluation.questions import Questions
 from llm_pruner.evaluation.table import as_json, table
 from llm_pruner.models.generate import continue_text
@@ -140,6 +143,18 @@ def test_repetition_and_length_of_continuations(home):
     _, quality = continue_prompts(model, tokenizer, QUALITY_PROMPTS[:2], 24)
     assert (quality.tokens, quality.ended, quality.repetition) == (0.0, 1.0, 0.0)
     assert repetition([7] * 24) == 1 - 1 / 21
+
+
+def test_a_decoder_that_begins_with_the_end_has_not_ended(tokenizer):
+    """BART's decoder begins with the end-of-text token, which is no token that it writes."""
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 32, "max_position_embeddings": 64}
+    config = AutoConfig.for_model("bart", vocab_size=len(tokenizer), forced_eos_token_id=None, **sizes)
+    model = perturbed(AutoModelForSeq2SeqLM, config)
+    model.final_logits_bias[0, config.eos_token_id] = -1e4
+    _, quality = continue_prompts(model, tokenizer, QUALITY_PROMPTS[:2], 16)
+    assert quality.tokens == 16 and quality.ended == 0
+    with pytest.raises(lp.PrunerError, match="give --seq_len 3 or more"):
+        perplexity(model, tokens(2, 2))
 
 
 # --- Tables, results of recipes, reports ------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ def continue_prompts(
             pad_token=pad_id(tokenizer),
         )[0]
         texts[prompt] = str(tokenizer.decode(ids, skip_special_tokens=True))
-        written = before_end(ids, model, tokenizer)
+        # Of an encoder-decoder, the first token is the one that its decoder begins with, often that of the end.
+        written = before_end(ids[1:] if model.config.is_encoder_decoder else ids, model, tokenizer)
         lengths.append(len(written))
         repetitions.append(repetition(written))
     quality = GenerationQuality(

@@ -132,7 +132,13 @@ class _Runner:
             raise PrunerError(f"--labelled: {type(self.model).__name__} reads no text: give a folder of its inputs")
         else:
             inputs = text_inputs(self.model, self.tokenizer, *example)
-        return main_output(forward(self.model, inputs.to(self.device)))[0].float().cpu()
+        output = main_output(forward(self.model, inputs.to(self.device)))[0].float().cpu()
+        if not bool(output.isfinite().all()):  # an order of NaN would look like a result
+            name = self.model.name_or_path or type(self.model).__name__
+            raise PrunerError(
+                f"--labelled: the outputs of {name} are not finite: check its weights, or load it in float32"
+            )
+        return output
 
     def embedding(self, text: str) -> torch.Tensor:
         """Return the mean of the last hidden states of a text, ``[hidden]``."""

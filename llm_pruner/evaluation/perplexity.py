@@ -132,6 +132,8 @@ def perplexity(
         PrunerError: the windows are longer than the model reads, or the loss is not finite.
     """
     check_length(model, ids.shape[1])
+    if model.config.is_encoder_decoder and ids.shape[1] < 3:
+        raise PrunerError("an encoder-decoder predicts one half of a window from the other: give --seq_len 3 or more")
     stride = ids.shape[1] if stride is None else stride
     step = f"perplexity on {text_name}"
 
