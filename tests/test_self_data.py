@@ -1,5 +1,6 @@
 """Self-data distillation: training data that the original writes."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.recovery import arguments, read_losses, read_record
+from tokenizers import processors
 
 import llm_pruner as lp
 from llm_pruner.evaluation.shared_texts import TRAINED_ON
@@ -63,6 +65,14 @@ def test_the_original_reads_the_prompts_of_training(home, tmp_path, tokenizer, w
         assert prompt in written
         answer = tokenizer.decode(example["input_ids"][len(prompt) :])
         assert answer.strip() == f"{row['output']}</s>".strip()
+
+
+def test_the_original_reads_no_end_behind_a_prompt(home, tokenizer):
+    words = copy.deepcopy(tokenizer)
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", END)])
+    for kind, row in (("pair", {"prompt": "Say this.", "completion": "x"}), ("text", {"text": "Say this."})):
+        prompt = self_data._prompt(row, kind, words, ExampleFormat())
+        assert words.decode(prompt.ids) == "Say this."
 
 
 def test_texts_and_chats(home, tmp_path, tokenizer, written):

@@ -1,13 +1,15 @@
 """Examples: answers are learnt and prompts are not, cut, packed and streamed alike."""
 
+import copy
 import json
 
 import pytest
+from tokenizers import processors
 
 import llm_pruner as lp
 from llm_pruner.recovery.prompts import plain_prompt, prompt_template
 from llm_pruner.recovery.rows import read_rows
-from llm_pruner.recovery.tokenize import IGNORED, ExampleFormat, tokenize
+from llm_pruner.recovery.tokenize import IGNORED, ExampleFormat, fingerprint, tokenize
 
 
 def decode_learnt(example, tokenizer):
@@ -131,3 +133,48 @@ def test_the_blank_before_an_answer_is_learnt_with_it(tmp_path, tokenizer):
     )
     assert tokenizer.decode(example["input_ids"]) == "Question: Say\nso\nAnswer: fine words</s>"
     assert decode_learnt(example, tokenizer) == " fine words</s>"
+
+
+def ended_by_itself(tokenizer):
+    """Return a copy of a tokenizer that puts the end-of-text token behind every text."""
+    words = copy.deepcopy(tokenizer)
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
+    return words
+
+
+@pytest.mark.parametrize("add_eos_token", (False, True))
+@pytest.mark.parametrize("end", ("</s>", ""))
+def test_a_whole_answer_is_learnt_whatever_ends_a_text(home, tokenizer, add_eos_token, end):
+    words = ended_by_itself(tokenizer) if end else copy.deepcopy(tokenizer)
+    words.eos_token = end or None
+    form = ExampleFormat(cutoff_len=96, add_eos_token=add_eos_token)
+    (example, *_) = tokenize(read_rows(str(home / "data.jsonl")), words, form, "data")
+    assert decode_learnt(example, words) == f"This is 0 times 0.{end}"
+
+
+def test_blank_documents_leave_no_end_behind(tmp_path, tokenizer):
+    words = copy.deepcopy(tokenizer)
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    texts = ["The first text is short.", "", "The second has more words.", " \n", "The third ends the file."] * 2
+    windows = []
+    for kept in (texts, [text for text in texts if text.strip()]):
+        (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in kept))
+        data = tokenize(read_rows(str(tmp_path / "rows.jsonl")), words, ExampleFormat(cutoff_len=8), "rows")
+        windows.append(list(data["input_ids"]))
+    assert windows[0] == windows[1]
+
+
+def test_the_key_of_cached_data_holds_all_that_they_depend_on(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    other_end, template = copy.deepcopy(tokenizer), tmp_path / "template.json"
+    other_end.eos_token = "<s>"
+    keys = [fingerprint("general", words, ExampleFormat()) for words in (tokenizer, tokenizer, other_end)]
+    tokenizer("Say this.", truncation=True, max_length=2)
+    keys.append(fingerprint("general", tokenizer, ExampleFormat()))
+    assert (
+        keys[0] == keys[1] == keys[3] != keys[2] != fingerprint("general", ended_by_itself(tokenizer), ExampleFormat())
+    )
+    for place in ("{instruction}", "Q: {instruction}"):
+        template.write_text(json.dumps({"prompt_input": place + "{input}", "prompt_no_input": place}))
+        keys.append(fingerprint("general", tokenizer, ExampleFormat(template="~/template.json")))
+    assert keys[4] != keys[5]

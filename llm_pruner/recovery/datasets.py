@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..choices import EMBEDDED_TEXTS
@@ -14,10 +15,11 @@ from ..errors import PrunerError
 from ..evaluation.perplexity import check_length, windows
 from ..files import complete_folder, folder_lock
 from ..logs import log
+from ..models.running import context_length
 from .arguments import DEFAULT_DATA
 from .rows import read_rows
 from .settings import DataSettings
-from .tokenize import ExampleFormat, fingerprint, tokenize
+from .tokenize import IGNORED, ExampleFormat, fingerprint, tokenize
 
 WINDOW = 128  # tokens of a window of --extra_val_dataset, as in LLM-Pruner
 CACHE = Path("datasets/cache")
@@ -125,5 +127,22 @@ def padding_collator(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
     if padding.pad_token_id is None:
         padding.pad_token = padding.eos_token or padding.convert_ids_to_tokens(0)
     padding.padding_side = "right"
-    decoder = model if model.config.is_encoder_decoder else None
-    return DataCollatorForSeq2Seq(padding, model=decoder, pad_to_multiple_of=8, return_tensors="pt", padding=True)
+    decoder = _RightShift(model) if model.config.is_encoder_decoder else None
+    # Padding beyond the context would need positions that the model does not have.
+    multiple = 8 if (context_length(model) or 8) % 8 == 0 else None
+    return DataCollatorForSeq2Seq(padding, model=decoder, pad_to_multiple_of=multiple, return_tensors="pt")
+
+
+class _RightShift:
+    """Decoder inputs from labels, also for the classes that make them only in their own forward pass."""
+
+    def __init__(self, model: PreTrainedModel):
+        self._own, self._config = getattr(model, "prepare_decoder_input_ids_from_labels", None), model.config
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return labels ``[rows, tokens]`` moved right by one, behind the token that a decoder begins with."""
+        if self._own is not None:
+            return cast(torch.Tensor, self._own(labels=labels))
+        start = labels.new_full((len(labels), 1), self._config.decoder_start_token_id)
+        shifted = torch.cat([start, labels[:, :-1]], dim=1)
+        return shifted.masked_fill(shifted == IGNORED, self._config.pad_token_id)

@@ -151,7 +151,9 @@ def _prompt(row: Record, kind: RowKind, tokenizer: PreTrainedTokenizerBase, form
     """
 
     def encode(text: str, **options: bool) -> list[int]:
-        return list(tokenizer(text, verbose=False, **options)["input_ids"])
+        ids = list(tokenizer(text, verbose=False, **options)["input_ids"])
+        # A tokenizer may end every text; what the original is to continue has no end.
+        return ids[:-1] if not options and ids[-1:] == [tokenizer.eos_token_id] else ids
 
     def decode(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -6,6 +6,7 @@ without padding, and with ``packing`` so are chats, instructions and pairs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -215,7 +216,9 @@ def question_and_answer(row: Record, kind: RowKind, template: Prompt, form: Exam
 
 
 def _document(text: str, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Learn all of a text and its end."""
+    """Learn all of a text and its end; nothing of a blank one."""
+    if not text.strip():
+        return {"input_ids": [], "labels": []}
     ids = list(tokenizer(text, truncation=False, verbose=False)["input_ids"])
     if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
         ids.append(cast(int, tokenizer.eos_token_id))
@@ -241,7 +244,10 @@ def _answered(question: str, answer: str, tokenizer: PreTrainedTokenizerBase, fo
     ids = encode(question + answer, True)
     if form.train_on_inputs:
         return {"input_ids": ids, "labels": list(ids)}
-    prompt_len = len(encode(question, form.add_eos_token)) - int(form.add_eos_token)
+    asked, eos = encode(question, form.add_eos_token), tokenizer.eos_token_id
+    # A tokenizer may end every text by itself, but the prompt has no end before its answer.
+    ended = asked[-1:] == [eos] != ids[len(asked) - 1 : len(asked)]
+    prompt_len = len(asked) - int(ended or (form.add_eos_token and eos is not None))
     return {"input_ids": ids, "labels": [IGNORED] * min(prompt_len, len(ids)) + ids[prompt_len:]}
 
 
@@ -282,7 +288,14 @@ def fingerprint(source: str, tokenizer: PreTrainedTokenizerBase, form: ExampleFo
     """Return a digest of everything that tokenized data depends on: the key of ``--cache_dataset``."""
     path = Path(source).expanduser()
     stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
-    template = Path(form.template or "")
+    template = Path(form.template or "").expanduser()
     content = template.read_text(encoding="utf-8") if template.suffix == ".json" and template.is_file() else ""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return digest([versions(), source, stamp, content, asdict(form), vocabulary, tokenizer.chat_template])
+    return digest([versions(), source, stamp, content, asdict(form), _rules_of(tokenizer)])
+
+
+def _rules_of(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Return what decides how a tokenizer splits and ends a text: two of one vocabulary may differ in the rest."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}  # type: ignore[attr-defined]
+    lasting = {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}  # of the last call
+    marked = tokenizer("a", verbose=False)["input_ids"]
+    return [sorted(tokenizer.get_vocab().items()), lasting, marked, tokenizer.eos_token_id, tokenizer.chat_template]
