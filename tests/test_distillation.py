@@ -9,6 +9,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 import llm_pruner as lp
 from llm_pruner.cli import main
+from llm_pruner.recovery import settings
 from llm_pruner.recovery.datasets import padding_collator
 from llm_pruner.recovery.distill import DistillationCollator, Teacher, labelled_positions
 from llm_pruner.recovery.original import kept_tokens
@@ -68,6 +69,14 @@ def test_another_teacher_has_another_cache(home, tmp_path):
     cache = {"teacher_cache": str(tmp_path / "cache"), "method": "distill", "max_steps": 1, "val_set_size": 0}
     for i, teacher in enumerate((home / "base", tmp_path / "other", home / "base")):
         recover(arguments(home, tmp_path / str(i), teacher=str(teacher), **cache))
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 2
+
+
+def test_a_teacher_in_another_precision_has_another_cache(home, tmp_path, monkeypatch):
+    cache = {"teacher_cache": str(tmp_path / "cache"), "method": "distill", "max_steps": 1, "val_set_size": 0}
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(settings, "_original", lambda *_, dtype=dtype: (None, "cpu", dtype))
+        recover(arguments(home, tmp_path / str(dtype), **cache))
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == 2
 
 

@@ -1,19 +1,25 @@
 """Recovery runs: what is trained, what is written, and that the loss falls."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
+from helpers.architectures import perturbed
+from helpers.models import build
 from helpers.recovery import arguments, read_losses, read_record, write_pruned
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 import llm_pruner as lp
+from llm_pruner.files import read_json
 from llm_pruner.models.running import relative_difference
-from llm_pruner.recovery.datasets import training_data
+from llm_pruner.recovery import settings
+from llm_pruner.recovery.datasets import padding_collator, training_data
 from llm_pruner.recovery.run import recover
-from llm_pruner.recovery.settings import DataSettings
+from llm_pruner.recovery.settings import DataSettings, ModelSettings
 from llm_pruner.recovery.tokenize import ExampleFormat
 
 
@@ -142,3 +148,60 @@ def test_held_out_examples_of_a_stream_stay_out(tokenizer):
         train.set_epoch(epoch)
         seen = [tuple(row["input_ids"]) for row in train.take(200)]
         assert len(kept) == 10 and not kept & set(seen[:20])  # each text twice, so half of them are alike
+
+
+def test_merged_weights_keep_the_digits_of_the_checkpoint(home, tmp_path, monkeypatch):
+    """Frozen weights are narrow on a GPU while an adapter is trained."""
+    narrow = {"device": "cpu", "compute": torch.bfloat16, "weights": torch.bfloat16}
+    model = ModelSettings(name=str(home / "pruned"), **narrow)
+    monkeypatch.setattr(settings, "_model_settings", lambda *_: model)
+    recover(arguments(home, tmp_path / "out", max_steps=1, val_set_size=0, merge=True))
+    stored, merged = (lp.load(str(path))[0] for path in (home / "pruned", tmp_path / "out" / "merged"))
+    assert torch.equal(merged.get_input_embeddings().weight, stored.get_input_embeddings().weight)
+    adapted, _ = lp.load(str(tmp_path / "out"))
+    expected, weights = dict(adapted.named_parameters()), dict(merged.named_parameters())
+    assert all(torch.allclose(weights[name], weight, atol=1e-6) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("kind", ("m2m_100", "blenderbot"))
+def test_encoder_decoders_that_shift_their_labels_themselves_learn(tokenizer, home, tmp_path, kind):
+    """The classes have no method of their own that makes the decoder's inputs."""
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 128}
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), d_model=32, pad_token_id=0, **sizes)
+    config.decoder_start_token_id = config.eos_token_id = 2
+    model = perturbed(AutoModelForSeq2SeqLM, config)
+    lp.save(model, tokenizer, tmp_path / "pruned")
+    inputs, labels = torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9, 2]])
+    collate = padding_collator(tokenizer, model)
+    batch = collate([{"input_ids": inputs[0].tolist(), "labels": labels[0].tolist()}])
+    width = labels.shape[1]
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :width]
+    expected = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
+    assert torch.allclose(logits, expected.logits, atol=1e-5)
+    data = {"data_path": str(home / "data.jsonl"), "method": "full"}
+    recover(arguments(tmp_path, tmp_path / "out", **data))
+    first, last = read_record(tmp_path / "out")["losses"]["validation"]
+    assert last < first
+
+
+def test_no_example_is_padded_beyond_the_context(tokenizer, tmp_path, home_text):
+    model = build("gpt2", vocab_size=len(tokenizer), n_positions=100)
+    lp.save(model, tokenizer, tmp_path / "pruned")
+    recover(arguments(tmp_path, tmp_path / "out", data_path=str(home_text), cutoff_len=None, max_steps=1))
+    assert read_record(tmp_path / "out")["steps"] == 1
+
+
+def test_further_chat_templates_and_fields_are_kept(home, tokenizer, tmp_path):
+    shutil.copytree(home / "pruned", tmp_path / "pruned")
+    words = copy.deepcopy(tokenizer)
+    words.chat_template = {"default": tokenizer.chat_template, "tools": "{{ messages }}"}
+    words.save_pretrained(tmp_path / "pruned")
+    config = read_json(tmp_path / "pruned" / "config.json")
+    (tmp_path / "pruned" / "config.json").write_text(json.dumps(config | {"use_cache": False}))
+    for steps in (1, 2):
+        options = {"data_path": str(home / "data.jsonl"), "method": "full", "max_steps": steps}
+        recover(arguments(tmp_path, tmp_path / "out", resume_from_checkpoint="auto", **options))
+    folder = tmp_path / "out" / "additional_chat_templates"
+    assert folder.stat().st_mode & 0o100 and (folder / "tools.jinja").read_text() == "{{ messages }}"
+    assert read_json(tmp_path / "out" / "config.json")["use_cache"] is False

@@ -312,7 +312,7 @@ def _prepare_teacher(
         _content_hash(train),
         identity(name),
     ]
-    key += [settings.teacher.top, settings.teacher.temperature]
+    key += [settings.teacher.top, settings.teacher.temperature, str(settings.teacher.dtype)]
     key += [] if teacher.tokens is None else teacher.tokens.kept.tolist()
     file = settings.teacher.cache / f"{digest(key)}.arrow"
     with PartialState().main_process_first():

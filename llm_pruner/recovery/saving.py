@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.config import load_config
+from ..checkpoint.load import load
 from ..checkpoint.locate import PLAN_FILE
 from ..checkpoint.save import write_checkpoint
 from ..files import MODEL_CONFIGS, complete_folder, strict_json, sync_folder
@@ -37,8 +39,9 @@ def save_recovered(
         record: content of ``recovery.json``.
     """
     folder = settings.output.folder
-    dtype = load_config(settings.model.name, settings.model.trust_remote_code).dtype or torch.float32
-    student.config.use_cache = True
+    config = load_config(settings.model.name, settings.model.trust_remote_code)
+    dtype = config.dtype or torch.float32
+    student.config.use_cache = getattr(config, "use_cache", True)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as name:
         temporary = Path(name)
         if settings.adapter is None:
@@ -50,8 +53,15 @@ def save_recovered(
         _move_files(temporary, folder)
     if settings.output.merge:
         with complete_folder(folder / "merged", owned_if="config.json") as temporary:
-            merged = student.merge_and_unload(safe_merge=True)
-            write_checkpoint(merged.to(dtype), tokenizer, temporary, plan, cut=True)
+            write_checkpoint(_merge(student, settings).to(dtype), tokenizer, temporary, plan, cut=True)
+
+
+def _merge(student: Any, settings: RecoverySettings) -> Any:
+    """Return the model with the adapter merged into its weights as they are stored."""
+    if settings.model.weights is torch.float32:
+        return student.merge_and_unload(safe_merge=True)
+    # Weights that were narrowed for training have lost digits: merge into those of the checkpoint.
+    return load(str(settings.output.folder), torch.float32, "cpu", settings.model.trust_remote_code)[0]
 
 
 def _write_adapter(student: Any, tokenizer: PreTrainedTokenizerBase, plan: PruningPlan, folder: Path) -> None:
@@ -76,5 +86,8 @@ def _move_files(source: Path, folder: Path) -> None:
     for name in CONFIGS:
         (folder / name).unlink(missing_ok=True)
     for file in sorted(source.iterdir(), key=lambda file: file.name in CONFIGS):
-        file.chmod(0o644)
+        if file.is_dir():  # chat templates beside the default one
+            shutil.rmtree(folder / file.name, ignore_errors=True)
+        else:
+            file.chmod(0o644)
         os.replace(file, folder / file.name)
