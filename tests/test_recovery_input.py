@@ -53,6 +53,16 @@ from llm_pruner.recovery.training_arguments import training_arguments
         ({"distill_weight": 1.5}, "--distill_weight 1.5 is out of range"),
         ({"seed": -1}, "--seed -1 is out of range"),
         ({"optim": "adamm"}, "--optim 'adamm' is not valid: choose from adamw"),
+        ({"optim": "paged_adamw_32bit"}, "pip install bitsandbytes"),
+        ({"optim": "galore_adamw"}, "--optim galore_adamw cannot be used: "),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "--lr_scheduler_type 'warmup_stable_decay' is not valid"),
+        ({"lr_scheduler_type": "greedy", "val_set_size": 0}, "greedy follows the validation loss"),
+        ({"streaming": True, "group_by_length": True}, "--streaming and --group_by_length exclude each other"),
+        ({"distill_hidden": 0.5}, "--distill_hidden needs --teacher or --method distill"),
+        ({"teacher_device": "cpu"}, "--teacher_device needs --teacher, --method distill or --self_data"),
+        ({"method": "distill", "teacher_top": 9}, "--teacher_top needs --teacher_cache"),
+        ({"max_windows": 4}, "--max_windows needs --extra_val_dataset"),
+        ({"wandb_project": "p", "report_to": "tensorboard"}, "--wandb_project and --report_to tensorboard exclude"),
     ],
 )
 def test_bad_input_is_one_clear_line(home, tmp_path, changes, message):
@@ -66,6 +76,12 @@ def test_bad_input_is_one_clear_line(home, tmp_path, changes, message):
 def test_examples_are_as_long_as_the_model_reads(home, tmp_path):
     """By default; a length that is asked for is had or refused."""
     recover(arguments(home, tmp_path / "out", cutoff_len=None, max_steps=2))
+    assert read_json(tmp_path / "out" / "recovery.json")["steps"] == 2
+
+
+@pytest.mark.parametrize("schedule", ("reduce_lr_on_plateau", "greedy", "polynomial"))
+def test_schedules_need_no_checkpoint(home, tmp_path, schedule):
+    recover(arguments(home, tmp_path / "out", lr_scheduler_type=schedule, max_steps=2, eval_steps=1, save_steps=4))
     assert read_json(tmp_path / "out" / "recovery.json")["steps"] == 2
 
 

@@ -7,11 +7,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.recovery import arguments, read_losses, read_record
+from safetensors.torch import load_file
+from transformers.trainer_utils import EvalLoopOutput
 
 import llm_pruner as lp
 from llm_pruner.recovery.run import recover
 from llm_pruner.recovery.trainer import RecoveryTrainer
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 def often_saved(home, out, **changes):
@@ -115,3 +120,25 @@ def test_runs_killed_again_and_again_end_like_uninterrupted_ones(home, tmp_path)
     whole, resumed = dict(read_losses(tmp_path / "whole")), dict(read_losses(tmp_path / "out"))
     assert resumed == pytest.approx(whole, abs=1e-5)
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_the_best_checkpoint_is_kept_whatever_the_loss_was_between(home, tmp_path, monkeypatch):
+    losses = {0: 3.0, 1: 2.0, 2: 2.1, 3: 1.9, 4: 2.5}
+
+    def measure(self, *args, metric_key_prefix="eval", **options):
+        metrics = {f"{metric_key_prefix}_loss": losses[self.state.global_step]}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=1)
+
+    monkeypatch.setattr(RecoveryTrainer, "evaluation_loop", measure)
+    steps = {"max_steps": 4, "eval_steps": 1, "save_steps": 2, "save_total_limit": 1}
+    recover(arguments(home, tmp_path / "out", **steps))
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    kept, written = (load_file(tmp_path / "out" / place / WEIGHTS) for place in ("checkpoint-2", "."))
+    assert all(torch.equal(kept[name], written[name]) for name in written)
+
+
+@pytest.mark.parametrize("changes", ({"lora_r": 8}, {"method": "full"}))
+def test_a_checkpoint_of_another_model_is_refused(home, tmp_path, changes):
+    recover(often_saved(home, tmp_path / "out", max_steps=2))
+    with pytest.raises(lp.PrunerError, match=r"checkpoint-2 does not fit the model .* give the --method and --lora_"):
+        recover(often_saved(home, tmp_path / "out", max_steps=4, resume_from_checkpoint="auto", **changes))

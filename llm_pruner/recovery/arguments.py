@@ -20,12 +20,19 @@ COUNTS_FROM_0 = ("max_steps", "max_windows", "self_data_rows", "val_set_size", "
 # Flags that cannot be given together, and why.
 EXCLUSIVE = (
     (("packing",), ("group_by_length",), "packed windows have one length"),
+    (("streaming",), ("group_by_length",), "the lengths of a stream's examples are not known before they are read"),
     (("teacher_cache",), ("distill_hidden",), "the cache holds probabilities, no hidden states"),
     (("teacher_cache",), ("streaming",), "the teacher runs over all data before training"),
     (("self_data",), ("streaming",), "the original writes all rows before training"),
 )
 # Flags that need one of others.
-REQUIRES = (("streaming", ("max_steps",)), ("self_data_rows", ("self_data",)))
+REQUIRES = (
+    ("streaming", ("max_steps",)),
+    ("self_data_rows", ("self_data",)),
+    ("teacher_top", ("teacher_cache",)),
+    ("max_windows", ("extra_val_dataset",)),
+)
+OF_A_TEACHER = ("teacher_cache", "distill_weight", "distill_temperature", "distill_hidden")
 
 
 @dataclass(kw_only=True)
@@ -182,14 +189,23 @@ class RecoverArguments(Arguments):
         if not self.model:
             raise PrunerError("--model is missing: give the folder of the model to train")
         check_combinations(self, EXCLUSIVE, REQUIRES)
-        if self.teacher_cache and not self.distills:
-            raise PrunerError("--teacher_cache needs --teacher or --method distill")
         if self.merge and self.method not in ADAPTER_METHODS:
             raise PrunerError(
                 f"--merge is not valid with --method {self.method}: it merges the adapter of lora or dora"
             )
         self._check_ranges()
+        self._check_teacher()
+        if self.wandb_project and self.report_to not in ("none", "wandb"):
+            raise PrunerError(f"--wandb_project and --report_to {self.report_to} exclude each other: give one")
         self._check_packages()
+
+    def _check_teacher(self) -> None:
+        """Refuse flags of a teacher where no model teaches."""
+        given = [name for name in OF_A_TEACHER if getattr(self, name) != getattr(type(self), name)]
+        if given and not self.distills:
+            raise PrunerError(f"--{given[0]} needs --teacher or --method distill")
+        if self.teacher_device != "auto" and not (self.distills or self.self_data):
+            raise PrunerError("--teacher_device needs --teacher, --method distill or --self_data")
 
     def _check_ranges(self) -> None:
         check_at_least(self, 1, *COUNTS)
@@ -215,7 +231,9 @@ class RecoverArguments(Arguments):
         if self.method in ADAPTER_METHODS:
             require("peft", "recover", f"--method {self.method} needs")
         packages = [self.logger] if self.logger != "none" else []
-        packages += ["bitsandbytes"] if "bnb" in self.optim or "8bit" in self.optim else []
+        of_bitsandbytes = ("bnb", "8bit", "32bit", "ademamix")
+        if any(part in self.optim for part in of_bitsandbytes) and not self.optim.startswith("adamw_torch"):
+            packages.append("bitsandbytes")
         for package in packages:
             if not is_installed(package):
                 raise PrunerError(f"{package} is not installed: pip install {package}")

@@ -21,6 +21,13 @@ from ..models.torch_internals import multiplies_bfloat16
 from .arguments import ADAPTER_METHODS, RecoverArguments
 from .tokenize import ExampleFormat
 
+# Schedules with settings of their own that have no default and no flag.
+INCOMPLETE = (
+    SchedulerType.COSINE_WITH_MIN_LR,
+    SchedulerType.COSINE_WARMUP_WITH_MIN_LR,
+    SchedulerType.WARMUP_STABLE_DECAY,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
@@ -190,7 +197,8 @@ def resolve_settings(arguments: RecoverArguments) -> RecoverySettings:
         PrunerError: flags exclude or need each other, a value is not valid, or a device does not exist.
     """
     arguments.check()
-    _check_choice("lr_scheduler_type", arguments.lr_scheduler_type, [one.value for one in SchedulerType])
+    schedules = [one.value for one in SchedulerType if one not in INCOMPLETE]
+    _check_choice("lr_scheduler_type", arguments.lr_scheduler_type, schedules)
     _check_choice("optim", arguments.optim, [one.value for one in OptimizerNames])
     device = _training_device(arguments.device)
     return RecoverySettings(

@@ -1,7 +1,8 @@
 """Trainer with atomic checkpoints, a stop at the first NaN, and optionally a teacher.
 
 Overrides private methods of ``transformers.Trainer`` (checked with transformers 5.23): ``_run_epoch``,
-``_clip_grad_norm``, ``_get_output_dir`` and ``_save_checkpoint``.
+``_clip_grad_norm``, ``_determine_best_metric``, ``_get_output_dir``, ``_load_from_checkpoint`` and
+``_save_checkpoint``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.training_args import OptimizerNames
 
-from ..errors import PrunerError
+from ..errors import PrunerError, in_one_line
 from ..files import DISK, sync_folder
 from .distill import OF_TEACHER, Teacher, align_labels, forward_inputs
 from .tokenize import IGNORED
@@ -112,7 +114,32 @@ class RecoveryTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": total / max(tokens, 1)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the optimizer; name the flag where one needs a package or settings that are missing."""
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ImportError, ValueError) as error:
+            raise PrunerError(
+                f"--optim {OptimizerNames(self.args.optim).value} cannot be used: {in_one_line(error)}"
+            ) from error
+
     # --- Checkpoints ----------------------------------------------------------------------------------------------
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compare losses of checkpoints alone: Trainer forgets the best of these after a better step in between."""
+        return bool(self.control.should_save) and super()._determine_best_metric(metrics, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise PrunerError(
+                f"--resume_from_checkpoint {resume_from_checkpoint} does not fit the model "
+                f"({in_one_line(error, 160)}): give the --method and --lora_ flags of the run that wrote it, or another"
+                " --output"
+            ) from error
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return self._folder or super()._get_output_dir(trial)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..errors import PrunerError
 from .settings import OutputSettings, RecoverySettings, TrainingSettings
 
 VALIDATION = "validation"  # name of the examples held out of the training data
 MAX_WARMUP_STEPS = 100
+OF_THE_LOSS = ("reduce_lr_on_plateau", "greedy")  # schedules that lower the rate by the validation loss
 
 
 def training_arguments(
@@ -25,6 +27,11 @@ def training_arguments(
         evaluated: names of the validation sets.
     """
     training, output = settings.training, settings.output
+    if training.lr_scheduler_type in OF_THE_LOSS and VALIDATION not in evaluated:
+        raise PrunerError(
+            f"--lr_scheduler_type {training.lr_scheduler_type} follows the validation loss, and no examples are held "
+            "out: give a --val_set_size above 0"
+        )
     steps = training.max_steps or math.ceil(math.ceil((examples or 0) / training.batch_size) * training.num_epochs)
     arguments = TrainingArguments(
         output_dir=str(output.folder),
@@ -70,8 +77,8 @@ def _evaluation(output: OutputSettings, steps: int, evaluated: Collection[str]) 
         "save_steps": output.save_steps,
         "save_total_limit": output.save_total_limit,
         "load_best_model_at_end": keep_best,
-        "metric_for_best_model": f"eval_{VALIDATION}_loss" if keep_best else None,
-        "greater_is_better": False if keep_best else None,
+        "metric_for_best_model": f"eval_{VALIDATION}_loss" if VALIDATION in evaluated else None,
+        "greater_is_better": False if VALIDATION in evaluated else None,
     }
 
 
