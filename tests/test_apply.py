@@ -173,3 +173,17 @@ def test_tensors_in_files_keep_their_names_where_the_system_wants_it(tmp_path, m
     assert torch.equal(placed, tensor) and len(list(tmp_path.iterdir())) == 1
     del placed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_modelling_file_of_other_code_is_refused(remote, tmp_path, capsys):
+    """A file that names a class that transformers lacks, in place of the checkpoint's own, would not load."""
+    plan, pruned = pruned_by(lp.load(str(remote), trust_remote_code=True)[0], kinds=("neurons",), layers=[1])
+    plan.save(tmp_path / "plan.json")
+    (remote / "tokenizer.json").write_text("{}")  # which prune asks for before it reads any
+    folders = [str(remote), str(tmp_path / "out"), "--trust_remote_code", "--standalone"]
+    for argv in (["apply", str(tmp_path / "plan.json"), *folders], ["prune", *folders]):
+        assert main(argv) == 2
+        assert "--standalone writes a class of transformers, and CompactForCausalLM" in capsys.readouterr().err
+    with pytest.raises(lp.PrunerError, match="comes with code of its own"):
+        lp.save(pruned, None, tmp_path / "out", plan, standalone=True)
+    assert not (tmp_path / "out").exists()

@@ -235,3 +235,27 @@ def test_files_are_standard_safetensors(pruned_folder):
 def test_bad_input_of_the_command(argv, message, capsys):
     assert main(["apply", *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_stored_names_stay(tmp_path):
+    """The files keep names that transformers reads as others, since other engines know these alone."""
+    model = build("mixtral")
+    model.save_pretrained(tmp_path / "model")
+    plan, pruned = pruned_by(model, kinds=("neurons",))
+    lp.save(pruned, None, tmp_path / "saved", plan)
+    apply_to_files(plan, str(tmp_path / "model"), tmp_path / "applied")
+    names = Shards(tmp_path / "applied").tensors.keys()
+    assert "model.layers.0.block_sparse_moe.gate.weight" in names
+    assert names == Shards(tmp_path / "saved").tensors.keys()
+
+
+def test_all_files_of_a_tokenizer_are_copied(tmp_path):
+    """Also those that few classes of transformers have, and further chat templates."""
+    model = build("llama")
+    model.save_pretrained(tmp_path / "model")
+    files = ["normalizer.json", "target_vocab.json", "bpe.codes", "additional_chat_templates/tool_use.jinja"]
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    for file in files:
+        (tmp_path / "model" / file).write_text("{}")
+    apply_to_files(pruned_by(model, kinds=("neurons",))[0], str(tmp_path / "model"), tmp_path / "out")
+    assert all((tmp_path / "out" / file).is_file() for file in files)

@@ -196,6 +196,8 @@ def test_lists_of_modules_follow_layers(folders, tmp_path):
         "groups": {"g": {"targets": ["Linear", "model.layers.1.a"]}},
         "ignore": ["re:.*gate", "model.layers.0.a"],
     }
+    config = {"dynamic": {r"+:.*\.0\.a": {"bits": 8}, r"-:.*\.1\.a": {}, "-:.*norm": {}}}
+    assert quantization_after(config, renamed)["dynamic"] == {r"-:model\.layers\.0\.a$": {}, "-:.*norm": {}}
 
 
 @pytest.mark.parametrize(("name", "how"), [("qwen3", "fp8"), ("qwen3_moe", "ct_int4"), ("gpt_oss", "mxfp4")])

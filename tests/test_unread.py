@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers.models import build
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers import AutoConfig, Glm4MoeConfig, Glm4MoeForCausalLM, LlavaConfig
 
 import llm_pruner as lp
 from llm_pruner.checkpoint.apply_files import apply_to_files
-from llm_pruner.checkpoint.unread import unread_tensors
+from llm_pruner.checkpoint.unread import forget_unread, unread_tensors
 from llm_pruner.cli import main
 
 QUICK = ["--pruner_type", "l2", "--compensate", "none", "--eval_datasets", "", "--device", "cpu"]
@@ -120,3 +120,11 @@ def test_quantized_weights_are_refused_before_any_work(how, with_tower, home, tm
     with pytest.raises(lp.PrunerError, match="is quantized"):
         apply_to_files(plan, str(with_tower), tmp_path / "applied")
     assert not (tmp_path / "out").exists() and not (tmp_path / "applied").exists()
+
+
+def test_counts_of_an_inner_config_are_set_to_0():
+    """A model that reads images counts the layers of its language in the config of that."""
+    config = LlavaConfig(text_config=Glm4MoeConfig(num_nextn_predict_layers=1))
+    assert config.text_config.num_mtp_layers == 1
+    forget_unread(config, "model", ["model.language_model.layers.46.eh_proj.weight"])
+    assert config.text_config.num_mtp_layers == 0

@@ -22,7 +22,7 @@ from .companions import copy_companions
 from .config import load_config
 from .cut_shards import CutCheckpoint, write_cuts
 from .load import load_model, load_tokenizer
-from .locate import PLAN_FILE, locate
+from .locate import PLAN_FILE, is_adapter, locate
 from .on_disk import on_disk
 from .quantized.config import quantization_after
 from .quantized.registry import QuantizedShards, open_shards
@@ -71,6 +71,8 @@ def apply_to_files(
     path, gguf = locate(source)
     if gguf is not None or not Path(path).is_dir():
         raise PrunerError(f"{source} is not a folder of safetensors files, which apply needs: give one")
+    if is_adapter(path):
+        raise PrunerError(f"{source} is an adapter, and apply cuts the files of a model: save it merged first")
     plan = replace(plan, settings={"base_model": source, **plan.settings})
     if "refit" in plan.settings:
         plan.settings["without_refit"] = True

@@ -16,7 +16,11 @@ from ..logs import log
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
     *("*.tiktoken", "*.spm", "tekken.json", "chat_template.json"),
+    # Further files that classes of transformers name in ``vocab_files_names``.
+    *("*_vocab.json", "bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "normalizer.json", "*.tokenizer"),
+    *("word_pronunciation.json", "word_shape.json"),
 )
+CHAT_TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several
 SENTENCE_MODULES = "modules.json"  # of sentence-transformers: the parts of a model of embeddings, and their folders
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 OTHER_FILES = (
@@ -36,7 +40,7 @@ def copy_companions(source: Path, folder: Path, *, tokenizer: bool = True) -> No
         for file in source.glob(pattern):
             if file.is_file() and not file.name.startswith("model.") and _is_inside(file, source):
                 _copy_missing(file, folder)
-    for name in _module_folders(source / SENTENCE_MODULES):
+    for name in (*_module_folders(source / SENTENCE_MODULES), CHAT_TEMPLATES):
         if (source / name).is_dir() and not (folder / name).exists() and _is_inside(source / name, source):
             shutil.copytree(
                 source / name,

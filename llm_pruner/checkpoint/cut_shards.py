@@ -63,7 +63,7 @@ class CutCheckpoint:
             shape = box.shape if box.is_whole else own[box.parameter]
             self._check_shape(name, box, self.plan.cut_shape(known, shape), expected[after])
             numbers = numbers_in(after) + box.numbers_after(self.plan, known)
-            yield from self._cuts_of(name, box, kept, numbers=numbers, after=after)
+            yield from self._cuts_of(name, box, kept, numbers)
         yield from self._scales_of_cache()
 
     def renamed(self) -> dict[str, str | None]:
@@ -90,15 +90,14 @@ class CutCheckpoint:
                 f"has {list(expected)}: config and weights do not belong together"
             )
 
-    def _cuts_of(
-        self, name: str, box: Box, kept: dict[int, torch.Tensor], *, numbers: list[int], after: str
-    ) -> Iterator[Cut]:
-        """Yield what is written for a stored tensor, or for all stored tensors of a quantized weight."""
+    def _cuts_of(self, name: str, box: Box, kept: dict[int, torch.Tensor], numbers: list[int]) -> Iterator[Cut]:
+        """Yield what is written for a stored tensor, or for all stored tensors of a quantized weight.
+
+        Names stay as the files have them but for their numbers, since other engines know those alone.
+        """
         shards, shape = self.shards, tuple(len(kept[d]) if d in kept else s for d, s in enumerate(box.shape))
         if not isinstance(shards, QuantizedShards) or name not in shards.weights:
-            is_quantized = isinstance(shards, QuantizedShards)
-            new = after if box.is_whole and not is_quantized else with_numbers(name, numbers)
-            place = shards.tensors[name]
+            place, new = shards.tensors[name], with_numbers(name, numbers)
             yield Cut(name=new, type=(place.dtype, shape), file=place.file, make=partial(self._plain, name, kept))
             return
         weight = shards.weights[name]

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..logs import log
+from ..models.per_layer import parts_of
 
 UNREAD = "unread_tensors"  # where plans and metrics list them
 COMPUTED = re.compile(r"(inv_freq|masked_bias|position_ids|attn\.bias|attention\.bias)$")  # buffers made anew
@@ -46,10 +47,11 @@ def forget_unread(config: PreTrainedConfig, name: str, unread: Iterable[str]) ->
         " or ".join(config.architectures or ()) or type(config).__name__,
         ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""),
     )
-    for field, count in list(vars(config).items()):
-        if PREDICTED_LAYERS.search(field) and isinstance(count, int) and count > 0:
-            log.warning("%s: its layers for multi-token prediction are among them; %s is set to 0", name, field)
-            setattr(config, field, 0)
+    for part in parts_of(config):
+        for field, count in list(vars(part).items()):
+            if PREDICTED_LAYERS.search(field) and isinstance(count, int) and count > 0:
+                log.warning("%s: its layers for multi-token prediction are among them; %s is set to 0", name, field)
+                setattr(part, field, 0)
     return names
 
 

@@ -13,6 +13,7 @@ from ..checkpoint.card import check_repository
 from ..checkpoint.checking import check_model, needs_tokenizer
 from ..checkpoint.config import meta_model
 from ..checkpoint.locate import locate
+from ..checkpoint.standalone import check_standalone
 from ..choices import SELF, SYNTHETIC
 from ..data import calibration_sources, check_calibration_text
 from ..errors import PrunerError
@@ -23,6 +24,7 @@ from ..inputs import InputCheck
 from ..media import check_can_be_shown, check_dataset, check_media, is_media, media_inputs
 from ..models.loss import has_loss
 from ..models.skeleton import shapes_of
+from ..models.tasks import declared_class
 from ..models.towers import reach_towers
 from ..selection.plan import PruningPlan
 from ..surgery.apply import TOWERS, task_of_plan
@@ -52,6 +54,8 @@ def check_prune_inputs(arguments: PruneArguments, check: InputCheck) -> None:
             )
     if config is not None:
         check_quantized(settings)
+        if settings.output.standalone:
+            check_standalone(declared_class(config))
         _check_inputs(config, settings)
         _check_towers(config, settings)
         _check_losses(config, settings)
@@ -146,6 +150,8 @@ def check_apply_inputs(arguments: ApplyArguments, check: InputCheck) -> None:
             if not arguments.refit and (gguf is not None or not Path(path).is_dir()):
                 raise PrunerError("this is not a folder of safetensors files, which apply needs: give one")
             check_dequantize(arguments.model, arguments.dequantize)
+            if arguments.standalone:
+                check_standalone(declared_class(config))
             if arguments.refit and not arguments.dequantize and is_quantized(arguments.model):
                 raise PrunerError(
                     "--refit changes weights, and the model stays quantized: leave it out, or add --dequantize, which "

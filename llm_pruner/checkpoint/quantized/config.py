@@ -9,6 +9,7 @@ from typing import Any
 # Lists of names, of prefixes or suffixes of names, and of regular expressions (with ``re:``) of modules.
 LISTS = ("modules_to_not_convert", "modules_to_convert", "ignored_layers", "ignore", "targets")
 REGEX = "re:"
+BY_MODULE = "dynamic"  # of GPTQModel: settings by regular expressions, which begin with a sign
 NUMBER = re.compile(r"(?<![\w{\\])\d+(?![\w}])")
 
 
@@ -24,16 +25,30 @@ def quantization_after(quantization: Any, renamed: Mapping[str, str | None]) -> 
     """
     if all(old == new for old, new in renamed.items()) or not isinstance(quantization, dict):
         return quantization
-    changed = {}
+    changed: dict[str, Any] = {}
     for key, value in quantization.items():
         if key in LISTS and isinstance(value, list):
             names = [name for entry in value for name in _entry_after(entry, renamed)]
             changed[key] = list(dict.fromkeys(names))
+        elif key == BY_MODULE and isinstance(value, dict):
+            changed[key] = {new: own for pattern, own in value.items() for new in _pattern_after(pattern, renamed)}
         elif isinstance(value, dict):
             changed[key] = quantization_after(value, renamed)
         else:
             changed[key] = value
     return changed
+
+
+def _pattern_after(pattern: str, renamed: Mapping[str, str | None]) -> list[str]:
+    """Return the patterns that stand for one of GPTQModel's; those that name numbers become names of modules.
+
+    >>> _pattern_after(r"-:layers\\.1\\.gate", {"layers.0.gate": None, "layers.1.gate": "layers.0.gate"})
+    ['-:layers\\\\.0\\\\.gate$']
+    """
+    sign, expression = (pattern[:2], pattern[2:]) if pattern[:2] in ("+:", "-:") else ("", pattern)
+    if (entries := _entry_after(f"{REGEX}{expression}", renamed)) == [f"{REGEX}{expression}"]:
+        return [pattern]
+    return [f"{sign}{re.escape(name)}$" for name in entries]
 
 
 def _entry_after(entry: Any, renamed: Mapping[str, str | None]) -> list[Any]:
