@@ -1,5 +1,6 @@
 """Exports for other engines: written files, log-probabilities of the engines, and refusals."""
 
+import copy
 import json
 import math
 import shutil
@@ -13,8 +14,10 @@ from helpers.models import made as made_model
 from test_serving import NEW_TOKENS, continued_by_vllm, expected_of, made, vllm_python  # noqa: F401 - a fixture
 
 import llm_pruner as lp
+from llm_pruner.checkpoint.apply_files import apply_to_files
 from llm_pruner.cli import main
-from llm_pruner.serving.engines import Engine, running
+from llm_pruner.serving.engines import Engine, in_format, running
+from llm_pruner.serving.export import _log_probabilities
 from llm_pruner.serving.gguf_tokenizer import LETTERS_AND_DIGITS, split_name
 from llm_pruner.serving.gguf_writer import _llama3_factors, write_gguf
 from llm_pruner.serving.llama_cpp import QUANTIZER
@@ -68,8 +71,9 @@ def test_llama_cpp_computes_the_same_from_layers_that_differ(tokenizer, saved, t
 def test_layers_of_one_width_keep_their_architecture(tokenizer, saved, tmp_path, name):
     model = build(name, **WIDE | {"num_key_value_heads": 4}, vocab_size=len(tokenizer), initializer_range=0.2)
     _, pruned = pruned_by(model, kinds=("neurons",))
-    assert main(["export", saved(pruned), str(tmp_path / "out.gguf"), "--format", "gguf", "--type", "f32"]) == 0
-    assert widths(tmp_path / "out.gguf") == (name, 48)
+    target = tmp_path / "new" / "out.gguf"  # in a folder that export makes, as other commands do
+    assert main(["export", saved(pruned), str(target), "--format", "gguf", "--type", "f32"]) == 0
+    assert widths(target) == (name, 48)
 
 
 MIXTURES = {
@@ -176,6 +180,7 @@ def test_plain_folders(home, tmp_path, capsys):
     assert "padding would add back" in capsys.readouterr().err
     assert main(["export", pruned, str(tmp_path / "plain"), "--allow_padding"]) == 0
     assert lp.load(str(tmp_path / "plain"))[0].config.intermediate_size == 64
+    assert "per_layer" not in (tmp_path / "plain" / "config.json").read_text()
     assert main(["export", pruned, str(tmp_path / "own"), "--standalone"]) == 0
     assert (tmp_path / "own" / "modeling_pruned.py").is_file() and (tmp_path / "own" / "pruning_plan.json").is_file()
 
@@ -253,3 +258,59 @@ def test_an_engine_that_is_not_installed_is_named(home, monkeypatch, capsys):
     monkeypatch.setattr("llm_pruner.optional.is_installed", lambda module: module != "vllm")
     assert main(["evaluate", str(home / "base"), "--datasets", "", "--engine", "vllm"]) == 2
     assert 'pip install "llm_pruner[vllm]"' in capsys.readouterr().err
+
+
+def test_16_bit_weights_are_compared_in_float32():
+    """Logits in bfloat16 are rounded by more than llama.cpp's differ, which refused whole models."""
+    model = build("llama", initializer_range=0.5).to(torch.bfloat16)
+    with torch.no_grad():
+        expected = model.float()(torch.tensor([[5, 6, 7]])).logits[0, -1].double().log_softmax(-1)
+    found = _log_probabilities(model.to(torch.bfloat16), [5, 6, 7])
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "needed"),
+    [("llama", "hidden_act", "gelu", "silu"), ("qwen3", "attention_bias", True, False)],
+)
+def test_fields_that_llama_cpp_does_not_have_are_refused(name, field, value, needed, tokenizer, tmp_path):
+    """Its library would compute something else, or not read the file."""
+    model = build(name, **WIDE, vocab_size=len(tokenizer), **{field: value})
+    with pytest.raises(lp.PrunerError, match=f"no {name} with {field}={value}, only with {needed}"):
+        write_gguf(model, tokenizer, tmp_path / "out.gguf")
+
+
+def test_several_chat_templates_and_tokens_for_whole_words(tokenizer, tmp_path, caplog):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = {"default": "plain", "tool_use": "tools"}
+    model = build("llama", **WIDE, vocab_size=len(tokenizer))
+    write_gguf(model, tokenizer, tmp_path / "out.gguf")
+    reader = GGUFReader(tmp_path / "out.gguf")
+    assert reader.get_field("tokenizer.chat_template").contents() == "plain"
+    assert reader.get_field("tokenizer.chat_template.tool_use").contents() == "tools"
+    assert "ignore_merges" not in caplog.text
+    tokenizer.backend_tokenizer.model.ignore_merges = True
+    write_gguf(model, tokenizer, tmp_path / "words.gguf")
+    assert "tokens for whole words alone (ignore_merges), and llama.cpp splits these words" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["gguf", "nemotron-nas"])
+def test_a_lost_sliding_window_is_named(form, tokenizer, saved, tmp_path, capsys):
+    def errors(name, window):
+        model = build("mistral", **WIDE, vocab_size=len(tokenizer), sliding_window=window)
+        assert main(["export", saved(model), str(tmp_path / name), "--format", form]) == 0
+        return capsys.readouterr().err
+
+    assert "sliding window" not in errors("whole.gguf", 64)
+    assert f"--format {form} has no sliding window of 48 tokens: longer texts" in errors("window.gguf", 48)
+
+
+def test_adapters_are_merged_for_vllm_and_refused_by_apply(home, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, _ = lp.load(str(home / "base"))
+    plan, _ = pruned_by(model, kinds=("neurons",))
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with in_format("vllm", str(tmp_path / "adapter")) as folder:
+        assert folder != tmp_path / "adapter" and (folder / "config.json").is_file()
+    with pytest.raises(lp.PrunerError, match="is an adapter, and apply cuts the files of a model: save it merged"):
+        apply_to_files(plan, str(tmp_path / "adapter"), tmp_path / "out")

@@ -17,7 +17,7 @@ from typing import IO, Any
 import psutil
 
 from ..checkpoint.load import load, no_tokenizer
-from ..checkpoint.locate import locate
+from ..checkpoint.locate import is_adapter, locate
 from ..checkpoint.save import save
 from ..choices import EngineName
 from ..errors import PrunerError
@@ -184,7 +184,7 @@ def in_format(engine: EngineName, name: str, trust_remote_code: bool = False) ->
         PrunerError: the model cannot be loaded or written.
     """
     folder, file = locate(name)
-    if engine == "vllm" and Path(folder).is_dir() and file is None:
+    if engine == "vllm" and Path(folder).is_dir() and file is None and not is_adapter(folder):
         yield Path(folder)
         return
     if engine == "llama.cpp" and name.endswith(".gguf"):

@@ -19,6 +19,7 @@ from ..errors import PrunerError
 from ..files import check_file, complete_folder
 from ..inputs import InputCheck
 from ..logs import log, logging_to
+from ..models.blockwise import computing
 from ..models.inputs import example_inputs
 from ..models.per_layer import has_per_layer_widths
 from ..optional import ENGINES, is_installed
@@ -93,6 +94,7 @@ def _export_gguf(arguments: ExportArguments) -> Path:
     model, tokenizer = load(arguments.model, trust_remote_code=arguments.trust_remote_code)
     if kind not in TYPES:
         find_quantizer()
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         file = Path(folder) / "model.gguf"
         arch = write_gguf(model, tokenizer, file, kind if kind in TYPES else "f16", name=Path(arguments.model).name)
@@ -135,7 +137,7 @@ def _prompt(model: PreTrainedModel) -> list[int]:
 
 
 def _log_probabilities(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), computing(model):  # logits in 16 bits are rounded by more than the engines differ
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
     return logits.double().log_softmax(-1).cpu()
 

@@ -9,6 +9,7 @@ import gguf
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PrunerError
+from ..logs import log
 from ..models.generate import leading_tokens
 
 # Regular expressions that split text before byte-pair encoding, by llama.cpp's name for them.
@@ -20,6 +21,7 @@ SPLITS = {
     LETTERS_AND_DIGITS.replace("DIGITS", "{1,3}"): "llama-bpe",
     LETTERS_AND_DIGITS.replace("DIGITS", ""): "qwen2",
 }
+WHOLE_WORDS = ("llama-bpe",)  # where llama.cpp looks a word up before it applies merges
 BYTE_LEVEL, SINGLE_DIGITS = "gpt-2", "smollm"  # ByteLevel's own expression; the same after splitting digits
 
 
@@ -34,7 +36,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, v
     """
     document = json.loads(tokenizer.backend_tokenizer.to_str())
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split_name(document))
+    writer.add_tokenizer_pre(split := split_name(document))
+    if document["model"].get("ignore_merges") and split not in WHOLE_WORDS:
+        log.warning(
+            "gguf: the tokenizer has tokens for whole words alone (ignore_merges), and llama.cpp splits these words: "
+            "texts have more tokens there"
+        )
     tokens, types = _tokens(document, vocab_size)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
@@ -43,7 +50,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, v
         if (token := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(token)
     writer.add_add_bos_token(leading_tokens(tokenizer)[:1] == [tokenizer.bos_token_id])
-    if isinstance(template := tokenizer.chat_template, str):
+    template: Any = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
         writer.add_chat_template(template)
 
 

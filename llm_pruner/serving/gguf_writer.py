@@ -26,10 +26,12 @@ from .gguf_tokenizer import add_tokenizer, check_tokenizer
 # of whole heads, no norms of queries and keys.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 ARCHITECTURES |= {"mixtral": "llama", "olmoe": "olmoe", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+ACTIVATION = {"hidden_act": "silu"}  # of all of these
 FIXED: dict[str, dict[str, bool | None]] = {  # fields of configs that llama.cpp has for one value alone
-    "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
+    "olmoe": {"norm_topk_prob": False, "clip_qkv": None, "attention_bias": False},
     "qwen2_moe": {"norm_topk_prob": False},
-    "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3": {"attention_bias": False},
+    "qwen3_moe": {"norm_topk_prob": True, "attention_bias": False},
 }
 LIKE_LLAMA = ("llama", "mistral", "qwen2")
 INTERLEAVED = ("llama", "deci")  # architectures whose rotary pairs are neighbours, not halves of a head
@@ -69,7 +71,7 @@ def check_writable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
             f"--format gguf: llama.cpp has no {config.model_type} whose layers have {min(experts)} and {max(experts)} "
             "experts: export it with --format hf"
         )
-    for name, needed in FIXED.get(config.model_type, {}).items():
+    for name, needed in (ACTIVATION | FIXED.get(config.model_type, {})).items():
         if (value := getattr(config, name)) != needed:
             raise PrunerError(
                 f"--format gguf: llama.cpp has no {config.model_type} with {name}={value}, only with {needed}: export "
@@ -78,6 +80,15 @@ def check_writable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     if (kind := _rope(config)["rope_type"]) not in ("default", "linear", "llama3"):
         raise PrunerError(f"--format gguf cannot write rotary scaling {kind!r}: export it with --format hf")
     check_tokenizer(tokenizer)
+
+
+def warn_of_window(config: Any, form: str) -> None:
+    """Log that a format has no sliding windows, for a model whose layers have some."""
+    window = getattr(config, "sliding_window", None)
+    if window and window < config.max_position_embeddings:
+        log.warning(
+            "--format %s has no sliding window of %d tokens: longer texts are read without one there", form, window
+        )
 
 
 def write_gguf(
@@ -94,6 +105,7 @@ def write_gguf(
         PrunerError: as :func:`check_writable`.
     """
     check_writable(model, tokenizer)
+    warn_of_window(model.config, "gguf")
     assert tokenizer is not None
     layers = layer_shapes(model)
     arch = "deci" if len(set(layers)) > 1 else ARCHITECTURES[model.config.model_type]

@@ -18,7 +18,7 @@ from ..checkpoint.save import write_checkpoint
 from ..errors import PrunerError
 from ..files import strict_json, write_text
 from ..models.per_layer import REFUSAL_FIELD, SUBMODULES, stack_of
-from .gguf_writer import LIKE_LLAMA, head_size, layer_shapes
+from .gguf_writer import LIKE_LLAMA, head_size, layer_shapes, warn_of_window
 
 WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")  # fields of Qwen2
 CONFIG_FILE = "configuration_decilm.py"
@@ -73,6 +73,7 @@ def write_nemotron_nas(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         PrunerError: as :func:`check_nemotron_nas`.
     """
     check_nemotron_nas(model)
+    warn_of_window(model.config, "nemotron-nas")
     layers = layer_shapes(model)
     for module, layer in zip(stack_of(model.base_model, len(layers)) or [], layers, strict=True):
         for norm, size in (("input_layernorm", layer.heads), ("post_attention_layernorm", layer.neurons)):

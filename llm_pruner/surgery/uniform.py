@@ -28,6 +28,7 @@ from ..models.skeleton import canonical_names, skeleton
 from .equivalence import changed_logits
 from .rebuild import build_from_state
 
+OVERRIDDEN = "allow_global_per_layer_attribute_access"  # transformers' own field beside per-layer values
 PADDING_TOLERANCE = 1e-5  # of the largest logit; sums of more numbers, the added ones zero, are taken in another order
 
 
@@ -72,7 +73,8 @@ def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
             f"no plain config of {type(config).__name__} has such layers: they have constants of their own"
         )
     uniform = global_config(config)
-    uniform.__dict__.pop(SUBMODULES, None)  # these blocks are as wide as they were before any pruning
+    for name in (SUBMODULES, OVERRIDDEN):  # these blocks are as wide as they were before any pruning
+        uniform.__dict__.pop(name, None)
     differing = layer_overrides_of(config).values()
     for field in dict.fromkeys(field for overrides in differing for field in overrides if field != SKIP):
         values = [getattr(config.per_layer_config[i], field) for i in range(config.num_hidden_layers)]
