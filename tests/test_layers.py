@@ -5,12 +5,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers.media import model_of
+from helpers.media import model_of, save_llava
 from helpers.models import build, made, tokens
 from helpers.shapes import FAMILIES, planned
+from transformers import AutoConfig, LlavaForConditionalGeneration
 
 import llm_pruner as lp
 from llm_pruner.importance.score import score_blocks
+from llm_pruner.media import trace_media
 from llm_pruner.models.hooks import forward_hooks
 from llm_pruner.models.layers import hidden_out
 from llm_pruner.models.running import relative_difference
@@ -401,3 +403,25 @@ def test_patterns_of_layers_move_along(family, fields, drop, kept):
     found = planned(model, drop_layers=drop)
     assert kept(found.pruned.config)
     assert lp.verify(model, found.pruned, found.plan).equivalent
+
+
+def test_token_ids_are_no_layers():
+    """A list of small ids looks like one of layers' indices."""
+    model = build("llama", num_hidden_layers=6, eos_token_id=[2, 5])
+    pruned = planned(model, tokens(), depth="last", num_layers="3").pruned
+    assert pruned.config.eos_token_id == pruned.generation_config.eos_token_id == [2, 5]
+
+
+@pytest.mark.parametrize(("states", "fewer"), [(-2, -1), (3, 3), ([1, -2], [1, -1])])
+def test_a_model_reads_the_same_hidden_states_of_a_shorter_tower(states, fewer, tokenizer, tmp_path):
+    """LLaVA reads the state before its tower's last layer, which is the first to go."""
+    save_llava(tokenizer, tmp_path / "llava", vision_layers=4)
+    config = AutoConfig.from_pretrained(tmp_path / "llava")
+    config.vision_feature_layer = states
+    model = LlavaForConditionalGeneration(config).eval()
+    graph = trace_media(model)
+    plan = PruningPlan()
+    plan.keep(graph.unit("model.vision_tower.encoder.layers.layers"), torch.arange(3), graph.shapes)
+    pruned = lp.apply(model, plan)
+    assert pruned.config.vision_feature_layer == fewer
+    assert lp.verify(model, pruned, plan).equivalent

@@ -395,3 +395,12 @@ def test_inputs_that_are_not_the_models_are_refused():
             lp.score(model, lp.trace(model), given)
     with pytest.raises(PrunerError, match="inputs must be tensors by name"):
         lp.trace(model, inputs=features)
+
+
+def test_heads_that_align_words_are_forgotten_with_other_numbers():
+    """Times of words would be those of other heads, or end in a traceback."""
+    model = model_of("WhisperForConditionalGeneration")
+    model.generation_config.alignment_heads = [[1, 1], [1, 0]]
+    narrower, fewer_heads = (pruned_by(model, kinds=(kind,))[1] for kind in ("neurons", "heads"))
+    assert narrower.generation_config.alignment_heads == [[1, 1], [1, 0]]
+    assert not hasattr(fewer_heads.generation_config, "alignment_heads")

@@ -8,13 +8,21 @@ import pytest
 import torch
 from helpers.models import build
 from helpers.tiny_tokenizers import byte_level
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import llm_pruner as lp
 from llm_pruner.checkpoint.apply_files import apply_to_files
 from llm_pruner.cli import main
 from llm_pruner.data import text
 from llm_pruner.errors import PrunerError
+from llm_pruner.surgery.config.token_ids import renumber
 from llm_pruner.vocabulary import comparison
 from llm_pruner.vocabulary.arguments import VocabArguments
 from llm_pruner.vocabulary.counting import count
@@ -194,3 +202,10 @@ def test_an_empty_corpus(model_folder, tmp_path, capsys):
     flags = ["--corpus", str(tmp_path / "empty.txt"), "--keep", "0.5", "--output_dir", str(tmp_path / "out")]
     assert main(["vocab", str(model_folder), *flags]) == 2
     assert "the corpus is empty" in capsys.readouterr().err
+
+
+def test_no_list_of_words_is_left_empty():
+    """Generation refuses a list of forbidden words without any."""
+    settings = GenerationConfig(bad_words_ids=[[5, 6], [7]], suppress_tokens=[2, 6])
+    renumber(settings, [0, 1, 2, 5])
+    assert settings.bad_words_ids is None and settings.suppress_tokens == [2]

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PrunerError
 from ..graph.tracer import TraceError
 from ..graph.units import CouplingGraph, Unit, share_graph, trace
+from ..logs import log
 from ..media import trace_media
 from ..models.inputs import example_inputs, share_inputs
 from ..models.running import MetaReads, model_inputs, stored_tensors, tracing_mode
@@ -28,6 +29,7 @@ from .slicing import check_fits, cut
 
 TOWERS = "towers"  # setting of plans that cut other towers than the language
 TASK = "task"  # setting of plans for the class of a task, where the checkpoint declares another
+ALIGNMENT = "alignment_heads"  # of generation configs: layers and heads that tell the times of words
 Place = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -100,13 +102,26 @@ def apply(
             share_inputs(pruned, model)
             problem = "" if config is not None else _wrong_factor(model, pruned, plan, graph)
             if not problem:
-                if plan.tokens is not None and pruned.can_generate():
-                    renumber(pruned.generation_config, plan.tokens)
+                if pruned.can_generate():
+                    _fit_generation(pruned, plan)
                 return pruned
             if problem in problems:  # no other config will do better
                 break
         problems.append(problem)
     raise PrunerError(f"no config of {type(model.config).__name__} carries the plan: {problems[0]}")
+
+
+def _fit_generation(pruned: PreTrainedModel, plan: PruningPlan) -> None:
+    """Give a generation config the new ids of its tokens, and take numbers of heads that are others' now from it."""
+    settings = pruned.generation_config
+    if plan.tokens is not None:
+        renumber(settings, plan.tokens)
+    moved = any(choice.kind in ("heads", "query_heads", "layers") for choice in plan.units.values())
+    if (moved or plan.blocks) and getattr(settings, ALIGNMENT, None):
+        log.warning(
+            "%s of the generation config name heads before pruning: left out, and times of words with them", ALIGNMENT
+        )
+        delattr(settings, ALIGNMENT)
 
 
 def _traced_for(model: PreTrainedModel, plan: PruningPlan) -> CouplingGraph:

@@ -24,8 +24,10 @@ from ...models.per_layer import CONSTANTS, SKIP, SUBMODULES, layer_lists, layer_
 from ...models.running import MetaReads, forward, tracing_mode
 from ...models.skeleton import skeleton
 from ...selection.plan import PruningPlan, name_after
+from .token_ids import names_tokens
 
 BLOCK_NAMES = {"heads": "attention", "neurons": "mlp"}  # in per_layer_config, by kind of the units that a block holds
+FEATURE_LAYERS = re.compile("_feature_layers?$")  # fields: hidden states of a tower that a model reads
 LEADING_LAYERS = ("max_window_layers", "first_k_dense_replace")  # fields: so many layers come first, of another kind
 
 
@@ -112,13 +114,14 @@ def without_layers(
         if part.is_heterogeneous:
             part.per_layer_config = None
         for name, value in list(vars(part).items()):
-            if isinstance(value, list) and not name.startswith("_"):
+            if isinstance(value, list) and not (name.startswith("_") or names_tokens(name)):
                 setattr(part, name, _entries(value, stack.length, order))
             elif name in LEADING_LAYERS and type(value) is int and value <= stack.length:
                 set_field(part, name, sum(layer < value for layer in order))
         for key in (SUBMODULES, CONSTANTS):
             if entries := getattr(part, key, None):
                 setattr(part, key, _renumber_layers(entries, stack, order))
+        _fit_feature_layers(config, stack, order)
         _set_layer_count(model, config, part, stack, len(order), done)
         done[path] = kept
         if layers:
@@ -191,6 +194,20 @@ def _entries(values: list[Any], length: int, order: list[int]) -> list[Any]:
     if values and indices and values == sorted(set(values)) and values[0] >= 0 and values[-1] < length:
         return [order.index(i) for i in values if i in order]
     return values
+
+
+def _fit_feature_layers(config: PreTrainedConfig, stack: Stack, order: list[int]) -> None:
+    """Let a config that names hidden states of a tower, counted from either end, name those of the kept layers."""
+    *outer, own = stack.config or ("",)
+    around, tower = dict(configs_in(config))[tuple(outer)], own.removesuffix("config")
+
+    def moved(state: int) -> int:
+        before = sum(layer < state % (stack.length + 1) for layer in order)
+        return before if state >= 0 else before - len(order) - 1
+
+    for name, value in list(vars(around).items()):
+        if tower and name.startswith(tower) and FEATURE_LAYERS.search(name) and value is not None:
+            setattr(around, name, moved(value) if isinstance(value, int) else [moved(one) for one in value])
 
 
 def _renumber_layers(entries: dict[str, Any], stack: Stack, order: list[int]) -> dict[str, Any]:

@@ -13,6 +13,11 @@ NAMED = re.compile(r"token_(id|ids|index)$")  # fields whose tokens must stay
 LISTED = re.compile(r"suppress_tokens$|^bad_words_ids$|^sequence_bias$")  # fields that lose removed tokens
 
 
+def names_tokens(field: str) -> bool:
+    """Return True if a field of a config holds token ids."""
+    return bool(NAMED.search(field) or LISTED.search(field))
+
+
 def ids_in(config: PreTrainedConfig | GenerationConfig) -> set[int]:
     """Return the tokens that a config names, such as the end of a text."""
     ids: set[int] = set()
@@ -40,7 +45,8 @@ def renumber(config: PreTrainedConfig | GenerationConfig, kept: list[int]) -> No
             moved = [new[i] if _is_id(i) else i for i in ids]
             setattr(config, name, moved if isinstance(value, list) else moved[0])
         elif LISTED.search(name) and isinstance(value, list):
-            setattr(config, name, [found for one in value if (found := _all_new(one, new)) is not None])
+            moved = [found for one in value if (found := _all_new(one, new)) is not None]
+            setattr(config, name, moved or None)  # transformers refuses empty lists of words
     for inner in _inner(config):
         renumber(inner, kept)
 
