@@ -45,11 +45,10 @@ def rows_of(runs: Path) -> list[dict[str, Any]]:
 
 def method_of(row: dict[str, str]) -> str:
     """Return the name of a method in the table."""
-    fewer = "whole layers, `block_influence`" if row.get("prune.num_layers") else ""
-    if row.get("prune.preset", "paper") != "paper":
-        return f"preset `{row['prune.preset']}`" + (f", after {fewer}" if fewer else "")
-    if fewer:
-        return fewer
+    if (preset := row.get("prune.preset", "paper")) != "paper":
+        return f"preset `{preset}`" + (" after whole layers" if row.get("prune.num_layers") else "")
+    if row.get("prune.num_layers"):
+        return "whole layers, `block_influence`"
     criterion = row["prune.taylor"] if row["prune.pruner_type"] == "taylor" else row["prune.pruner_type"]
     return f"{row['prune.kinds'].replace(',', ' and ')}, `{criterion}`"
 
