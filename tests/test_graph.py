@@ -199,6 +199,13 @@ def test_a_model_that_cannot_run_says_where():
         trace(model)
 
 
+def test_an_adapter_that_is_not_merged_is_named():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"])).base_model.model
+    with pytest.raises(TraceError, match=r"layers\.0\.self_attn\.q_proj holds an adapter that is not merged"):
+        lp.trace(model)
+
+
 def test_inputs_that_a_model_cannot_read_are_forgotten():
     model = model_of("ViTForImageClassification")
     with pytest.raises(TraceError, match="doesn't match model"):

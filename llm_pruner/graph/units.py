@@ -288,6 +288,9 @@ _traced: WeakKeyDictionary[nn.Module, tuple[Hashable, CouplingGraph]] = WeakKeyD
 
 @torch.inference_mode(False)  # in inference mode, operators that torch composes of others reach the tracer whole
 def _trace(model: nn.Module) -> CouplingGraph:
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise TraceError(f"{path or 'the model'} holds an adapter that is not merged: call merge_and_unload first")
     for name, parameter in model.named_parameters():
         if 0 in parameter.shape and type(_owner(model, name)).__module__.startswith("torch."):
             raise TraceError(f"{name} is {list(parameter.shape)}: a model with an empty weight cannot be pruned")
