@@ -12,13 +12,15 @@ from helpers.architectures import tiny_model
 from helpers.models import build, pruned_by
 from helpers.models import made as made_model
 from test_serving import NEW_TOKENS, continued_by_vllm, expected_of, made, vllm_python  # noqa: F401 - a fixture
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import llm_pruner as lp
 from llm_pruner.checkpoint.apply_files import apply_to_files
 from llm_pruner.cli import main
 from llm_pruner.serving.engines import Engine, in_format, running
 from llm_pruner.serving.export import _log_probabilities
-from llm_pruner.serving.gguf_tokenizer import LETTERS_AND_DIGITS, split_name
+from llm_pruner.serving.gguf_tokenizer import LETTERS_AND_DIGITS, check_tokenizer, split_name
 from llm_pruner.serving.gguf_writer import _llama3_factors, write_gguf
 from llm_pruner.serving.llama_cpp import QUANTIZER
 
@@ -278,6 +280,15 @@ def test_fields_that_llama_cpp_does_not_have_are_refused(name, field, value, nee
     model = build(name, **WIDE, vocab_size=len(tokenizer), **{field: value})
     with pytest.raises(lp.PrunerError, match=f"no {name} with {field}={value}, only with {needed}"):
         write_gguf(model, tokenizer, tmp_path / "out.gguf")
+
+
+def test_a_vocabulary_without_merges_is_refused(tokenizer):
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    document["model"]["merges"] = []
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(document)))
+    check_tokenizer(tokenizer)
+    with pytest.raises(lp.PrunerError, match="no merge of two tokens is left in the vocabulary"):
+        check_tokenizer(bare)
 
 
 def test_several_chat_templates_and_tokens_for_whole_words(tokenizer, tmp_path, caplog):

@@ -61,11 +61,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Refuse a tokenizer that :func:`add_tokenizer` cannot write.
 
     Raises:
-        PrunerError: it is missing, or no byte-level BPE that llama.cpp has a name for.
+        PrunerError: it is missing, or no byte-level BPE with merges that llama.cpp has a name for.
     """
     if tokenizer is None or not hasattr(tokenizer, "backend_tokenizer"):
         raise PrunerError("--format gguf needs a tokenizer.json beside the model: put the original's files there")
-    split_name(json.loads(tokenizer.backend_tokenizer.to_str()))
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    split_name(document)
+    if not document["model"].get("merges"):
+        raise PrunerError("--format gguf: no merge of two tokens is left in the vocabulary, and llama.cpp needs some")
 
 
 def split_name(document: dict[str, Any]) -> str:
