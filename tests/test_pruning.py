@@ -208,6 +208,20 @@ def test_a_vocabulary_that_takes_much_of_the_model_is_named(vocabulary, said, ca
     assert [line for r in caplog.records if (line := r.getMessage().partition(":")[0]).endswith("tokens")] == expected
 
 
+@pytest.mark.parametrize(("lost", "said"), [(0.6, False), (0.75, True)])
+def test_whole_layers_are_suggested_where_most_neurons_go(lost, said, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level("INFO", logger=log.name)
+    model = build("llama", num_hidden_layers=8)
+    graph, total = lp.trace(model), sum(p.numel() for p in model.parameters())
+    neurons = sum(graph.parameters_of(unit) for unit in graph.of_kind("neurons"))
+    scores = lp.score(model, graph, criterion="l2")
+    plan = lp.select(graph, scores, kinds=("neurons",), target_params=(total - lost * neurons) / total)
+    log_plan(PlannedModel(plan=plan, pruned=model, graph=graph), total)
+    assert ("of 8 layers go: a model often keeps more where a few whole layers go first" in caplog.text) == said
+    assert ("--num_layers 7 --depth block_influence" in caplog.text) == said
+
+
 def test_the_original_is_freed_before_the_pruned_model_is_measured(home, home_text, monkeypatch):
     loaded, alive, load, evaluate = [], {}, run_module.load_or_reuse, run_module.evaluate_model
 

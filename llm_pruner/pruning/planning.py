@@ -22,6 +22,7 @@ from ..selection.compose import compose_plans, scores_in_original
 from ..selection.plan import PruningPlan, name_after
 from ..surgery.apply import TOWERS, apply
 from ..surgery.per_token import EXPERTS_PER_TOKEN
+from .combinations import TARGETS
 from .context import Planning
 from .fewer_experts import routed_to_fewer
 from .quantized import blocks_after, in_blocks, log_blocks
@@ -40,6 +41,7 @@ from .whole_layers import describe_dropped, plan_layers
 from .widths import Whole, WidthGoal, check_search, score_widths, search_widths, select_widths, width_goal
 
 LARGE_VOCABULARY = 1 / 3  # of the parameters
+MANY_NEURONS = 0.7  # of the layers that lose some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,8 @@ def _trace(planning: Planning, model: PreTrainedModel) -> CouplingGraph:
 
 
 def log_plan(planned: PlannedModel, parameters: int) -> None:
-    """Log what goes, and the command that removes tokens where they hold much of the original's ``parameters``."""
+    """Log what goes, and what would keep more: without tokens that hold much of the original's ``parameters``, or
+    without a few whole layers."""
     for line in planned.plan.summary().splitlines():
         log.info("%s", line)
     for unit in planned.graph.of_kind("vocabulary"):
@@ -130,6 +133,24 @@ def log_plan(planned: PlannedModel, parameters: int) -> None:
                 100 * share,
                 f"{unit.size:,}",
             )
+    _suggest_layers(planned)
+
+
+def _suggest_layers(planned: PlannedModel) -> None:
+    """Log flags that remove whole layers first where a target takes most neurons and no layer."""
+    stacks, plan = planned.graph.of_kind("layers"), planned.plan
+    narrowed = [choice for choice in plan.units.values() if choice.kind == "neurons"]
+    if len(stacks) != 1 or plan.layers or not narrowed or not plan.settings.keys() & set(TARGETS):
+        return
+    lost = 1 - sum(len(choice.kept) for choice in narrowed) / sum(choice.size for choice in narrowed)
+    if lost >= MANY_NEURONS:
+        log.info(
+            "%.0f%% of the neurons of %d layers go: a model often keeps more where a few whole layers go first, as with"
+            " --num_layers %d --depth block_influence",
+            100 * lost,
+            len(narrowed),
+            stacks[0].size - max(1, round(stacks[0].size / 8)),
+        )
 
 
 def without_scores(settings: PruneSettings) -> PruneSettings:
