@@ -71,25 +71,22 @@ def _counted_blocks(
     Raises:
         PrunerError: a number is not one that can stay.
     """
-    flag = f"num_{block}"
-    blocks = {unit.name: _blocks_of(model, graph, unit, plan, kind=BLOCKS[block]) for unit in graph.of_kind("layers")}
-    most = {}
-    for name, count in _counts_by_stack(getattr(planning.settings.layers, f"keep_{block}"), flag, graph).items():
-        present = len(blocks[name])
-        gone = {i: path for i, path in blocks[name].items() if path is not None}
-        if not present - len(gone) <= count < present:
-            title = _stack_title(graph, name)
-            fewest = f"give {present - len(gone)} to {present - 1}" if gone else "none of it can go"
-            raise PrunerError(
-                f"--{flag}: cannot keep {count}, {present} layers of {title} have {TITLES[block]}: {fewest}"
-            )
-        most[name] = present - count
-    if not most:
+    flag, keep = f"num_{block}", getattr(planning.settings.layers, f"keep_{block}")
+    if not keep:
         return []
-    by_layer = {u.name: [blocks[u.name].get(i) for i in range(u.size)] for u in graph.of_kind("layers")}
-    scores = _score_blocks(planning, model, graph, by_layer, most)
+    blocks, most = dict[str, list[str | None]](), dict[str, int]()
+    for name, count in _counts_by_stack(keep, flag, graph).items():
+        paths = _blocks_of(model, graph, graph.unit(name), plan, kind=BLOCKS[block])
+        present, fewest = len(paths), sum(path is None for path in paths.values())
+        if not fewest <= count < present:
+            title = f"{present} layers of {_stack_title(graph, name)} have {TITLES[block]}"
+            hint = f"give {fewest} to {present - 1}" if fewest < present else "none of it can go"
+            raise PrunerError(f"--{flag}: cannot keep {count}, {title}: {hint}")
+        blocks[name] = [paths.get(i) for i in range(graph.unit(name).size)]
+        most[name] = present - count
+    scores = _score_blocks(planning, model, graph, blocks, most)
     lowest = {name: values.argsort(stable=True)[: most[name]].tolist() for name, values in scores.items()}
-    return [path for name, layers in lowest.items() for i in sorted(layers) if (path := by_layer[name][i])]
+    return [path for name, layers in lowest.items() for i in sorted(layers) if (path := blocks[name][i])]
 
 
 def _blocks_of(
