@@ -14,7 +14,8 @@ from llm_pruner.data import calibration, self_calibration, self_written
 from llm_pruner.errors import PrunerError
 from llm_pruner.evaluation.perplexity import byte_perplexity, perplexity, windows
 from llm_pruner.models.generate import leading_tokens
-from llm_pruner.recovery.tokenize import IGNORED, ExampleFormat, tokenize
+from llm_pruner.models.loss import IGNORED
+from llm_pruner.recovery.tokenize import ExampleFormat, tokenize
 
 BOS, EOS = 100, 101
 

@@ -9,6 +9,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 import llm_pruner as lp
 from llm_pruner.cli import main
+from llm_pruner.models.loss import IGNORED
 from llm_pruner.recovery import settings
 from llm_pruner.recovery.datasets import padding_collator
 from llm_pruner.recovery.distill import DistillationCollator, Teacher, labelled_positions
@@ -16,7 +17,6 @@ from llm_pruner.recovery.original import kept_tokens
 from llm_pruner.recovery.prompts import ALPACA
 from llm_pruner.recovery.resplit import OriginalSplit
 from llm_pruner.recovery.run import recover
-from llm_pruner.recovery.tokenize import IGNORED
 
 
 def make_batch(tokenizer):

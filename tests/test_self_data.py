@@ -13,12 +13,13 @@ from tokenizers import processors
 import llm_pruner as lp
 from llm_pruner.evaluation.shared_texts import TRAINED_ON
 from llm_pruner.inputs import InputCheck
+from llm_pruner.models.loss import IGNORED
 from llm_pruner.recovery import self_data
 from llm_pruner.recovery.checking import check_recovery_inputs
 from llm_pruner.recovery.run import recover
 from llm_pruner.recovery.self_data import rewritten_sources
 from llm_pruner.recovery.settings import SelfDataSettings
-from llm_pruner.recovery.tokenize import IGNORED, ExampleFormat, tokenize
+from llm_pruner.recovery.tokenize import ExampleFormat, tokenize
 
 END = 2
 CHAT = [{"role": "user", "content": "Say this."}, {"role": "assistant", "content": "no"}]

@@ -7,9 +7,10 @@ import pytest
 from tokenizers import processors
 
 import llm_pruner as lp
+from llm_pruner.models.loss import IGNORED
 from llm_pruner.recovery.prompts import plain_prompt, prompt_template
 from llm_pruner.recovery.rows import read_rows
-from llm_pruner.recovery.tokenize import IGNORED, ExampleFormat, fingerprint, tokenize
+from llm_pruner.recovery.tokenize import ExampleFormat, fingerprint, tokenize
 
 
 def decode_learnt(example, tokenizer):

@@ -187,20 +187,21 @@ def _without_and_with(stack: LayerStack, ids: Inputs) -> list[tuple[torch.Tensor
     """Return what leaves each layer without what is scored there, and what leaves it, in one pass of the model."""
     if not stack.blocks:
         return list(pairwise(CachedPass(stack, ids).states))
-    pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    order: list[int] = []
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def compare(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        index = stack.layers.index(layer)
+        order.append(index := stack.layers.index(layer))
         without = hidden_out(output)
         if index not in stack.fixed:
             with stack.silenced(index):
                 without = hidden_out(layer.forward(*args, **kwargs))
-        pairs[index] = (without, hidden_out(output))
+        pairs.append((without, hidden_out(output)))
 
     with forward_hooks([(layer, compare) for layer in stack.layers], with_kwargs=True):
         forward(stack.model, ids)
-    stack.check_order(list(pairs))
-    return list(pairs.values())
+    stack.check_order(order)
+    return pairs
 
 
 def _adding_nothing(_: int, forward: Forward) -> Forward:

@@ -14,6 +14,8 @@ from .inputs import reads_text_only
 from .running import model_inputs, target_ids
 from .tasks import predicts_tokens
 
+IGNORED = -100  # target of tokens that are not learnt; the losses of torch and transformers skip it
+
 
 def has_loss(model: nn.Module) -> bool:
     """Return True for a model that predicts the next token of a text."""

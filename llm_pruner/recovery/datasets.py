@@ -15,11 +15,12 @@ from ..errors import PrunerError
 from ..evaluation.perplexity import check_length, windows
 from ..files import complete_folder, folder_lock
 from ..logs import log
+from ..models.loss import IGNORED
 from ..models.running import context_length
 from .arguments import DEFAULT_DATA
 from .rows import read_rows
 from .settings import DataSettings
-from .tokenize import IGNORED, ExampleFormat, fingerprint, tokenize
+from .tokenize import ExampleFormat, fingerprint, tokenize
 
 WINDOW = 128  # tokens of a window of --extra_val_dataset, as in LLM-Pruner
 CACHE = Path("datasets/cache")

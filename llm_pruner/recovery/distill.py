@@ -24,10 +24,10 @@ from torch.nn.functional import nll_loss
 from transformers import PreTrainedModel
 
 from ..errors import PrunerError
+from ..models.loss import IGNORED
 from ..refit.distill import divergence, relative_distance
 from ..refit.tokens import KeptTokens
 from .resplit import ALIGNED, OriginalSplit, at_positions
-from .tokenize import IGNORED
 
 CACHED = ("teacher_tokens", "teacher_log_probabilities")  # columns of the teacher's outputs
 OF_TEACHER = (*CACHED, *ALIGNED)  # columns of a batch that the student does not read

@@ -18,6 +18,7 @@ from ..errors import PrunerError
 from ..files import digest
 from ..logs import log
 from ..models.generate import leading_tokens
+from ..models.loss import IGNORED
 from ..progress import track
 from ..provenance import versions
 from ..row_kinds import (
@@ -34,8 +35,6 @@ from ..row_kinds import (
 from .objectives import Example, Vocabulary, denoise
 from .prompts import Prompt, prompt_template
 from .rows import reading, row_columns
-
-IGNORED = -100  # label of tokens that are not learnt; the losses of torch and transformers skip it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,8 @@ from transformers.training_args import OptimizerNames
 
 from ..errors import PrunerError, in_one_line
 from ..files import DISK, sync_folder
+from ..models.loss import IGNORED
 from .distill import OF_TEACHER, Teacher, align_labels, forward_inputs
-from .tokenize import IGNORED
 
 PARTIAL = ".partial-"  # prefix of a checkpoint's folder while it is written
 

@@ -28,7 +28,7 @@ from ..models.blockwise import computing, native_compute
 from ..models.generate import seeded
 from ..models.hooks import forward_hooks
 from ..models.inputs import Inputs
-from ..models.loss import has_loss
+from ..models.loss import IGNORED, has_loss
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, model_inputs, target_ids, without_cache
 from ..unfinished import NOTHING_KEPT, Unfinished
@@ -37,7 +37,6 @@ from .distill import Distillation
 from .training import TrainingReport, check_memory, frozen, in_float32, train_together
 
 RANK = 64
-IGNORED = -100  # as a target of the cross entropy
 RATE = 1e-3  # up to 512 hidden channels
 EPOCHS = 1.34  # tokens that are read more often are learnt by heart; docs/how-to/refit.md has the measurement
 
