@@ -120,7 +120,7 @@ def _metadata(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if line.strip():
             try:
                 row = json.loads(line)
-                if not isinstance(row.get("text", ""), str) or not isinstance(row.get("label", ""), (str, int)):
+                if not isinstance(row.get("text", ""), str) or not isinstance(row.get("label", ""), (str, int, list)):
                     raise TypeError
                 yield row["file_name"], {name: row[name] for name in ("text", "label") if name in row}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -34,7 +34,7 @@ class Medium:
     file: Path
     is_sound: bool
     text: str | None = None
-    label: str | int | None = None
+    label: str | int | list[str | int] | None = None
     content: bytes | None = field(default=None, repr=False)
 
     @property

@@ -217,6 +217,23 @@ def test_a_tokenizer_is_saved_as_it_was_before_its_use(length, home, tmp_path):
     assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["truncation"] == document["truncation"]
 
 
+def test_a_tokenizer_of_the_hub_keeps_its_limits(home, tmp_path, monkeypatch):
+    """Its own file is in the cache that its download has filled."""
+    snapshot = tmp_path / "hub" / "models--org--base" / "snapshots" / "0123abcd"
+    shutil.copytree(home / "base", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    document = json.loads((snapshot / "tokenizer.json").read_text())
+    document["truncation"] = {"direction": "Right", "max_length": 7, "strategy": "LongestFirst", "stride": 0}
+    (snapshot / "tokenizer.json").write_text(json.dumps(document))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    tokenizer = AutoTokenizer.from_pretrained(snapshot)
+    tokenizer.name_or_path = "org/base"
+    tokenizer("This is", truncation=True, max_length=3)
+    save_tokenizer(tokenizer, tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"] == document["truncation"]
+
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_saved_tokenizer_says_nothing_of_its_loading(cut, home, tmp_path):
     """Arguments of from_pretrained and the limits of the latest use are no properties of the tokenizer."""

@@ -19,6 +19,7 @@ import llm_pruner as lp
 from llm_pruner.cli import main
 from llm_pruner.errors import PrunerError
 from llm_pruner.evaluation.labelled import measure_labelled
+from llm_pruner.evaluation.similarity import outputs, similarity
 from llm_pruner.models.blockwise import standing_in
 from llm_pruner.models.inputs import example_inputs
 from llm_pruner.models.per_layer import layer_lists
@@ -168,6 +169,35 @@ def test_encoder_decoders_give_an_output_for_every_token(name):
     with torch.no_grad():
         torch.testing.assert_close(output, main_output(model(input_ids=ids)))
     lp.score(model, lp.trace(model), ids, "taylor", taylor="param_second", kinds=["neurons"])
+
+
+def test_classifiers_that_give_several_classes(tmp_path):
+    """All classes with a positive logit count, not the largest alone."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    tokenizer = transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
+    model = build("BertForSequenceClassification", "bert", **TEXT | {"vocab_size": len(tokenizer)}, num_labels=4)
+    model.config.problem_type = "multi_label_classification"
+    texts = ["a b", "c d e", "f", "g h a"]
+    with torch.no_grad():
+        model.classifier.weight.mul_(50)
+        logits = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
+    labels = [logit.gt(0).nonzero().flatten().tolist() for logit in logits]
+    assert {len(label) for label in labels} - {1}
+    labels[0] = [c for c in range(4) if c not in labels[0]]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"text": t, "label": c}) for t, c in zip(texts, labels, strict=True)))
+    assert measure_labelled(model, tokenizer, str(file))["acc"] == pytest.approx(3 / 4)
+    found = outputs(model, tokenizer, texts)
+    assert [one.tolist() for one in found] == [logit.gt(0).tolist() for logit in logits]
+    assert similarity(found, [~found[0], *found[1:]]).agreement == pytest.approx(3 / 4)
+    file.write_text(json.dumps({"text": "a", "label": 1}))
+    with pytest.raises(PrunerError, match="label 1: BertForSequenceClassification gives several classes to an input"):
+        measure_labelled(model, tokenizer, str(file))
+    model.config.problem_type = None
+    file.write_text(json.dumps({"text": "a", "label": [1]}))
+    with pytest.raises(PrunerError, match="gives one class each"):
+        measure_labelled(model, tokenizer, str(file))
 
 
 @pytest.mark.parametrize("columns", (("premise", "hypothesis"), ("text", "other"), ("sentence1", "sentence2")))

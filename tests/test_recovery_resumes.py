@@ -1,6 +1,7 @@
 """Interruptions: a run resumes with the same losses, and no checkpoint is ever half-written."""
 
 import errno
+import json
 import subprocess
 import sys
 from contextlib import suppress
@@ -36,6 +37,22 @@ def kill_at(monkeypatch, step):
         return plain_step(self, *args, **kwargs)
 
     monkeypatch.setattr(RecoveryTrainer, "training_step", training_step)
+
+
+def test_a_resumed_run_counts_the_seconds_before_it(home, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, 7)
+        with pytest.raises(Killed):
+            recover(often_saved(home, tmp_path / "out", max_steps=10))
+    (state,) = (tmp_path / "out").glob("checkpoint-6/trainer_state.json")
+    document = json.loads(state.read_text())
+    (*_, last) = (entry for entry in document["log_history"] if "train_seconds" in entry)
+    assert last["step"] == 6 and last["train_seconds"] >= 0
+    last["train_seconds"] = 1000.0
+    state.write_text(json.dumps(document))
+    recover(often_saved(home, tmp_path / "out", max_steps=10, resume_from_checkpoint="auto"))
+    assert 1000 < read_record(tmp_path / "out")["seconds"] < 1900
+    assert "train_seconds" not in json.loads((tmp_path / "out" / "curves.json").read_text())
 
 
 @pytest.mark.parametrize("method", ("lora", "full"))

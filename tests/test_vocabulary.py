@@ -22,7 +22,7 @@ from llm_pruner.checkpoint.apply_files import apply_to_files
 from llm_pruner.cli import main
 from llm_pruner.data import text
 from llm_pruner.errors import PrunerError
-from llm_pruner.surgery.config.token_ids import renumber
+from llm_pruner.surgery.config.token_ids import ids_in, renumber
 from llm_pruner.vocabulary import comparison
 from llm_pruner.vocabulary.arguments import VocabArguments
 from llm_pruner.vocabulary.counting import count
@@ -209,3 +209,13 @@ def test_no_list_of_words_is_left_empty():
     settings = GenerationConfig(bad_words_ids=[[5, 6], [7]], suppress_tokens=[2, 6])
     renumber(settings, [0, 1, 2, 5])
     assert settings.bad_words_ids is None and settings.suppress_tokens == [2]
+
+
+def test_nested_tokens_of_a_generation_config_are_renumbered():
+    """Biases are no ids, even as whole numbers; words that must come have to stay."""
+    settings = GenerationConfig(sequence_bias=[[[5, 2], 2], [[6], -1]], force_words_ids=[[5], [[1], [2]]])
+    assert ids_in(settings) >= {1, 2, 5}
+    renumber(settings, [0, 1, 5, 2])
+    assert settings.sequence_bias == [[[2, 3], 2]] and settings.force_words_ids == [[2], [[1], [3]]]
+    with pytest.raises(PrunerError, match="drops token 3, which the config names as force_words_ids"):
+        renumber(settings, [0, 1, 2])

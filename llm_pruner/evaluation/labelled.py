@@ -19,7 +19,7 @@ from ..models.inputs import Inputs, ModelInputs, reads_text_only
 from ..models.running import evaluating, forward, main_output, model_inputs
 from ..models.tasks import CTC, FEATURES, SPEECH, task_name
 from ..progress import track
-from .similarity import text_inputs
+from .similarity import gives_several_classes, text_inputs
 
 CLASSIFIERS = ("text-classification", "image-classification", "audio-classification", "video-classification")
 # Names of the columns of two texts, as data sets have them; the second of a classifier may be missing.
@@ -82,7 +82,8 @@ def measure_labelled(
         most: use only the first examples.
 
     Returns:
-        ``acc`` and its standard error ``acc_stderr`` of a classifier; ``spearman``, the rank correlation between the
+        ``acc`` and its standard error ``acc_stderr`` of a classifier, of one that gives several classes the share of
+        examples with all of them right; ``spearman``, the rank correlation between the
         scores of the rows and the model's scores, or the cosines of its mean hidden states, of a reward or embedding
         model; ``wer``, word errors over words, of a model of speech.
 
@@ -140,6 +141,12 @@ class _Runner:
             )
         return output
 
+    def classes(self, example: Sequence[str] | Medium) -> set[int]:
+        """Return the indices of the classes that the model gives to an example."""
+        output = self.output(example)
+        several = gives_several_classes(self.model)
+        return set(output.gt(0).nonzero().flatten().tolist()) if several else {int(output.argmax())}
+
     def embedding(self, text: str) -> torch.Tensor:
         """Return the mean of the last hidden states of a text, ``[hidden]``."""
         return self.output((text,)).mean(dim=0)
@@ -160,13 +167,22 @@ def _accuracy(run: _Runner, name: str, most: int | None) -> dict[str, float]:
         examples = [(medium, medium.label) for medium in _media(name, "label", "classes", most)]
     else:
         examples = [(row.texts, row.value) for row in _text_rows(name, "label", "classes", most)]
-    labels = [_class_of(run.model, label, name) for _, label in examples]
+    labels = [_classes_of(run.model, label, name) for _, label in examples]
     right = [
-        int(run.output(example).argmax()) == label
+        run.classes(example) == label
         for (example, _), label in track(list(zip(examples, labels, strict=True)), f"classes of {name}")
     ]
     share = sum(right) / len(right)
     return {"acc": share, "acc_stderr": (share * (1 - share) / max(1, len(right) - 1)) ** 0.5}
+
+
+def _classes_of(model: PreTrainedModel, label: Any, name: str) -> set[int]:
+    """Return the indices of the classes that a row names: one, or the list of a classifier that may give several."""
+    several = gives_several_classes(model)
+    if several != isinstance(label, list):
+        form = 'several classes to an input: give lists, as in "label": ["…", "…"]' if several else "one class each"
+        raise PrunerError(f"{name}: label {label!r}: {type(model).__name__} gives {form}")
+    return {_class_of(model, one, name) for one in (label if several else [label])}
 
 
 def _class_of(model: PreTrainedModel, label: Any, name: str) -> int:

@@ -71,8 +71,8 @@ def outputs(
 
     Returns:
         Of a model without a head, the mean of its last hidden states ``[hidden]`` or its embeddings; of one that gives
-        pixels or depths, these; of one that gives a single number, that ``[1]``; of others the predictions, a
-        LongTensor ``[]``, ``[tokens]`` or ``[2]``.
+        pixels or depths, these; of one that gives a single number, that ``[1]``; of a classifier that may give several
+        classes, a BoolTensor ``[classes]``; of others the predictions, a LongTensor ``[]``, ``[tokens]`` or ``[2]``.
 
     Raises:
         PrunerError: an output is not finite.
@@ -116,6 +116,11 @@ def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *texts: 
     return dict(tokenizer(*texts, truncation=True, max_length=longest, return_tensors="pt"))
 
 
+def gives_several_classes(model: PreTrainedModel) -> bool:
+    """Return True for a classifier that may give several classes to one input: those whose logits are positive."""
+    return getattr(model.config, "problem_type", None) == "multi_label_classification"
+
+
 def _comparable(model: PreTrainedModel, output: torch.Tensor) -> torch.Tensor:
     task = task_name(model)
     if task == FEATURES and output.ndim == 2:
@@ -124,6 +129,8 @@ def _comparable(model: PreTrainedModel, output: torch.Tensor) -> torch.Tensor:
         return output.flatten()
     if output.shape == (1,):
         return output
+    if gives_several_classes(model):
+        return output > 0
     return output.argmax(dim=0 if task in ("question-answering", "image-segmentation") else -1)
 
 

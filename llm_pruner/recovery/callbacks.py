@@ -16,6 +16,7 @@ from ..report.figures import draw_recoveries
 from ..report.runs import CURVES, Run
 
 FIGURE = "curves.png"
+SECONDS = "train_seconds"  # of training up to a checkpoint, in its log
 
 
 class TrainingProgress(TrainerCallback):
@@ -72,6 +73,30 @@ class TrainingProgress(TrainerCallback):
         if self._step is not None:
             self._step.end()
         self._step = None
+
+
+class TrainingTime(TrainerCallback):
+    """Seconds of training; checkpoints record them, so that those of a resumed run count too.
+
+    Attributes:
+        seconds: from the beginning of training, its interruptions left out.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._start
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        before = next((entry[SECONDS] for entry in reversed(state.log_history) if SECONDS in entry), 0.0)
+        self._start = time.perf_counter() - before
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:
+            state.log_history.append({"step": state.global_step, SECONDS: round(self.seconds, 1)})
 
 
 class CurveWriter(TrainerCallback):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..selection.plan import PruningPlan
 from ..version import __version__
 from .adapters import make_trainable
 from .arguments import DEFAULT_OUTPUT, RecoverArguments
-from .callbacks import CurveWriter, TrainingProgress
+from .callbacks import CurveWriter, TrainingProgress, TrainingTime
 from .datasets import WINDOW, padding_collator, predicted_tokens, reachable_sources, training_data, validation_windows
 from .distill import DistillationCollator, Teacher, cache_teacher
 from .original import kept_tokens, load_plan, original_name, teacher_name
@@ -124,10 +123,10 @@ def _run(settings: RecoverySettings, plan: PruningPlan, flags: dict[str, Any]) -
     }
     data = _Data(train=train, texts=texts, evaluation=texts | ({} if validation is None else {VALIDATION: validation}))
     trainer = _make_trainer(settings, student, data, collate=collate, teacher=teacher)
+    trainer.add_callback(clock := TrainingTime())
     start_wandb(settings.output)
-    start = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - start
+    seconds = clock.seconds
     final = trainer.evaluate() if data.evaluation else {}
     trained = _gather_weights(trainer, settings)
     if trainer.is_world_process_zero():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
 from ...errors import PrunerError
 
-NAMED = re.compile(r"token_(id|ids|index)$")  # fields whose tokens must stay
+NAMED = re.compile(r"token_(id|ids|index)$|^force_words_ids$")  # fields whose tokens must stay
 LISTED = re.compile(r"suppress_tokens$|^bad_words_ids$|^sequence_bias$")  # fields that lose removed tokens
 
 
@@ -23,7 +24,7 @@ def ids_in(config: PreTrainedConfig | GenerationConfig) -> set[int]:
     ids: set[int] = set()
     for name, value in _fields(config):
         if NAMED.search(name):
-            ids.update(i for i in (value if isinstance(value, list) else [value]) if _is_id(i))
+            ids.update(_flat(value))
     for inner in _inner(config):
         ids |= ids_in(inner)
     return ids
@@ -38,12 +39,13 @@ def renumber(config: PreTrainedConfig | GenerationConfig, kept: list[int]) -> No
     new = {old: position for position, old in enumerate(kept)}
     for name, value in _fields(config):
         if NAMED.search(name):
-            ids = value if isinstance(value, list) else [value]
-            removed = [i for i in ids if _is_id(i) and i not in new]
+            removed = [i for i in _flat(value) if i not in new]
             if removed:
                 raise PrunerError(f"the plan drops token {removed[0]}, which the config names as {name}: keep it")
-            moved = [new[i] if _is_id(i) else i for i in ids]
-            setattr(config, name, moved if isinstance(value, list) else moved[0])
+            setattr(config, name, _all_new(value, new))
+        elif name == "sequence_bias" and isinstance(value, list):  # pairs of the tokens and their bias
+            moved = [[found, bias] for one, bias in value if (found := _all_new(one, new)) is not None]
+            setattr(config, name, moved or None)
         elif LISTED.search(name) and isinstance(value, list):
             moved = [found for one in value if (found := _all_new(one, new)) is not None]
             setattr(config, name, moved or None)  # transformers refuses empty lists of words
@@ -52,11 +54,20 @@ def renumber(config: PreTrainedConfig | GenerationConfig, kept: list[int]) -> No
 
 
 def _all_new(value: Any, new: dict[int, int]) -> Any:
-    """Return the new number of an id, or of a list of them; None if one is removed."""
+    """Return the new number of an id, or of nested lists of them; None if one is removed."""
     if isinstance(value, list):
-        moved = [_all_new(i, new) if isinstance(i, (int, list)) else i for i in value]
+        moved = [_all_new(i, new) for i in value]
         return None if any(m is None for m in moved) else moved
-    return new.get(value)
+    return new.get(value) if _is_id(value) else value
+
+
+def _flat(value: Any) -> Iterator[int]:
+    """Yield an id, or the ids in nested lists."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _flat(one)
+    elif _is_id(value):
+        yield value
 
 
 def _is_id(value: Any) -> bool:
