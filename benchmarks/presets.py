@@ -67,7 +67,8 @@ def table(rows: list[dict[str, Any]], model: str) -> str:
     ):
         runs = [row for row in mine if (row["size"], row["text"], row["method"]) == (size, origin, method)]
         minutes = [row["minutes"] for row in runs if row["machine"] == MACHINE]
-        values = [mean_and_deviation([row["after"][text] for row in runs]) for text in texts]
+        measured = [[row["after"][text] for row in runs if text in row["after"]] for text in texts]
+        values = [mean_and_deviation(of_text) if of_text else "" for of_text in measured]
         shown = f"{statistics.median(minutes)}" if minutes else ""
         cells.append([size, f"`{' '.join(METHODS[method])}`", origin, shown, *values])
     return markdown(cells)
