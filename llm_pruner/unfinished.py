@@ -27,7 +27,8 @@ SHARE = 10  # or so many times as long as a writing takes, whichever is longer
 def kept_until_done(folder: Path, *, fresh: bool = False) -> Iterator[Path]:
     """Yield a folder for the files of unfinished steps.
 
-    It is removed when the block succeeds, and when it fails within the time in which nothing need be kept.
+    It is removed when the block succeeds, and when it fails within the time in which nothing need be kept, unless an
+    earlier run left it.
 
     Args:
         fresh: remove what another run left there first.
@@ -35,10 +36,11 @@ def kept_until_done(folder: Path, *, fresh: bool = False) -> Iterator[Path]:
     start = time.monotonic()
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
+    of_earlier_run = folder.exists()
     try:
         yield folder
     except BaseException:
-        if time.monotonic() - start < INTERVAL:
+        if not of_earlier_run and time.monotonic() - start < INTERVAL:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)

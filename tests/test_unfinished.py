@@ -198,6 +198,18 @@ def test_a_command_goes_on_where_it_was_stopped(home, home_text, tmp_path, monke
     assert weights(tmp_path / "out") == weights(tmp_path / "whole") and not left.exists()
 
 
+def test_a_failure_at_once_leaves_what_an_earlier_run_had_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "INTERVAL", 60.0)
+    for left, fresh, stays in ((True, False, True), (True, True, False), (False, False, False)):
+        folder = tmp_path / f"{left}{fresh}"
+        if left:
+            Unfinished(folder / "step").write({"a": torch.ones(1)})
+        with pytest.raises(Stopped), module.kept_until_done(folder, fresh=fresh):
+            Unfinished(folder / "other").write({"a": torch.ones(1)})
+            raise Stopped
+        assert (folder / "step").exists() == folder.exists() == stays
+
+
 def test_a_fresh_command_begins_anew(home, home_text, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, training.Descent, "_step", 3)
