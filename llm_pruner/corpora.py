@@ -53,6 +53,7 @@ HUB = {
     ),
     "bookcorpus": HubText("rojagtap/bookcorpus", None, "text", {"train": "train"}),
 }
+NAMED = (*EMBEDDED_TEXTS, *HUB, SELF)  # names of texts, whatever lies in the working folder
 TEXTS = Path(__file__).with_name("texts")
 HELD_OUT = {GENERAL: 2, PYTHON_DOCS: 5}  # every n-th document is for measuring
 COLUMNS = ("text", "sentence", "content", "output")
@@ -106,7 +107,7 @@ def _check_hub(name: str, split: str) -> None:
 
 
 def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, [*EMBEDDED_TEXTS, *HUB, SELF], n=1)
+    near = difflib.get_close_matches(name, NAMED, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, PreTrainedModel
 
 from .choices import SYNTHETIC
-from .corpora import check_text
+from .corpora import NAMED, check_text
 from .errors import PrunerError, in_one_line
 from .graph.units import CouplingGraph, trace
 from .media_rows import HELD_OUT, Medium, holds_rows, is_on_hub, read_media_rows
@@ -56,7 +56,7 @@ def is_media(name: str) -> bool:
 
 def is_stored(name: str) -> bool:
     """Return True if images or sounds by a name lie in a folder or on the hub, and are not made."""
-    return Path(name).expanduser().is_dir() or is_on_hub(name)
+    return name not in NAMED and (Path(name).expanduser().is_dir() or is_on_hub(name))
 
 
 def check_media(name: str) -> None:

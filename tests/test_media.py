@@ -18,7 +18,15 @@ from llm_pruner.errors import PrunerError
 from llm_pruner.evaluation.labelled import form_of, measure_labelled
 from llm_pruner.evaluation.similarity import outputs
 from llm_pruner.files import read_json
-from llm_pruner.media import Medium, load_processor, media_inputs, process_sound, read_media
+from llm_pruner.media import (
+    Medium,
+    check_dataset,
+    is_media,
+    load_processor,
+    media_inputs,
+    process_sound,
+    read_media,
+)
 from llm_pruner.models.inputs import ModelInputs, example_inputs, hash_of, needed_inputs
 from llm_pruner.models.per_layer import has_per_layer_widths
 from llm_pruner.models.running import forward, main_output
@@ -152,6 +160,14 @@ def test_files_are_held_out(pictures, sounds):
         read_media(str(pictures), "test")
     with pytest.raises(PrunerError, match="reads 16 bits at 8000 Hz: convert it with ffmpeg"):
         read_media(str(sounds), "train")[0].sound(8_000)
+
+
+def test_a_folder_called_as_a_text_is_that_text(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("general", "self", "wikitext2"):
+        (tmp_path / name).mkdir()
+        assert not is_media(name) and is_media(f"./{name}")
+    check_dataset("general", "test")
 
 
 def test_commands_with_images(pictures, tmp_path, monkeypatch, capsys):
