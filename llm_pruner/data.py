@@ -343,9 +343,11 @@ def self_calibration(
     Raises:
         PrunerError: the model cannot generate.
     """
-    tokens = ids.shape[1]
-    prompt_tokens = max(1, min(tokens // 4, (context_length(model) or 2**31) - tokens))
+    tokens, room = ids.shape[1], context_length(model) or 2**31
+    prompt_tokens = max(1, min(tokens // 4, room - tokens))
     rows = ids.repeat(-(-samples // len(ids)), 1)[:samples]
     prompts = torch.cat([rows[:, :leading], rows[:, max(leading, tokens - prompt_tokens) :]], dim=1)
-    written = _continue_prompts(model, prompts, tokens, seed)
+    # As many tokens as a sample has are written where there is room: the last one is not read.
+    new = max(tokens - leading, min(tokens, room + 1 - prompts.shape[1]))
+    written = _continue_prompts(model, prompts, new, seed)
     return torch.cat([rows[:, :leading].to(written), written], dim=1)[:, :tokens]

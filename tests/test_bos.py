@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.models import build
+from helpers.models import build, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -82,6 +82,13 @@ def test_self_written_samples_begin_with_it(bos_tokenizer):
     assert self_calibration(model, rows, 9).shape == (9, 12)
     without = self_written(model, bos_tokenizer, 6, 12, bos=False)
     assert without.shape == (6, 12) and not (without[:, 0] == BOS).all()
+
+
+def test_self_written_samples_fill_a_context_of_learned_positions():
+    model = build("opt", vocab_size=103, max_position_embeddings=16)
+    for length in range(13, 17):
+        for leading in range(3):
+            assert self_calibration(model, tokens(2, length), 3, leading=leading).shape == (3, length)
 
 
 def test_windows_begin_with_it_and_count_every_token_once(bos_tokenizer):
