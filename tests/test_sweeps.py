@@ -83,6 +83,12 @@ def test_points_are_all_combinations(sweep):
     ]
 
 
+def test_arguments_of_one_name_in_two_stages_are_other_values(tmp_path):
+    recipe = "model: m\noutput: o\nstages: [prune: {name: a}, prune: {name: b}]\n"
+    (tmp_path / "recipe.yaml").write_text(recipe + "sweep: {points: [{a.floor: 0.1}, {b.floor: 0.1}]}\n")
+    assert len({point.steps[-1].key for point in points_of(read(tmp_path / "recipe.yaml"))}) == 2
+
+
 def test_a_sweep_is_a_table(sweep, tmp_path, capsys):
     out = run(RunArguments(recipe=str(sweep)))
     rows = json.loads((out / "results.json").read_text())
@@ -155,6 +161,12 @@ def test_every_finished_model_of_a_sweep_has_its_original(tmp_path, monkeypatch)
         ["b", "original", "40"],
         ["a", "l1", "61"],
     ]
+
+
+def test_a_seed_without_a_finite_perplexity_is_not_left_out_of_the_mean():
+    values = {(1, 0): 10.0, (1, 1): None, (2, 0): 12.0, (2, 1): 14.0}
+    rows = [{"point": 1, "prune.a": a, "seed": seed, "perplexity x": value} for (a, seed), value in values.items()]
+    assert summarize(rows, ["prune.a", "seed"]).cells(("<", ">"))[1:] == [["1", "2", ""], ["2", "2", "<13 ± 1.414>"]]
 
 
 def test_values_of_any_type_can_be_varied():
@@ -404,7 +416,8 @@ def test_kinds_and_own_criteria_can_be_varied(sweep, monkeypatch):
 
 def test_workers_get_their_share_of_the_cores_and_leave_this_process_alone(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
     assert _environment_of(0, 4, Executor(jobs=4))["OMP_NUM_THREADS"] == "2"
     printed = "import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'] != '3')"
     assert RequeuedCommand([sys.executable, "-c", printed], 3)() == 0
@@ -417,6 +430,7 @@ def test_workers_share_the_gpus_that_this_process_may_use(visible, expected, mon
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     environments = [_environment_of(slot, 2, Executor(jobs=2, gpus=2)) for slot in range(2)]
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == expected
+    assert _environment_of(0, 2, Executor(jobs=2, gpus=0))["CUDA_VISIBLE_DEVICES"] == ""
 
 
 @pytest.mark.slow

@@ -98,10 +98,14 @@ def _environment_of(slot: int, jobs: int, settings: Executor) -> dict[str, str]:
     gpus = min(1, present) if settings.gpus is None else settings.gpus
     if settings.gpus is not None and gpus * jobs > present:
         raise PrunerError(f"{jobs} jobs with {gpus} GPUs each need {gpus * jobs}, and there are {present}: lower jobs")
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[(slot * gpus + i) % present] for i in range(gpus))
+    environment = {"OMP_NUM_THREADS": str(max(1, _usable_cores() // jobs)), **os.environ}
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[(slot * gpus + i) % present] for i in range(gpus))
     return environment
+
+
+def _usable_cores() -> int:
+    """Return how many cores this process may run on: a job of a cluster is bound to some of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def submit_jobs(work: Work, settings: Executor) -> None:

@@ -39,7 +39,7 @@ class Summary:
     Attributes:
         points: values that the point varies, without the seed.
         seeds: runs of each point.
-        mean: mean of every measurement.
+        mean: mean of every measurement, NaN where a seed has none.
         deviation: standard deviation of the sample (n - 1), 0 for a single run.
         error: mean standard error of measurements that have one, by the key of the measurement.
     """
@@ -105,10 +105,11 @@ def summarize(rows: Sequence[Row], varied: Sequence[str]) -> Summary:
     measured = [key for key in numbers if not key.endswith(STDERR)]
     errors = [key for key in numbers if key.endswith(STDERR)]
     deviation = groups[measured].std().fillna(0.0)
+    complete = groups[measured].count().eq(groups.size(), axis=0)  # infinite perplexities are not left out of a mean
     return Summary(
         points=groups[keys or ["run"]].first() if keys or len(groups) > 1 else groups[[]].first(),
         seeds=groups.size(),
-        mean=groups[measured].mean(),
+        mean=groups[measured].mean().where(complete),
         deviation=deviation,
         error=groups[errors].mean().rename(columns=lambda key: key.removesuffix(STDERR)),
     )

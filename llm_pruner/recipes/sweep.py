@@ -11,7 +11,7 @@ from typing import Any
 
 from ..commands import COMMANDS
 from ..errors import PrunerError
-from ..files import check_file
+from ..files import check_file, digest
 from ..inputs import InputCheck
 from .recipe import MODEL, Recipe, Stage
 from .schema import Sweep, convert_argument
@@ -78,7 +78,7 @@ def points_of(recipe: Recipe) -> list[SweepPoint]:
     points = [SweepPoint(i, values, with_values(recipe, values)) for i, values in enumerate(combinations, 1)]
     first: dict[str, SweepPoint] = {}
     for point in points:
-        if (same := first.setdefault(point.name, point)) is not point:
+        if (same := first.setdefault(digest(point.values), point)) is not point:
             message = f"{same.title} and run {point.number} have the same values: leave out one"
             raise recipe.source.fault(("sweep",), message)
     return points
