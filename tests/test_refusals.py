@@ -39,6 +39,7 @@ REFUSED = [
     (VOCAB + "--keep coverage=2", "--keep 'coverage=2' is not valid"),
     ("demo --output out --pruning_ratio 1.5", "--pruning_ratio 1.5 is out of range"),
     (PRUNE + "--temperature 0", "--temperature 0.0 is out of range: give a number above 0"),
+    (PRUNE + "--temperature nan", "--temperature nan is out of range: give a number above 0"),
     (PRUNE + "--top_p 3", "--top_p 3.0 is out of range: give a number above 0, and at most 1"),
     (PRUNE + "--refit lora --compensate none", "--compensate and --refit exclude each other (each names the refit)"),
     (PRUNE + "--kinds --pruning_ratio 0.2", "--kinds: expected at least one argument"),

@@ -355,7 +355,7 @@ class PruneArguments(Arguments):
         check_at_least(self, 1, "search_generations")
         check_at_least(self, 1, "budget_batch", "budget_tokens", "depth_examples", "experts_per_token", *SHAPE)
         check_at_least(self, 2, "max_seq_len", "calib_seq_len")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < float("inf"):
             raise PrunerError(f"--temperature {self.temperature} is out of range: give a number above 0")
         if not 0 < self.top_p <= 1:
             raise PrunerError(f"--top_p {self.top_p} is out of range: give a number above 0, and at most 1")
