@@ -36,7 +36,7 @@ MODEL_CONFIGS = ("config.json", "adapter_config.json")  # a folder with one of t
 # Flags that say where and how loudly a run takes place, not what it computes.
 PLACE_FLAGS = {"output", "output_root", "save_ckpt_log_name", "quiet", "fresh", "resume_from_checkpoint"}
 LOCKS = ".locks"
-NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # file systems without locks
+UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # locks and flushes by a file system
 # Messages of a full disk in the errors of torch and safetensors, which are no OSErrors.
 DISK = ("No space left", "os error 28", "Disk quota", "File too large", "file write failed", "unexpected pos")
 
@@ -306,7 +306,7 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[Path | None]:
         yield None
         return
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in UNSUPPORTED:
             raise PrunerError(f"cannot write {path}: {error.strerror or error}") from error
     try:
         yield path
@@ -353,12 +353,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    windows = os.name == "nt"  # opens no folders, and flushes only what is open for writing
-    if windows and path.is_dir():
+    windows, is_folder = os.name == "nt", path.is_dir()
+    if windows and is_folder:  # Windows opens no folders, and flushes only what is open for writing
         return
     descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in UNSUPPORTED:  # some network file systems flush files only
+            raise
     finally:
         os.close(descriptor)
 
@@ -379,22 +382,19 @@ def _check_ours(target: Path, owned_if: str) -> None:
 
 def _swap(temporary: Path, target: Path) -> None:
     temporary.chmod(0o755)
-    if target.exists():
-        old = temporary.with_suffix(".old")
+    old = temporary.with_suffix(".old")
+    with suppress(FileNotFoundError):
         target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(target)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)  # NFS keeps files that somebody reads
 
 
 def _clear(target: Path) -> None:
     """Remove the leftovers of a killed writer; put the old folder back if it was killed between the two renames."""
     pattern = f"{glob.escape(f'.{target.name}.')}????????"
     for temporary in target.parent.glob(f"{pattern}.tmp"):
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
     for old in target.parent.glob(f"{pattern}.old"):
-        if target.exists():
-            shutil.rmtree(old)
-        else:
+        if not target.exists():
             old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,7 +1,9 @@
 """Atomic writes: locks, leftovers of killed processes, and work of running ones."""
 
+import errno
 import os
 import platform
+import stat
 import subprocess
 import sys
 
@@ -101,3 +103,30 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
     reason = r"^cannot write .*file/a: (Not a directory|File exists)$"
     with pytest.raises(PrunerError, match=reason), complete_folder(tmp_path / "file" / "a", "x.txt"):
         pass
+
+
+def test_a_file_system_that_flushes_no_folders_is_written(tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def flush_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush_files)
+    with complete_folder(tmp_path / "out", "x.txt") as folder:
+        write_text(folder / "x.txt", "whole")
+    assert (tmp_path / "out" / "x.txt").read_text() == "whole"
+
+
+def test_a_folder_is_replaced_whose_files_cannot_be_removed(tmp_path, monkeypatch):
+    """NFS keeps files that another process reads."""
+
+    def refuse(path, *args, **options):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    for content in ("old", "new", "newer"):
+        with monkeypatch.context() as patch, complete_folder(tmp_path / "out", "x.txt") as folder:
+            write_text(folder / "x.txt", content)
+            patch.setattr(os, "unlink", refuse)
+        assert (tmp_path / "out" / "x.txt").read_text() == content
