@@ -1,4 +1,4 @@
-"""Resident memory of this process: its peak in a block of code, and what it can give back."""
+"""Memory of this process: its resident peak in a block of code, what it can give back, and its peak on GPUs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 import psutil
+import torch
 
 INTERVAL = 0.01  # seconds between samples
 
@@ -16,6 +17,19 @@ def give_back_memory() -> None:
     """Give the system the memory of freed tensors, which glibc otherwise keeps for this process."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
+
+
+def reset_gpu_peaks() -> None:
+    """Let :func:`gpu_peak` tell of what comes after this call."""
+    for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def gpu_peak() -> int | None:
+    """Return the most bytes of tensors on each GPU, summed over all GPUs; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
 
 
 class PeakMemory:

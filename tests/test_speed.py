@@ -13,7 +13,7 @@ import llm_pruner as lp
 from llm_pruner.evaluation.latency import LatencyTable, latency, latency_budget
 from llm_pruner.evaluation.speed import speed
 from llm_pruner.models.generate import TokenClock, generate
-from llm_pruner.peak_memory import PeakMemory
+from llm_pruner.peak_memory import PeakMemory, gpu_peak, reset_gpu_peaks
 
 WIDE = {"hidden_size": 128, "intermediate_size": 512}
 
@@ -77,6 +77,19 @@ def test_peak_memory_is_that_of_the_measurement(monkeypatch):
         peak = speed(model, 8, new_tokens=2).peak_bytes
     assert peak is not None and 0.8 * size < peak < 4 * size
     assert outer.peak >= outer.before + 0.8 * size  # a measurement inside another does not disturb it
+
+
+def test_the_peak_on_gpus_is_that_of_all_of_them_since_the_last_reset(monkeypatch):
+    assert gpu_peak() is None or torch.cuda.is_available()
+    peaks = {0: 5, 1: 7}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[device])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.update({device: 0}))
+    assert gpu_peak() == 12
+    reset_gpu_peaks()
+    assert gpu_peak() == 0
 
 
 def test_the_clock_counts_and_stops():

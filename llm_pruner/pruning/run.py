@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import set_seed  # transformers' own imports peft
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,7 +40,7 @@ from ..media import is_media
 from ..models.inputs import reads_text_only
 from ..models.processes import joined
 from ..models.skeleton import parameter_count
-from ..peak_memory import PeakMemory
+from ..peak_memory import PeakMemory, gpu_peak, reset_gpu_peaks
 from ..progress import showing, without_bars
 from ..provenance import command_line, provenance
 from ..refit.compensate import SAMPLES_PER_PASS
@@ -238,12 +237,14 @@ def _run(settings: PruneSettings, arguments: dict[str, Any], folder: Path, clock
     settings = without_refit(replace(settings, model=replace(settings.model, offload=offload)))
     if not is_first_process():
         settings = replace(settings, evaluation=EvaluationSettings(), output=OutputSettings(folder=folder))
+    reset_gpu_peaks()
     with PeakMemory() as memory:
         run = (_cut_files if _works_on_files(settings) else _prune_loaded)(settings, folder, clock)
+    on_gpus = gpu_peak()
     record = {
         "seconds": clock.seconds,
         "peak_rss_gib": round(memory.peak / 2**30, 3),
-        "peak_cuda_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if torch.cuda.is_available() else None,
+        "peak_cuda_gib": None if on_gpus is None else round(on_gpus / 2**30, 3),
         "arguments": arguments,
         **provenance(settings.seed),
     }
