@@ -96,7 +96,8 @@ def test_numbers_may_be_written_as_people_do(recipe):
 @pytest.mark.parametrize(
     ("tail", "message"),
     [
-        ("sweep: {grid: {prune.seed: [1, 2, 1]}}", ":3: run 1: seed 1 and run 3 have the same values: leave out one"),
+        ("sweep: {grid: {prune.seed: [1, 2, 1]}}", ":3: run 1: seed 1 and run 3 have the same values"),
+        ("sweep: {grid: {prune.seed: [1, 2]}}\nseeds: [3]", ":3: run 1: seed 1, seed 3 and run 2 have the same values"),
         ("sweep:\n  zip: {prune.seed: [1, 1], prune.floor: [2, 2]}", ":3: run 1: seed 1, floor 2 and run 2 have"),
         ("seeds: [7, 7]", ":3: seeds [7, 7] is not valid: give every seed once"),
     ],

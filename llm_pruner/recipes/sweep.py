@@ -11,7 +11,7 @@ from typing import Any
 
 from ..commands import COMMANDS
 from ..errors import PrunerError
-from ..files import check_file, digest
+from ..files import check_file
 from ..inputs import InputCheck
 from .recipe import MODEL, Recipe, Stage
 from .schema import Sweep, convert_argument
@@ -70,7 +70,7 @@ def points_of(recipe: Recipe) -> list[SweepPoint]:
     """Return all points, in the order of the file; the last key of a grid varies faster, seeds fastest.
 
     Raises:
-        PrunerError: lists of ``zip`` differ in length, or two points have the same values.
+        PrunerError: lists of ``zip`` differ in length, or two points do the same.
     """
     combinations = _combinations(recipe) if recipe.sweep else [{}]
     if recipe.seeds:
@@ -78,8 +78,8 @@ def points_of(recipe: Recipe) -> list[SweepPoint]:
     points = [SweepPoint(i, values, with_values(recipe, values)) for i, values in enumerate(combinations, 1)]
     first: dict[str, SweepPoint] = {}
     for point in points:
-        if (same := first.setdefault(digest(point.values), point)) is not point:
-            message = f"{same.title} and run {point.number} have the same values: leave out one"
+        if (same := first.setdefault(point.steps[-1].key, point)) is not point:
+            message = f"{same.title} and run {point.number} have the same values in every stage: leave out one"
             raise recipe.source.fault(("sweep",), message)
     return points
 
