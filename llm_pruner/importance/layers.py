@@ -21,9 +21,7 @@ states around the block). ``contiguous`` is for whole layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import floor, pi
 from typing import Any
@@ -35,142 +33,16 @@ from torch.nn.functional import cosine_similarity
 from ..errors import PrunerError
 from ..graph.units import Unit
 from ..models.blockwise import Compute, computing
-from ..models.hooks import Forward, forward_hooks, replaced_forwards
+from ..models.hooks import forward_hooks
 from ..models.inputs import Inputs, tokens_per_sample
-from ..models.layers import hidden_in, hidden_out
-from ..models.loss import has_loss, total_loss
+from ..models.layers import hidden_out
+from ..models.loss import has_loss
 from ..models.per_layer import layer_lists
 from ..models.running import evaluating, forward
 from ..progress import track
+from .layer_passes import CachedPass, LayerStack
 
 TOKENS_PER_PASS = 2048  # in a forward pass
-
-
-@dataclass
-class LayerStack:
-    """A stack of layers to score.
-
-    Attributes:
-        layers: layers of one stack of the model.
-        blocks: block that is scored in each layer, None where a layer has none that can go; empty: whole layers.
-        fixed: indices of layers that must stay.
-        batches: calibration set, split for forward passes; empty for strategies by position.
-        most: largest number of layers that will go.
-    """
-
-    model: nn.Module
-    layers: list[nn.Module]
-    blocks: list[nn.Module | None]
-    fixed: set[int]
-    batches: tuple[torch.Tensor, ...]
-    compute: Compute
-    most: int
-
-    @property
-    def free(self) -> list[int]:
-        return [i for i in range(len(self.layers)) if i not in self.fixed]
-
-    def check_order(self, run: list[int]) -> None:
-        """Refuse a model whose layers did not run once each, in order."""
-        if run != list(range(len(self.layers))):
-            raise PrunerError("the layers of this model do not run once each, in order: they cannot be compared")
-
-    def silenced(self, index: int) -> AbstractContextManager[None]:
-        """Let the block of a layer add nothing."""
-        block = self.blocks[index]
-        assert block is not None  # fixed otherwise
-        return replaced_forwards([block], _adding_nothing)
-
-    def scores(self, by_layer: dict[int, float]) -> torch.Tensor:
-        """Return ``[layers]``, infinite for layers without a score."""
-        scores = torch.full((len(self.layers),), torch.inf, dtype=torch.float64)
-        for i, value in by_layer.items():
-            scores[i] = value
-        return scores
-
-    def by_count(self, removed: Callable[[int], list[int]]) -> torch.Tensor:
-        """Return ``[layers - 1, layers]``: in row n - 1, the layers ``removed(n)`` score lowest."""
-        rows = []
-        for count in range(1, len(self.layers)):
-            lowest = removed(count)
-            rows.append(self.scores({i: 0.0 if i in lowest else 1.0 for i in self.free}))
-        return torch.stack(rows)
-
-
-class CachedPass:
-    """Forward pass of one batch whose hidden states are cached, to be repeated without some layers.
-
-    A repeated pass begins at the first layer that goes, from the cached hidden states in front of it.
-
-    Attributes:
-        states: hidden states in front of every layer and behind the last, ``[layers + 1]`` tensors.
-        extras: what each layer returns beside hidden states, None where it returns these alone.
-        loss: summed loss of the pass, over ``tokens`` predicted tokens; 0 for a model that predicts none.
-    """
-
-    def __init__(self, stack: LayerStack, ids: Inputs):
-        self.stack, self.ids = stack, ids
-        self.states: list[torch.Tensor] = []
-        self.extras: list[Any] = []
-
-        def cache(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.states[len(self.extras) :] = [hidden_in(args, kwargs), hidden_out(output)]
-            self.extras.append(output[1:] if isinstance(output, tuple) else None)
-
-        with forward_hooks([(layer, cache) for layer in stack.layers], with_kwargs=True):
-            self.loss, self.tokens = self._run()
-        stack.check_order(list(range(len(self.extras))))
-
-    def _run(self) -> tuple[float, int]:
-        """Run the batch; return its summed loss over predicted tokens, 0 for a model that predicts none."""
-        if has_loss(self.stack.model):
-            return total_loss(self.stack.model, [self.ids])
-        forward(self.stack.model, self.ids)
-        return 0.0, 0
-
-    @contextmanager
-    def without(self, removed: set[int], start: int) -> Iterator[list[torch.Tensor]]:
-        """Take layers ``removed`` out and skip those before ``start``; yield a list that the next pass fills.
-
-        It receives the hidden states in front of each layer from ``start`` on and behind the last.
-        """
-        states: list[torch.Tensor] = []
-        with replaced_forwards(self.stack.layers, lambda i, forward: self._forward(i, forward, removed, start, states)):
-            yield states
-
-    def _forward(
-        self, index: int, forward: Forward, removed: set[int], start: int, states: list[torch.Tensor]
-    ) -> Forward:
-        """Return what a layer runs in a repeated pass."""
-        last = index == len(self.stack.layers) - 1
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            hidden = hidden_in(args, kwargs) if index >= start else self.states[start]
-            if index >= start:
-                states.append(hidden)
-            if index in removed and self.stack.blocks:
-                with self.stack.silenced(index):
-                    output = forward(*args, **kwargs)
-            elif index < start or index in removed:
-                output = hidden if self.extras[index] is None else (hidden, *self.extras[index])
-            else:
-                output = forward(*args, **kwargs)
-            if last:
-                states.append(hidden_out(output))
-            return output
-
-        return run
-
-    def loss_without(self, removed: set[int], start: int) -> float:
-        """Return the summed loss without some layers, of which ``start`` is the first."""
-        with self.without(removed, start):
-            return self._run()[0]
-
-    def remove(self, removed: set[int], start: int) -> None:
-        """Cache the pass without some layers, for passes to come."""
-        with self.without(removed, start) as states:
-            self.loss, _ = self._run()
-        self.states[start:] = states
 
 
 def _block_influence(stack: LayerStack) -> torch.Tensor:
@@ -202,17 +74,6 @@ def _without_and_with(stack: LayerStack, ids: Inputs) -> list[tuple[torch.Tensor
         forward(stack.model, ids)
     stack.check_order(order)
     return pairs
-
-
-def _adding_nothing(_: int, forward: Forward) -> Forward:
-    """Return a forward of a block whose hidden states are zeros."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        nothing = torch.zeros_like(hidden_out(output))
-        return (nothing, *output[1:]) if isinstance(output, tuple) else nothing
-
-    return run
 
 
 def _cosine(stack: LayerStack) -> torch.Tensor:

@@ -33,6 +33,17 @@ def hidden_out(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+def with_hidden(output: Any, hidden: Any) -> Any:
+    """Return a layer's output with other hidden states in it.
+
+    >>> with_hidden(("states", "weights"), "others"), with_hidden(["states"], "others"), with_hidden("states", "others")
+    (('others', 'weights'), ['others'], 'others')
+    """
+    if isinstance(output, list):
+        return [hidden, *output[1:]]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
 def is_below(path: str, name: str) -> bool:
     """Return True if ``name`` lies below ``path``; every name lies below the empty path."""
     return not path or name.startswith(f"{path}.")

@@ -19,7 +19,7 @@ from ..models.blockwise import native_compute, standing_in
 from ..models.experts import Unrouted
 from ..models.hooks import forward_hooks
 from ..models.inputs import IDS, Inputs, ModelInputs, as_inputs, example_inputs
-from ..models.layers import hidden_in
+from ..models.layers import hidden_in, with_hidden
 from ..models.per_layer import layer_lists
 from ..models.running import (
     check_ids,
@@ -137,8 +137,7 @@ def _skipped_layers(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]
     """Let the layers that a plan drops pass on the hidden states that they are given."""
 
     def skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = hidden_in(args, kwargs)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return with_hidden(output, hidden_in(args, kwargs))
 
     stacks = layer_lists(model)
     gone = [layer for path, kept in plan.layers.items() for i, layer in enumerate(stacks[path]) if i not in kept]
