@@ -230,3 +230,14 @@ def test_what_cannot_be_searched_is_refused(setting):
     with pytest.raises(lp.PrunerError, match="removing heads of LlamaForCausalLM is not the same as zeroing"):
         lp.search(model, graph, scores, ids, kinds=["heads"], target_params=0.9)
     assert PruneArguments(model="m").search_generations == allocation.GENERATIONS
+
+
+def test_layers_and_kinds_may_be_any_iterable(setting, tmp_path):
+    plans = [
+        search(setting, kinds=kinds, layers=layers, target_params=0.9, generations=1)
+        for kinds, layers in (([*["neurons"]], [1, 2]), (iter(["neurons"]), iter([1, 2])), (["neurons"], range(1, 3)))
+    ]
+    assert plans[0].key == plans[1].key == plans[2].key
+    for plan in plans:
+        plan.save(tmp_path / "plan.json")
+        assert lp.PruningPlan.load(tmp_path / "plan.json").settings["layers"] == {"neurons": [1, 2]}

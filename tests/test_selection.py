@@ -1,7 +1,9 @@
 """Plans made from scores, and plans as files."""
 
 import json
+from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import build
@@ -297,3 +299,63 @@ def test_devices_keep_equal_parts(scope):
     assert any("4 indices, which 3 devices cannot share" in note for note in odd.notes)
     with pytest.raises(lp.PrunerError, match="tensor_parallel 0 is out of range"):
         lp.select(graph, scores, 0.5, tensor_parallel=0)
+
+
+def test_counted_kinds_keep_to_the_layers_too(setting):
+    graph, scores = setting
+    both = lp.select(graph, scores, {"neurons": 0.5}, counts={"heads": 1}, layers=[1])
+    assert {choice.layer for choice in both.units.values()} == {1} and len(both.units) == 2
+    assert sorted(both.settings["kinds"]) == ["heads", "neurons"]
+    one = lp.select(graph, scores, kinds="neurons", counts={"heads": 1}, layers=[1], target_params=0.93)
+    assert {choice.layer for choice in one.units.values()} == {1} and len(one.units) == 2
+    with pytest.raises(lp.PrunerError, match="kind 'head' is not valid"):
+        lp.select(graph, scores, {"head": 0.5}, counts={"neurons": 24})
+
+
+@pytest.mark.parametrize("options", [{"round_to": 8}, {"tensor_parallel": 2}])
+@pytest.mark.parametrize("uniform", [True, False])
+def test_indices_that_must_stay_leave_equal_parts_and_multiples(setting, options, uniform):
+    graph, scores = setting
+    values = dict(scores.values)
+    first = graph.of_kind("neurons")[0]
+    values[first.name] = values[first.name].index_fill(0, torch.arange(21), torch.inf)
+    plans = []
+    for target in range(740, 990, 20):
+        with suppress(lp.PrunerError):  # steps of 8 do not meet all
+            plans.append(
+                lp.select(
+                    graph, lp.Scores(values), kinds="neurons", target_params=target / 1000, uniform=uniform, **options
+                )
+            )
+    choices = [choice for plan in plans for choice in plan.units.values()]
+    assert len(choices) > 3 and all(plan.units[first.name].kept[:21].tolist() == [*range(21)] for plan in plans)
+    for choice in choices:
+        if "round_to" in options:
+            assert len(choice.kept) % 8 == 0
+        else:
+            assert (choice.kept < 24).sum() == (choice.kept >= 24).sum()
+    assert not uniform or all(len({len(choice.kept) for choice in plan.units.values()}) == 1 for plan in plans)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": np.arange(1, 3)},
+        {"layers": torch.arange(1, 3)},
+        {"ratio": np.float32(0.5), "floor": torch.tensor(0.25), "round_to": np.int64(2)},
+        {"counts": {"neurons": np.int64(24)}},
+    ],
+)
+def test_plans_with_numbers_of_other_libraries_are_written(setting, options, tmp_path):
+    plan = lp.select(*setting, **({"ratio": 0.5, "kinds": ["neurons"]} | options))
+    plan.save(tmp_path / "plan.json")
+    loaded = lp.PruningPlan.load(tmp_path / "plan.json", verify=True)
+    assert loaded.key == plan.key and loaded.settings.get("layers") in (None, {"neurons": [1, 2]})
+    plan.settings["model"] = plan
+    with pytest.raises(lp.PrunerError, match="settings of the plan cannot be written"):
+        plan.save(tmp_path / "other.json")
+
+
+def test_layers_are_whole_numbers(setting):
+    with pytest.raises(lp.PrunerError, match="layers are not valid"):
+        lp.select(*setting, 0.5, layers=[1.5])

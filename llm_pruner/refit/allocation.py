@@ -101,6 +101,7 @@ def search(
     calibration = check_calibration(model, calibration)
     if len(calibration) < MIN_SAMPLES:
         raise PrunerError(f"a search needs at least {MIN_SAMPLES} calibration samples, not {len(calibration)}")
+    options = _read_once(options)
     units = searched_units(graph, options)
     start = start or select(graph, scores, budget=budget, **options)
     space = search_space(
@@ -129,7 +130,8 @@ def search(
         generations,
     )
     plan.settings = {name: value for name, value in start.settings.items() if name not in ("ratio", "layers")}
-    plan.settings |= {"layers": options["layers"]} if options.get("layers") else {}
+    if options["layers"] is not None:
+        plan.settings["layers"] = {kind: sorted(layers) for kind, layers in options["layers"].items()}
     plan.settings |= {"scope": "search", ALLOCATION: {"seed": seed, "distances": evolution.distances}}
     plan.notes += start.notes
     return plan
@@ -152,6 +154,13 @@ class Distances:
         return self.known[name]
 
 
+def _read_once(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with their kinds as a tuple and layers by kind: iterators can be read once only."""
+    kinds = options.get("kinds", ("heads", "neurons"))
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    return {**options, "kinds": kinds, "layers": layers_by_kind(options.get("layers"), kinds)}
+
+
 def searched_units(graph: CouplingGraph, options: Mapping[str, Any]) -> list[Unit]:
     """Return the units whose widths are searched.
 
@@ -162,11 +171,10 @@ def searched_units(graph: CouplingGraph, options: Mapping[str, Any]) -> list[Uni
         PrunerError: a kind runs through the whole model, zeros do not stand for the removal of a unit, or there is one
             width alone.
     """
-    kinds = options.get("kinds", ("heads", "neurons"))
-    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    options = _read_once(options)
+    kinds, layers = options["kinds"], options["layers"] or {}
     if whole := [kind for kind in kinds if kind in WHOLE_MODEL]:
         raise PrunerError(f"a search is for widths of layers, not for {whole[0]}: choose other kinds")
-    layers = layers_by_kind(options.get("layers"), kinds) or {}
     units = [unit for unit in graph.of_kind(*kinds) if unit.kind not in layers or unit.layer in layers[unit.kind]]
     if flagged := sorted({unit.kind for unit in units if unit.flags and unit.kind != "experts"}):
         raise PrunerError(

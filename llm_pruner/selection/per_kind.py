@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import index
+from typing import Any
 
 from ..errors import PrunerError
 from ..graph.units import KINDS
@@ -43,11 +45,19 @@ def layers_by_kind(layers: LayerChoice, kinds: tuple[str, ...]) -> dict[str, set
         if not isinstance(chosen, Iterable):
             raise PrunerError(f"layers {chosen!r} is not valid: give several, such as [{chosen!r}] or range(4, 28)")
     if not isinstance(layers, Mapping):
-        every = set(layers)
+        every = _indices(layers)
         return {kind: every for kind in kinds}
     unknown = [kind for kind in layers if kind not in KINDS]
     if unknown:
         raise PrunerError(
             f"layers are given for kind {unknown[0]!r}, which is not valid: choose from {', '.join(KINDS)}"
         )
-    return {kind: set(chosen) for kind, chosen in layers.items()}
+    return {kind: _indices(chosen) for kind, chosen in layers.items()}
+
+
+def _indices(layers: Iterable[Any]) -> set[int]:
+    """Return layer indices as plain numbers, whatever library they come from."""
+    try:
+        return {index(layer) for layer in layers}
+    except TypeError as error:
+        raise PrunerError(f"layers are not valid ({error}): give whole numbers, such as range(4, 28)") from error

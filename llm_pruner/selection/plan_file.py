@@ -62,10 +62,28 @@ class PlanDocument(_Entry):
 
 
 def write_document(path: str | Path, document: dict[str, Any]) -> None:
-    """Write the fields of a :class:`PlanDocument` with their format, version and hash."""
-    document = {"format": FORMAT, "version": VERSION, **document}
+    """Write the fields of a :class:`PlanDocument` with their format, version and hash.
+
+    Numbers of numpy and torch in the settings become plain ones, and ranges and sets lists.
+
+    Raises:
+        PrunerError: JSON has no form for a value of the settings.
+    """
+    try:
+        document = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **document}, default=_plain))
+    except TypeError as error:
+        raise PrunerError(f"the settings of the plan cannot be written to {path}: {error}") from error
     document["sha256"] = _digest(document)
     write_text(Path(path), json.dumps(document, indent=1) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON has no form for as one that it has."""
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return value.tolist()
+    if isinstance(value, (range, set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"{value!r} is {type(value).__name__}")
 
 
 def read_document(path: str | Path, verify: bool = False) -> PlanDocument:

@@ -86,6 +86,17 @@ def rank_balanced(scores: torch.Tensor, count: int, parts: int) -> torch.Tensor:
     return (order + width * torch.arange(parts)[:, None]).flatten()
 
 
+def most_removable(unit: Unit, scores: torch.Tensor, *, parts: int, step: int) -> int:
+    """Return how many indices a unit can lose, as many in each of equal parts, while all that score infinity stay.
+
+    Args:
+        scores: ``[unit.size]``.
+        step: the kept count is a multiple of it.
+    """
+    free = int((~scores.isposinf()).view(parts, -1).sum(1).min())
+    return unit.size - _rounded(unit, unit.size - parts * free, step)
+
+
 def by_block(scores: Scores, graph: CouplingGraph) -> Scores:
     """Give every index the mean score of its block, so that a stable sort ranks blocks as a whole."""
     blocks = {unit.name: unit.block for unit in graph.units if unit.block > 1 and unit.name in scores.values}

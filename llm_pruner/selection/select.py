@@ -22,6 +22,7 @@ from .ranking import (
     by_block,
     equalized,
     index_costs,
+    most_removable,
     notes_on_experts,
     rank_balanced,
     rank_globally,
@@ -101,13 +102,13 @@ def select(
     >>> {name: len(choice.kept) for name, choice in plan.units.items()}
     {'model.layers.0.mlp.neurons': 36, 'model.layers.1.mlp.neurons': 36}
     """
-    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    if isinstance(ratio, Mapping):
-        kinds = tuple(ratio)
-    if not kinds and not (counts and target_params is budget is None):
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
+    by_kind = ratio if isinstance(ratio, Mapping) else dict.fromkeys(kinds, ratio)
+    only_counts = counts is not None and target_params is budget is None and not isinstance(ratio, Mapping)
+    if not by_kind and not (counts and target_params is budget is None):
         raise PrunerError(f"no kind of unit is named: choose from {', '.join(KINDS)}")
-    elif counts is not None and target_params is None and budget is None:
-        kinds = tuple({unit.kind: None for unit in graph.units if unit.name in counts or unit.kind in counts})
+    counted = [unit.kind for unit in graph.units if counts and (unit.name in counts or unit.kind in counts)]
+    kinds = tuple(dict.fromkeys(counted if only_counts else [*by_kind, *counted]))
     policy = Policy(
         graph,
         by_block(scores, graph),
@@ -122,11 +123,11 @@ def select(
         uniform,
         counts or {},
     )
-    if counts is not None and not isinstance(ratio, Mapping) and target_params is None and budget is None:
+    if only_counts:
         return policy.plan({})
     if target_params is not None:
         budget = parameter_budget(graph, target_params)
-    shares = dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(kinds, ratio)
+    shares = dict(by_kind)
     for share in shares.values():
         if not 0 < share < (1 if budget is None else float("inf")):
             raise PrunerError(f"ratio {share} is out of range: give a share between 0 and 1, both excluded")
@@ -361,12 +362,16 @@ class Policy:
         for i, unit in enumerate(units):
             if unit.size % (parts[i] * unit.block):
                 plan.notes.append(f"{unit.name} has {unit.size} indices, which {parts[i]} devices cannot share equally")
-            elif parts[i] > 1:
+                parts[i] = 1
+            if self.solving:
+                scores = self.scores.of(unit, len(removals[i]))
+                removals[i] = removals[i][: most_removable(unit, scores, parts=parts[i], step=steps[i])]
+        removals = equalized(units, removals) if self.uniform else removals
+        for i, unit in enumerate(units):
+            if parts[i] > 1:
                 gone = len(removals[i])
                 removals[i] = rank_balanced(self.scores.of(unit, gone), gone, parts[i])
-            if self.solving:
-                removals[i] = removals[i][~self.scores.of(unit, len(removals[i]))[removals[i]].isposinf()]
-        return equalized(units, removals) if self.uniform else removals
+        return removals
 
     def _remove(self, plan: PruningPlan, unit: Unit, removed: torch.Tensor) -> None:
         if not removed.numel():
