@@ -156,6 +156,15 @@ def test_super_experts_stay(criterion):
     assert 2 in lp.select(graph, low, 0.5, kinds=["experts"]).units[name].kept.tolist()
 
 
+def test_super_experts_without_scores_are_left_alone():
+    """Activations do not score experts, and a score of other kinds has none."""
+    model, _ = with_super_expert()
+    graph = lp.trace(model)
+    for options in ({"criterion": "wanda"}, {"criterion": "l2", "kinds": ["neurons"]}):
+        scores = lp.score(model, graph, IDS, protect_super_experts=True, **options)
+        assert "super_experts" not in scores.settings and not any(v.isinf().any() for v in scores.values.values())
+
+
 def test_runs_protect_super_experts_by_criterion(folder, caplog):
     model, tokenizer = lp.load(str(folder))
     name = make_super(model, 1, 5)

@@ -14,12 +14,26 @@ import torch
 from ..graph.units import Unit
 from .scores import Dims, Salience
 
+
+def _product(slices: torch.Tensor) -> torch.Tensor:
+    """Return the product over slices ``[slices, ...]``, or its root of their number where float64 cannot hold it.
+
+    Hidden channels run through hundreds of slices. The root leaves their order as it is.
+    """
+    product = slices.prod(0)
+    magnitudes = slices.abs()
+    smallest = torch.finfo(product.dtype).tiny
+    if (product.isfinite() & ((product.abs() >= smallest) | (magnitudes == 0).any(0))).all():
+        return product
+    return slices.sign().prod(0) * magnitudes.log().mean(0).exp()
+
+
 # ``first`` is the root of the group (q_proj, gate_proj, or one projection that holds both), ``last`` what it ends in.
 AGGREGATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum": lambda slices: slices.sum(0),
     "mean": lambda slices: slices.mean(0),
     "max": lambda slices: slices.amax(0),
-    "prod": lambda slices: slices.prod(0),
+    "prod": _product,
     "first": lambda slices: slices[0],
     "last": lambda slices: slices[-1],
 }

@@ -63,11 +63,13 @@ def score(
         device: device to compute on, if not the model's: weights are moved there block by block. 16-bit weights on the
             CPU are always upcast to float32, block by block.
         weights: pairs of name and weight to read one after the other instead of the model's, which may then be on the
-            meta device (:func:`llm_pruner.checkpoint.stored.weights_in` reads them from files).
+            meta device (:func:`llm_pruner.checkpoint.stored.weights_in` reads them from files). Criteria of gradients
+            and activations run the model, with its own weights.
         most: largest number of layers that will be removed from a stack; ``loss`` measures no further.
-        cache: file of a built-in criterion's numbers per channel, before aggregation: read if it exists, else written.
-            Give another file for another model, calibration set or criterion. A file beside it keeps what Taylor has
-            done of a large calibration set until all is done, so that a call that was killed can be repeated.
+        cache: file of a built-in criterion's numbers per channel, before aggregation: read if it has those of these
+            kinds, else written. Give another file for another model, calibration set or criterion. A file beside it
+            keeps what Taylor has done of a large calibration set until all is done, so that a call that was killed can
+            be repeated.
         protect_super_experts: give super experts (:mod:`~llm_pruner.importance.super_experts`) a score of infinity, so
             that they stay. Criteria that read the outputs of experts find them in the same pass, others in one more.
 
@@ -106,20 +108,21 @@ def score(
         values = _score_layers(model, graph, calibration, criterion, kinds=kinds, compute=compute, most=most)
         return Scores(values, {"criterion": criterion, "aggregation": aggregation, "seed": seed})
     name, entry = resolve_criterion(criterion)
-    if weights is None and entry.needs_weights:
+    if entry.needs_weights and (weights is None or (entry.builtin and entry.needs_calibration)):
         _check_weights(model, name)
     units = graph.units if kinds is None else graph.of_kind(*kinds)
+    dims = dims_to_score(units, {n: p.ndim for n, p in model.named_parameters()})
     request = Request(
         model=model,
         units=units,
-        dims=dims_to_score(units, {n: p.ndim for n, p in model.named_parameters()}),
+        dims=dims,
         calibration=calibration,
         taylor=taylor,
         seed=seed,
         compute=compute,
         weights=weights or stored_tensors(model).items(),
-        peaks=ExpertPeaks(model, units) if protect_super_experts else None,
-        unfinished=NOTHING_KEPT if cache is None or count() > 1 else Unfinished(_part(cache)),
+        peaks=ExpertPeaks(model, units) if protect_super_experts and (kinds is None or "experts" in kinds) else None,
+        unfinished=NOTHING_KEPT if cache is None or count() > 1 else Unfinished(_part(cache), dims),
     )
     values = unit_scores(name, _compute(entry, request, cache), request, aggregation)
     values = {unit: from_first(scores) for unit, scores in values.items()}
@@ -132,10 +135,10 @@ def score(
 
 
 def _protect(request: Request, peaks: ExpertPeaks, values: dict[str, torch.Tensor]) -> dict[str, list[int]]:
-    """Raise the scores of super experts to infinity; return these experts by the name of their unit."""
+    """Raise the scores of super experts that have any to infinity; return these experts by the name of their unit."""
     if not peaks.has_run:
         read_peaks(request.model, peaks, request.tokens, request.compute)
-    found = peaks.super_experts()
+    found = {name: experts for name, experts in peaks.super_experts().items() if name in values}
     for name, experts in found.items():
         values[name] = values[name].index_fill(0, torch.tensor(experts), torch.inf)
         log.info("super experts of %s stay: %s", name, ", ".join(map(str, experts)))
@@ -146,12 +149,12 @@ def _compute(entry: Entry, request: Request, cache: Path | None) -> Result:
     """Return the result of a criterion for a request, from the cache if possible."""
     if cache is None or not entry.builtin:
         return entry.function(request)
-    salience = load_salience(cache)
+    salience = load_salience(cache, request.dims)
     if salience is not None:
         return salience
     result = entry.function(request)
     if all(isinstance(key, tuple) for key in result):
-        save_salience(cast(Salience, result), cache)
+        save_salience(cast(Salience, result), cache, request.dims)
     _part(cache).unlink(missing_ok=True)
     return result
 

@@ -143,16 +143,24 @@ def _score_parts(name: str, value: torch.Tensor) -> list[Part]:
     return [(name, layer_in(name), scores.sum().item())]
 
 
-def save_salience(salience: Salience, path: Path) -> None:
-    """Write numbers per channel as safetensors, atomically."""
-    write_bytes(path, to_bytes({f"{name}|{dim}": t.contiguous() for (name, dim), t in salience.items()}))
+def save_salience(salience: Salience, path: Path, dims: Dims) -> None:
+    """Write numbers per channel as safetensors, atomically.
+
+    Args:
+        dims: dims that were to be scored; a criterion may have no numbers for some of them.
+    """
+    tensors = {f"{name}|{dim}": t.contiguous() for (name, dim), t in salience.items()}
+    write_bytes(path, to_bytes(tensors, {"dims": json.dumps(dims)}))
 
 
-def load_salience(path: Path) -> Salience | None:
-    """Read numbers that :func:`save_salience` wrote; return None without a readable file."""
+def load_salience(path: Path, dims: Dims) -> Salience | None:
+    """Read numbers that :func:`save_salience` wrote; return None without a readable file that is about all ``dims``."""
     try:
         with safe_open(str(path), "pt") as file:
+            scored = json.loads((file.metadata() or {}).get("dims", "{}"))
+            if not all({*chosen} <= {*scored.get(name, ())} for name, chosen in dims.items()):
+                return None
             tensors = {key.rpartition("|"): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, ValueError):
         return None
     return {(name, int(dim)): tensor for (name, _, dim), tensor in tensors.items()}
