@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.architectures import tiny_model
 from helpers.models import build, tokens
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,7 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import llm_pruner as lp
 from llm_pruner.importance.aggregate import AGGREGATIONS
 from llm_pruner.importance.gradients import visit_gradients
+from llm_pruner.importance.layers import score_layers
 from llm_pruner.importance.taylor import VARIANTS
+from llm_pruner.models.blockwise import native_compute
+from llm_pruner.models.hooks import forward_hooks
+from llm_pruner.models.layers import hidden_in, with_hidden
+from llm_pruner.models.loss import total_loss
 
 
 def gradients(model, ids):
@@ -201,6 +207,7 @@ def test_parity_with_llm_pruner(case, pruned_by_llm_pruner):
         ({"input_ids": torch.arange(8)}, r"input_ids must be .* not torch.int64 \[8\]"),
         ({"input_ids": torch.rand(2, 8)}, r"input_ids must be .* not torch.float32"),
         (torch.zeros(2, 65, dtype=torch.long), "at most 64"),
+        ({"input_ids": torch.zeros(2, 8).long(), "attention_mask": torch.ones(2, 8).long().tril(6)}, "are padded"),
     ],
 )
 def test_unusable_calibration_is_refused(calibration, message):
@@ -338,3 +345,59 @@ def test_layer_criteria_score_nothing_else():
     model = build("llama")
     with pytest.raises(lp.PrunerError, match="scores layers only"):
         lp.score(model, lp.trace(model), tokens(), "block_influence", kinds=["neurons"])
+
+
+def test_cached_numbers_are_those_of_the_kinds(tmp_path):
+    model, ids = build("llama"), tokens(4, 8)
+    graph = lp.trace(model)
+    for criterion in ("wanda", "taylor"):
+        cache = tmp_path / criterion
+        lp.score(model, graph, ids, criterion, kinds=["neurons"], cache=cache)
+        for kinds in (["heads"], None if criterion == "wanda" else ["heads", "hidden"], ["neurons"]):
+            cached = lp.score(model, graph, ids, criterion, kinds=kinds, cache=cache).values
+            fresh = lp.score(model, graph, ids, criterion, kinds=kinds).values
+            assert cached.keys() == fresh.keys() and all(torch.equal(cached[n], fresh[n]) for n in fresh)
+    before = (tmp_path / "taylor").stat().st_mtime_ns
+    lp.score(model, graph, ids, "taylor", kinds=["neurons"], cache=tmp_path / "taylor")
+    assert (tmp_path / "taylor").stat().st_mtime_ns == before
+
+
+def test_criteria_that_run_the_model_need_its_weights():
+    model = build("llama")
+    pairs, bare = dict(model.named_parameters()), build("llama").to("meta")
+    assert lp.score(bare, lp.trace(bare), criterion="l1", weights=pairs.items()).values
+    for criterion in ("taylor", "wanda"):
+        with pytest.raises(lp.PrunerError, match=f"{criterion} needs weights"):
+            lp.score(bare, lp.trace(bare), tokens(2, 8), criterion, weights=pairs.items())
+
+
+def test_products_over_many_slices_keep_their_order():
+    torch.manual_seed(0)
+    slices = 10.0 ** torch.randint(-6, 2, (5, 8, 1)).double()
+    few, many = AGGREGATIONS["prod"](slices), AGGREGATIONS["prod"](slices.repeat(100, 1, 1))
+    assert torch.equal(few, slices.prod(0)) and torch.equal(many.flatten().argsort(), few.flatten().argsort())
+    assert many.isfinite().all() and many.unique().numel() == few.unique().numel()
+    slices[0, 3] = 0
+    assert AGGREGATIONS["prod"](slices.repeat(100, 1, 1))[3] == 0
+
+
+@pytest.mark.parametrize("name", ("openai-gpt", "blt"))
+def test_a_layer_is_scored_as_if_it_passed_its_input_on(name):
+    """Also where layers return lists, or others lie between them."""
+    model, ids = tiny_model(name), tokens(2, 8)
+    for unit in lp.trace(model).of_kind("layers"):
+        layers = model.get_submodule(unit.name.removesuffix(".layers"))
+        scores = score_layers(model, unit, "loss_change", ids, compute=native_compute(model))
+        before, count = total_loss(model, [ids])
+        for layer, score in zip(layers, scores, strict=True):
+            if not score.isinf():
+                hook = (layer, lambda _, args, kwargs, output: with_hidden(output, hidden_in(args, kwargs)))
+                with forward_hooks([hook], with_kwargs=True):
+                    assert (total_loss(model, [ids])[0] - before) / count == pytest.approx(score.item(), abs=1e-5)
+
+
+def test_layers_that_others_need_are_named():
+    model = tiny_model("gemma3n_text")  # whose last layers read keys and values of earlier ones
+    unit = lp.trace(model).unit("model.layers.layers")
+    with pytest.raises(lp.PrunerError, match="does not run without layer 0"):
+        score_layers(model, unit, "cosine", tokens(2, 8), compute=native_compute(model))

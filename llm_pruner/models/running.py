@@ -204,12 +204,18 @@ def check_calibration(model: PreTrainedModel, calibration: Any) -> Inputs:
         calibration: token ids, LongTensor ``[samples, tokens]``; or inputs by name, as a processor returns them.
 
     Raises:
-        PrunerError: it is missing, of another type or shape, or has token ids or a length that the model cannot read.
+        PrunerError: it is missing, of another type or shape, has token ids or a length that the model cannot read, or
+            text with padding that a loss would count.
     """
     calibration = as_inputs(calibration)
     if isinstance(calibration, ModelInputs):
         check_inputs(model, calibration)
         check_ids(model, calibration, "calibration")
+        if predicts_tokens(model) and reads_text_only(model) and any(_is_padded(part) for part in calibration.parts):
+            raise PrunerError(
+                "calibration samples are padded (attention_mask has 0), and the loss of a text would count padding: "
+                "give samples of one length"
+            )
         return calibration
     needs = "a LongTensor [samples, tokens]" if reads_text_only(model) else "inputs by name, as its processor returns"
     if calibration is None:
@@ -227,6 +233,11 @@ def check_calibration(model: PreTrainedModel, calibration: Any) -> Inputs:
         raise PrunerError("an encoder-decoder predicts one half of a sample from the other: give 3 tokens or more")
     check_ids(model, calibration, "calibration")
     return calibration
+
+
+def _is_padded(tensors: dict[str, torch.Tensor]) -> bool:
+    masks = [tensors[name] for name in ("attention_mask", "decoder_attention_mask") if name in tensors]
+    return any(mask.ndim == 2 and not bool(mask.all()) for mask in masks)
 
 
 def check_ids(model: PreTrainedModel, inputs: Inputs, name: str) -> None:
