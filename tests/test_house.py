@@ -50,6 +50,15 @@ OPTIONAL = {
 }
 
 
+@pytest.mark.parametrize("name", [name for name in TREES if "/importance/" in name or "/refit/" in name])
+def test_tensors_of_devices_become_float64_on_the_cpu_or_by_the_helper(name):
+    """Apple's GPUs have no float64: ``tensor.double().cpu()`` fails there."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Attribute) and node.attr in ("cpu", "to") and isinstance(node.value, ast.Call):
+            inner = node.value.func
+            assert not (isinstance(inner, ast.Attribute) and inner.attr == "double"), f"{name}:{node.lineno}"
+
+
 def in_a_new_process(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.architectures import tiny_model
 from helpers.media import model_of, save_llava
 from helpers.models import build, made, tokens
 from helpers.shapes import FAMILIES, planned
@@ -251,6 +252,29 @@ def test_blocks_and_layers_go_together():
 def test_bad_numbers_of_blocks(flags, message):
     with pytest.raises(lp.PrunerError, match=message):
         planned(build("llama"), tokens(4, 16), **flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "path"),
+    [
+        ("bloom", "attention", "transformer.h.1.self_attention"),
+        ("bloom", "mlp", "transformer.h.1.mlp"),
+        ("mpt", "mlp", "transformer.blocks.1.ffn"),
+        ("bert", "attention", "bert.encoder.layer.1.attention"),
+    ],
+)
+def test_blocks_that_hand_on_the_stream_stay(name, block, path):
+    """Their output is the sum with the stream, or its norm: without them the layer would hand on nothing."""
+    model = tiny_model(name)
+    message = f"{path} cannot be removed: the residual stream of its layer runs through it"
+    with pytest.raises(lp.PrunerError, match=f"--drop_{block} 1: {message}"):
+        planned(model, tokens(4, 16), **{f"drop_{block}": "1"})
+    with pytest.raises(lp.PrunerError, match="the residual stream of its layer runs through it"):
+        planned(model, tokens(4, 16), **{f"num_{block}": "1"})
+    plan = PruningPlan()
+    plan.drop_block(path, lp.trace(model).shapes)
+    with pytest.raises(lp.PrunerError, match=message):
+        lp.apply(model, plan)
 
 
 @pytest.mark.parametrize(

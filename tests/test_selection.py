@@ -320,12 +320,12 @@ def test_indices_that_must_stay_leave_equal_parts_and_multiples(setting, options
     first = graph.of_kind("neurons")[0]
     values[first.name] = values[first.name].index_fill(0, torch.arange(21), torch.inf)
     plans = []
-    for target in range(740, 990, 20):
+    total = parameters(graph)
+    for removed in range(576, 8000, 576):  # so many parameters hold two neurons of each layer
         with suppress(lp.PrunerError):  # steps of 8 do not meet all
+            share = 1 - removed / total
             plans.append(
-                lp.select(
-                    graph, lp.Scores(values), kinds="neurons", target_params=target / 1000, uniform=uniform, **options
-                )
+                lp.select(graph, lp.Scores(values), kinds="neurons", target_params=share, uniform=uniform, **options)
             )
     choices = [choice for plan in plans for choice in plan.units.values()]
     assert len(choices) > 3 and all(plan.units[first.name].kept[:21].tolist() == [*range(21)] for plan in plans)

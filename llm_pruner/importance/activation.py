@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from ..errors import PrunerError
+from ..models.arithmetic import in_float64
 from ..models.blockwise import Compute, StandIn, native_compute, standing_in
 from ..models.inputs import Inputs
 from ..models.processes import averaged, count, mean_of, own_share
@@ -122,7 +123,7 @@ def moments(
     def add(name: str, dim: int, inputs: torch.Tensor) -> None:
         if dim not in dims.get(name, ()) or not len(inputs):
             return
-        x = inputs.double()
+        x = in_float64(inputs)
         sums = [x.sum(0).cpu(), x.abs().sum(0).cpu(), x.square().sum(0).cpu()]
         if not torch.isfinite(sums[2]).all():
             raise PrunerError(f"an input of {name} is not finite; load the model with --dtype float32 or bfloat16")
@@ -169,6 +170,6 @@ def activation(
     """
     weights = dict(model.named_parameters())
     return {
-        (name, dim): FORMULAS[criterion](weights[name].detach().double().cpu(), inputs, dim)
+        (name, dim): FORMULAS[criterion](weights[name].detach().cpu().double(), inputs, dim)
         for (name, dim), inputs in moments(model, dims, calibration, compute).items()
     }

@@ -33,6 +33,7 @@ from ..graph.places import common_path
 from ..graph.routers import router_slices
 from ..graph.units import Unit
 from ..logs import log
+from ..models.arithmetic import in_float64
 from ..models.experts import Routing, Unrouted, watching
 from ..models.hooks import forward_hooks
 from ..models.layers import hidden_out
@@ -54,19 +55,19 @@ class _Sums:
         self.outputs: torch.Tensor | None = None
 
     def add(self, routing: Routing, *, moments: bool) -> None:
-        expert, norms = routing.expert.cpu(), vector_norm(routing.output, dim=-1, dtype=torch.float64)
+        expert, norms = routing.expert.cpu(), vector_norm(in_float64(routing.output), dim=-1)
         if not norms.isfinite().all():
             raise PrunerError("an output of an expert is not finite: load the model with --dtype float32 or bfloat16")
         self.read += routing.tokens
         self.tokens.index_add_(0, expert, torch.ones_like(norms).cpu())
         self.norms.index_add_(0, expert, norms.cpu())
-        self.gated_norms.index_add_(0, expert, (routing.gate.double() * norms).cpu())
+        self.gated_norms.index_add_(0, expert, (in_float64(routing.gate) * norms).cpu())
         if not moments:
             return
         self.squares.index_add_(0, expert, norms.square().cpu())
         if self.outputs is None:
             self.outputs = torch.zeros(len(self.tokens), routing.output.shape[-1]).double()
-        self.outputs.index_add_(0, expert, routing.output.double().cpu())
+        self.outputs.index_add_(0, expert, routing.output.cpu().double())
 
     @property
     def deviation(self) -> torch.Tensor:
@@ -166,7 +167,7 @@ class _Block:
 
 
 def _change(criterion: str, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    before, after = before.double().cpu(), after.double().cpu()
+    before, after = before.cpu().double(), after.cpu().double()
     if criterion == "expert_cosine":
         return (1 - cosine_similarity(before, after, dim=-1)).sum()
     return (before - after).square().sum()

@@ -32,6 +32,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..errors import PrunerError
 from ..graph.units import Unit
+from ..models.arithmetic import in_float64
 from ..models.blockwise import Compute, computing
 from ..models.hooks import forward_hooks
 from ..models.inputs import Inputs, tokens_per_sample
@@ -51,7 +52,7 @@ def _block_influence(stack: LayerStack) -> torch.Tensor:
         pairs = _without_and_with(stack, ids)
         tokens += pairs[0][0][..., 0].numel()
         for i, (without, output) in enumerate(pairs):
-            similarity[i] += cosine_similarity(without.double(), output.double(), dim=-1).sum().cpu()
+            similarity[i] += cosine_similarity(in_float64(without), in_float64(output), dim=-1).sum().cpu()
     return stack.scores({i: (1 - similarity[i] / tokens).item() for i in stack.free})
 
 
@@ -80,12 +81,12 @@ def _cosine(stack: LayerStack) -> torch.Tensor:
     similarity, tokens = dict.fromkeys(stack.free, 0.0), 0
     for ids in track(stack.batches, "scoring layers"):
         cached = CachedPass(stack, ids)
-        output = cached.states[-1].double()
+        output = in_float64(cached.states[-1])
         tokens += output[..., 0].numel()
         for i in stack.free:
             with cached.without({i}, i) as states:
                 forward(stack.model, ids)
-            similarity[i] += cosine_similarity(states[-1].double(), output, dim=-1).sum().item()
+            similarity[i] += cosine_similarity(in_float64(states[-1]), output, dim=-1).sum().item()
     return stack.scores({i: 1 - value / tokens for i, value in similarity.items()})
 
 
@@ -154,7 +155,7 @@ def _contiguous(stack: LayerStack) -> torch.Tensor:
     size = len(stack.layers)
     similarity, tokens = torch.zeros(size + 1, size + 1, dtype=torch.float64), 0
     for ids in track(stack.batches, "scoring layers"):
-        states = [nn.functional.normalize(s.double(), dim=-1).flatten(0, -2) for s in CachedPass(stack, ids).states]
+        states = [nn.functional.normalize(in_float64(s), dim=-1).flatten(0, -2) for s in CachedPass(stack, ids).states]
         tokens += len(states[0])
         for i, before in enumerate(states):
             for j in range(i + 1, size + 1):

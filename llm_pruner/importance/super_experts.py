@@ -85,7 +85,7 @@ class ExpertPeaks:
 
     def add(self, path: str, routing: Routing) -> None:
         """Read the outputs of a module of experts."""
-        largest = routing.output.abs().amax(-1).double().cpu()
+        largest = routing.output.abs().amax(-1).cpu().double()
         self.largest[path].scatter_reduce_(0, routing.expert.cpu(), largest, "amax")
         self.has_run = True
 

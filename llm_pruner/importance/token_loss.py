@@ -20,7 +20,7 @@ class NextTokenLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64)
         for row, target in zip(logits, ids[:, 1:].to(logits.device), strict=True):  # one sample at a time in fp32
             log_probabilities = row[:-1].float().log_softmax(-1)
-            total -= log_probabilities.gather(-1, target[:, None]).sum().double().cpu()
+            total -= log_probabilities.gather(-1, target[:, None]).sum().cpu().double()
             gradient = log_probabilities.exp_()
             gradient.scatter_add_(-1, target[:, None], torch.full_like(gradient[:, :1], -1.0).expand(-1, 1))
             row[:-1] = gradient / tokens

@@ -67,7 +67,7 @@ def score_groups(importance: Any, request: Request) -> dict[str, torch.Tensor]:
                         f"{type(importance).__name__} returned {list(channels.shape)} for unit {unit.name}: return one "
                         f"number for each of its {unit.size * width} channels"
                     )
-                scores[unit.name] = channels.detach().double().cpu().view(unit.size, width).sum(1)
+                scores[unit.name] = channels.detach().cpu().double().view(unit.size, width).sum(1)
     return scores
 
 

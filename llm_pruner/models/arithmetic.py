@@ -34,6 +34,11 @@ def narrow_arithmetic(device: torch.device) -> Iterator[None]:
         ) from error
 
 
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float64; on the CPU if its device has no such numbers, as Apple's GPUs have none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def exact_arithmetic(device: torch.device) -> AbstractContextManager[None]:
     """Return a context within :func:`narrow_arithmetic` that multiplies matrices in their own dtype."""
     return torch.autocast(device.type, enabled=False)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunerError
-from ..graph.blocks import block_of
+from ..graph.blocks import block_of, block_outputs
 from ..graph.tracer import TraceError
 from ..graph.units import CouplingGraph, Unit
 from ..importance.layers import BY_LOSS, BY_POSITION
@@ -82,6 +82,8 @@ def _counted_blocks(
             title = f"{present} layers of {_stack_title(graph, name)} have {TITLES[block]}"
             hint = f"give {fewest} to {present - 1}" if fewest < present else "none of it can go"
             raise PrunerError(f"--{flag}: cannot keep {count}, {title}: {hint}")
+        if some := next(filter(None, paths.values()), None):
+            block_outputs(model, some)
         blocks[name] = [paths.get(i) for i in range(graph.unit(name).size)]
         most[name] = present - count
     scores = _score_blocks(planning, model, graph, blocks, most)
@@ -118,9 +120,11 @@ def _block_path(
     stack = _stack_path(graph, where, flag)
     first = _layers_left(plan, stack, 1)[0]
     try:
-        return block_of(model, graph, stack, layer, kind=BLOCKS[block], first=first)
+        path = block_of(model, graph, stack, layer, kind=BLOCKS[block], first=first)
+        block_outputs(model, path)
     except TraceError as error:
         raise PrunerError(f"--{flag} {layer}: {error}") from error
+    return path
 
 
 def _named_layers(graph: CouplingGraph, drop: tuple[tuple[str, int], ...]) -> tuple[dict[str, int], Scores]:

@@ -107,7 +107,7 @@ class RecoveryTrainer(Trainer):
                 sums.append(cross_entropy(row[mask].float(), labels[mask], reduction="sum"))
                 counts.append(mask.sum())
             gathered = self.accelerator.gather_for_metrics((torch.stack(sums), torch.stack(counts)))
-            total, tokens = total + gathered[0].double().sum().item(), tokens + int(gathered[1].sum())
+            total, tokens = total + gathered[0].cpu().double().sum().item(), tokens + int(gathered[1].sum())
             samples += len(gathered[0])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)

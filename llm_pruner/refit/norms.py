@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..graph.units import trace
+from ..models.arithmetic import in_float64
 from ..models.blockwise import computing
 from ..models.hooks import forward_hooks
 from ..models.inputs import Inputs
@@ -97,8 +98,9 @@ class NormProducts:
         """Add outputs ``[..., channels]`` of the narrow norm (without its bias) and of the wide one."""
         bias = getattr(norm, "bias", None)
         wide = wide if bias is None else wide - bias.to(wide)
-        self.cross += (wide.double() * narrow.double()).sum().item()
-        self.square += narrow.double().square().sum().item()
+        narrow = in_float64(narrow)
+        self.cross += (in_float64(wide) * narrow).sum().item()
+        self.square += narrow.square().sum().item()
 
     @property
     def factor(self) -> float | None:

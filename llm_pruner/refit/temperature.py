@@ -38,9 +38,9 @@ def scale_logits(model: PreTrainedModel, pruned: PreTrainedModel, ids: Inputs) -
         for row in track(ids.to(compute.device).split(1), "scaling logits"):
             expected, present = (forward(m, row).logits[0, :-1].float() for m in (model, pruned))
             # The cross-entropy against p of logits f z is log sum exp(f z) - f <p, z>.
-            agreement = (expected.softmax(-1) * present).sum().double().cpu()
+            agreement = (expected.softmax(-1) * present).sum().cpu().double()
             for i, factor in enumerate(TEMPERATURES):
-                losses[i] += (present * factor).logsumexp(-1).sum().double().cpu() - factor * agreement
+                losses[i] += (present * factor).logsumexp(-1).sum().cpu().double() - factor * agreement
     best = TEMPERATURES[int(losses.argmin())]
     for weight in weights:
         weight.mul_(best)

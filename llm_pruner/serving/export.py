@@ -139,7 +139,7 @@ def _prompt(model: PreTrainedModel) -> list[int]:
 def _log_probabilities(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     with torch.no_grad(), computing(model):  # logits in 16 bits are rounded by more than the engines differ
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
-    return logits.double().log_softmax(-1).cpu()
+    return logits.cpu().double().log_softmax(-1)
 
 
 def _judge(engine: str, computed: dict[int, float], expected: torch.Tensor, tolerance: float | None) -> None:

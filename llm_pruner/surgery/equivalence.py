@@ -127,7 +127,7 @@ def _compare_finely(model: PreTrainedModel, compare: Callable[..., EquivalenceRe
     """Compare in the model's precision and, where that differs, in float64."""
     report = compare(dtype=native_compute(model).dtype)
     if not report.equivalent and model.dtype is not torch.float64:
-        with suppress(RuntimeError):  # some models insist on float32 somewhere
+        with suppress(RuntimeError, TypeError):  # some models insist on float32 somewhere, as Apple's GPUs do
             report = compare(dtype=torch.float64)
     return report
 
@@ -195,9 +195,8 @@ def _rounded_off(table: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) 
     """Return True if a table computed anew is what a model of ``dtype`` has, but for rounding."""
     if table.shape != stored.shape or not (table.is_floating_point() and stored.is_floating_point()):
         return False
-    fine = table.to(stored.device, torch.float64)
     close = 2 * torch.finfo(dtype).eps
-    return torch.allclose(fine, stored.double(), rtol=close, atol=close, equal_nan=True)
+    return torch.allclose(table.cpu().double(), stored.cpu().double(), rtol=close, atol=close, equal_nan=True)
 
 
 @torch.no_grad()
@@ -220,7 +219,7 @@ def changed_logits(
 
     # A loop over experts reads their weights in place; batched experts copy them for every token.
     with tracing_mode(model), implementations(model, experts="eager"), standing_in(model, stand_in), equal_draws():
-        return main_output(forward(model, ids.to(compute.device))).double().cpu()
+        return main_output(forward(model, ids.to(compute.device))).cpu().double()
 
 
 AVERAGES = ("mean", "var", "std", "var_mean")

@@ -10,18 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import PrunerError
-from ...graph.blocks import block_of
+from ...graph.blocks import block_of, block_outputs
 from ...graph.units import CouplingGraph
 from ...models.constructors import fields_of
-from ...models.hooks import forward_hooks
-from ...models.inputs import example_inputs, share_inputs
 from ...models.layers import is_below
 from ...models.per_layer import CONSTANTS, SKIP, SUBMODULES, layer_lists, layer_overrides_of, overrides_of, set_field
-from ...models.running import MetaReads, forward, tracing_mode
 from ...models.skeleton import skeleton
 from ...selection.plan import PruningPlan, name_after
 from .token_ids import names_tokens
@@ -136,7 +132,7 @@ def without_blocks(model: PreTrainedModel, config: PreTrainedConfig, plan: Pruni
     Blocks that transformers has a name for are also recorded in ``per_layer_config``, which transformers reads itself.
 
     Raises:
-        PrunerError: a block is in no layer.
+        PrunerError: a block is in no layer, or has to stay.
     """
     parts, stacks = dict(configs_in(config)), stacks_of(skeleton(type(model), config))
     others = replace(plan, blocks=[])
@@ -148,7 +144,7 @@ def without_blocks(model: PreTrainedModel, config: PreTrainedConfig, plan: Pruni
         if stack is None:
             raise PrunerError(f"{path} lies in no layer: only blocks of layers can be removed")
         layer, _, inner = new[len(stack.path) + 1 : -1].partition(".")
-        entry = {"values": {}, "shapes": {}, **_outputs(model, path)}
+        entry = {"values": {}, "shapes": {}, **block_outputs(model, path)}
         part = parts[stack.config]
         setattr(part, SUBMODULES, overrides_of(part) | {stack.inside(int(layer), inner): entry})
         if stack.standard and (name := _name_in_transformers(model, graph, stack, path)):
@@ -166,24 +162,6 @@ def _name_in_transformers(model: PreTrainedModel, graph: CouplingGraph, stack: S
             if block_of(model, graph, stack.path, layer, kind=kind) == path:
                 return name
     return None
-
-
-@torch.no_grad()
-def _outputs(model: PreTrainedModel, path: str) -> dict[str, Any]:
-    """Return how many values a block returns (``absent``, 0: no tuple), and which of its arguments, such
-    as the ``position_bias`` of T5, are among them (``passes``)."""
-    entry: dict[str, Any] = {}
-
-    def note(_: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> None:
-        values = output if isinstance(output, tuple) else ()
-        names = [next((n for n, v in kwargs.items() if v is not None and v is value), None) for value in values]
-        entry.update({"absent": len(values)} | ({"passes": names} if any(names) else {}))
-
-    twin = skeleton(type(model), model.config)
-    share_inputs(twin, model)
-    with tracing_mode(twin), MetaReads(), forward_hooks([(twin.get_submodule(path), note)], with_kwargs=True):
-        forward(twin, example_inputs(twin))
-    return entry
 
 
 def _entries(values: list[Any], length: int, order: list[int]) -> list[Any]:
