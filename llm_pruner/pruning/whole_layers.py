@@ -137,6 +137,8 @@ def _named_layers(graph: CouplingGraph, drop: tuple[tuple[str, int], ...]) -> tu
             has = f"{_stack_title(graph, name)} has layers 0 to {units[name].size - 1}"
             raise PrunerError(f"--drop_layers {layer} is out of range: {has}")
         values[name][layer] = 0.0
+        if not values[name].any():
+            raise PrunerError(f"--drop_layers names all layers of {_stack_title(graph, name)}: leave one out")
     counts = {name: int(value.isinf().sum()) for name, value in values.items()}
     return _only_fewer(units, counts), Scores(values, {"criterion": "named"})
 
