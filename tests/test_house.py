@@ -51,7 +51,7 @@ OPTIONAL = {
 
 
 @pytest.mark.parametrize("name", [name for name in TREES if "/importance/" in name or "/refit/" in name])
-def test_tensors_of_devices_become_float64_on_the_cpu_or_by_the_helper(name):
+def test_no_tensor_becomes_float64_before_it_leaves_its_device(name):
     """Apple's GPUs have no float64: ``tensor.double().cpu()`` fails there."""
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Attribute) and node.attr in ("cpu", "to") and isinstance(node.value, ast.Call):
