@@ -211,6 +211,12 @@ def test_no_list_of_words_is_left_empty():
     assert settings.bad_words_ids is None and settings.suppress_tokens == [2]
 
 
+def test_entries_that_are_no_ids_stay():
+    settings = GenerationConfig(eos_token_id=[2, None, -1])
+    renumber(settings, [0, 2])
+    assert settings.eos_token_id == [1, None, -1]
+
+
 def test_nested_tokens_of_a_generation_config_are_renumbered():
     """Biases are no ids, even as whole numbers; words that must come have to stay."""
     settings = GenerationConfig(sequence_bias=[[[5, 2], 2], [[6], -1]], force_words_ids=[[5], [[1], [2]]])

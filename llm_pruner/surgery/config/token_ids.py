@@ -39,26 +39,27 @@ def renumber(config: PreTrainedConfig | GenerationConfig, kept: list[int]) -> No
     new = {old: position for position, old in enumerate(kept)}
     for name, value in _fields(config):
         if NAMED.search(name):
-            removed = [i for i in _flat(value) if i not in new]
-            if removed:
+            if removed := [i for i in _flat(value) if i not in new]:
                 raise PrunerError(f"the plan drops token {removed[0]}, which the config names as {name}: keep it")
-            setattr(config, name, _all_new(value, new))
+            setattr(config, name, _moved(value, new))
         elif name == "sequence_bias" and isinstance(value, list):  # pairs of the tokens and their bias
-            moved = [[found, bias] for one, bias in value if (found := _all_new(one, new)) is not None]
-            setattr(config, name, moved or None)
-        elif LISTED.search(name) and isinstance(value, list):
-            moved = [found for one in value if (found := _all_new(one, new)) is not None]
-            setattr(config, name, moved or None)  # transformers refuses empty lists of words
+            setattr(config, name, [[_moved(ids, new), bias] for ids, bias in value if _stays(ids, new)] or None)
+        elif LISTED.search(name) and isinstance(value, list):  # transformers refuses empty lists of words
+            setattr(config, name, [_moved(one, new) for one in value if _stays(one, new)] or None)
     for inner in _inner(config):
         renumber(inner, kept)
 
 
-def _all_new(value: Any, new: dict[int, int]) -> Any:
-    """Return the new number of an id, or of nested lists of them; None if one is removed."""
+def _stays(value: Any, new: dict[int, int]) -> bool:
+    """Return True if an id, or all ids in nested lists, have a new number."""
+    return all(i in new for i in _flat(value))
+
+
+def _moved(value: Any, new: dict[int, int]) -> Any:
+    """Return the new number of an id, or nested lists of them; what is no id is left as it is."""
     if isinstance(value, list):
-        moved = [_all_new(i, new) for i in value]
-        return None if any(m is None for m in moved) else moved
-    return new.get(value) if _is_id(value) else value
+        return [_moved(one, new) for one in value]
+    return new[value] if _is_id(value) else value
 
 
 def _flat(value: Any) -> Iterator[int]:
