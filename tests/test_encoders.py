@@ -171,11 +171,16 @@ def test_encoder_decoders_give_an_output_for_every_token(name):
     lp.score(model, lp.trace(model), ids, "taylor", taylor="param_second", kinds=["neurons"])
 
 
+def letters(folder):
+    """Return a tokenizer of eight letters."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    return transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+
+
 def test_classifiers_that_give_several_classes(tmp_path):
     """All classes with a positive logit count, not the largest alone."""
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
-    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
-    tokenizer = transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
+    tokenizer = letters(tmp_path)
     model = build("BertForSequenceClassification", "bert", **TEXT | {"vocab_size": len(tokenizer)}, num_labels=4)
     model.config.problem_type = "multi_label_classification"
     texts = ["a b", "c d e", "f", "g h a"]
@@ -203,9 +208,7 @@ def test_classifiers_that_give_several_classes(tmp_path):
 @pytest.mark.parametrize("columns", (("premise", "hypothesis"), ("text", "other"), ("sentence1", "sentence2")))
 def test_labelled_pairs(columns, tmp_path):
     """Both texts are read as the tokenizer joins them, with which of them each token is of."""
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
-    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
-    tokenizer = transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
+    tokenizer = letters(tmp_path)
     model = build("BertForSequenceClassification", "bert", **TEXT | {"vocab_size": len(tokenizer)}, num_labels=3)
     pairs = [("a b", "c"), ("d", "e f"), ("g h a", "b"), ("c d", "e f g")]
     with torch.no_grad():

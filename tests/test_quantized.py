@@ -303,7 +303,7 @@ def test_a_checkpoint_of_the_hub_is_downloaded(with_tokenizer, tmp_path, monkeyp
         asked.append((name, options["revision"]))
         shutil.copytree(with_tokenizer, cached, dirs_exist_ok=True)
 
-    monkeypatch.setattr(locating, "try_to_load_from_cache", lambda *_, **__: str(cached / "config.json"))
+    monkeypatch.setattr("llm_pruner.hub.try_to_load_from_cache", lambda *_, **__: str(cached / "config.json"))
     monkeypatch.setattr(locating, "snapshot_download", download)
     assert locate("org/quantized") == ("org/quantized", None)
     assert locating.fetch_quantized("org/quantized", "v1") and asked == [("org/quantized", "v1")]

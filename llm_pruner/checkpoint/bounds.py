@@ -14,7 +14,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -22,6 +21,7 @@ from torch.nn.modules.module import (
 )
 
 from ..errors import PrunerError
+from ..hub import cached_file
 from .locate import weight_files
 
 MOST_COUNT = 100_000  # of layers, experts or labels
@@ -99,8 +99,8 @@ def weight_file_bytes(path: str, gguf: str | None, revision: str) -> int | None:
     """
     folder = Path(path)
     if not folder.is_dir():
-        cached = try_to_load_from_cache(path, "config.json", revision=revision)
-        if not isinstance(cached, str):
+        config = cached_file(path, "config.json", revision)
+        if config is None:
             return None
-        folder = Path(cached).parent
+        folder = config.parent
     return sum(file.stat().st_size for file in weight_files(folder, gguf))

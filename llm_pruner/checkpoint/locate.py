@@ -6,11 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import snapshot_download
 
 from ..errors import PrunerError
 from ..files import read_json
+from ..hub import cached_file
 from ..optional import require
 from .quantized.registry import check_method, quantization_of
 from .shards import shard_files
@@ -130,11 +130,8 @@ def fetch_quantized(name: str, revision: str | None = None, token: str | None = 
 
 def _cached(name: str, revision: str | None) -> Path | None:
     """Return the folder in the hub's cache that has the config of a model, None if there is none."""
-    try:
-        config = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:  # no name of the hub's
-        return None
-    return Path(config).parent if isinstance(config, str) else None
+    config = cached_file(name, "config.json", revision)
+    return None if config is None else config.parent
 
 
 def explain(name: str, path: str, error: BaseException) -> str:

@@ -70,9 +70,10 @@ def write_document(path: str | Path, document: dict[str, Any]) -> None:
         PrunerError: JSON has no form for a value of the settings.
     """
     try:
-        document = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **document}, default=_plain))
+        settings = json.loads(json.dumps(document["settings"], default=_plain))
     except TypeError as error:
         raise PrunerError(f"the settings of the plan cannot be written to {path}: {error}") from error
+    document = {"format": FORMAT, "version": VERSION, **document, "settings": settings}
     document["sha256"] = _digest(document)
     write_text(Path(path), json.dumps(document, indent=1) + "\n")
 

@@ -17,14 +17,11 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -32,6 +29,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import PrunerError
 from ..files import read_json
+from ..hub import cached_file
 
 MODELS = ("BPE", "Unigram", "WordPiece")
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -318,10 +316,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def _own_limits(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return truncation and padding as the tokenizer's own file says; encoding with a limit leaves others in it."""
-    file: Any = Path(tokenizer.name_or_path) / FILE
-    with suppress(HFValidationError):  # no name of the hub's
-        file = file if file.is_file() else try_to_load_from_cache(tokenizer.name_or_path, FILE)
-    own = read_json(file) if isinstance(file, str | Path) and Path(file).is_file() else {}
+    local = Path(tokenizer.name_or_path) / FILE
+    file = local if local.is_file() else cached_file(tokenizer.name_or_path, FILE)
+    own = {} if file is None else read_json(file)
     return {name: own.get(name) for name in ("truncation", "padding")}
 
 
